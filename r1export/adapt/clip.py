@@ -1,0 +1,164 @@
+"""The CLIP model that is taught: open_clip weights, tokenizer and preprocessing behind one noun."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from r1export.errors import InputError, Unsupported
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What open_clip does to an image before the visual tower, cut where the pixels are still bytes."""
+
+    config: PreprocessCfg
+
+    @cached_property
+    def _crop(self) -> Callable[[Image.Image], Image.Image]:
+        *crop, to_tensor, normalize = image_transform_v2(self.config, is_train=False).transforms
+        assert type(normalize).__name__ == "Normalize" and "ToTensor" in type(to_tensor).__name__, "open_clip changed its transform"
+
+        def apply(image: Image.Image) -> Image.Image:
+            for step in crop:
+                image = step(image)
+            return image
+
+        return apply
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        size = self.config.size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def crop(self, image: Image.Image) -> np.ndarray:
+        """Resize and crop as open_clip does: uint8 (3, height, width)."""
+        return np.asarray(self._crop(image), np.uint8).transpose(2, 0, 1)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """uint8 (n, 3, h, w) -> float32, bit for bit what open_clip's ToTensor and Normalize give."""
+        mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (self.config.mean, self.config.std))
+        return pixels.float().div_(255).sub_(mean).div_(std)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything a client needs to do the same."""
+        config = self.config
+        return {
+            "size": list(self.size), "mode": config.mode, "resize_mode": config.resize_mode, "interpolation": config.interpolation,
+            "fill_color": config.fill_color, "scale": 1 / 255, "mean": list(config.mean), "std": list(config.std), "layout": "NCHW",
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A frozen CLIP in eval mode with the two functions that feed it."""
+
+    name: str
+    model: nn.Module
+    preprocess: Preprocess
+    tokenizer: Callable[[list[str]], Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """int64 (n, context_length)."""
+        return self.tokenizer(texts).to(self.device)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """uint8 (n, 3, h, w) -> unit-norm float (n, D)."""
+        return self.model.encode_image(self.preprocess.normalize(pixels.to(self.device)), normalize=True)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """int64 (n, L) -> unit-norm float (n, D)."""
+        return self.model.encode_text(tokens, normalize=True)
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """All parameters by their state_dict names, copied to numpy."""
+        return {name: value.detach().cpu().numpy().copy() for name, value in self.model.named_parameters()}
+
+    def load_(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Overwrite the named parameters in place."""
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, value in weights.items():
+                parameters[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))
+
+
+def digest(weights: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors, sorted by name."""
+    sha = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name]
+        sha.update(f"{name}\0{tensor.dtype.str}\0{tensor.shape}\0".encode())
+        sha.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+    return sha.hexdigest()
+
+
+def load_clip(model: str = "", *, pretrained: str = "", weights: Path | None = None, config: Path | None = None, device: str = "cpu") -> Clip:
+    """Load an open_clip model with a pretrained tag, or local weights with, if need be, their config.
+
+    Raises:
+        InputError: a file is missing, malformed, not safetensors, or does not fit the model.
+        Unsupported: open_clip does not know the model or the tag, or the weights cannot be fetched.
+    """
+    if config is not None:
+        model = _register(config)
+    if model not in open_clip.list_models():
+        raise Unsupported(f"open_clip {open_clip.__version__} knows no model {model!r}", "open_clip.list_models() names them, or give base.config")
+    if pretrained and pretrained not in open_clip.list_pretrained_tags_by_model(model):
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+        raise Unsupported(f"{model} has no pretrained tag {pretrained!r}", f"known tags: {known}")
+    try:
+        module = open_clip.create_model(model, pretrained=pretrained or None, load_weights=bool(pretrained), device=device)
+    except (OSError, RuntimeError) as error:
+        raise Unsupported(f"open_clip cannot make {model} {pretrained}: {_first_line(error)}", "fetch the weights once with network, or give base.weights") from error
+    if weights is not None:
+        _load_weights_(module, weights)
+    module.eval().requires_grad_(False)
+    preprocess = Preprocess(PreprocessCfg(**open_clip.get_model_preprocess_cfg(module)))
+    return Clip(f"{model}/{pretrained}" if pretrained else model, module, preprocess, open_clip.get_tokenizer(model))
+
+
+def _register(config: Path) -> str:
+    try:
+        keys = set(json.loads(config.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{config}: not a readable open_clip config: {error}", "give the JSON with embed_dim, vision_cfg and text_cfg") from None
+    if missing := {"embed_dim", "vision_cfg", "text_cfg"} - keys:
+        raise InputError(f"{config}: no {', '.join(sorted(missing))}", "give an open_clip model config")
+    open_clip.add_model_config(config)
+    return config.stem
+
+
+def _load_weights_(module: nn.Module, weights: Path) -> None:
+    """Safetensors only: reading weights never runs code."""
+    try:
+        state = load_file(weights)
+        module.load_state_dict(state)
+    except FileNotFoundError:
+        raise InputError(f"{weights}: no such file", "check base.weights") from None
+    except SafetensorError as error:
+        raise InputError(f"{weights}: not a safetensors file: {error}", "convert the checkpoint with safetensors.torch.save_file") from None
+    except RuntimeError as error:
+        raise InputError(f"{weights} does not fit the model: {' '.join(str(error).split())[:200]}", "check base.model and base.config") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

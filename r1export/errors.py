@@ -1,0 +1,45 @@
+"""What can go wrong, each with the exit code of the command line.
+
+0 passed, 1 a check failed, 2 bad usage or bad input, 3 this environment cannot do it, 4 inconclusive.
+"""
+
+
+class R1ExportError(Exception):
+    """Root of all errors that r1export raises on purpose; printed as one line, without a traceback.
+
+    `message` says what was found and what was expected, `remedy` what to do next.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.remedy})" if self.remedy else self.message
+
+
+class InputError(R1ExportError):
+    """A recipe, a file, a folder or an argument is not what it has to be."""
+
+    exit_code = 2
+
+
+class CheckFailed(R1ExportError):
+    """A check did not hold."""
+
+    exit_code = 1
+
+
+class Unsupported(R1ExportError):
+    """This model, machine or installation cannot do what was asked."""
+
+    exit_code = 3
+
+
+class Inconclusive(R1ExportError):
+    """A check could be neither passed nor failed with the evidence at hand."""
+
+    exit_code = 4

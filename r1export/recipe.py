@@ -1,0 +1,237 @@
+"""A recipe: everything that decides what a run computes, as one TOML file."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from r1export.errors import InputError
+
+TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Base(_Section):
+    """The CLIP model that is taught: an open_clip name with a pretrained tag, local weights, or `builtin:NAME`."""
+
+    model: str = ""
+    """open_clip model name, or `builtin:world` for the small model that comes with r1export."""
+    pretrained: str = ""
+    """Pretrained tag of open_clip for `model`."""
+    weights: str = ""
+    """Local `.safetensors` file instead of a tag."""
+    config: str = ""
+    """open_clip config JSON for `weights`, where `model` is not one of open_clip's own names."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if bool(self.pretrained) == bool(self.weights) and not self.model.startswith("builtin:"):
+            raise ValueError("give either pretrained (a tag) or weights (a .safetensors file)")
+        if not (self.model or self.config):
+            raise ValueError("give model (an open_clip name) or config (a JSON file)")
+        return self
+
+
+class Data(_Section):
+    """Where images come from."""
+
+    root: str = ""
+    """Folder to which relative paths in sources refer; torchvision keeps its data sets there."""
+    shots: int = Field(0, ge=0)
+    """Training images per class; 0 takes all."""
+    test_limit: int = Field(0, ge=0)
+    """Test images per task, drawn by seed; 0 takes all."""
+    download: bool = False
+    """Let torchvision download a data set that is not there."""
+
+
+class TaskSource(_Section):
+    """One task of the stream."""
+
+    name: TaskName
+    source: str
+    """`torchvision:NAME`, `folder:DIR`, `npz:FILE` or `builtin:NAME`."""
+    templates: tuple[str, ...] = ()
+    """Prompts with one `{}` for the class name; empty takes those of the source."""
+
+
+class Pool(_Section):
+    """The pool of rank-1 experts in every adapted linear. Defaults: arXiv 2601.22828."""
+
+    rank: int = Field(12, ge=1)
+    """Experts in the pool."""
+    k_train: int = Field(8, ge=1)
+    """Experts that one batch trains."""
+    k_merge: int = Field(4, ge=1)
+    """Experts that are merged at the end of a task."""
+    alpha: float = Field(1.0, gt=0)
+    """Scaling is alpha / rank."""
+    dropout: float = Field(0.2, ge=0, lt=1)
+    """Dropout on the input of the experts."""
+    towers: tuple[Literal["visual", "text"], ...] = ("visual", "text")
+    """Towers that get experts."""
+    targets: tuple[Literal["q", "k", "v", "out", "fc", "proj"], ...] = ("q", "k", "v", "out", "fc", "proj")
+    """Linears of a block that get experts: attention q, k, v, out and the two of the MLP."""
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        if max(self.k_train, self.k_merge) > self.rank:
+            raise ValueError(f"k_train {self.k_train} and k_merge {self.k_merge} may not exceed rank {self.rank}")
+        if not self.towers or not self.targets:
+            raise ValueError("towers and targets may not be empty")
+        return self
+
+
+class Train(_Section):
+    """Optimisation of one task. Defaults: arXiv 2601.22828."""
+
+    iterations: int = Field(500, ge=1)
+    """Steps per task."""
+    batch_size: int = Field(32, ge=2)
+    """Images per step."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    min_learning_rate: float = Field(1e-6, ge=0)
+    """Where the cosine schedule ends."""
+    weight_decay: float = Field(1e-2, ge=0)
+    """Weight decay of AdamW."""
+    orthogonality_weight: float = Field(0.1, ge=0)
+    """Weight of the activation-guided orthogonality loss, from the second task on."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Steps between checkpoints inside a task."""
+    seed: int = 42
+    """Decides images, batches, initial factors and dropout."""
+
+
+class Export(_Section):
+    """The ONNX graphs."""
+
+    opset: int = Field(20, ge=18, le=24)
+    """ONNX opset of the graphs."""
+
+
+class Verify(_Section):
+    """Parity and latency."""
+
+    samples: int = Field(32, ge=1)
+    """Real test images and prompts of each task that parity is measured on."""
+    batches: tuple[int, ...] = (1, 2, 5)
+    """Batch sizes of the parity check."""
+    max_abs: float = Field(5e-5, gt=0)
+    """Largest allowed difference of unit-norm embeddings; four times the base model's own error is allowed if larger."""
+    min_cosine: float = Field(1 - 1e-6, gt=0, le=1)
+    """Smallest allowed cosine of any sample."""
+    margin: float = Field(0.02, gt=0, lt=1)
+    """Merged and base latency count as equal within this share."""
+    pairs: int = Field(400, ge=20)
+    """Interleaved base/merged pairs of the latency check."""
+
+
+class Recipe(_Section):
+    """One run: a base model and a stream of tasks."""
+
+    base: Base
+    tasks: tuple[TaskSource, ...] = Field(min_length=1)
+    order: tuple[str, ...] = ()
+    """Task names in the order in which they are learned; empty takes the order of `tasks`."""
+    probe: TaskSource | None = None
+    """Test-only data that shows what is left of the base model's own knowledge."""
+    data: Data = Data()
+    pool: Pool = Pool()
+    train: Train = Train()
+    export: Export = Export()
+    verify: Verify = Verify()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_probe(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("probe"), dict):
+            return values | {"probe": {"name": "probe"} | values["probe"]}
+        return values
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [task.name for task in self.tasks]
+        if len({name.lower() for name in names}) != len(names):
+            raise ValueError("two tasks have the same name")
+        if self.order and sorted(self.order) != sorted(names):
+            raise ValueError(f"order must name each task once: {', '.join(names)}")
+        return self
+
+    @property
+    def stream(self) -> tuple[TaskSource, ...]:
+        """The tasks in the order in which they are learned."""
+        by_name = {task.name: task for task in self.tasks}
+        return tuple(by_name[name] for name in self.order) if self.order else self.tasks
+
+    def dumps(self) -> str:
+        """The whole recipe, defaults included, as TOML: `loads(recipe.dumps()) == recipe`."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe. Each override is `section.field=value` with a TOML value; a bare word counts as a string.
+
+    Raises:
+        InputError: no such file, not TOML, an unknown key, a wrong type, an impossible value; the message names the key.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe", "see recipes/ for examples") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not a readable TOML file: {error}", "mend the file") from error
+    for override in overrides:
+        _set(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_describe(error)}", "see the field list in docs/recipe.md") from None
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override}", "expected section.field=value, for example train.iterations=50")
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    place: Any = values
+    try:
+        for parent in parents:
+            place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
+        place[int(last) if isinstance(place, list) else last] = value
+    except (ValueError, IndexError, TypeError, AttributeError):
+        raise InputError(f"--set {override}: there is no {key}", "expected section.field=value or tasks.0.field=value") from None
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "recipe"
+    found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    message = {"extra_forbidden": "unknown key"}.get(first["type"], first["msg"].removeprefix("Value error, "))
+    return f"{place}: {message}{'' if first['type'] == 'extra_forbidden' else found}{more}"
+
+
+def expand(path: str) -> Path:
+    """`path` with `~` and `${VARIABLE}` replaced. Raises InputError naming a variable that is not set."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise InputError(f"{path}: environment variable {match[1]} is not set", f"export {match[1]}=DIR, or give the path with --set")
+        return os.environ[match[1]]
+
+    return Path(re.sub(r"\$\{(\w+)\}", value, path)).expanduser()

@@ -1,0 +1,112 @@
+"""The checks of a report: what each one shows, its verdict and its evidence.
+
+A check that has no verdict was not measured. It is never counted as passed.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from r1export.verify.figures import band, cosine, ratio, scientific
+
+PASS, FAIL, INCONCLUSIVE, NOT_MEASURED = "pass", "fail", "inconclusive", "not measured"
+VERDICTS = (PASS, INCONCLUSIVE, FAIL, NOT_MEASURED)
+
+PARITY = {
+    "merge": ("Merge", "FROZEN experts in torch against the merged model in torch: the one merge is right."),
+    "export": ("Export", "Merged model in torch against ONNX: the export is right."),
+    "total": ("Total", "FROZEN experts in torch against ONNX: what was trained is what the device runs."),
+}
+LADDER = {
+    "same_file": ("L0 Same file", "Base and merged model use byte-identical .onnx files; only weights differ."),
+    "graph": ("L1 Graph", "The same nodes, edges, attributes, shapes and dtypes, whatever the names."),
+    "optimized_graph": ("L2 Optimised graph", "The same program after the runtime's own optimiser, per provider."),
+    "executed_ops": ("L3 Executed ops", "The profiled run executes the same operators in the same order."),
+    "cost": ("L4 Cost", "The same arithmetic, weight bytes and peak memory."),
+}
+TIME = ("L5 Time", "In interleaved pairs the merged model takes as long as the base model.")
+CONTROL = ("Control: unmerged", "The model with its low-rank branches left in must be told apart, or the proof is blind.")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of evidence. `group` is parity, proof or latency; `key` is its place in the report."""
+
+    group: str
+    key: str
+    title: str
+    shows: str
+    verdict: str
+    evidence: str
+
+
+def overall(verdicts: Iterable[str | None]) -> str:
+    """One verdict for many: fail beats inconclusive beats pass; nothing measured is inconclusive.
+
+    Law: the order of `verdicts` does not matter, and adding one never turns another result into a pass
+    unless nothing was measured before.
+    """
+    measured = {verdict_of({"verdict": verdict}) for verdict in verdicts} - {NOT_MEASURED}
+    if FAIL in measured:
+        return FAIL
+    return PASS if measured == {PASS} else INCONCLUSIVE
+
+
+def verdict_of(part: Mapping[str, Any] | None) -> str:
+    """The verdict of one part of a report. ValueError for a word that is not a verdict."""
+    verdict = (part or {}).get("verdict") or NOT_MEASURED
+    if verdict not in VERDICTS:
+        raise ValueError(f"found the verdict {verdict!r}, expected one of {', '.join(VERDICTS)}")
+    return verdict
+
+
+def checks(report: Mapping[str, Any]) -> list[Check]:
+    """All checks of one release in the order in which a reader wants them, measured or not."""
+    return [*_parity(report), *_proof(report), _latency(report), _control(report)]
+
+
+def _parity(report: Mapping[str, Any]) -> Iterator[Check]:
+    stages = report.get("parity") or {}
+    for key, (title, shows) in PARITY.items():
+        stage = stages.get(key) or {}
+        verdict = _with_figure(verdict_of(stage), stage.get("max_abs"))
+        yield Check("parity", key, title, shows, verdict, _parity_evidence(stage, verdict))
+
+
+def _parity_evidence(stage: Mapping[str, Any], verdict: str) -> str:
+    if stage.get("max_abs") is None:
+        return "No finite largest difference was found." if verdict in (FAIL, INCONCLUSIVE) else ""
+    return (
+        f"Largest difference {scientific(stage['max_abs'])} with a tolerance of {scientific(stage.get('tolerance'))}; "
+        f"lowest cosine {cosine(stage.get('min_cosine'))}."
+    )
+
+
+def _proof(report: Mapping[str, Any]) -> Iterator[Check]:
+    proof = report.get("proof") or {}
+    for key, (title, shows) in LADDER.items():
+        rung = proof.get(key) or {}
+        yield Check("proof", key, title, shows, verdict_of(rung), rung.get("detail") or "")
+
+
+def _latency(report: Mapping[str, Any]) -> Check:
+    latency = report.get("latency") or {}
+    verdict = _with_figure(verdict_of(latency), latency.get("ratio"))
+    evidence = ""
+    if latency.get("ratio") is not None:
+        evidence = (
+            f"{ratio(latency['ratio'])} times the base model's time, 95 % interval {band(latency.get('ci95'))}, "
+            f"{latency.get('pairs') or 'unknown number of'} pairs."
+        )
+    return Check("latency", "time", *TIME, verdict, f"{evidence} {latency.get('advice') or ''}".strip())
+
+
+def _control(report: Mapping[str, Any]) -> Check:
+    control = ((report.get("proof") or {}).get("control") or {}).get("unmerged") or {}
+    verdict = {True: PASS, False: FAIL}.get(control.get("detected"), NOT_MEASURED)
+    return Check("proof", "control", *CONTROL, verdict, control.get("detail") or "")
+
+
+def _with_figure(verdict: str, figure: float | None) -> str:
+    """A pass without its deciding figure (absent, or NaN written as null) is inconclusive."""
+    return INCONCLUSIVE if verdict == PASS and figure is None else verdict
