@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -126,7 +128,8 @@ def load_clip(model: str = "", *, pretrained: str = "", weights: Path | None = N
         known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
         raise Unsupported(f"{model} has no pretrained tag {pretrained!r}", f"known tags: {known}")
     try:
-        module = open_clip.create_model(model, pretrained=pretrained or None, load_weights=bool(pretrained), device=device)
+        with _quiet():
+            module = open_clip.create_model(model, pretrained=pretrained or None, load_weights=bool(pretrained), device=device)
     except (OSError, RuntimeError) as error:
         raise Unsupported(f"open_clip cannot make {model} {pretrained}: {_first_line(error)}", "fetch the weights once with network, or give base.weights") from error
     if weights is not None:
@@ -134,6 +137,17 @@ def load_clip(model: str = "", *, pretrained: str = "", weights: Path | None = N
     module.eval().requires_grad_(False)
     preprocess = Preprocess(PreprocessCfg(**open_clip.get_model_preprocess_cfg(module)))
     return Clip(f"{model}/{pretrained}" if pretrained else model, module, preprocess, open_clip.get_tokenizer(model))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip warns that a model without a tag is random; here its weights follow from a file."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
 
 
 def _register(config: Path) -> str:

@@ -28,6 +28,11 @@ class RankOneLinear(nn.Module):
         super().__init__()
         self.base, self.pool = base, pool
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """The frozen weight (out, in): open_clip asks the MLP for its dtype."""
+        return self.base.weight
+
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.pool(x)
 

@@ -77,7 +77,7 @@ class ExpertPool(nn.Module):
     def route(self, x: Tensor) -> Tensor:
         """The batch's gate (r,) from the votes of its samples; in training mode the votes are counted."""
         probabilities = self.router(x[:, 0]).softmax(-1)
-        ranked = torch.sort(probabilities, -1, descending=True, stable=True).indices[:, : self.settings.k_train]
+        ranked = torch.sort(probabilities, dim=-1, descending=True, stable=True).indices[:, : self.settings.k_train]
         votes = torch.bincount(ranked.reshape(-1), minlength=self.settings.rank)
         if self.training:
             self.counts += votes

@@ -166,7 +166,7 @@ _PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "vertical stripes": lambda x, y: _wave(x) + 0 * y,
     "diagonal stripes": lambda x, y: _wave((x + y) / 1.4),
     "checks": lambda x, y: 2 * _wave(x / 1.5) * _wave(y / 1.5),
-    "dots": lambda x, y: 0.3 + _wave(x) + _wave(y),
+    "dots": lambda x, y: 0.8 * (np.cos(2 * np.pi * x / 1.2) + np.cos(2 * np.pi * y / 1.2) - 0.7),
     "grid": lambda x, y: np.maximum(_wave(x / 1.3), _wave(y / 1.3)) - 0.5,
     "rings": lambda x, y: _wave(np.hypot(x, y)),
     "zigzags": lambda x, y: _wave(y + 0.45 * _wave(x / 1.5)),

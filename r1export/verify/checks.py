@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from r1export.verify.figures import band, cosine, ratio, scientific
+from r1export.verify.figures import band, cosine, percent, ratio, scientific
 
 PASS, FAIL, INCONCLUSIVE, NOT_MEASURED = "pass", "fail", "inconclusive", "not measured"
 VERDICTS = (PASS, INCONCLUSIVE, FAIL, NOT_MEASURED)
 
 PARITY = {
-    "merge": ("Merge", "FROZEN experts in torch against the merged model in torch: the one merge is right."),
-    "export": ("Export", "Merged model in torch against ONNX: the export is right."),
-    "total": ("Total", "FROZEN experts in torch against ONNX: what was trained is what the device runs."),
+    "merge": ("Merge", "The experts as trained, unmerged, against the merged model, both in torch: the merge is right."),
+    "export": ("Export", "The merged model in torch against ONNX: the export is right."),
+    "total": ("Total", "The unmerged experts in torch against ONNX: the device runs what was trained."),
 }
 LADDER = {
     "same_file": ("L0 Same file", "Base and merged model use byte-identical .onnx files; only weights differ."),
@@ -92,13 +92,21 @@ def _proof(report: Mapping[str, Any]) -> Iterator[Check]:
 def _latency(report: Mapping[str, Any]) -> Check:
     latency = report.get("latency") or {}
     verdict = _with_figure(verdict_of(latency), latency.get("ratio"))
-    evidence = ""
+    return Check("latency", "time", *TIME, verdict, " ".join(_latency_evidence(latency)))
+
+
+def _latency_evidence(latency: Mapping[str, Any]) -> Iterator[str]:
     if latency.get("ratio") is not None:
-        evidence = (
-            f"{ratio(latency['ratio'])} times the base model's time, 95 % interval {band(latency.get('ci95'))}, "
-            f"{latency.get('pairs') or 'unknown number of'} pairs."
-        )
-    return Check("latency", "time", *TIME, verdict, f"{evidence} {latency.get('advice') or ''}".strip())
+        margin = f", margin {percent(latency['margin'], 0)}" if latency.get("margin") else ""
+        yield f"{ratio(latency['ratio'])} times the base, 95 % interval {band(latency.get('ci95'))}{margin}."
+    if latency.get("pairs"):
+        yield f"{latency['pairs']} pairs."
+    if floor := latency.get("noise_floor"):
+        yield f"Base against itself: {band(floor.get('ci95'))}."
+    if latency.get("unmerged_ratio") is not None:
+        yield f"Unmerged: {ratio(latency['unmerged_ratio'])}."
+    if latency.get("advice"):
+        yield latency["advice"]
 
 
 def _control(report: Mapping[str, Any]) -> Check:

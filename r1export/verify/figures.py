@@ -7,13 +7,13 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def scientific(value: float | None) -> str:
-    """3.1e-6 with two significant digits; exact zero is 0."""
+    """3.1e-6, with two significant digits and a plain hyphen so that it can be copied into a recipe; exact zero is 0."""
     if value is None:
         return MISSING
     if value == 0:
         return "0"
     digits, exponent = f"{value:.1e}".split("e")
-    return f"{digits}e{int(exponent)}".replace("-", MINUS)
+    return f"{digits}e{int(exponent)}"
 
 
 def cosine(value: float | None) -> str:
@@ -31,8 +31,13 @@ def percent(value: float | None, digits: int = 1) -> str:
         return MISSING
     text = f"{100 * value:.{digits}f}"
     if value < 1 and float(text) == 100:
-        text = f"{100 - 10 ** -digits:.{digits}f}"
+        text = f"{100 - 10**-digits:.{digits}f}"
     return f"{text} %".replace("-", MINUS)
+
+
+def points(value: float | None) -> str:
+    """A difference of two fractions in percentage points."""
+    return MISSING if value is None else f"{percent(value).removesuffix(' %')} points"
 
 
 def ratio(value: float | None) -> str:

@@ -1,0 +1,35 @@
+"""What a CLIP can do: class embeddings and zero-shot accuracy of a task."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from r1export.adapt.clip import Clip
+from r1export.adapt.metrics import top1
+from r1export.adapt.pixels import Pixels
+from r1export.adapt.tasks import Task
+
+BATCH = 128  # images or prompts encoded at a time
+
+
+@torch.inference_mode()
+def class_embeddings(clip: Clip, task: Task) -> np.ndarray:
+    """Unit-norm float32 (C, D): for each class the mean of the embeddings of all its prompts, normalised again."""
+    prompts = [template.format(name) for name in task.classes for template in task.templates]
+    tokens = clip.tokenize(prompts)
+    embeds = torch.cat([clip.encode_text(part) for part in tokens.split(BATCH)])
+    means = embeds.view(len(task.classes), len(task.templates), -1).mean(1)
+    return F.normalize(means, dim=-1).float().cpu().numpy()
+
+
+@torch.inference_mode()
+def image_embeddings(clip: Clip, pixels: Pixels) -> np.ndarray:
+    """Unit-norm float32 (n, D)."""
+    return torch.cat([clip.encode_image(batch) for batch in pixels.batches(BATCH)]).float().cpu().numpy()
+
+
+def accuracy(clip: Clip, task: Task, test: Pixels) -> float:
+    """Top-1 accuracy on the task's test images among the task's own class names."""
+    return top1(image_embeddings(clip, test), class_embeddings(clip, task), task.test.labels)

@@ -1,0 +1,159 @@
+"""Train the pools on one task. Every random choice is a function of (seed, task, step), so a resumed run is the same run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from r1export.adapt.clip import Clip
+from r1export.adapt.experts import load_pool_tensors_, pool_tensors
+from r1export.adapt.losses import in_batch_loss, orthogonality_loss
+from r1export.adapt.pixels import Pixels
+from r1export.adapt.pool import ExpertPool
+from r1export.adapt.tasks import Task
+from r1export.errors import InputError
+from r1export.update.container import read_tensors, write_tensors
+from r1export.update.factors import Rows
+
+Pools = dict[Rows, ExpertPool]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Optimisation of one task: AdamW with a cosine schedule. Defaults: arXiv 2601.22828."""
+
+    iterations: int = 500
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    min_learning_rate: float = 1e-6
+    weight_decay: float = 1e-2
+    orthogonality_weight: float = 0.1
+    checkpoint_every: int = 50
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step reports: `loss` is the supervised loss, `orthogonality` the weighted AGO loss, `seconds` its time."""
+
+    number: int
+    loss: float
+    orthogonality: float
+    seconds: float
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint holds beside the tensors of the pools."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+
+
+def seed_of(seed: int, *path: int) -> int:
+    """An independent 63-bit seed for each path of small integers below `seed`."""
+    return int(np.random.SeedSequence([seed, *path]).generate_state(2, np.uint32).astype(np.uint64) @ np.array([1, 1 << 31], np.uint64))
+
+
+def reset_pools_(pools: Pools, seed: int, task: int) -> None:
+    """Fresh experts for task number `task`."""
+    generator = torch.Generator().manual_seed(seed_of(seed, task, 0))
+    for pool in pools.values():
+        pool.reset_(generator)
+
+
+def batch_indices(images: int, batch_size: int, step: int, seed: int, task: int) -> np.ndarray:
+    """The images of one step, int64 (batch,): shuffled epochs one after the other, a batch may span two."""
+    size = min(batch_size, images)
+    wanted = np.arange(step * size, (step + 1) * size)
+    epochs = {e: np.random.default_rng(seed_of(seed, task, 1, e)).permutation(images) for e in set((wanted // images).tolist())}
+    return np.array([epochs[n // images][n % images] for n in wanted.tolist()])
+
+
+def learning_rate(step: int, settings: TrainSettings) -> float:
+    """Cosine from `learning_rate` at step 0 to `min_learning_rate` at the last."""
+    share = (1 + math.cos(math.pi * step / settings.iterations)) / 2
+    return settings.min_learning_rate + (settings.learning_rate - settings.min_learning_rate) * share
+
+
+def train_pools_(
+    clip: Clip, pools: Pools, task: Task, train: Pixels, settings: TrainSettings, *, number: int, checkpoint: Path | None = None, on_step: Callable[[Step], None] = lambda step: None
+) -> list[float]:
+    """Teach the pools task number `number` (from 1) and return the supervised loss of every step.
+
+    `clip.model` carries the pools; nothing else of it changes. With `checkpoint`, the state is written there every
+    `checkpoint_every` steps, picked up again if the file is there, and removed at the end.
+
+    Raises InputError if the loss is not finite.
+    """
+    parameters = [parameter for pool in pools.values() for parameter in pool.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    prompts = _prompts(clip, task, settings.seed, number)
+    progress = _Progress()
+    if checkpoint is not None and checkpoint.exists():
+        progress = _load_checkpoint_(checkpoint, pools, optimizer)
+    clip.model.train()
+    while progress.step < settings.iterations:
+        started = time.perf_counter()
+        torch.manual_seed(seed_of(settings.seed, number, 2, progress.step))  # dropout
+        indices = batch_indices(len(train), settings.batch_size, progress.step, settings.seed, number)
+        labels = torch.from_numpy(task.train.labels[indices]).to(clip.device)
+        loss = _supervised_loss(clip, train.batch(indices), labels, prompts)
+        extra = orthogonality_loss(pools.values()) * settings.orthogonality_weight if number > 1 else loss.new_zeros(())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress.step, settings)
+        optimizer.zero_grad()
+        (loss + extra).backward()
+        optimizer.step()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise InputError(f"task {task.name}: the loss is {value} at step {progress.step + 1}", "lower train.learning_rate")
+        progress.step += 1
+        progress.losses.append(value)
+        on_step(Step(progress.step, value, extra.item(), time.perf_counter() - started))
+        if checkpoint is not None and progress.step % settings.checkpoint_every == 0:
+            _write_checkpoint(checkpoint, pools, optimizer, progress)
+    clip.model.eval()
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return progress.losses
+
+
+def _prompts(clip: Clip, task: Task, seed: int, number: int) -> Tensor:
+    """One prompt per class, int64 (C, L): a task is learned with one of its templates, drawn at random."""
+    template = task.templates[np.random.default_rng(seed_of(seed, number, 3)).integers(len(task.templates))]
+    return clip.tokenize([template.format(name) for name in task.classes])
+
+
+def _supervised_loss(clip: Clip, pixels: Tensor, labels: Tensor, prompts: Tensor) -> Tensor:
+    """Each class of the batch is encoded once, however many images share it."""
+    present, positions = labels.unique(return_inverse=True)
+    image, text = clip.encode_image(pixels), clip.encode_text(prompts[present])
+    return in_batch_loss(clip.model.logit_scale.exp() * image @ text.T, positions)
+
+
+def _write_checkpoint(path: Path, pools: Pools, optimizer: torch.optim.Optimizer, progress: _Progress) -> None:
+    state = optimizer.state_dict()["state"]
+    tensors = {f"optimizer.{i}.{name}": value.cpu().numpy() for i, slot in state.items() for name, value in slot.items()}
+    losses = np.array(progress.losses, np.float64)
+    write_tensors(path, {"losses": losses, **pool_tensors(pools), **tensors})
+
+
+def _load_checkpoint_(path: Path, pools: Pools, optimizer: torch.optim.Optimizer) -> _Progress:
+    tensors = read_tensors(path)
+    load_pool_tensors_(pools, tensors)
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, slot = name.split(".")
+            slots.setdefault(int(i), {})[slot] = torch.from_numpy(value)
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    losses = tensors["losses"].tolist()
+    return _Progress(len(losses), losses)

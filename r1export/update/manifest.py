@@ -1,0 +1,292 @@
+"""What a field update says of itself: the signed JSON of a bundle, parsed strictly into frozen values.
+
+Laws: `Manifest.parse(m.to_bytes()) == m`; whatever `parse` accepts has a payload without gaps, overlaps or surprises,
+so that readers need no check of their own. The format is described in docs/bundle-format.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from r1export.errors import InputError, Unsupported
+from r1export.update.factors import PROCEDURE, Rows
+from r1export.update.strict import REMEDY, Fields, items, matching, parse_json, places, whole, wrong
+
+FORMAT = "r1export.bundle/1"
+UPDATER = 1  # what this updater understands; a manifest may require more
+MAX_MANIFEST = 1 << 20  # bytes
+MAX_PAYLOAD = 64 << 20  # bytes
+ALIGN = 8  # every update and every part of a file starts at a multiple of it
+ITEMSIZE = {"F32": 4, "F16": 2}
+PROCEDURES = (PROCEDURE,)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+_TEXT = re.compile(r"[\x20-\x7e]{1,200}")
+_PARAMETER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,199}")
+_PATH = re.compile(r"(?=.{1,200}\Z)[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*){0,7}")
+_DTYPE = re.compile("|".join(ITEMSIZE))
+_SOURCE = re.compile("base|payload")
+_RESERVED = re.compile(r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")  # names that Windows gives to devices
+OWN_FILES = ("update.r1u",)  # what the device itself keeps in a slot
+
+
+@dataclass(frozen=True)
+class Base:
+    """The immutable base that every version starts from: its tensors' digest and that of its manifest.json."""
+
+    name: str
+    sha256: str
+    manifest: str
+
+
+@dataclass(frozen=True)
+class Experts:
+    """k rank-1 experts of one adapted linear; `u` and `v` are offsets of (rows, k) and (k, in_features) in the payload."""
+
+    rows: Rows
+    in_features: int
+    k: int
+    u: int
+    v: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """One task's experts. `sha256` is that of its factors.safetensors; without `experts` the device has to hold it already."""
+
+    task: str
+    sha256: str
+    dtype: str = ""
+    experts: tuple[Experts, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """`nbytes` bytes from `offset` of the payload, or of the base's file of the same path."""
+
+    source: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the version: its parts one after the other, or (None) the base's file with the merged tensors put in."""
+
+    path: str
+    nbytes: int
+    sha256: str
+    parts: tuple[Part, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Health:
+    """Limits of the check on golden inputs: difference of embeddings, cosine, and share of equal top-1 answers."""
+
+    max_abs: float
+    min_cosine: float
+    min_agreement: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that is signed. Times are seconds since 1970 UTC; `expires` 0 means never."""
+
+    name: str
+    product: str
+    device_class: str
+    seq: int
+    min_seq: int
+    created: int
+    expires: int
+    base: Base
+    payload_bytes: int
+    payload_sha256: str
+    updates: tuple[Update, ...]
+    tensors: dict[str, str]
+    files: tuple[File, ...]
+    health: Health
+    evidence: dict[str, str]
+    algorithm: str = PROCEDURE
+    min_updater: int = UPDATER
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files of the version."""
+        return sum(file.nbytes for file in self.files)
+
+    def to_bytes(self) -> bytes:
+        """The JSON to be signed."""
+        document: dict[str, Any] = {
+            "format": FORMAT,
+            "min_updater": self.min_updater,
+            "name": self.name,
+            "product": self.product,
+            "device_class": self.device_class,
+            "seq": self.seq,
+            "min_seq": self.min_seq,
+            "created": self.created,
+            "expires": self.expires,
+            "algorithm": self.algorithm,
+            "base": {"name": self.base.name, "sha256": self.base.sha256, "manifest": self.base.manifest},
+            "payload": {"bytes": self.payload_bytes, "sha256": self.payload_sha256},
+            "updates": [_update_json(update) for update in self.updates],
+            "tensors": self.tensors,
+            "files": [_file_json(file) for file in self.files],
+            "health": {"max_abs": self.health.max_abs, "min_cosine": self.health.min_cosine, "min_agreement": self.health.min_agreement},
+            "evidence": self.evidence,
+        }
+        return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+
+    @classmethod
+    def parse(cls, data: bytes) -> Manifest:
+        """Inverse of `to_bytes`, for bytes that anyone may have written.
+
+        Raises:
+            InputError: malformed, ambiguous or beyond a limit; the message names the member.
+            Unsupported: well-formed, but for a newer updater or another algorithm.
+        """
+        fields = parse_json(data, "manifest", MAX_MANIFEST)
+        _refuse_newer(fields)
+        seq = fields.integer("seq", 1)
+        base, payload, health = fields.object("base"), fields.object("payload"), fields.object("health")
+        manifest = cls(
+            name=fields.text("name", _NAME),
+            product=fields.text("product", _NAME),
+            device_class=fields.text("device_class", _NAME),
+            seq=seq,
+            min_seq=fields.integer("min_seq", 0, seq),
+            created=fields.integer("created"),
+            expires=fields.integer("expires"),
+            base=Base(base.text("name", _TEXT), base.digest("sha256"), base.digest("manifest")),
+            payload_bytes=payload.integer("bytes", 0, MAX_PAYLOAD),
+            payload_sha256=payload.digest("sha256"),
+            updates=tuple(_update(item) for item in places(fields.array("updates", 1024))),
+            tensors=fields.digests("tensors", _PARAMETER, 65536),
+            files=tuple(_file(item) for item in places(fields.array("files", 4096))),
+            health=Health(health.number("max_abs", 0, 10), health.number("min_cosine", -1, 1), health.number("min_agreement", 0, 1)),
+            evidence=fields.digests("evidence", _PATH, 16),
+        )
+        for part in (base, payload, health, fields):
+            part.done()
+        _check_paths(manifest.files)
+        _check_tensors(manifest)
+        _check_payload(manifest)
+        return manifest
+
+
+def _refuse_newer(fields: Fields) -> None:
+    form, updater, algorithm = fields.text("format", _TEXT), fields.integer("min_updater", 1), fields.text("algorithm", _TEXT)
+    if form != FORMAT or updater > UPDATER or algorithm not in PROCEDURES:
+        raise Unsupported(
+            f"the update is {form}, for updater {updater}, algorithm {algorithm}; this one knows {FORMAT}, {UPDATER}, {', '.join(PROCEDURES)}",
+            "update the updater first",
+        )
+
+
+def _update(fields: Fields) -> Update:
+    task, sha256 = fields.text("task", _NAME), fields.digest("sha256")
+    if "experts" not in fields:
+        fields.done()
+        return Update(task, sha256)
+    update = Update(task, sha256, fields.text("dtype", _DTYPE), tuple(_experts(item) for item in places(fields.array("experts", 16384))))
+    fields.done()
+    if not update.experts:
+        raise wrong(f"{fields.place}.experts", [], "at least one, or no such member")
+    for one, other in zip(update.experts, update.experts[1:], strict=False):
+        if not one.rows < other.rows or (one.rows.parameter == other.rows.parameter and other.rows.start < one.rows.stop):
+            raise InputError(f"{fields.place}: {other.rows} after {one.rows}", "experts have to be sorted and must not overlap")
+    return update
+
+
+def _experts(fields: Fields) -> Experts:
+    parameter = fields.text("tensor", _PARAMETER)
+    rows = [whole(item, place, 0, 999_999_999) for item, place in fields.array("rows", 2)]
+    if len(rows) != 2 or rows[0] >= rows[1]:
+        raise wrong(f"{fields.place}.rows", rows, "start and stop, with start < stop")
+    size = {"low": 1, "high": MAX_PAYLOAD}
+    experts = Experts(Rows(parameter, *rows), fields.integer("in", **size), fields.integer("k", **size), fields.integer("u"), fields.integer("v"))
+    fields.done()
+    return experts
+
+
+def _file(fields: Fields) -> File:
+    path, nbytes, sha256 = fields.text("path", _PATH), fields.integer("bytes"), fields.digest("sha256")
+    parts = tuple(_part(item, place) for item, place in fields.array("parts", 4096)) if "parts" in fields else None
+    fields.done()
+    if parts is not None and sum(part.nbytes for part in parts) != nbytes:
+        raise InputError(f"{fields.place}: the parts of {path} are not {nbytes} bytes", REMEDY)
+    return File(path, nbytes, sha256, parts)
+
+
+def _part(value: Any, place: str) -> Part:
+    members = items(value, place, 3)
+    if len(members) != 3:
+        raise wrong(place, value, "[source, offset, bytes]")
+    return Part(matching(*members[0], _SOURCE), whole(*members[1]), whole(*members[2], low=1))
+
+
+def _check_paths(files: tuple[File, ...]) -> None:
+    """No file twice (Windows and macOS ignore case), none where another needs a folder, none that a system treats specially."""
+    names = [file.path.casefold() for file in files]
+    taken = set(names)
+    for name in names:
+        segments = name.split("/")
+        parents = {"/".join(segments[:depth]) for depth in range(1, len(segments))}
+        if parents & taken or name in OWN_FILES or any(_RESERVED.fullmatch(part) or part.endswith(".") for part in segments):
+            raise InputError(f"manifest.files: {name} is not allowed or stands in the way of another", REMEDY)
+    if len(taken) != len(files) or "manifest.json" not in taken:
+        raise InputError("manifest.files: a file occurs twice, or manifest.json is missing", REMEDY)
+
+
+def _check_tensors(manifest: Manifest) -> None:
+    """A result digest for every merged parameter that this bundle carries, and none without any update."""
+    named = {experts.rows.parameter for update in manifest.updates for experts in update.experts}
+    if not named <= set(manifest.tensors) or (manifest.tensors and not manifest.updates):
+        raise InputError("manifest.tensors: not the parameters that the updates change", REMEDY)
+    if len({update.sha256 for update in manifest.updates}) != len(manifest.updates):
+        raise InputError("manifest.updates: an update occurs twice", REMEDY)
+
+
+def _check_payload(manifest: Manifest) -> None:
+    """Offsets follow from the sizes alone: anything else is a gap, an overlap or a misalignment."""
+    end = 0
+    for offset, nbytes, aligned in payload_regions(manifest):
+        expected = end + (-end % ALIGN if aligned else 0)
+        if offset != expected:
+            raise InputError(f"manifest: payload offset {offset}, expected {expected}", REMEDY)
+        end = offset + nbytes
+    if end != manifest.payload_bytes:
+        raise InputError(f"manifest: the payload has {manifest.payload_bytes} bytes, {end} are used", REMEDY)
+
+
+def payload_regions(manifest: Manifest) -> Iterator[tuple[int, int, bool]]:
+    """(offset, bytes, whether it starts at a multiple of ALIGN) of everything in the payload, in order."""
+    for update in manifest.updates:
+        size = ITEMSIZE[update.dtype] if update.dtype else 0
+        for number, experts in enumerate(update.experts):
+            yield experts.u, (experts.rows.stop - experts.rows.start) * experts.k * size, number == 0
+            yield experts.v, experts.k * experts.in_features * size, False
+    for file in manifest.files:
+        for part in file.parts or ():
+            if part.source == "payload":
+                yield part.offset, part.nbytes, True
+
+
+def _update_json(update: Update) -> dict[str, Any]:
+    document: dict[str, Any] = {"task": update.task, "sha256": update.sha256}
+    if update.experts:
+        experts = [{"tensor": e.rows.parameter, "rows": [e.rows.start, e.rows.stop], "in": e.in_features, "k": e.k, "u": e.u, "v": e.v} for e in update.experts]
+        document |= {"dtype": update.dtype, "experts": experts}
+    return document
+
+
+def _file_json(file: File) -> dict[str, Any]:
+    document: dict[str, Any] = {"path": file.path, "bytes": file.nbytes, "sha256": file.sha256}
+    if file.parts is not None:
+        document["parts"] = [[part.source, part.offset, part.nbytes] for part in file.parts]
+    return document

@@ -1,0 +1,191 @@
+"""Pre-train the packaged base model on the drawn world and print what it can do. For maintainers; minutes on two cores.
+
+    python scripts/make_world_base.py --out FOLDER
+
+Every image is drawn once and never seen again. Each attribute of an image (colour, shape, colour and shape, size, style,
+background) is a question: which of the possible captions is true? The pairs in UNSEEN_PAIRS are never drawn or named,
+and nothing of the other builtin tasks is. Same seed, machine and thread count: same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from r1export.adapt.tasks import ImageSet, Task
+from r1export.adapt.world import BUILTIN_MODELS, COLOURS, PAIRS, SHAPES, UNSEEN_PAIRS, Scene, draw_scene, image_rng, load_builtin
+
+SEEN_PAIRS = [pair for pair in PAIRS if pair not in UNSEEN_PAIRS]
+TEMPLATES = ["a {}.", "{}", "the {}.", "a picture of a {}.", "an image of the {}.", "a drawing of a {}.", "a photo of one {}.", "this is a {}."]
+# Question -> its possible answers, as phrases for the templates.
+QUESTIONS = {
+    "pair": [f"{colour} {shape}" for colour, shape in SEEN_PAIRS],
+    "colour": [f"{colour} shape" for colour in COLOURS],
+    "shape": list(SHAPES),
+    "size": ["small shape", "large shape"],
+    "style": ["solid shape", "outlined shape"],
+    "background": ["shape on a dark background", "shape on a light background"],
+}
+WEIGHTS = {"pair": 1.0, "colour": 0.5, "shape": 0.5, "size": 0.2, "style": 0.2, "background": 0.2}
+PHRASES = [phrase for answers in QUESTIONS.values() for phrase in answers]
+
+
+def answers_of(scene: Scene) -> list[int]:
+    """Index of the true answer to each question, in the order of QUESTIONS."""
+    words = {"size": f"{scene.size} shape", "style": f"{scene.style} shape", "background": f"shape on a {scene.background} background"}
+    words |= {"pair": f"{scene.colour} {scene.shape}", "colour": f"{scene.colour} shape", "shape": scene.shape}
+    return [answers.index(words[question]) for question, answers in QUESTIONS.items()]
+
+
+def normalise(pixels: np.ndarray) -> Tensor:
+    """uint8 (n, s, s, 3) -> float (n, 3, s, s) as CLIP reads it."""
+    x = torch.from_numpy(pixels).float().div_(255)
+    return ((x - torch.tensor(open_clip.OPENAI_DATASET_MEAN)) / torch.tensor(open_clip.OPENAI_DATASET_STD)).permute(0, 3, 1, 2)
+
+
+def draw_batch(step: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Images (batch, 3, s, s) and answers (batch, questions) of one step."""
+    pixels, answers = [], []
+    for index in range(step * batch, (step + 1) * batch):
+        image, scene = draw_scene(*SEEN_PAIRS[index % len(SEEN_PAIRS)], image_rng("world", "pretrain", index))
+        pixels.append(np.asarray(image))
+        answers.append(answers_of(scene))
+    return normalise(np.stack(pixels)), torch.tensor(answers)
+
+
+class Texts:
+    """Token rows for captions, and for captions of words that mean nothing yet."""
+
+    def __init__(self, tokenizer: open_clip.SimpleTokenizer, seed: int) -> None:
+        self.tokenize, self.random = tokenizer, random.Random(seed)
+        rows = tokenizer([template.format(phrase) for template in TEMPLATES for phrase in PHRASES])
+        self.used = rows.unique()
+
+    def captions(self) -> Tensor:
+        """Every phrase in a random template: (phrases, context)."""
+        return self.tokenize([self.random.choice(TEMPLATES).format(phrase) for phrase in PHRASES])
+
+    def nonsense(self, count: int) -> Tensor:
+        """`count` random one- or two-token phrases, each in two templates: (2 * count, context)."""
+        words = [self.random.choices(range(1000, 49000), k=self.random.choice((1, 2))) for _ in range(count)]
+        return torch.cat([self._fill(self.random.choice(TEMPLATES), word) for _ in range(2) for word in words])
+
+    def _fill(self, template: str, word: list[int]) -> Tensor:
+        before, after = (self.tokenize.encode(part.strip()) for part in template.split("{}"))
+        row = [self.tokenize.sot_token_id, *before, *word, *after, self.tokenize.eot_token_id]
+        return torch.tensor([row + [0] * (self.tokenize.context_length - len(row))])
+
+
+def new_model(seed: int) -> tuple[nn.Module, open_clip.SimpleTokenizer]:
+    """The untrained model. Token rows are random signs: words that no caption uses stay distinct, and git can compress them."""
+    torch.manual_seed(seed)
+    config = BUILTIN_MODELS["world"].config
+    open_clip.add_model_config(config)
+    model = open_clip.create_model(config.stem)
+    model.token_embedding.weight.data.sign_().mul_(0.02)
+    return model, open_clip.get_tokenizer(config.stem)
+
+
+def question_loss(logits: Tensor, answers: Tensor) -> Tensor:
+    """Weighted cross-entropy over the questions. logits (batch, phrases), answers (batch, questions)."""
+    parts = logits.split([len(a) for a in QUESTIONS.values()], dim=1)
+    losses = [w * F.cross_entropy(part, answers[:, k]) for k, (part, w) in enumerate(zip(parts, WEIGHTS.values(), strict=True))]
+    return torch.stack(losses).sum()
+
+
+def nonsense_loss(model: nn.Module, rows: Tensor) -> Tensor:
+    """Two templates of one new word are alike and unlike those of other words: prompts of later tasks start out distinct."""
+    one, two = F.normalize(model.encode_text(rows), dim=-1).chunk(2)
+    return F.cross_entropy(20 * one @ two.T, torch.arange(len(one)))
+
+
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """Weight decay on matrices only, never on token rows: those no caption uses must keep their values."""
+    decay = [p for n, p in model.named_parameters() if p.ndim >= 2 and n != "token_embedding.weight"]
+    plain = [p for n, p in model.named_parameters() if p.ndim < 2 or n == "token_embedding.weight"]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+
+
+def pretrain(model: nn.Module, texts: Texts, steps: int, batch: int, lr: float) -> dict[str, Tensor]:
+    """Train in place; returns the moving average of the weights."""
+    optimizer = make_optimizer(model, lr)
+    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    unused = torch.ones(len(model.token_embedding.weight), 1).index_fill_(0, texts.used, 0).bool()
+    start = time.time()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        images, answers = draw_batch(step, batch)
+        text = F.normalize(model.encode_text(texts.captions()), dim=-1)
+        logits = model.logit_scale.exp() * F.normalize(model.encode_image(images), dim=-1) @ text.T
+        loss = question_loss(logits, answers) + 0.1 * nonsense_loss(model, texts.nonsense(32))
+        optimizer.zero_grad()
+        loss.backward()
+        model.token_embedding.weight.grad.masked_fill_(unused, 0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(50))
+            for name, value in model.state_dict().items():
+                average[name].lerp_(value, 1 - min(0.995, step / (step + 50)))
+        if step % 100 == 0:
+            print(f"step {step} loss {loss.item():.3f} seconds {time.time() - start:.0f}", flush=True)
+    return average
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, tokenize: open_clip.SimpleTokenizer, task: Task, images: ImageSet) -> float:
+    """Zero-shot top-1 of `images` among all classes of the task, in per cent."""
+    text = F.normalize(model.encode_text(tokenize([task.templates[0].format(name) for name in task.classes])), dim=-1)
+    pixels = np.stack([np.asarray(images.read(i)) for i in range(len(images))])
+    chosen = (model.encode_image(normalise(pixels)) @ text.T).argmax(1)
+    return 100 * (chosen.numpy() == images.labels).mean()
+
+
+def print_table(model: nn.Module, tokenize: open_clip.SimpleTokenizer) -> None:
+    """Held-out accuracies with chance beside them."""
+    world = load_builtin("world")
+    unseen = np.isin(world.train.labels, [PAIRS.index(pair) for pair in UNSEEN_PAIRS])
+    rows = [("world, unseen pairs", world, world.train.subset(np.flatnonzero(unseen)))]
+    rows += [(name, task, task.test) for name in ("world", "patterns", "arrows", "digits") for task in [load_builtin(name)]]
+    print(f"{'held-out images':24}{'n':>6}{'top-1':>8}{'chance':>8}")
+    for name, task, images in rows:
+        print(f"{name:24}{len(images):6}{accuracy(model, tokenize, task, images):8.1f}{100 / len(task.classes):8.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the config")
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--batch", type=int, default=192)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, tokenizer = new_model(options.seed)
+    average = pretrain(model, Texts(tokenizer, options.seed), options.steps, options.batch, options.lr)
+    options.out.mkdir(parents=True, exist_ok=True)
+    weights, config = BUILTIN_MODELS["world"]
+    half = {name: value.half().contiguous() for name, value in average.items()}
+    save_file(half, options.out / weights.name)
+    if not (options.out / config.name).exists():
+        shutil.copy(config, options.out / config.name)
+    model.load_state_dict(half)  # the table is about the rounded weights
+    print_table(model.eval(), tokenizer)
+
+
+if __name__ == "__main__":
+    main()
