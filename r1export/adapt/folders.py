@@ -1,7 +1,7 @@
 """A task from images in folders by class, as torchvision's ImageFolder has them.
 
-    DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg    the split is given
-    DIR/CLASS/*.jpg                                   a fifth of each class is held out for the test
+DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg    the split is given
+DIR/CLASS/*.jpg                                   a fifth of each class is held out for the test
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A task from one `.npz` pack of compressed images.
 
-    blob   uint8 (bytes,)    image files (WebP, PNG, JPEG, ...) end to end
-    off    integers (n + 1,) image i is blob[off[i]:off[i + 1]]
-    label  integers (n,)     class of image i
-    split  integers (n,)     0 train, 2 test; others are left out
-    names  strings (c,)      class names; of comma-separated synonyms the first counts
+blob   uint8 (bytes,)    image files (WebP, PNG, JPEG, ...) end to end
+off    integers (n + 1,) image i is blob[off[i]:off[i + 1]]
+label  integers (n,)     class of image i
+split  integers (n,)     0 train, 2 test; others are left out
+names  strings (c,)      class names; of comma-separated synonyms the first counts
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Where a task comes from: `load_task` turns the `source` of a recipe into a checked `Task`.
 
-    folder:DIR         images in folders by class: DIR/train/CLASS/* and DIR/test/CLASS/*, or DIR/CLASS/* (split 80/20)
-    npz:FILE           packed images (arrays `blob`, `off`, `label`, `split`, `names`)
-    torchvision:NAME   one of the eleven MTIL sets, or CIFAR10
-    builtin:NAME       comes with r1export: drawn, or in an installed package
+folder:DIR         images in folders by class: DIR/train/CLASS/* and DIR/test/CLASS/*, or DIR/CLASS/* (split 80/20)
+npz:FILE           packed images (arrays `blob`, `off`, `label`, `split`, `names`)
+torchvision:NAME   one of the eleven MTIL sets, or CIFAR10
+builtin:NAME       comes with r1export: drawn, or in an installed package
 """
 
 from __future__ import annotations

@@ -137,6 +137,11 @@ def verify(envelope: bytes, manifest: bytes, trusted: Sequence[PublicKey], thres
     return tuple(signers)
 
 
+def describe(envelope: bytes) -> list[str]:
+    """The key ids that the envelope claims, verified or not. Raises InputError if it is malformed."""
+    return [keyid for keyid, _ in _parse(envelope)[1]]
+
+
 def _parse(envelope: bytes) -> tuple[str, list[tuple[str, bytes]]]:
     fields = parse_json(envelope, "envelope", MAX_ENVELOPE)
     payload_type = fields.text("payloadType", _TYPE)

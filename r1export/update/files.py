@@ -24,6 +24,11 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_bytes(data: Any) -> str:
+    """SHA-256 of a buffer (bytes, or a contiguous array) in lower-case hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def write_file(path: Path, chunks: bytes | Iterable[bytes | memoryview]) -> None:
     """Write `path` atomically: on any failure the old file, or none, is there.
 

@@ -165,11 +165,11 @@ def accuracy_summary(accuracy: Mapping[str, Any] | None) -> list[tuple[str, str]
     lost = [value for value in accuracy.get("forgetting") or [] if value is not None]
     if lost:
         found.append(("Worst forgetting", points(max(lost))))
-    gaps = accuracy.get("gaps") or {}
-    if gaps.get("G1") is not None:
+    gaps = {key: gap for key, gap in (accuracy.get("gaps") or {}).items() if isinstance(gap, (int, float))}
+    if "G1" in gaps:
         found.append(("Merge gap (G1)", scientific(gaps["G1"])))
     names = {"G2": "Freezing gap (G2)", "G3": "Shrink gap (G3)"}
-    return found + [(title, points(gaps[key])) for key, title in names.items() if gaps.get(key) is not None]
+    return found + [(title, points(gaps[key])) for key, title in names.items() if key in gaps]
 
 
 def facts(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:

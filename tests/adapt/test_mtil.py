@@ -190,11 +190,15 @@ def test_dtd(tmp_path):
     assert red(task.test, 46) == pytest.approx(77, abs=1)
 
 
-@pytest.fixture
-def eurosat(tmp_path):
+def make_eurosat(root: Path) -> None:
     for label, name in enumerate(EUROSAT):
         for n in range(1, 6):
-            put(tmp_path / "eurosat" / "2750" / name / f"{name}_{n}.jpg", 20 * label)
+            put(root / "eurosat" / "2750" / name / f"{name}_{n}.jpg", 20 * label)
+
+
+@pytest.fixture
+def eurosat(tmp_path):
+    make_eurosat(tmp_path)
     return tmp_path
 
 
@@ -355,6 +359,23 @@ def test_a_set_that_is_not_there_is_named_with_its_root(tmp_path, entry):
         mtil.load(entry.torchvision, tmp_path)
     assert refused.value.message.startswith(str(tmp_path))
     assert "data.download" in refused.value.remedy
+
+
+def test_a_set_is_downloaded_only_when_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.EuroSAT, "download", lambda self: make_eurosat(Path(self.root)))
+    with pytest.raises(InputError, match="cannot open EuroSAT"):
+        load_task("torchvision:EuroSAT", root=tmp_path)
+    assert len(load_task("torchvision:EuroSAT", root=tmp_path / "new", download=True).train) == 40
+
+
+def test_a_download_that_fails_is_said_to_be_one(tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(datasets.EuroSAT, "download", fail)
+    with pytest.raises(InputError, match="no route to host") as refused:
+        mtil.load("EuroSAT", tmp_path, download=True)
+    assert "network" in refused.value.remedy
 
 
 def test_a_root_that_does_not_exist_is_refused_and_not_made(tmp_path):

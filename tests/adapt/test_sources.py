@@ -18,7 +18,7 @@ def pets(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for n in range(5):
-            Image.new("RGB", (2, 2)).save(tmp_path / "pets" / name / f"{n}.png")
+            Image.new("RGB", (2, 2), (n, 0, 0)).save(tmp_path / "pets" / name / f"{n}.png")
     return tmp_path
 
 
@@ -35,6 +35,11 @@ def test_an_absolute_path_does_not(pets):
 def test_a_name_and_templates_replace_those_of_the_source(pets):
     task = load_task("folder:pets", root=pets, name="animals", templates=("a painting of a {}.",))
     assert (task.name, task.templates) == ("animals", ("a painting of a {}.",))
+
+
+def test_the_seed_decides_the_split_of_a_folder(pets):
+    held_out = {load_task("folder:pets", root=pets, seed=seed).test.read(0).getpixel((0, 0)) for seed in range(9)}
+    assert len(held_out) > 1
 
 
 def test_environment_variables_and_home_are_expanded_in_source_and_root(pets, monkeypatch):

@@ -1,0 +1,203 @@
+"""A release: one folder that can be deployed by itself, written whole or not at all, in the time of writing its bytes.
+
+The .onnx files are copied from the one export; only the weights and what follows from them are new.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from r1export.errors import InputError
+from r1export.export.client import write_tokenizer
+from r1export.export.graph import GRAPHS
+from r1export.export.weight_map import WeightMap
+from r1export.update.container import NAMES, write_layout, write_tensors
+from r1export.update.factors import PROCEDURE
+from r1export.update.files import new_folder, sha256_bytes, sha256_file, write_file, write_json
+
+FORMAT = "r1export.release/1"
+UNLISTED = ("manifest.json", "README.md", "report.json", "report.md", "report.html", "report.xml")  # made from the manifest, or after it
+
+
+@dataclass(frozen=True)
+class TaskClasses:
+    """Class embeddings (C, D) of one task, the names and templates they were made from, and how well they do."""
+
+    name: str
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    embeddings: np.ndarray
+    learned: bool
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Real inputs and the outputs that torch gives for them: what a client compares its own outputs with."""
+
+    pixel_values: np.ndarray
+    image_embeds: np.ndarray
+    input_ids: np.ndarray
+    text_embeds: np.ndarray
+
+
+@dataclass(frozen=True)
+class ReleaseContent:
+    """Everything that makes one release, as values."""
+
+    name: str
+    sequence: int
+    base: Mapping[str, str]
+    updates: tuple[Mapping[str, str], ...]
+    weights: Mapping[str, np.ndarray]
+    tasks: tuple[TaskClasses, ...]
+    golden: Golden
+    preprocess: Mapping[str, Any]
+    tokenizer: Any
+    graph_digests: Mapping[str, str]
+    accuracy: Mapping[str, float]
+    versions: Mapping[str, str]
+    tolerance: Mapping[str, float]
+
+
+def write_release(content: ReleaseContent, graphs: Path, path: Path) -> dict[str, Any]:
+    """Write the release folder `path` and return its manifest. `graphs` is the folder of the one export.
+
+    Raises:
+        InputError: no space, no permission; nothing half-written is left.
+    """
+    weights = WeightMap.read(graphs / "weight_map.json")
+    with refused_writes(path), new_folder(path) as folder:
+        for graph in GRAPHS:
+            shutil.copyfile(graphs / graph, folder / graph)
+        tensors = {file: weights.stored(file, content.weights) for file in weights.files}
+        for file, stored in tensors.items():
+            write_layout(folder / file, weights.layout(file), lambda spec, stored=stored: stored[spec.name])
+        _write_classes(content.tasks, folder / "classes")
+        write_json(folder / "preprocess.json", content.preprocess)
+        write_tokenizer(content.tokenizer, folder / "tokenizer")
+        write_tensors(folder / "golden.safetensors", {n: getattr(content.golden, n) for n in ("input_ids", "pixel_values", "image_embeds", "text_embeds")})
+        manifest = _manifest(content, folder, weights, tensors)
+        write_json(folder / "manifest.json", manifest)
+        write_file(folder / "README.md", model_card(manifest).encode())
+    return manifest
+
+
+class refused_writes:
+    """Turns an OSError while writing under `path` into one line that names the place and the remedy."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise InputError(f"{self.path} could not be written: {error.strerror or error}", "make room or choose another --out; what was there is unchanged") from error
+
+
+def _write_classes(tasks: tuple[TaskClasses, ...], folder: Path) -> None:
+    folder.mkdir()
+    for task in tasks:
+        write_tensors(folder / f"{task.name}.safetensors", {"class_embeds": task.embeddings})
+        write_json(folder / f"{task.name}.json", {"task": task.name, "classes": list(task.classes), "templates": list(task.templates), "learned": task.learned})
+
+
+def _manifest(content: ReleaseContent, folder: Path, weights: WeightMap, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    listed = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNLISTED)
+    return {
+        "format": FORMAT,
+        "name": content.name,
+        "sequence": content.sequence,
+        "procedure": PROCEDURE,
+        "precision": "fp32",
+        "base": dict(content.base),
+        "updates": [dict(update) for update in content.updates],
+        "tasks": [{"name": t.name, "classes": len(t.classes), "learned": t.learned, "accuracy": content.accuracy.get(t.name)} for t in content.tasks],
+        "graphs": dict(content.graph_digests),
+        "golden": dict(content.tolerance),
+        "files": {path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in listed},
+        "tensors": _tensor_map(weights, tensors),
+        "versions": dict(content.versions),
+    }
+
+
+def _tensor_map(weights: WeightMap, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Parameter -> where its bytes lie, in which form, and their digest."""
+    entries = {}
+    for file, placed in weights.files.items():
+        specs = weights.layout(file).by_name
+        for placement in placed:
+            spec, stored = specs[placement.parameter], tensors[file][placement.parameter]
+            entries[spec.name] = {
+                "file": file, "offset": spec.offset, "bytes": spec.nbytes, "dtype": NAMES[spec.dtype], "shape": list(spec.shape),
+                "transposed": placement.transposed, "sha256": sha256_bytes(stored),
+            }  # fmt: skip
+    return entries
+
+
+def read_manifest(release: Path) -> dict[str, Any]:
+    """Raises InputError if `release` is not a release folder."""
+    path = release / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}, expected {FORMAT}")
+        return manifest
+    except FileNotFoundError:
+        raise InputError(f"{release}: no manifest.json", "give a release folder, for example RUN/releases/01-NAME") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a release manifest: {error}", "write the release again with r1export export") from error
+
+
+def model_card(manifest: Mapping[str, Any]) -> str:
+    """README.md of the release."""
+    learned = [task for task in manifest["tasks"] if task["learned"]]
+    rows = "\n".join(f"| {t['name']} | {t['classes']} | {_percent(t['accuracy'])} | {'yes' if t['learned'] else 'no'} |" for t in manifest["tasks"])
+    digests = "\n".join(f"    {entry['sha256']}  {name}" for name, entry in manifest["files"].items() if name.endswith((".onnx", ".safetensors")))
+    return CARD.format(name=manifest["name"], base=manifest["base"]["name"], count=len(learned), rows=rows, digests=digests, version=manifest["versions"].get("r1export", "?"))
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{100 * value:.1f} %"
+
+
+CARD = """# {name}
+
+CLIP as ONNX, made by r1export {version} from base model `{base}`, with {count} learned task(s) merged into its weights.
+The graphs are those of the base model, byte for byte; only the weights differ.
+
+| task | classes | top-1 | learned |
+|---|---|---|---|
+{rows}
+
+## Use
+
+```python
+import json, numpy as np, onnxruntime as ort
+from safetensors.numpy import load_file
+from PIL import Image
+p = json.load(open("preprocess.json"))
+image = Image.open("image.png").convert("RGB").resize(p["size"][::-1], Image.BICUBIC)  # or resize the short side and crop
+pixels = (np.asarray(image, np.float32) / 255 - p["mean"]) / p["std"]
+classes = load_file("classes/TASK.safetensors")["class_embeds"]
+session = ort.InferenceSession("classify.onnx", providers=["CPUExecutionProvider"])
+logits = session.run(None, {{"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32), "class_embeds": classes}})[0]
+print(json.load(open("classes/TASK.json"))["classes"][logits.argmax()])
+```
+
+`visual.onnx` and `textual.onnx` give L2-normalised embeddings; `golden.safetensors` holds inputs and expected outputs
+for a self-test; `manifest.json` lists every file's SHA-256 and where each parameter lies.
+
+## Digests
+
+{digests}
+"""
+

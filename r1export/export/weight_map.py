@@ -1,0 +1,124 @@
+"""Which initializer of an exported graph holds which parameter of the model, found by content.
+
+The exporter folds transposes and loses names. So the model is exported with sentinel weights, random tensors no two of
+which are equal, and every parameter is looked for among the initializers by its bytes, straight or transposed. A
+parameter that is folded into something else is not found, and the map refuses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from r1export.errors import InputError, Unsupported
+from r1export.update.container import Layout, TensorSpec, plan
+from r1export.update.files import write_json
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One parameter in the weights file: stored with `shape`, as its 2-D transpose if `transposed`."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    def store(self, value: np.ndarray) -> np.ndarray:
+        """The parameter as it is stored."""
+        return np.ascontiguousarray(value.T if self.transposed else value).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """Weights file -> what it holds, in order."""
+
+    files: Mapping[str, tuple[Placement, ...]]
+
+    def layout(self, file: str, dtype: np.dtype = np.dtype(np.float32)) -> Layout:
+        """Where each parameter lies in `file`."""
+        return plan((p.parameter, dtype, p.shape) for p in self.files[file])
+
+    def stored(self, file: str, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All tensors of `file` in their stored form."""
+        return {p.parameter: p.store(weights[p.parameter]) for p in self.files[file]}
+
+    def placements(self) -> dict[str, tuple[str, Placement]]:
+        """Parameter -> (file, placement)."""
+        return {p.parameter: (file, p) for file, placed in self.files.items() for p in placed}
+
+    def write(self, path: Path) -> None:
+        write_json(path, {file: [asdict(p) for p in placed] for file, placed in self.files.items()})
+
+    @classmethod
+    def read(cls, path: Path) -> WeightMap:
+        """Inverse of `write`. Raises InputError."""
+        try:
+            files = json.loads(path.read_text(encoding="utf-8"))
+            return cls({f: tuple(Placement(p["parameter"], tuple(p["shape"]), p["transposed"]) for p in placed) for f, placed in files.items()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: not a weight map: {error}", "export the run again with --overwrite") from error
+
+
+def fill_with_sentinels_(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
+    """Overwrite all parameters with random tensors, scaled so that activations stay finite; returns them by name."""
+    generator = torch.Generator().manual_seed(seed)
+    sentinels = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 1
+            parameter.copy_((torch.rand(parameter.shape, generator=generator) - 0.5) / fan_in**0.5)
+            sentinels[name] = parameter.detach().cpu().numpy().copy()
+    return sentinels
+
+
+def place_parameters(graph: ir.Graph, parameters: Mapping[str, np.ndarray]) -> dict[Placement, ir.Value]:
+    """Find every parameter among the initializers by content.
+
+    Raises:
+        Unsupported: a parameter is missing, stands twice, or two parameters share an initializer; the message names it.
+    """
+    initializers: dict[str, list[ir.Value]] = {}
+    for value in graph.initializers.values():
+        if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT:
+            initializers.setdefault(_digest(value.const_value.numpy()), []).append(value)
+    placed: dict[Placement, ir.Value] = {}
+    for name, parameter in parameters.items():
+        straight, turned = initializers.get(_digest(parameter), []), initializers.get(_digest(parameter.T), []) if parameter.ndim == 2 else []
+        found = {id(value): value for value in straight + turned}
+        if len(found) != 1:
+            raise Unsupported(
+                f"parameter {name} stands {len(found)} times in the exported graph, expected once", "the exporter folded or repeated it: report the model, or use another opset"
+            )
+        value = next(iter(found.values()))
+        placed[Placement(name, tuple(value.const_value.shape.numpy()), transposed=not straight)] = value
+    if len({id(value) for value in placed.values()}) != len(placed):
+        raise Unsupported("two parameters share one initializer", "report the model")
+    return placed
+
+
+def externalize_(placed: Mapping[Placement, ir.Value], layout: Layout, location: str) -> None:
+    """Point the initializers at their bytes in the weights file and give them their state_dict names."""
+    for placement, value in placed.items():
+        _point(value, layout.by_name[placement.parameter], location)
+
+
+def _point(value: ir.Value, spec: TensorSpec, location: str) -> None:
+    value.name = spec.name
+    value.const_value = ir.ExternalTensor(location, spec.offset, spec.nbytes, ir.DataType.from_numpy(spec.dtype), shape=ir.Shape(spec.shape), name=spec.name)
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def weight_map(towers: Iterable[tuple[str, Iterable[Placement]]]) -> WeightMap:
+    """One weights file per tower."""
+    return WeightMap({f"{tower}.safetensors": tuple(placed) for tower, placed in towers})

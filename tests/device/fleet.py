@@ -1,0 +1,157 @@
+"""A small real run: a two-tower model as ONNX files with weights beside them, three tasks, four releases."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from r1export.update.container import NAMES, plan, read_layout, read_tensors, write_layout, write_tensors
+from r1export.update.factors import ExpertUpdate, Factors, Rows
+from r1export.update.files import sha256_file, write_json
+
+TASKS = ("digits", "shapes", "colours")
+SHAPES = {  # parameter: logical shape, file, whether it is stored as (in, out)
+    "visual.proj.weight": ((16, 192), "visual.safetensors", True),
+    "visual.proj.bias": ((16,), "visual.safetensors", False),
+    "visual.head.weight": ((8, 16), "visual.safetensors", False),
+    "token_embedding.weight": ((32, 16), "textual.safetensors", False),
+    "text.head.weight": ((8, 16), "textual.safetensors", True),
+}
+ADAPTED = (Rows("visual.proj.weight", 0, 8), Rows("visual.proj.weight", 8, 16), Rows("visual.head.weight", 0, 8), Rows("text.head.weight", 0, 8))
+
+
+def make_run(run: Path, precision: str = "fp32", factors: str = "float32") -> Path:
+    """Write RUN/tasks and RUN/releases as the pipeline does."""
+    rng = np.random.default_rng(7)
+    dtype = np.float16 if precision == "fp16" else np.float32
+    base = {name: (rng.standard_normal(shape) * 0.3).astype(dtype) for name, (shape, _, _) in SHAPES.items()}
+    golden = {"pixel_values": rng.standard_normal((6, 3, 8, 8)).astype(np.float32), "input_ids": rng.integers(0, 32, (4, 5))}
+    updates: list[tuple[str, str, ExpertUpdate]] = []
+    write_release(run / "releases" / "00-base", base, base, golden, updates, precision)
+    for number, task in enumerate(TASKS, 1):
+        folder = run / "tasks" / f"{number:02d}-{task}"
+        folder.mkdir(parents=True)
+        update = random_update(rng, number + 1, factors)
+        update.write(folder / "factors.safetensors")
+        updates.append((task, sha256_file(folder / "factors.safetensors"), update))
+        merged = base | ExpertUpdate.stack(update for _, _, update in updates).apply(base)
+        write_release(run / "releases" / f"{number:02d}-{task}", base, merged, golden, updates, precision)
+    return run
+
+
+def random_update(rng: np.random.Generator, experts: int, dtype: str) -> ExpertUpdate:
+    return ExpertUpdate({rows: random_factors(rng, rows, experts, dtype) for rows in ADAPTED})
+
+
+def random_factors(rng: np.random.Generator, rows: Rows, experts: int, dtype: str) -> Factors:
+    shape = SHAPES[rows.parameter][0]
+    return Factors.pack(rng.standard_normal((experts, shape[1])), rng.standard_normal((rows.stop - rows.start, experts)), 0.05, dtype)
+
+
+def write_release(folder: Path, base: dict, weights: dict, golden: dict, updates: list, precision: str) -> None:
+    (folder / "classes").mkdir(parents=True)
+    tensors = {}
+    for file in ("visual.safetensors", "textual.safetensors"):
+        stored = {name: _stored(weights[name], SHAPES[name][2]) for name in SHAPES if SHAPES[name][1] == file}
+        layout = plan((name, tensor.dtype, tensor.shape) for name, tensor in stored.items())
+        write_layout(folder / file, layout, lambda spec, stored=stored: stored[spec.name])
+        for spec in layout.specs:
+            tensors[spec.name] = {
+                "file": file,
+                "offset": spec.offset,
+                "dtype": NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "transposed": SHAPES[spec.name][2],
+                "sha256": hashlib.sha256(stored[spec.name].tobytes()).hexdigest(),
+            }
+    for name, model in _graphs(folder).items():
+        onnx.save(model, folder / name)
+    write_tensors(folder / "golden.safetensors", golden | {"image_embeds": np.zeros((6, 8), "f4"), "text_embeds": np.zeros((4, 8), "f4")})
+    answers = expected(folder)
+    write_tensors(folder / "golden.safetensors", golden | answers)
+    for task, _, _ in updates:
+        embeds = answers["text_embeds"][:3] + np.float32(len(task))
+        write_tensors(folder / "classes" / f"{task}.safetensors", {"class_embeds": embeds})
+        write_json(folder / "classes" / f"{task}.json", {"names": ["one", "two", "three"]})
+    write_json(folder / "preprocess.json", {"size": 8})
+    base_digest = hashlib.sha256(b"".join(base[name].tobytes() for name in SHAPES)).hexdigest()
+    paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        "format": "r1export.release/1",
+        "name": folder.name,
+        "sequence": len(updates),
+        "procedure": "r1-f64-v1",
+        "precision": precision,
+        "base": {"name": "tiny", "sha256": base_digest},
+        "updates": [{"task": task, "sha256": digest} for task, digest, _ in updates],
+        "files": {path: {"sha256": sha256_file(folder / path), "bytes": (folder / path).stat().st_size} for path in paths},
+        "tensors": tensors,
+        "golden": {"max_abs": 5e-5, "min_cosine": 0.999999},
+        "classes": {task: 3 for task, _, _ in updates},
+    }
+    write_json(folder / "manifest.json", manifest)
+    (folder / "README.md").write_text("a model card\n")
+
+
+def expected(folder: Path) -> dict[str, np.ndarray]:
+    """What onnxruntime answers to the golden inputs."""
+    golden = read_tensors(folder / "golden.safetensors")
+    answers = {}
+    for graph, given, answer in (("visual.onnx", "pixel_values", "image_embeds"), ("textual.onnx", "input_ids", "text_embeds")):
+        session = ort.InferenceSession(folder / graph, providers=["CPUExecutionProvider"])
+        (answers[answer],) = session.run([answer], {given: golden[given]})
+    return answers
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file that a release's manifest lists, and of the manifest."""
+    skipped = {"README.md", "report.json", "update.r1u"}
+    return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in skipped}
+
+
+def _stored(weight: np.ndarray, transposed: bool) -> np.ndarray:
+    return np.ascontiguousarray(weight.T if transposed else weight)
+
+
+def _graphs(folder: Path) -> dict[str, onnx.ModelProto]:
+    pixels = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["n", 3, 8, 8])
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["m", 5])
+    classes = helper.make_tensor_value_info("class_embeds", TensorProto.FLOAT, ["c", 8])
+    image, text, logits = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("image_embeds", "text_embeds", "logits"))
+    node = helper.make_node
+    visual = [
+        *(node("Cast", [name], [name + ".f"], to=TensorProto.FLOAT) for name in SHAPES if name.startswith("visual")),
+        node("Flatten", ["pixel_values"], ["x"]),
+        node("MatMul", ["x", "visual.proj.weight.f"], ["y"]),
+        node("Add", ["y", "visual.proj.bias.f"], ["z"]),
+        node("Relu", ["z"], ["h"]),
+        node("Gemm", ["h", "visual.head.weight.f"], ["e"], transB=1),
+        node("LpNormalization", ["e"], ["image_embeds"], axis=-1, p=2),
+    ]
+    textual = [
+        *(node("Cast", [name], [name + ".f"], to=TensorProto.FLOAT) for name in SHAPES if not name.startswith("visual")),
+        node("Gather", ["token_embedding.weight.f", "input_ids"], ["x"]),
+        node("ReduceMean", ["x"], ["y"], axes=[1], keepdims=0),
+        node("MatMul", ["y", "text.head.weight.f"], ["e"]),
+        node("LpNormalization", ["e"], ["text_embeds"], axis=-1, p=2),
+    ]
+    classify = [*visual, node("Transpose", ["class_embeds"], ["t"], perm=[1, 0]), node("MatMul", ["image_embeds", "t"], ["logits"])]
+    return {
+        "visual.onnx": _model(folder, visual, [pixels], image, "visual.safetensors"),
+        "textual.onnx": _model(folder, textual, [ids], text, "textual.safetensors"),
+        "classify.onnx": _model(folder, classify, [pixels, classes], logits, "visual.safetensors"),
+    }
+
+
+def _model(folder: Path, nodes: list, inputs: list, output: onnx.ValueInfoProto, weights: str) -> onnx.ModelProto:
+    graph = helper.make_graph(nodes, "g", inputs, [output])
+    for spec in read_layout(folder / weights).specs:
+        kind = TensorProto.FLOAT16 if spec.dtype == np.float16 else TensorProto.FLOAT
+        tensor = onnx.TensorProto(name=spec.name, data_type=kind, dims=spec.shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", weights), ("offset", spec.offset), ("length", spec.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        graph.initializer.append(tensor)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
