@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -225,13 +223,3 @@ def _describe(error: ValidationError) -> str:
     message = {"extra_forbidden": "unknown key"}.get(first["type"], first["msg"].removeprefix("Value error, "))
     return f"{place}: {message}{'' if first['type'] == 'extra_forbidden' else found}{more}"
 
-
-def expand(path: str) -> Path:
-    """`path` with `~` and `${VARIABLE}` replaced. Raises InputError naming a variable that is not set."""
-
-    def value(match: re.Match[str]) -> str:
-        if match[1] not in os.environ:
-            raise InputError(f"{path}: environment variable {match[1]} is not set", f"export {match[1]}=DIR, or give the path with --set")
-        return os.environ[match[1]]
-
-    return Path(re.sub(r"\$\{(\w+)\}", value, path)).expanduser()

@@ -100,7 +100,7 @@ class Clip:
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, value in weights.items():
-                parameters[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))
+                parameters[name].copy_(torch.from_numpy(np.array(value)))
 
 
 def digest(weights: Mapping[str, np.ndarray]) -> str:

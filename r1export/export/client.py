@@ -26,9 +26,11 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     if not hasattr(tokenizer, "bpe_ranks"):
         raise Unsupported(f"tokenizer {type(tokenizer).__name__} cannot be written for clients", "use a model with CLIP's or a hub tokenizer")
     merges = [" ".join(pair) for pair in sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)]
-    write_json(folder / "vocab.json", tokenizer.encoder)
+    special = {tokenizer.sot_token_id: START, tokenizer.eot_token_id: END}  # open_clip spells them otherwise, with the same ids
+    vocab = {special.get(i, token): i for token, i in tokenizer.encoder.items()}
+    write_json(folder / "vocab.json", vocab)
     write_file(folder / "merges.txt", ("#version: 0.2\n" + "\n".join(merges) + "\n").encode())
-    write_json(folder / "tokenizer.json", clip_tokenizer(tokenizer.encoder, merges, tokenizer.context_length))
+    write_json(folder / "tokenizer.json", clip_tokenizer(vocab, merges, tokenizer.context_length))
     write_json(
         folder / "tokenizer_config.json",
         {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.context_length, "bos_token": START, "eos_token": END, "pad_token_id": 0, "do_lower_case": True},

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,18 +90,13 @@ def write_release(content: ReleaseContent, graphs: Path, path: Path) -> dict[str
     return manifest
 
 
-class refused_writes:
+@contextmanager
+def refused_writes(path: Path) -> Iterator[None]:
     """Turns an OSError while writing under `path` into one line that names the place and the remedy."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise InputError(f"{self.path} could not be written: {error.strerror or error}", "make room or choose another --out; what was there is unchanged") from error
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} could not be written: {error.strerror or error}", "make room or choose another --out; what was there is unchanged") from error
 
 
 def _write_classes(tasks: tuple[TaskClasses, ...], folder: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from r1export.errors import CheckFailed, InputError
 from r1export.update.bundle import MAX_BUNDLE, Bundle, assemble, factors_bytes
 from r1export.update.container import NAMES
+from r1export.update.drop import Refresh, release_without
 from r1export.update.envelope import SecretKey, sign
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import sha256_file, write_file
@@ -51,11 +52,13 @@ def make_bundle(
     drop: Iterable[str] = (),
     seq: int = 0,
     terms: Terms | None = None,
+    refresh: Refresh | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Write to `out` what a device at release `since` (0: the base) needs for `release` of `run`, without the tasks in `drop`.
 
     `seq` is by default the release's sequence number; a rollback or a version with dropped tasks has to name a higher one.
+    `refresh` computes class embeddings and golden outputs of a version with dropped tasks, see `release_without`.
 
     Raises:
         InputError: an unknown release or task, a file that exists, a sequence number that is missing.
@@ -72,9 +75,7 @@ def make_bundle(
         raise InputError("a rollback or a version without a task needs a sequence number of its own", "give one above all that the fleet has seen")
     factors = read_factors(run)
     if dropped:
-        from r1export.update.drop import release_without
-
-        with release_without(releases[0], target, factors, dropped) as smaller:
+        with release_without(releases[0], target, factors, dropped, refresh) as smaller:
             bundle = bundle_release(releases[0], smaller, factors, releases[since].updates, keys, seq, terms)
     else:
         bundle = bundle_release(releases[0], target, factors, releases[since].updates, keys, seq or target.sequence, terms)
@@ -123,9 +124,7 @@ def bundle_release(
     _check_tensors(rebuild, target)
     payload = _Payload()
     held_digests = {sha256 for _, sha256 in held}
-    updates = tuple(
-        Update(task, sha256) if sha256 in held_digests else _carry(payload, task, sha256, factors[sha256]) for task, sha256 in target.updates
-    )
+    updates = tuple(Update(task, sha256) if sha256 in held_digests else _carry(payload, task, sha256, factors[sha256]) for task, sha256 in target.updates)
     files = tuple(_file(payload, rebuild, target, path) for path in [*sorted(target.files), MANIFEST])
     manifest = Manifest(
         name=target.name,

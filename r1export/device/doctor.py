@@ -1,0 +1,91 @@
+"""What a device has, and whether all of it is still what it was: bit rot found, with what repairs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1export.device.install import check_slot
+from r1export.device.selftest import known_answers_hold
+from r1export.device.store import BASE, Store, read_state
+from r1export.errors import CheckFailed, InputError, R1ExportError
+from r1export.update.release import check_file
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `fault` is empty where it is as it should be, `remedy` says what repairs it."""
+
+    name: str
+    fault: str = ""
+    remedy: str = ""
+
+
+def status(store: Path) -> dict[str, Any]:
+    """What the device is, which version is current, which ones it has. Raises InputError if there is no store."""
+    device = Store.open(store)
+    state, current = device.state(), device.current
+    manifest = None if current == BASE else device.bundle(current).manifest
+    return {
+        "store": str(store),
+        "product": device.config.product,
+        "device_class": device.config.device_class,
+        "mode": device.config.mode,
+        "current": current,
+        "name": manifest.name if manifest else "base",
+        "seq": manifest.seq if manifest else 0,
+        "tasks": [update.task for update in manifest.updates] if manifest else [],
+        "highest_seq": state.seq,
+        "min_seq": state.min_seq,
+        "versions": [BASE, *device.slots()],
+        "interrupted": state.pending,
+        "failed": dict(state.tries),
+    }
+
+
+def doctor(store: Path) -> list[Finding]:
+    """Look at every part of the store; nothing is changed. Raises InputError if there is no store at all."""
+    device = Store.open(store)
+    return [_look(name, remedy, check) for name, remedy, check in _checks(device)]
+
+
+def _look(name: str, remedy: str, check: Callable[[], object]) -> Finding:
+    try:
+        check()
+    except (R1ExportError, OSError) as error:
+        return Finding(name, error.message if isinstance(error, R1ExportError) else str(error), remedy)
+    return Finding(name)
+
+
+def _checks(device: Store) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    fresh = "make a new store with `init` from the base release, then apply the newest update"
+    again = "apply the same update again: a damaged version is built anew; if it is current, `rollback` first"
+    yield "arithmetic", "run in a fresh process and check the processor's floating-point mode", known_answers_hold
+    yield "trusted keys", "put the fleet's public keys into trust/ again", lambda: _check_keys(device)
+    yield "base", fresh, lambda: device.base().check()
+    yield "state.json", "nothing: it is derived from the versions, and the next update writes it again", lambda: read_state(device.path / "state.json")
+    yield "current", "choose a version with `rollback --to SEQ`", lambda: _check_current(device)
+    for slot in device.slots():
+        yield f"slots/{slot}", again, lambda slot=slot: check_slot(device, slot)
+    for path in sorted((device.path / "factors").glob("*.safetensors")):
+        name = path.name.removesuffix(".safetensors")
+        yield f"factors/{path.name}", "apply an update made with --since 0", lambda path=path, name=name: check_file(path, name)
+    yield "leftovers", "nothing: the next update removes them", lambda: _check_leftovers(device)
+
+
+def _check_keys(device: Store) -> None:
+    if (count := len(set(device.trusted()))) < device.config.threshold:
+        raise CheckFailed(f"{count} keys, {device.config.threshold} signatures are required")
+
+
+def _check_current(device: Store) -> None:
+    if not device.folder(device.current).is_dir():
+        raise InputError(f"{device.path}/current names {device.current}, which is not there")
+
+
+def _check_leftovers(device: Store) -> None:
+    found = [path.name for folder in (device.path, device.path / "slots", device.path / "factors") for path in folder.glob(".*.partial")]
+    if found:
+        raise CheckFailed(f"an interrupted update left {', '.join(sorted(found))[:300]}")

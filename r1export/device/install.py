@@ -1,0 +1,282 @@
+"""Take an update, or go back: every step leaves either the old version active or the new one, never a mixture.
+
+lock - read - verify - parse - policy - record the try - factors - build in a fresh process - hash again
+     - sync - health check - switch `current` by one rename - record - remove what is no longer kept
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from r1export.device import worker
+from r1export.device.policy import check_not_revoked, check_offer, counts_as_try
+from r1export.device.store import BASE, BUNDLE, FORMAT, MODES, Config, State, Store, remove, write_new
+from r1export.errors import InputError, R1ExportError, Unsupported
+from r1export.update.bundle import Bundle, factors_bytes, read_bundle
+from r1export.update.envelope import PublicKey
+from r1export.update.files import new_folder, sha256_file, sync_folder, write_file, write_json
+from r1export.update.release import MANIFEST, Release, check_file
+
+WAIT = 60.0  # seconds that an updater waits for another one
+Run = Callable[[Store, int, str, str], None]  # (store, descriptor to inherit, verb, name of the folder in slots/)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `apply` or `rollback` did: the version that is active now, the one before, and whether anything changed."""
+
+    slot: str
+    previous: str
+    changed: bool
+
+
+def init(
+    store: Path,
+    base: Path,
+    trust: Sequence[Path],
+    *,
+    product: str = "default",
+    device_class: str = "default",
+    mode: str = "slot",
+    health: str = "onnxruntime",
+    threshold: int = 1,
+    keep: int = 2,
+) -> Store:
+    """Make a store from a base release and public keys; the base is its first version.
+
+    Raises:
+        InputError: the store exists, the release is no base, or an argument does not fit.
+        CheckFailed: a file of the release is damaged.
+        Unsupported: onnxruntime is missing while `health` asks for it.
+    """
+    if store.exists():
+        raise InputError(f"{store} exists", "choose another folder; a store is changed by `apply` and `rollback` only")
+    keys = [PublicKey.read(path) for path in trust]
+    if mode not in MODES or keep < 1 or not 1 <= threshold <= len(set(keys)):
+        raise InputError(
+            f"mode {mode}, {threshold} of {len(set(keys))} keys, keep {keep}", f"mode is {' or '.join(MODES)}; need 1 <= threshold <= keys, keep >= 1"
+        )
+    if health == "onnxruntime" and not worker.has_onnxruntime():
+        raise Unsupported("onnxruntime is not installed", "install it, or say --health none to rely on hashes alone")
+    release = Release.read(base)
+    if release.updates:
+        raise InputError(f"{base} is release {release.sequence} with {len(release.updates)} updates", "give the base release, 00-base")
+    release.check()
+    config = Config(product, device_class, mode, health, threshold, keep, release.manifest_sha256)
+    with new_folder(store) as folder:
+        for name in ("slots", "factors", "trust"):
+            (folder / name).mkdir()
+        for path in [*release.files, MANIFEST]:
+            (folder / BASE / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base / path, folder / BASE / path)
+            (folder / BASE / path).chmod(0o444)
+        for key in set(keys):
+            write_file(folder / "trust" / f"{key.keyid}.pub", key.to_pem().encode())
+        write_json(folder / "store.json", {"format": FORMAT, **vars(config)})
+        Store(folder, config).switch(BASE)
+        Store(folder, config).write_state(State())
+    return Store(store, config)
+
+
+def apply(store: Path, bundle: Path, *, now: float | None = None, retry: bool = False, wait: float = WAIT, run: Run = worker.run) -> Outcome:
+    """Install the update `bundle` and make it current. Nothing changes if it is current already.
+
+    `now` is the time in seconds since 1970, by default the clock's; `retry` forgets earlier failures of this update.
+
+    Raises:
+        InputError: malformed.   CheckFailed: refused, or a check did not hold.
+        Unsupported: no space, no onnxruntime, another updater.   Inconclusive: the clock is wrong.
+        Whatever is raised, the version that was current is current still.
+    """
+    data = read_bundle(bundle)
+    device = Store.open(store)
+    with _plain_errors(), device.lock(wait) as descriptor:
+        device.sweep()
+        offer = Bundle.parse(data, device.trusted(), device.config.threshold)
+        previous = device.current
+        if offer.slot == previous:
+            return Outcome(previous, previous, False)
+        _settle(device, offer.digest if retry else "")
+        needed = offer.manifest.nbytes if device.config.mode == "slot" else 0
+        free = shutil.disk_usage(device.path).free
+        clock = int(time.time() if now is None else now)
+        check_offer(offer.manifest, offer.digest, device.installed(), now=clock, free=free, needed=needed + 2 * len(data))
+        _attempt(device, offer, previous, lambda verb, name: run(device, descriptor, verb, name))
+        return Outcome(offer.slot, previous, True)
+
+
+def rollback(store: Path, to: int | None = None, *, wait: float = WAIT, run: Run = worker.run) -> Outcome:
+    """Make an older version on the device current again: the newest below the current one, or that of sequence `to` (0: the base).
+
+    Raises:
+        InputError: no such version.   CheckFailed: it is damaged, unhealthy, or a signed update forbade it.
+    """
+    device = Store.open(store)
+    with _plain_errors(), device.lock(wait) as descriptor:
+        device.sweep()
+        previous = _current_or_none(device)
+        slot = _choose(device, previous, to)
+        if slot == previous:
+            return Outcome(slot, slot, False)
+        state = device.state()
+        check_not_revoked(_sequence(slot), state.min_seq)
+        check_slot(device, slot)
+        if slot != BASE:
+            run(device, descriptor, "health", slot)
+        try:
+            device.switch(slot)
+            device.write_state(replace(state, pending=""))
+        except BaseException:
+            if previous:
+                with suppress(OSError):
+                    device.switch(previous)
+            raise
+        return Outcome(slot, previous, True)
+
+
+def _attempt(device: Store, offer: Bundle, previous: str, run: Callable[[str, str], None]) -> None:
+    """Build, check and switch; on any failure put everything back as it was."""
+    before = device.state()
+    others = {digest: count for digest, count in before.tries.items() if digest != offer.digest}
+    tries = {**others, offer.digest: before.tries.get(offer.digest, 0) + 1}
+    device.write_state(replace(before, pending=offer.digest, tries=tries))  # a machine that dies below finds this count
+    added: list[Path] = []
+    try:
+        _write_factors(device, offer, added)
+        if not _reusable(device, offer.slot):
+            added.append(device.folder(offer.slot))
+            _build(device, offer, run)
+        run("health", offer.slot)
+        device.switch(offer.slot)
+        device.write_state(replace(before.raised(offer.manifest, offer.digest), tries=others))
+    except BaseException as error:
+        _revert(device, previous, added, replace(before, tries=tries if counts_as_try(error) else before.tries))
+        raise
+    _prune(device, offer.slot, previous)
+
+
+def _build(device: Store, offer: Bundle, run: Callable[[str, str], None]) -> None:
+    """Make the slot under a hidden name, hash what was written, sync it, and only then give it its name."""
+    partial = device.path / "slots" / f".{offer.slot}.partial"
+    partial.mkdir()
+    write_new(partial / BUNDLE, [offer.to_bytes()])
+    run("build", partial.name)
+    if device.config.mode == "slot":
+        for file in offer.manifest.files:
+            check_file(partial / file.path, file.sha256)
+    for folder in [partial, *partial.rglob("*")]:
+        if folder.is_dir():
+            sync_folder(folder)
+    partial.rename(device.folder(offer.slot))
+    sync_folder(device.path / "slots")
+
+
+def _write_factors(device: Store, offer: Bundle, added: list[Path]) -> None:
+    for sha256, update in offer.carried.items():
+        path = device.factors_path(sha256)
+        if path.is_file() and sha256_file(path) == sha256:
+            continue
+        partial = path.with_name(f".{path.name}.partial")
+        write_new(partial, [factors_bytes(update)])
+        added.append(path)
+        partial.rename(path)
+    if added:
+        sync_folder(device.path / "factors")
+
+
+def _revert(device: Store, previous: str, added: list[Path], state: State) -> None:
+    """Put the store back; each step is tried even if one before it fails, and what stays is swept by the next update."""
+    with suppress(OSError):
+        if device.current != previous:
+            device.switch(previous)
+    if device.current == previous:
+        for path in added:
+            with suppress(OSError):
+                remove(path)
+    with suppress(OSError):
+        device.sweep()
+    with suppress(OSError):
+        device.write_state(state)
+
+
+def _settle(device: Store, forget: str) -> None:
+    """Close the account of an update that was interrupted: its try stays counted. `forget` names an update whose tries do not."""
+    state = device.state()
+    tries = {digest: count for digest, count in state.tries.items() if digest != forget}
+    if state.pending or tries != state.tries:
+        device.write_state(replace(state, pending="", tries=tries))
+
+
+def _reusable(device: Store, slot: str) -> bool:
+    """Whether the slot is there and whole; a damaged one is removed."""
+    if not device.folder(slot).is_dir():
+        return False
+    try:
+        check_slot(device, slot)
+    except R1ExportError:
+        remove(device.folder(slot))
+        return False
+    return True
+
+
+def check_slot(device: Store, slot: str) -> None:
+    """Hash every file of a version. Raises InputError or CheckFailed."""
+    if slot == BASE:
+        device.base().check()
+    elif device.config.mode == "slot":
+        for file in device.bundle(slot).manifest.files:
+            check_file(device.folder(slot) / file.path, file.sha256)
+    else:
+        device.update(device.bundle(slot))
+
+
+def _prune(device: Store, slot: str, previous: str) -> None:
+    """Keep the current slot, the one before and the newest, `keep` in all; failures leave a slot more, which does no harm."""
+    spare = [name for name in reversed(device.slots()) if name not in (slot, previous)]
+    room = max(0, device.config.keep - len({slot, previous} - {BASE}))
+    for name in spare[room:]:
+        with suppress(OSError):
+            hidden = device.path / "slots" / f".{name}.partial"
+            device.folder(name).rename(hidden)  # a slot that is there is whole
+            remove(hidden)
+
+
+def _current_or_none(device: Store) -> str:
+    try:
+        return device.current
+    except InputError:
+        return ""
+
+
+def _choose(device: Store, current: str, to: int | None) -> str:
+    versions = {_sequence(slot): slot for slot in [BASE, *device.slots()]}
+    if to is None:
+        older = [seq for seq in versions if seq < _sequence(current)] if current else []
+        if not older:
+            raise InputError(f"no version is older than {current or 'none'}", f"choose with --to among {sorted(versions)}")
+        to = max(older)
+    if to not in versions:
+        raise InputError(f"version {to} is not on this device", f"choose with --to among {sorted(versions)}")
+    return versions[to]
+
+
+def _sequence(slot: str) -> int:
+    return 0 if slot in ("", BASE) else int(slot.split("-")[0])
+
+
+class _plain_errors:
+    """Turn an operating system's error into one line with a remedy."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, OSError):
+            raise Unsupported(
+                f"{error.filename or 'store'}: {error.strerror or error}", "the old version stays active; see to the disk and try again"
+            ) from error

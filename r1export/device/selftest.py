@@ -1,0 +1,41 @@
+"""Does this machine add like the lab's? Known answers for every step where processors and settings could differ.
+
+A tie, one unit beyond it, subnormal results (flushed to zero if another library changed the processor's mode), the two
+roundings of float16, and experts whose order shows in the result.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from r1export.errors import Unsupported
+from r1export.update.factors import ExpertUpdate, Factors, Rows
+
+TINY = 2.0**-149  # the smallest float32
+# (weight's type, weight, products to add in order as (u, v), result)
+KNOWN_ANSWERS: list[tuple[str, float, list[tuple[float, float]], float]] = [
+    ("f4", 1.0, [(2.0**-12, 2.0**-12)], 1.0),  # half a unit: to even, down
+    ("f4", 1 + 2.0**-23, [(2.0**-12, 2.0**-12)], 1 + 2.0**-22),  # half a unit: to even, up
+    ("f4", 1.0, [(2.0**-12 * (1 + 2.0**-23), 2.0**-12)], 1 + 2.0**-23),  # just above half a unit
+    ("f4", 3 * TINY, [(2.0**-75, 2.0**-75)], 4 * TINY),  # a tie between subnormals
+    ("f4", TINY, [(0.0, 0.0)], TINY),  # a subnormal is kept
+    ("f4", 2.0**-126, [(-(2.0**-74), 2.0**-74)], 2.0**-126 - 2 * TINY),  # a normal number becomes subnormal
+    ("f4", 1.0, [(2.0**27, 2.0**26), (1.0, 1.0), (-(2.0**27), 2.0**26)], 0.0),  # in this order both ones are lost
+    ("f4", 1.0, [(1.0, 1.0), (2.0**27, 2.0**26), (-(2.0**27), 2.0**26)], 2.0),  # in this order none
+    ("f2", 1.0, [(2.0**-11, 1 + 2.0**-19)], 1.0),  # float32 first: a single rounding would give 1 + 2^-10
+    ("f2", 2.0**-24, [(0.0, 0.0)], 2.0**-24),  # a subnormal float16 is kept
+]
+
+
+def known_answers_hold() -> None:
+    """Merge each known case. Raises Unsupported if a result differs in a single bit."""
+    for number, (dtype, weight, products, expected) in enumerate(KNOWN_ANSWERS, 1):
+        base = np.full((1, 9), weight, dtype)  # nine columns: vector instructions and the scalar remainder
+        u = np.array([[u for u, _ in products]], "f4")
+        v = np.array([[v] * 9 for _, v in products], "f4")
+        merged = ExpertUpdate({Rows("w", 0, 1): Factors(u, v)}).apply({"w": base})["w"]
+        if merged.tobytes() != np.full((1, 9), expected, dtype).tobytes():
+            raise Unsupported(
+                f"arithmetic self-test {number}: {merged[0, 0]!r}, expected {expected!r}",
+                "run the updater in a fresh process and check the processor's floating-point mode",
+            )

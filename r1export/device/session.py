@@ -1,0 +1,133 @@
+"""A version as an application uses it: files to read and onnxruntime sessions, the same in slot and in overlay mode.
+
+    version = open_version(Path("STORE"))
+    session = version.session("visual.onnx")
+
+Open a version once and keep it: `current` may be switched at any moment, an opened version stays what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from r1export.device.store import BASE, BUNDLE, Store
+from r1export.errors import CheckFailed, InputError, Unsupported
+from r1export.update.bundle import Bundle
+from r1export.update.container import read_layout
+from r1export.update.manifest import File
+from r1export.update.rebuild import Rebuild
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+CPU = ("CPUExecutionProvider",)
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version on a device. `bundle` is None for the base; `files_there` says whether `folder` holds the files themselves."""
+
+    folder: Path
+    base: Path
+    files_there: bool
+    bundle: Bundle | None = None
+    rebuild: Rebuild | None = None
+
+    @property
+    def name(self) -> str:
+        """The release's name."""
+        return self.bundle.manifest.name if self.bundle else "base"
+
+    @property
+    def paths(self) -> list[str]:
+        """Names of all files of the version."""
+        if self.bundle:
+            return [file.path for file in self.bundle.manifest.files]
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+
+    def read(self, path: str) -> bytes:
+        """The bytes of one file. Raises InputError if the version has none of that name."""
+        if path not in self.paths:
+            raise InputError(f"version {self.name} has no file {path}", f"it has {', '.join(self.paths)[:300]}")
+        if self.files_there or self.bundle is None:
+            return (self.folder / path).read_bytes()
+        return b"".join(self.chunks(next(file for file in self.bundle.manifest.files if file.path == path)))
+
+    def chunks(self, file: File) -> Iterator[bytes | memoryview]:
+        """The bytes of a file, derived from the base and the bundle."""
+        assert self.bundle is not None
+        assert self.rebuild is not None
+        return self.rebuild.chunks(file.path) if file.parts is None else self.bundle.content(file, self.base)
+
+    def tensors(self, weights: str) -> dict[str, np.ndarray]:
+        """The merged tensors of the file `weights` by initializer name, each checked against its signed digest.
+
+        Raises CheckFailed if one differs: the base or the factors are damaged.
+        """
+        if self.bundle is None or self.rebuild is None:
+            return {}
+        names = {spec.offset: spec.name for spec in read_layout(self.base / weights).specs}
+        merged = {}
+        for parameter in self.rebuild.merged_files.get(weights, []):
+            tensor = self.rebuild.tensor(parameter)
+            check_tensor(parameter, tensor, self.bundle.manifest.tensors)
+            merged[names[self.rebuild.base.tensors[parameter].offset]] = tensor
+        return merged
+
+    def session(self, graph: str, providers: Sequence[str] = CPU) -> onnxruntime.InferenceSession:
+        """An onnxruntime session for `graph`, for example visual.onnx.
+
+        Raises:
+            Unsupported: onnxruntime is not installed.
+            CheckFailed: the base or the factors are damaged.
+        """
+        try:
+            import onnxruntime
+        except ImportError:
+            raise Unsupported("onnxruntime is not installed", "pip install onnxruntime") from None
+        if self.files_there or self.rebuild is None:
+            return onnxruntime.InferenceSession(self.folder / graph, providers=list(providers))
+        model = (self.base / graph).read_bytes()
+        merged = {}
+        for weights in self.rebuild.merged_files:
+            if weights.encode() in model:  # a graph names the files its weights lie in
+                merged |= self.tensors(weights)
+        options = onnxruntime.SessionOptions()
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in merged.values()]
+        options.add_external_initializers(list(merged), values)
+        return onnxruntime.InferenceSession(self.base / graph, options, providers=list(providers))
+
+
+def check_tensor(parameter: str, tensor: np.ndarray, digests: dict[str, str]) -> None:
+    """Raises CheckFailed if the stored bytes of `tensor` have not the signed digest."""
+    import hashlib
+
+    found = hashlib.sha256(tensor.reshape(-1).view(np.uint8).data).hexdigest()
+    if found != digests.get(parameter):
+        raise CheckFailed(f"{parameter} has SHA-256 {found}, signed is {digests.get(parameter)}", "run `doctor`: base or factors may be damaged")
+
+
+def open_version(store: Path, slot: str = "") -> Version:
+    """The current version of a store, or that of `slot` (a folder's name in slots/, or base).
+
+    Raises:
+        InputError, CheckFailed: no such store or version, or it is damaged.
+    """
+    device = Store.open(store)
+    slot = slot or device.current
+    if slot == BASE:
+        return Version(device.folder(BASE), device.path / BASE, True)
+    bundle = device.bundle(slot)
+    return version_of(device, bundle, device.folder(slot))
+
+
+def version_of(device: Store, bundle: Bundle, folder: Path) -> Version:
+    """The version that `bundle` makes of the device's base; `folder` is its slot. Raises like `open_version`."""
+    rebuild = Rebuild(device.base(), device.update(bundle))
+    files_there = any(path.name != BUNDLE for path in folder.iterdir())
+    return Version(folder, device.path / BASE, files_there, bundle, rebuild)

@@ -1,0 +1,119 @@
+"""The two steps that run in a fresh process: deriving a version's files, and the health check.
+
+Fresh, because another library may have changed the processor's floating-point mode or may crash; a crash there is a
+failed check, not the end of the updater. The process inherits the store's lock, so no other updater starts beside it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from r1export.device.health import check_health
+from r1export.device.selftest import known_answers_hold
+from r1export.device.session import check_tensor, version_of
+from r1export.device.store import BUNDLE, Store, write_new
+from r1export.errors import CheckFailed, Inconclusive, InputError, R1ExportError, Unsupported
+from r1export.update.bundle import Bundle, read_bundle
+
+SECONDS = {"build": 3600, "health": 600}  # a step that takes longer hangs
+_ERRORS = {kind.exit_code: kind for kind in (CheckFailed, InputError, Unsupported, Inconclusive)}
+_START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from r1export.device.worker import main; main(*sys.argv[1:])"
+
+
+def run(device: Store, descriptor: int, verb: str, name: str) -> None:
+    """Do `verb` (build or health) for the folder `name` of slots/ in a fresh process that keeps `descriptor` open.
+
+    Raises:
+        R1ExportError: what the step raised there; CheckFailed if the process died or hung.
+    """
+    if verb == "health" and device.config.health == "none":
+        return
+    command = _command(device, verb, name)
+    try:
+        process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS[verb], pass_fds=[descriptor])
+    except subprocess.TimeoutExpired:
+        raise CheckFailed(f"{verb} of {name} took more than {SECONDS[verb]} seconds", "the old version stays active") from None
+    if process.returncode:
+        raise _failure(verb, process)
+
+
+def _command(device: Store, verb: str, name: str) -> list[str]:
+    if verb == "health" and device.config.health != "onnxruntime":
+        return [*shlex.split(device.config.health), str(device.path / "slots" / name)]
+    root = Path(__file__.replace("\\", "/")).parents[2]  # the folder, or the .pyz, that holds this package
+    return [sys.executable, "-P", "-W", "ignore", "-c", _START, str(root.resolve()), verb, str(device.path), name]
+
+
+def _failure(verb: str, process: subprocess.CompletedProcess[bytes]) -> R1ExportError:
+    try:
+        report = json.loads(process.stdout.splitlines()[-1])
+        return _ERRORS[process.returncode](report["message"], report["remedy"])
+    except (ValueError, LookupError, TypeError):
+        how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+        tail = process.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        return CheckFailed(f"{verb} ended with {how}{': ' + tail[0][:300] if tail else ''}", "the old version stays active")
+
+
+def main(verb: str, store: str, name: str) -> None:
+    """Entry of the fresh process: exit code as everywhere, and one JSON line about an error on standard output."""
+    try:
+        STEPS[verb](Store.open(Path(store)), name)
+    except R1ExportError as error:
+        print(json.dumps({"message": error.message, "remedy": error.remedy}))
+        sys.exit(error.exit_code)
+    except OSError as error:
+        print(json.dumps({"message": f"{error.filename or store}: {error.strerror or error}", "remedy": "see to the disk and try again"}))
+        sys.exit(Unsupported.exit_code)
+
+
+def build(device: Store, name: str) -> None:
+    """Derive the files of the version in slots/NAME from its bundle: in slot mode written and synced, in overlay mode checked only.
+
+    Raises:
+        CheckFailed: the base is damaged, or a result is not the signed one.
+        Unsupported: this machine's arithmetic is not the lab's.
+    """
+    known_answers_hold()
+    folder = device.path / "slots" / name
+    bundle = Bundle.parse(read_bundle(folder / BUNDLE), device.trusted(), device.config.threshold)
+    base = device.base()
+    base.check()
+    version = version_of(device, bundle, folder)
+    assert version.rebuild is not None
+    changed = set(version.rebuild.update.parameters)
+    if changed != set(bundle.manifest.tensors):
+        raise CheckFailed("the manifest's tensors are not those that the updates change", "have the update made again")
+    for file in bundle.manifest.files:
+        if file.parts is None and file.path not in base.files:
+            raise InputError(f"{file.path} is said to be the base's, which has no such file", "have the update made again")
+        if device.config.mode == "slot":
+            (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+            write_new(folder / file.path, version.chunks(file))
+    if device.config.mode == "overlay":
+        for parameter in bundle.manifest.tensors:
+            check_tensor(parameter, version.rebuild.tensor(parameter), bundle.manifest.tensors)
+
+
+def health(device: Store, name: str) -> None:
+    """Run the golden inputs of the version in slots/NAME. Raises like `check_health`."""
+    bundle = device.bundle(name)
+    check_health(version_of(device, bundle, device.folder(name)), bundle.manifest.health)
+
+
+STEPS = {"build": build, "health": health}
+
+
+def in_this_process(device: Store, _: int, verb: str, name: str) -> None:
+    """`run` without a fresh process, for a caller that is one itself."""
+    if verb == "build" or device.config.health != "none":
+        STEPS[verb](device, name)
+
+
+def has_onnxruntime() -> bool:
+    """Whether onnxruntime can be imported; it is not."""
+    return importlib.util.find_spec("onnxruntime") is not None

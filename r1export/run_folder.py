@@ -1,0 +1,109 @@
+"""A run on disk: where everything lies, and how far the run has come."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1export.errors import InputError
+from r1export.recipe import Recipe, load_recipe
+from r1export.update.factors import ExpertUpdate
+from r1export.update.files import write_file
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside RUN. Whether a step is done is read from the files themselves, which appear whole or not at all."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.toml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.json"
+
+    @property
+    def graphs(self) -> Path:
+        return self.path / "graphs"
+
+    def recipe(self) -> Recipe:
+        """Raises InputError if this is not a run."""
+        if not self.recipe_file.exists():
+            raise InputError(f"{self.path}: not a run, it has no recipe.toml", "give the --out folder of r1export run, or a release folder")
+        return load_recipe(self.recipe_file)
+
+    def task(self, number: int, name: str) -> Path:
+        """Folder of task `number` (from 1)."""
+        return self.path / "tasks" / f"{number:02d}-{name}"
+
+    def release(self, number: int, name: str) -> Path:
+        """Folder of the release after task `number`; 0 is the base."""
+        return self.path / "releases" / f"{number:02d}-{name}"
+
+    def releases(self, recipe: Recipe) -> list[Path]:
+        """All releases of the run, the base first, whether they exist yet or not."""
+        return [self.release(i, name) for i, name in enumerate(("base", *(task.name for task in recipe.stream)))]
+
+    def updates(self, recipe: Recipe) -> list[ExpertUpdate]:
+        """The factors of all tasks learned so far, in order."""
+        files = [self.task(i, task.name) / "factors.safetensors" for i, task in enumerate(recipe.stream, 1)]
+        return [ExpertUpdate.read(file) for file in files if file.exists()]
+
+    def metrics(self) -> dict[str, Any]:
+        """Raises InputError if the run has not been trained."""
+        return read_json(self.metrics_file, "train the run first: r1export train")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Raises InputError with `remedy` if the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file", remedy) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: damaged: {error}", remedy) from error
+
+
+def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
+    """A new run, or the one that is there: `resume` goes on with it, `overwrite` deletes it first.
+
+    Raises:
+        InputError: the folder is not empty and neither was asked for, it holds another recipe, or it is no run at all.
+    """
+    run = RunFolder(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.is_dir() and run.recipe_file.exists() and overwrite:
+            shutil.rmtree(path)
+        elif not (path.is_dir() and run.recipe_file.exists()):
+            raise InputError(f"{path} is not empty and not a run", "choose another --out; nothing was touched")
+        elif not resume:
+            raise InputError(f"{path} already holds a run", "go on with --resume, or start anew with --overwrite")
+        elif run.recipe() != recipe:
+            raise InputError(f"{path} holds a run of another recipe: {_difference(run.recipe(), recipe)}", "choose another --out, or --overwrite")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not run.recipe_file.exists():
+            write_file(run.recipe_file, recipe.dumps().encode())
+    except OSError as error:
+        raise InputError(f"{path} could not be written: {error.strerror}", "choose another --out") from error
+    return run
+
+
+def _difference(one: Recipe, other: Recipe) -> str:
+    """The first field in which two recipes differ."""
+    left, right = one.model_dump(), other.model_dump()
+    for section, values in left.items():
+        if values != right[section]:
+            if isinstance(values, dict) and isinstance(right[section], dict):
+                field = next(name for name in values if values[name] != right[section][name])
+                return f"{section}.{field} is {values[field]!r}, now {right[section][field]!r}"
+            return section
+    return "nothing"
+
+

@@ -1,0 +1,81 @@
+"""Time base and release side by side in one process.
+
+Each block opens fresh sessions (where weights lie in memory alone can make one session a few percent slower for its
+whole life); each round runs the contenders in a random order and then in reverse, which cancels drift.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from r1export.verify.statistics import Ratio, latency_verdict, paired_ratio
+
+BLOCKS = 10  # a bootstrap over fewer blocks has intervals that are too narrow
+WARM_UP = 3  # runs after opening a session that are not counted: memory is planned and weights are paged in
+P90_COUNT, P99_COUNT = 50, 500  # runs that a quantile needs before it says anything
+TORCH_ROUNDS = 10
+Job = Callable[[], object]
+
+
+def time_rounds(jobs: Mapping[str, Job], rounds: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Seconds per round (rounds,) of each job, the mean of its two runs in the round."""
+    for job in jobs.values():
+        for _ in range(WARM_UP):
+            job()
+    seconds = {name: np.zeros(rounds) for name in jobs}
+    for i in range(rounds):
+        order = rng.permutation(list(jobs))
+        for name in (*order, *order[::-1]):
+            start = time.perf_counter()
+            jobs[name]()
+            seconds[name][i] += (time.perf_counter() - start) / 2
+    return seconds
+
+
+def measure(openers: Mapping[str, Callable[[], Job]], pairs: int, seed: int = 0, on_block: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
+    """Seconds (blocks, rounds) of each contender, all opened afresh in every block."""
+    rng = np.random.default_rng(seed)
+    rounds = max(2, -(-pairs // (2 * BLOCKS)))
+    blocks: list[dict[str, np.ndarray]] = []
+    for _ in range(BLOCKS):
+        names = rng.permutation(list(openers))
+        blocks.append(time_rounds({str(name): openers[str(name)]() for name in names}, rounds, rng))
+        on_block()
+    return {name: np.stack([block[name] for block in blocks]) for name in openers}
+
+
+def added_latency(
+    open_base: Callable[[], Job], open_release: Callable[[], Job], *, pairs: int, margin: float, provider: str = "CPUExecutionProvider", batch: int = 1,
+    torch_jobs: Mapping[str, Job] | None = None, on_block: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Rung L5: the release against the base, base against itself as noise floor, and torch for comparison."""
+    seconds = measure({"base": open_base, "again": open_base, "merged": open_release}, pairs, on_block=on_block)
+    ratio, noise = paired_ratio(seconds["merged"], seconds["base"]), paired_ratio(seconds["again"], seconds["base"])
+    verdict, advice = latency_verdict(ratio, noise, margin)
+    table = {name: _times(seconds[name]) for name in ("base", "merged")}
+    unmerged = None
+    if torch_jobs:
+        # Apart from the pairs above: torch's own threads spin for a while after each call and would slow them.
+        compared = time_rounds({"base": open_base(), **torch_jobs}, TORCH_ROUNDS, np.random.default_rng(1))
+        table |= {name: _times(compared[name]) for name in torch_jobs}
+        unmerged = float(np.median(compared["unmerged_torch"] / compared["base"])) if "unmerged_torch" in torch_jobs else None
+    return {
+        "verdict": verdict, "ratio": ratio.value, "ci95": [ratio.low, ratio.high], "margin": margin, "noise_floor": _ratio(noise),
+        "unmerged_ratio": unmerged, "pairs": int(2 * seconds["base"].size), "advice": advice,
+        "pair_ratios": (seconds["merged"] / seconds["base"]).ravel().tolist()[:400],
+        "providers": {provider: {str(batch): table}},
+    }  # fmt: skip
+
+
+def _ratio(ratio: Ratio) -> dict[str, Any]:
+    return {"ratio": ratio.value, "ci95": [ratio.low, ratio.high]}
+
+
+def _times(seconds: np.ndarray) -> dict[str, Any]:
+    values = 1000 * seconds.ravel()
+    quantiles = {f"p{q}_ms": float(np.quantile(values, q / 100)) if len(values) >= count else None for q, count in ((90, P90_COUNT), (99, P99_COUNT))}
+    return {"median_ms": float(np.median(values)), **quantiles, "n": int(2 * len(values))}

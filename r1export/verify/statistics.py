@@ -1,0 +1,60 @@
+"""Paired timing: median log-ratio, block bootstrap interval, equivalence.
+
+Ratios are compared as logarithms, so that twice as slow and twice as fast weigh the same. Rounds measured with the
+same sessions share their placement in memory and are not independent: the bootstrap draws whole blocks of rounds.
+Equivalence (two one-sided tests, Schuirmann 1987) holds where the interval lies inside the margin; the 95 % interval
+used here is stricter than the 90 % interval that the test at the 5 % level needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """`value` = exp(median log-ratio), `low` to `high` its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def halfwidth(self) -> float:
+        return (self.high - self.low) / 2
+
+    def within(self, margin: float) -> bool:
+        """The whole interval lies between 1 / (1 + margin) and 1 + margin."""
+        return self.low >= 1 / (1 + margin) and self.high <= 1 + margin
+
+
+def paired_ratio(numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) -> Ratio:
+    """Ratio of two series of times, both (blocks, rounds), measured round by round.
+
+    The estimate is the mean over the blocks of each block's median log-ratio.
+    """
+    medians = np.median(np.log(numerator) - np.log(denominator), axis=1)
+    draws = np.random.default_rng(seed).integers(len(medians), size=(RESAMPLES, len(medians)))
+    low, high = np.quantile(medians[draws].mean(1), [0.025, 0.975])
+    # Resampling n blocks underestimates their spread by sqrt((n - 1) / n); widen around the estimate.
+    widen = np.sqrt(len(medians) / max(1, len(medians) - 1))
+    centre = medians.mean()
+    return Ratio(*(float(np.exp(centre + (edge - centre) * widen)) for edge in (centre, low, high)))
+
+
+def latency_verdict(merged: Ratio, noise: Ratio, margin: float) -> tuple[str, str]:
+    """The verdict on added latency, and what to do about it where it is not a pass.
+
+    A noise floor (base against base) outside the margin decides nothing, whatever the merged model did.
+    """
+    if not noise.within(margin):
+        return "inconclusive", f"base against itself spreads over {noise.low:.3f} to {noise.high:.3f}: close other programs, pin threads, or raise verify.pairs"
+    if merged.low > 1 + margin:
+        return "fail", f"the merged model is at least {merged.low:.3f} times as slow as the base model"
+    if not merged.within(margin):
+        return "inconclusive", f"the interval {merged.low:.3f} to {merged.high:.3f} is wider than the margin: raise verify.pairs"
+    return "pass", ""

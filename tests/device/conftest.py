@@ -1,0 +1,28 @@
+"""A run in the lab and devices in the field, small and real."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from r1export.update.envelope import SecretKey
+
+
+@pytest.fixture(scope="session")
+def fleet() -> ModuleType:
+    path = Path(__file__).with_name("fleet.py")
+    spec = importlib.util.spec_from_file_location("fleet", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def run(fleet, tmp_path_factory) -> Path:
+    return fleet.make_run(tmp_path_factory.mktemp("lab") / "run")
+
+
+@pytest.fixture(scope="session")
+def key() -> SecretKey:
+    return SecretKey(bytes(range(32)))
