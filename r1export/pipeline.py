@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import platform
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -33,15 +34,15 @@ from r1export.adapt.sources import expand_path, load_task
 from r1export.adapt.tasks import Task, few_shot
 from r1export.adapt.trainer import Pools, Step, TrainSettings, reset_pools_, train_pools_
 from r1export.adapt.world import BUILTIN_MODELS
-from r1export.errors import InputError, Unsupported
+from r1export.errors import InputError, R1ExportError, Unsupported
 from r1export.export.graph import GRAPHS, export_graphs
-from r1export.export.release import Golden, ReleaseContent, TaskClasses, refused_writes, write_release
+from r1export.export.release import UNLISTED, Golden, ReleaseContent, TaskClasses, read_manifest, refused_writes, write_release
 from r1export.recipe import Recipe, TaskSource
 from r1export.run_folder import RunFolder, read_json
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import new_folder, sha256_file, write_json
-from r1export.verify import latency, parity, proof
+from r1export.verify import latency, parity, proof, selftest
 from r1export.verify.report import overall, settled, write_report
 from r1export.verify.runtime import PROVIDERS, open_session, runner
 
@@ -74,10 +75,16 @@ class Silent:
 class Stage:
     """What all steps work on: the run, its base model and its tasks, loaded when first used."""
 
-    run: RunFolder
+    run: RunFolder | None
     recipe: Recipe
     device: str
     watch: Watcher
+
+    def at(self, run: RunFolder) -> Stage:
+        """The same stage, its model and tasks kept, in a run folder."""
+        moved = replace(self, run=run)
+        moved.__dict__.update({name: value for name, value in self.__dict__.items() if name not in moved.__dict__})
+        return moved
 
     @cached_property
     def clip(self) -> Clip:
@@ -135,6 +142,14 @@ def choose_device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise Unsupported("this machine has no usable CUDA device", "use --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def check_inputs(stage: Stage) -> None:
+    """Load the model and the tasks and try the pools, so that bad input is found before anything is written."""
+    _inject(stage.clip, stage.recipe)
+    eject_experts_(stage.clip.model)
+    for task in (*stage.tasks, *((stage.probe,) if stage.probe else ())):
+        task.test.read(0)
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
@@ -243,9 +258,12 @@ def _metrics(recipe: Recipe, zero_shot: dict[str, float], rows: list[dict[str, f
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
-def export(stage: Stage) -> list[Path]:
+def export(stage: Stage, *, overwrite: bool = False) -> list[Path]:
     """Write the graphs, if they are not there, and every release that is not there; returns the release folders."""
     run, recipe = stage.run, stage.recipe
+    if overwrite:
+        for folder in (run.graphs, run.path / "releases"):
+            shutil.rmtree(folder, ignore_errors=True)
     metrics, updates = run.metrics(), run.updates(recipe)
     with refused_writes(run.path):
         if not run.graphs.exists():
@@ -311,7 +329,9 @@ def verify(stage: Stage) -> dict[str, Any]:
             raise InputError(f"{path}: no such release", f"write it with r1export export {run.path}")
         stage.watch.stage(f"Verifying {path.name}")
         control = reports[0]["parity"]["export"] if reports else None
-        reports.append(settled(_verify_release(stage, number, releases, updates[:number], control) | {"accuracy": _accuracy_upto(metrics, number)}))
+        changed = selftest.changed_files(path, read_manifest(path), UNLISTED)
+        found = _verify_damaged(path, changed) if changed else _verify_release(stage, number, releases, updates[:number], control)
+        reports.append(settled(found | {"accuracy": _accuracy_upto(metrics, number)}))
         write_report(reports[-1], path)
     report = {
         "verdict": overall(r["verdict"] for r in reports), "reasons": [f"{r['release']['name']}: {reason}" for r in reports for reason in r["reasons"]],
@@ -319,6 +339,35 @@ def verify(stage: Stage) -> dict[str, Any]:
     }  # fmt: skip
     write_report(report, run.path)
     return settled(report)
+
+
+def verify_release(path: Path) -> dict[str, Any]:
+    """Verify a release folder by itself, without torch: its files, its graphs, its golden samples, and the base beside it."""
+    manifest = read_manifest(path)
+    reasons = selftest.changed_files(path, manifest, UNLISTED)
+    try:
+        reasons += selftest.changed_graphs(path, manifest)
+        golden = selftest.golden_parity(path, manifest)
+    except (R1ExportError, OSError, ValueError, KeyError) as error:
+        golden, reasons = selftest.damaged(error), [*reasons, str(error)]
+    base = path.parent / "00-base"
+    graphs = [{name: folder / name for name in GRAPHS} for folder in (base, path)]
+    beside = base.is_dir() and base != path
+    return settled({
+        "verdict": "fail" if reasons else "pass", "reasons": reasons, "created": _now(), "r1export": __version__,
+        "release": {"index": manifest["sequence"], "name": manifest["name"], "base": manifest["base"]["name"], "base_sha256": manifest["base"]["sha256"]},
+        "parity": {"export": golden},
+        "proof": {"same_file": proof.same_files(*graphs), "graph": proof.same_graphs(*graphs)} if beside and not reasons else {},
+        "environment": environment(),
+    })  # fmt: skip
+
+
+def _verify_damaged(path: Path, changed: list[str]) -> dict[str, Any]:
+    """A release that is not what was released is not worth measuring."""
+    return {
+        "verdict": "fail", "reasons": [*changed, f"write it again: delete {path} and run r1export export"], "created": _now(), "r1export": __version__,
+        "release": {"name": path.name}, "environment": environment(),
+    }  # fmt: skip
 
 
 def _verify_release(stage: Stage, number: int, releases: list[Path], updates: list[ExpertUpdate], control: dict[str, Any] | None) -> dict[str, Any]:

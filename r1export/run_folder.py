@@ -70,23 +70,33 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         raise InputError(f"{path}: damaged: {error}", remedy) from error
 
 
-def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
-    """A new run, or the one that is there: `resume` goes on with it, `overwrite` deletes it first.
+def check_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Look whether `open_run` may go ahead, without touching anything.
 
     Raises:
         InputError: the folder is not empty and neither was asked for, it holds another recipe, or it is no run at all.
     """
     run = RunFolder(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if path.is_dir() and run.recipe_file.exists() and overwrite:
-            shutil.rmtree(path)
-        elif not (path.is_dir() and run.recipe_file.exists()):
-            raise InputError(f"{path} is not empty and not a run", "choose another --out; nothing was touched")
-        elif not resume:
-            raise InputError(f"{path} already holds a run", "go on with --resume, or start anew with --overwrite")
-        elif run.recipe() != recipe:
-            raise InputError(f"{path} holds a run of another recipe: {_difference(run.recipe(), recipe)}", "choose another --out, or --overwrite")
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path.is_dir() and run.recipe_file.exists()):
+        raise InputError(f"{path} is not empty and not a run", "choose another --out; nothing was touched")
+    if not (resume or overwrite):
+        raise InputError(f"{path} already holds a run", "go on with --resume, or start anew with --overwrite")
+    if resume and not overwrite and run.recipe() != recipe:
+        raise InputError(f"{path} holds a run of another recipe: {_difference(run.recipe(), recipe)}", "choose another --out, or --overwrite")
+
+
+def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
+    """A new run, or the one that is there: `resume` goes on with it, `overwrite` deletes it first.
+
+    Raises InputError as `check_run` does, or if the folder cannot be written.
+    """
+    check_run(path, recipe, resume=resume, overwrite=overwrite)
+    run = RunFolder(path)
     try:
+        if overwrite and run.recipe_file.exists():
+            shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
         if not run.recipe_file.exists():
             write_file(run.recipe_file, recipe.dumps().encode())

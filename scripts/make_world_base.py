@@ -15,37 +15,80 @@ import random
 import shutil
 import time
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from r1export.adapt.tasks import ImageSet, Task
-from r1export.adapt.world import BUILTIN_MODELS, COLOURS, PAIRS, SHAPES, UNSEEN_PAIRS, Scene, draw_scene, image_rng, load_builtin
+from r1export.adapt.world import (
+    BUILTIN_MODELS,
+    COLOURS,
+    FACING,
+    PAIRS,
+    SHAPES,
+    SIZE,
+    UNSEEN_PAIRS,
+    Scene,
+    draw_scene,
+    image_rng,
+    load_builtin,
+    noisy,
+    two_colours,
+)
 
 SEEN_PAIRS = [pair for pair in PAIRS if pair not in UNSEEN_PAIRS]
 TEMPLATES = ["a {}.", "{}", "the {}.", "a picture of a {}.", "an image of the {}.", "a drawing of a {}.", "a photo of one {}.", "this is a {}."]
-# Question -> its possible answers, as phrases for the templates.
+# Question -> its possible answers, as phrases for the templates. Combined answers teach the text tower to compose.
 QUESTIONS = {
     "pair": [f"{colour} {shape}" for colour, shape in SEEN_PAIRS],
     "colour": [f"{colour} shape" for colour in COLOURS],
     "shape": list(SHAPES),
-    "size": ["small shape", "large shape"],
-    "style": ["solid shape", "outlined shape"],
+    "size, colour": [f"{size} {colour} shape" for size in ("small", "large") for colour in COLOURS],
+    "style, shape": [f"{style} {shape}" for style in ("solid", "outlined") for shape in SHAPES],
     "background": ["shape on a dark background", "shape on a light background"],
+    "facing": [f"shape facing {way}" for way in FACING],
+    "letter": [f"letter {letter}" for letter in ascii_lowercase],
 }
-WEIGHTS = {"pair": 1.0, "colour": 0.5, "shape": 0.5, "size": 0.2, "style": 0.2, "background": 0.2}
+WEIGHTS = {"pair": 1.0, "colour": 0.5, "shape": 0.5, "size, colour": 0.3, "style, shape": 0.3, "background": 0.1, "facing": 0.7, "letter": 0.7}
 PHRASES = [phrase for answers in QUESTIONS.values() for phrase in answers]
+FONTS = [ImageFont.load_default(size) for size in range(50, 120, 10)]  # the one font inside Pillow, in pixels before averaging down
 
 
-def answers_of(scene: Scene) -> list[int]:
-    """Index of the true answer to each question, in the order of QUESTIONS."""
-    words = {"size": f"{scene.size} shape", "style": f"{scene.style} shape", "background": f"shape on a {scene.background} background"}
-    words |= {"pair": f"{scene.colour} {scene.shape}", "colour": f"{scene.colour} shape", "shape": scene.shape}
-    return [answers.index(words[question]) for question, answers in QUESTIONS.items()]
+def truths_of(scene: Scene) -> dict[str, str]:
+    """The true answer to each question that the scene can answer."""
+    truths = {"pair": f"{scene.colour} {scene.shape}", "colour": f"{scene.colour} shape", "shape": scene.shape}
+    truths |= {"size, colour": f"{scene.size} {scene.colour} shape", "style, shape": f"{scene.style} {scene.shape}"}
+    truths |= {"background": f"shape on a {scene.background} background"}
+    return truths | ({"facing": f"shape facing {scene.facing}"} if scene.facing else {})
+
+
+def draw_letter(letter: str, rng: np.random.Generator) -> Image.Image:
+    """A printed letter, capital or not, in two random colours; half of them in a low resolution. Strokes, for tasks with strokes."""
+    ink, paper = two_colours(rng)
+    u = rng.random(8)
+    image = Image.new("L", (3 * SIZE, 3 * SIZE))
+    letter = letter.upper() if u[0] < 0.5 else letter
+    middle = tuple(48 + 20 * (u[1:3] - 0.5))
+    ImageDraw.Draw(image).text(middle, letter, fill=255, font=FONTS[int(u[3] * len(FONTS))], anchor="mm", stroke_width=int(4 * u[4]))
+    image = image.rotate(40 * (u[5] - 0.5), Image.Resampling.BILINEAR).reduce(12 if u[6] < 0.25 else 6 if u[6] < 0.5 else 3)
+    cover = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))[..., None] / 255
+    return noisy(paper + cover * (ink - paper), rng)
+
+
+def draw_example(index: int) -> tuple[Image.Image, dict[str, str]]:
+    """Pre-training image `index` and what is true of it: a letter every third time, else a scene."""
+    rng = image_rng("world", "pretrain", index)
+    if index % 3 == 0:
+        letter = ascii_lowercase[index // 3 % 26]
+        return draw_letter(letter, rng), {"letter": f"letter {letter}"}
+    image, scene = draw_scene(*SEEN_PAIRS[index * 2 // 3 % len(SEEN_PAIRS)], rng)
+    return image, truths_of(scene)
 
 
 def normalise(pixels: np.ndarray) -> Tensor:
@@ -55,13 +98,10 @@ def normalise(pixels: np.ndarray) -> Tensor:
 
 
 def draw_batch(step: int, batch: int) -> tuple[Tensor, Tensor]:
-    """Images (batch, 3, s, s) and answers (batch, questions) of one step."""
-    pixels, answers = [], []
-    for index in range(step * batch, (step + 1) * batch):
-        image, scene = draw_scene(*SEEN_PAIRS[index % len(SEEN_PAIRS)], image_rng("world", "pretrain", index))
-        pixels.append(np.asarray(image))
-        answers.append(answers_of(scene))
-    return normalise(np.stack(pixels)), torch.tensor(answers)
+    """Images (batch, 3, s, s) and answers (batch, questions) of one step; -1 where a question does not apply."""
+    images, truths = zip(*map(draw_example, range(step * batch, (step + 1) * batch)), strict=True)
+    answers = [[a.index(truth[q]) if q in truth else -1 for q, a in QUESTIONS.items()] for truth in truths]
+    return normalise(np.stack([np.asarray(image) for image in images])), torch.tensor(answers)
 
 
 class Texts:
@@ -100,7 +140,7 @@ def new_model(seed: int) -> tuple[nn.Module, open_clip.SimpleTokenizer]:
 def question_loss(logits: Tensor, answers: Tensor) -> Tensor:
     """Weighted cross-entropy over the questions. logits (batch, phrases), answers (batch, questions)."""
     parts = logits.split([len(a) for a in QUESTIONS.values()], dim=1)
-    losses = [w * F.cross_entropy(part, answers[:, k]) for k, (part, w) in enumerate(zip(parts, WEIGHTS.values(), strict=True))]
+    losses = [w * F.cross_entropy(part, answers[:, k], ignore_index=-1) for k, (part, w) in enumerate(zip(parts, WEIGHTS.values(), strict=True))]
     return torch.stack(losses).sum()
 
 

@@ -75,13 +75,17 @@ _ARROW = np.array([(10, 0), (1, -8), (1, -3), (-10, -3), (-10, 3), (1, 3), (1, 8
 SHAPES = {
     "circle": _regular(24) * 0.9,
     "square": _regular(4, np.pi / 4) * 1.1,
-    "triangle": _regular(3) * 1.15,
+    "triangle": np.array([(0, -1.2), (0.85, 0.8), (-0.85, 0.8)]),
     "star": _regular(10, radii=(1.15, 0.45)),
     "cross": np.array(_CROSS) / 3.0,
     "heart": _heart(),
     "crescent": _crescent(),
     "diamond": _regular(4, radii=(1.25, 0.6)),
 }
+
+# Shapes that look different each way up are shown all eight ways.
+FACING = ("north", "north east", "east", "south east", "south", "south west", "west", "north west")
+TURNING_SHAPES = ("triangle", "heart", "crescent")
 
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 # One pair per colour and per shape that pre-training never shows: naming them takes composition, not memory.
@@ -97,6 +101,7 @@ class Scene:
     size: str  # small, large
     style: str  # solid, outlined
     background: str  # dark, light
+    facing: str  # one of FACING; "" for a shape that does not turn
 
 
 def image_rng(name: str, split: str, index: int) -> np.random.Generator:
@@ -108,7 +113,7 @@ def _between(low: float, high: float, u: float) -> float:
     return low + (high - low) * u
 
 
-def _noisy(pixels: np.ndarray, rng: np.random.Generator) -> Image.Image:
+def noisy(pixels: np.ndarray, rng: np.random.Generator) -> Image.Image:
     """Pixels (SIZE, SIZE, 3) in 0..255 with sensor noise of up to 12 grey levels."""
     noise = np.frombuffer(rng.bytes(pixels.size), np.uint8).reshape(pixels.shape) % 25
     return Image.fromarray(np.clip(pixels.astype(np.int16) + noise - 12, 0, 255).astype(np.uint8))
@@ -134,20 +139,22 @@ def _place(outline: np.ndarray, angle: float, radius: float, u: float, v: float)
 
 def draw_scene(colour: str, shape: str, rng: np.random.Generator) -> tuple[Image.Image, Scene]:
     """One coloured shape of random size, style, place and rotation on a greyish background, and what it is."""
-    u = rng.random(14)
+    u = rng.random(15)
     hue, saturation, value = (_between(low, high, t) for (low, high), t in zip(COLOURS[colour], u, strict=False))
     ink = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 360 / 360, saturation, value))
     dark, large, outlined = u[3:6] < (0.5, 0.5, 0.3)
-    grey = _between(10, 80, u[6]) if dark else _between(160, 240, u[6])
-    paper = tuple(round(grey + 15 * tint) for tint in u[7:10])
+    grey = _between(5, 60, u[6]) if dark else _between(150, 205, u[6])
+    paper = tuple(round(grey + 50 * tint) for tint in u[7:10])
     radius = _between(10, 13.5, u[10]) if large else _between(6.5, 8.5, u[10])
-    outline = _place(SHAPES[shape], np.radians(_between(-25, 25, u[11])), radius, u[12], u[13])
+    way = int(8 * u[14]) if shape in TURNING_SHAPES else 0
+    angle = np.radians(_between(-20, 20, u[11]) - 45 * way)
+    outline = _place(SHAPES[shape], angle, radius, u[12], u[13])
     pixels = _polygon(outline, ink, paper, stroke=round(0.2 * radius * _ZOOM) if outlined else 0)
     words = ("large" if large else "small", "outlined" if outlined else "solid", "dark" if dark else "light")
-    return _noisy(pixels, rng), Scene(colour, shape, *words)
+    return noisy(pixels, rng), Scene(colour, shape, *words, FACING[way] if shape in TURNING_SHAPES else "")
 
 
-def _two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Ink and paper (3,) in 0..255, at least 90 grey levels apart."""
     ink, paper = rng.random((2, 3)) * 255
     if abs(ink.mean() - paper.mean()) < 90:
@@ -175,7 +182,7 @@ _PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 def _draw_pattern(name: str, rng: np.random.Generator) -> Image.Image:
     """A pattern with a period of 6 to 11 pixels in two random colours, slightly turned, anywhere in its phase."""
-    ink, paper = _two_colours(rng)
+    ink, paper = two_colours(rng)
     u = rng.random(5)
     angle, period = np.radians(_between(-12, 12, u[0])), _between(6, 11, u[1])
     y, x = np.mgrid[:SIZE, :SIZE] - SIZE * _between(0.3, 0.7, u[2:4])[:, None, None]
@@ -183,7 +190,7 @@ def _draw_pattern(name: str, rng: np.random.Generator) -> Image.Image:
         x = -x
     x, y = (np.cos(angle) * x - np.sin(angle) * y) / period, (np.sin(angle) * x + np.cos(angle) * y) / period
     cover = np.clip(0.5 + 0.25 * period * _PATTERNS[name](x, y), 0, 1)[..., None]
-    return _noisy(paper + cover * (ink - paper), rng)
+    return noisy(paper + cover * (ink - paper), rng)
 
 
 _DIRECTIONS = ("right", "up right", "up", "up left", "left", "down left", "down", "down right")
@@ -191,11 +198,11 @@ _DIRECTIONS = ("right", "up right", "up", "up left", "left", "down left", "down"
 
 def _draw_arrow(name: str, rng: np.random.Generator) -> Image.Image:
     """An arrow within 12 degrees of the direction, in two random colours."""
-    ink, paper = _two_colours(rng)
+    ink, paper = two_colours(rng)
     u = rng.random(4)
     angle = np.radians(45 * _DIRECTIONS.index(name) + _between(-12, 12, u[0]))
     outline = _place(_ARROW, angle, _between(9, 13, u[1]), u[2], u[3])
-    return _noisy(_polygon(outline, tuple(map(round, ink)), tuple(map(round, paper))), rng)
+    return noisy(_polygon(outline, tuple(map(round, ink)), tuple(map(round, paper))), rng)
 
 
 def _draw_pair(name: str, rng: np.random.Generator) -> Image.Image:

@@ -16,7 +16,7 @@ from pathlib import Path
 from r1export.device import worker
 from r1export.device.policy import check_not_revoked, check_offer, counts_as_try
 from r1export.device.store import BASE, BUNDLE, FORMAT, MODES, Config, State, Store, remove, write_new
-from r1export.errors import InputError, R1ExportError, Unsupported
+from r1export.errors import CheckFailed, InputError, R1ExportError, Unsupported
 from r1export.update.bundle import Bundle, factors_bytes, read_bundle
 from r1export.update.envelope import PublicKey
 from r1export.update.files import new_folder, sha256_file, sync_folder, write_file, write_json
@@ -168,7 +168,8 @@ def _build(device: Store, offer: Bundle, run: Callable[[str, str], None]) -> Non
     run("build", partial.name)
     if device.config.mode == "slot":
         for file in offer.manifest.files:
-            check_file(partial / file.path, file.sha256)
+            if (found := sha256_file(partial / file.path)) != file.sha256:
+                raise CheckFailed(f"{file.path} came out with SHA-256 {found}, signed is {file.sha256}", "have the update made again for this base")
     for folder in [partial, *partial.rglob("*")]:
         if folder.is_dir():
             sync_folder(folder)

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,13 +49,14 @@ def release_without(
     before = Rebuild(base, ExpertUpdate.stack(factors[digest] for _, digest in target.updates))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        gone = {f"classes/{task}.{kind}" for task in dropped for kind in ("safetensors", "json")}
+        unlearned = {f"classes/{task}.json" for task in dropped} & base.files.keys()
+        gone = {f"classes/{task}.{kind}" for task in dropped for kind in ("safetensors", "json")} - base.files.keys()
         for path in target.files.keys() - gone:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             if path in before.merged_files:
                 write_file(folder / path, rebuild.chunks(path))
             else:
-                shutil.copyfile(target.path / path, folder / path)
+                shutil.copyfile((base if path in unlearned else target).path / path, folder / path)
         (refresh or _refresh_golden)(folder)
         if refresh is None and _text_changed(target, folder) and any(path.startswith("classes/") for path in target.files.keys() - gone):
             raise InputError("the text tower changes, so class embeddings have to be computed anew", "pass `refresh`, or drop at the next training run")
@@ -81,12 +83,16 @@ def _text_changed(target: Release, folder: Path) -> bool:
     return "text_embeds" in one and not np.array_equal(one["text_embeds"], other["text_embeds"])
 
 
+def _unmeasured(task: Mapping[str, Any], dropped: Sequence[str]) -> dict[str, Any]:
+    """A task's entry in the smaller release: accuracies were measured with other weights."""
+    return {**task, "learned": task["learned"] and task["name"] not in dropped, "accuracy": None}
+
+
 def _write_manifest(folder: Path, target: Release, rebuild: Rebuild, before: Rebuild, kept: Sequence[tuple[str, str]], dropped: Sequence[str]) -> None:
     document = json.loads((target.path / MANIFEST).read_bytes())
     document["name"] = f"{target.name}-without-{'-'.join(dropped)}"
     document["updates"] = [{"task": task, "sha256": digest} for task, digest in kept]
-    if isinstance(document.get("classes"), dict):
-        document["classes"] = {task: value for task, value in document["classes"].items() if task not in dropped}
+    document["tasks"] = [_unmeasured(task, dropped) for task in document["tasks"]]
     paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     document["files"] = {path: {"sha256": sha256_file(folder / path), "bytes": (folder / path).stat().st_size} for path in paths}
     for parameter in before.update.parameters:

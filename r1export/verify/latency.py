@@ -18,6 +18,7 @@ BLOCKS = 10  # a bootstrap over fewer blocks has intervals that are too narrow
 WARM_UP = 3  # runs after opening a session that are not counted: memory is planned and weights are paged in
 P90_COUNT, P99_COUNT = 50, 500  # runs that a quantile needs before it says anything
 TORCH_ROUNDS = 10
+PATIENCE = 20.0  # seconds after which no block is added to the first BLOCKS
 Job = Callable[[], object]
 
 
@@ -36,16 +37,24 @@ def time_rounds(jobs: Mapping[str, Job], rounds: int, rng: np.random.Generator) 
     return seconds
 
 
-def measure(openers: Mapping[str, Callable[[], Job]], pairs: int, seed: int = 0, on_block: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
-    """Seconds (blocks, rounds) of each contender, all opened afresh in every block."""
-    rng = np.random.default_rng(seed)
+def measure(openers: Mapping[str, Callable[[], Job]], pairs: int, halfwidth: float, seed: int = 0, on_block: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
+    """Seconds (blocks, rounds) of base, again and merged, all opened afresh in every block.
+
+    After `pairs` pairs it goes on until both intervals are narrower than `halfwidth` or PATIENCE seconds have passed.
+    How long it goes on depends on the width of the intervals alone, not on where they lie, so it favours no verdict.
+    """
+    rng, started = np.random.default_rng(seed), time.perf_counter()
     rounds = max(2, -(-pairs // (2 * BLOCKS)))
     blocks: list[dict[str, np.ndarray]] = []
-    for _ in range(BLOCKS):
+    while True:
         names = rng.permutation(list(openers))
         blocks.append(time_rounds({str(name): openers[str(name)]() for name in names}, rounds, rng))
         on_block()
-    return {name: np.stack([block[name] for block in blocks]) for name in openers}
+        if len(blocks) >= BLOCKS:
+            seconds = {name: np.stack([block[name] for block in blocks]) for name in openers}
+            widest = max(paired_ratio(seconds[name], seconds["base"]).halfwidth for name in ("again", "merged"))
+            if widest <= halfwidth or time.perf_counter() - started > PATIENCE:
+                return seconds
 
 
 def added_latency(
@@ -53,7 +62,7 @@ def added_latency(
     torch_jobs: Mapping[str, Job] | None = None, on_block: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Rung L5: the release against the base, base against itself as noise floor, and torch for comparison."""
-    seconds = measure({"base": open_base, "again": open_base, "merged": open_release}, pairs, on_block=on_block)
+    seconds = measure({"base": open_base, "again": open_base, "merged": open_release}, pairs, margin / 2, on_block=on_block)
     ratio, noise = paired_ratio(seconds["merged"], seconds["base"]), paired_ratio(seconds["again"], seconds["base"])
     verdict, advice = latency_verdict(ratio, noise, margin)
     table = {name: _times(seconds[name]) for name in ("base", "merged")}

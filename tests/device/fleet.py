@@ -20,6 +20,10 @@ SHAPES = {  # parameter: logical shape, file, whether it is stored as (in, out)
     "token_embedding.weight": ((32, 16), "textual.safetensors", False),
     "text.head.weight": ((8, 16), "textual.safetensors", True),
 }
+# One element of one weight for which the order of the first two tasks shows: without rounding between them the sum lies
+# 1.1 * 2^-53 below the middle of two float32, and only the wrong order keeps enough of that to round down.
+ORDER_WEIGHT = -1.25 * 2.0**-54
+ORDER_PRODUCTS = ((1 + 2.0**-23, 1.0), (2.0**-12 * (1 + 2.0**-15), 2.0**-12 * (1 - 2.0**-15)))
 ADAPTED = (Rows("visual.proj.weight", 0, 8), Rows("visual.proj.weight", 8, 16), Rows("visual.head.weight", 0, 8), Rows("text.head.weight", 0, 8))
 
 
@@ -28,13 +32,14 @@ def make_run(run: Path, precision: str = "fp32", factors: str = "float32") -> Pa
     rng = np.random.default_rng(7)
     dtype = np.float16 if precision == "fp16" else np.float32
     base = {name: (rng.standard_normal(shape) * 0.3).astype(dtype) for name, (shape, _, _) in SHAPES.items()}
+    base["visual.head.weight"][0, 0] = ORDER_WEIGHT
     golden = {"pixel_values": rng.standard_normal((6, 3, 8, 8)).astype(np.float32), "input_ids": rng.integers(0, 32, (4, 5))}
     updates: list[tuple[str, str, ExpertUpdate]] = []
     write_release(run / "releases" / "00-base", base, base, golden, updates, precision)
     for number, task in enumerate(TASKS, 1):
         folder = run / "tasks" / f"{number:02d}-{task}"
         folder.mkdir(parents=True)
-        update = random_update(rng, number + 1, factors)
+        update = random_update(rng, number + 1, factors, ORDER_PRODUCTS[number - 1] if number < 3 else (0.0, 0.0))
         update.write(folder / "factors.safetensors")
         updates.append((task, sha256_file(folder / "factors.safetensors"), update))
         merged = base | ExpertUpdate.stack(update for _, _, update in updates).apply(base)
@@ -42,13 +47,17 @@ def make_run(run: Path, precision: str = "fp32", factors: str = "float32") -> Pa
     return run
 
 
-def random_update(rng: np.random.Generator, experts: int, dtype: str) -> ExpertUpdate:
-    return ExpertUpdate({rows: random_factors(rng, rows, experts, dtype) for rows in ADAPTED})
-
-
-def random_factors(rng: np.random.Generator, rows: Rows, experts: int, dtype: str) -> Factors:
-    shape = SHAPES[rows.parameter][0]
-    return Factors.pack(rng.standard_normal((experts, shape[1])), rng.standard_normal((rows.stop - rows.start, experts)), 0.05, dtype)
+def random_update(rng: np.random.Generator, experts: int, dtype: str, corner: tuple[float, float]) -> ExpertUpdate:
+    """Experts for every adapted linear; row 0 of visual.head.weight gets nothing but the product `corner` in its first element."""
+    pairs = {}
+    for rows in ADAPTED:
+        shape = SHAPES[rows.parameter][0]
+        lora_A, lora_B = rng.standard_normal((experts, shape[1])), rng.standard_normal((rows.stop - rows.start, experts)) * 0.05
+        if rows.parameter == "visual.head.weight":
+            lora_B[0], lora_B[0, 0], lora_A[0] = 0, corner[0], 0
+            lora_A[0, 0] = corner[1]
+        pairs[rows] = Factors.pack(lora_A, lora_B, 1.0, dtype)
+    return ExpertUpdate(pairs)
 
 
 def write_release(folder: Path, base: dict, weights: dict, golden: dict, updates: list, precision: str) -> None:
@@ -73,9 +82,8 @@ def write_release(folder: Path, base: dict, weights: dict, golden: dict, updates
     answers = expected(folder)
     write_tensors(folder / "golden.safetensors", golden | answers)
     for task, _, _ in updates:
-        embeds = answers["text_embeds"][:3] + np.float32(len(task))
-        write_tensors(folder / "classes" / f"{task}.safetensors", {"class_embeds": embeds})
-        write_json(folder / "classes" / f"{task}.json", {"names": ["one", "two", "three"]})
+        write_json(folder / "classes" / f"{task}.json", {"classes": ["one", "two", "three"]})
+    write_classes(folder)
     write_json(folder / "preprocess.json", {"size": 8})
     base_digest = hashlib.sha256(b"".join(base[name].tobytes() for name in SHAPES)).hexdigest()
     paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -90,10 +98,24 @@ def write_release(folder: Path, base: dict, weights: dict, golden: dict, updates
         "files": {path: {"sha256": sha256_file(folder / path), "bytes": (folder / path).stat().st_size} for path in paths},
         "tensors": tensors,
         "golden": {"max_abs": 5e-5, "min_cosine": 0.999999},
-        "classes": {task: 3 for task, _, _ in updates},
+        "tasks": [{"name": task, "classes": 3, "learned": True, "accuracy": 0.5} for task, _, _ in updates],
     }
     write_json(folder / "manifest.json", manifest)
     (folder / "README.md").write_text("a model card\n")
+
+
+def write_classes(folder: Path) -> None:
+    """Class embeddings from the text tower, for each list of classes that is there."""
+    for path in (folder / "classes").glob("*.json"):
+        embeds = read_tensors(folder / "golden.safetensors")["text_embeds"][:3] + np.float32(len(path.stem))
+        write_tensors(path.with_suffix(".safetensors"), {"class_embeds": embeds})
+
+
+def refresh(folder: Path) -> None:
+    """What follows from a release's weights, computed anew."""
+    golden = read_tensors(folder / "golden.safetensors")
+    write_tensors(folder / "golden.safetensors", golden | expected(folder))
+    write_classes(folder)
 
 
 def expected(folder: Path) -> dict[str, np.ndarray]:

@@ -1,0 +1,210 @@
+"""The command line: one function per command, heavy imports inside the function.
+
+Exit codes: 0 passed, 1 a check failed, 2 bad usage or bad input, 3 this environment cannot do it, 4 inconclusive.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from r1export.errors import R1ExportError
+
+if TYPE_CHECKING:
+    from r1export.console import Terminal
+    from r1export.pipeline import Stage
+
+VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
+
+app = typer.Typer(
+    name="r1export", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Teach CLIP one task after another with rank-1 experts, merge them, and export ONNX models that are proven to cost nothing extra.",
+)  # fmt: skip
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe in TOML; see recipes/.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Folder for the run.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what is there and start anew.")]
+Where = Annotated[Device, typer.Option("--device", help="Where to train and to run torch.")]
+Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a recipe field, for example train.iterations=50; repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else goes to stderr.")]
+
+
+@contextmanager
+def _terminal(as_json: bool) -> Iterator[Terminal]:
+    """The terminal; an error that r1export raises on purpose becomes one line and its exit code."""
+    from r1export.console import Terminal
+
+    terminal = Terminal(as_json=as_json)
+    try:
+        yield terminal
+    except R1ExportError as error:
+        terminal.error(str(error))
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        terminal.error("interrupted; go on with --resume")
+        raise typer.Exit(130) from None
+
+
+def _open(recipe_file: Path, out: Path, resume: bool, overwrite: bool, device: Device, overrides: list[str], terminal: Terminal) -> Stage:
+    from r1export.recipe import load_recipe
+    from r1export.run_folder import check_run, open_run
+
+    recipe = load_recipe(recipe_file, tuple(overrides))
+    check_run(out, recipe, resume=resume, overwrite=overwrite)
+    from r1export.pipeline import Stage, check_inputs, choose_device
+
+    stage = Stage(None, recipe, choose_device(device), terminal)
+    check_inputs(stage)
+    return stage.at(open_run(out, recipe, resume=resume, overwrite=overwrite))
+
+
+def _reopen(path: Path, device: Device, terminal: Terminal) -> Stage:
+    from r1export.run_folder import RunFolder
+
+    run = RunFolder(path)
+    recipe = run.recipe()
+    from r1export.pipeline import Stage, choose_device
+
+    return Stage(run, recipe, choose_device(device), terminal)
+
+
+def _finish(report: dict[str, Any]) -> None:
+    raise typer.Exit(VERDICT_CODES[report["verdict"]])
+
+
+@app.command()
+def run(recipe: RecipeFile, out: Out, resume: Resume = False, overwrite: Overwrite = False, device: Where = Device.auto, set: Set = [], as_json: Json = False) -> None:  # noqa: A002, B006
+    """Train a stream of tasks, merge and export after each, and verify every release."""
+    with _terminal(as_json) as terminal:
+        stage = _open(recipe, out, resume, overwrite, device, set, terminal)
+        from r1export import pipeline
+
+        metrics = pipeline.train(stage)
+        pipeline.export(stage)
+        report = pipeline.verify(stage)
+        terminal.accuracy(metrics)
+        terminal.report(report)
+        terminal.say(f"Report: {out / 'report.html'}   Releases: {out / 'releases'}")
+        terminal.document(report)
+        _finish(report)
+
+
+@app.command()
+def train(recipe: RecipeFile, out: Out, resume: Resume = False, overwrite: Overwrite = False, device: Where = Device.auto, set: Set = [], as_json: Json = False) -> None:  # noqa: A002, B006
+    """Train a stream of tasks; writes factors, pools and metrics, exports nothing."""
+    with _terminal(as_json) as terminal:
+        stage = _open(recipe, out, resume, overwrite, device, set, terminal)
+        from r1export import pipeline
+
+        metrics = pipeline.train(stage)
+        terminal.accuracy(metrics)
+        terminal.document(metrics)
+
+
+@app.command()
+def export(run: Run, overwrite: Overwrite = False, device: Where = Device.auto, as_json: Json = False) -> None:
+    """Export the graphs of a trained run once, and write a release for the base and for every task."""
+    with _terminal(as_json) as terminal:
+        stage = _reopen(run, device, terminal)
+        from r1export import pipeline
+
+        releases = pipeline.export(stage, overwrite=overwrite)
+        for path in releases:
+            terminal.say(str(path))
+        terminal.document({"releases": [str(path) for path in releases]})
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(metavar="RUN|RELEASE", help="A run, or one release folder.")], device: Where = Device.auto, as_json: Json = False) -> None:
+    """Verify all releases of a run against the unmerged model, or one release by its own golden samples."""
+    with _terminal(as_json) as terminal:
+        if (path / "manifest.json").exists():
+            from r1export import pipeline
+
+            report = pipeline.verify_release(path)
+        else:
+            stage = _reopen(path, device, terminal)
+            from r1export import pipeline
+
+            report = pipeline.verify(stage)
+        terminal.report(report)
+        terminal.document(report)
+        _finish(report)
+
+
+@app.command()
+def report(run: Run, as_json: Json = False) -> None:
+    """Write the reports of a verified run again, and show them."""
+    with _terminal(as_json) as terminal:
+        from r1export.run_folder import read_json
+        from r1export.verify.report import settled, write_report
+
+        found = settled(read_json(run / "report.json", f"verify it first: r1export verify {run}"))
+        write_report(found, run)
+        if found.get("accuracy") and found.get("releases"):
+            terminal.accuracy(found["accuracy"])
+        terminal.report(found)
+        terminal.document(found)
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A run, a release, factors or any safetensors file, or an .onnx graph.")], as_json: Json = False) -> None:
+    """Say what a file or folder is and what it holds."""
+    with _terminal(as_json) as terminal:
+        from r1export.inspection import describe
+
+        title, facts, columns, rows = describe(path)
+        for name, value in facts.items():
+            terminal.say(f"{name}: {value}")
+        if rows:
+            terminal.table(title, columns, rows)
+        terminal.document({"kind": title, **facts, "rows": [dict(zip(columns, row, strict=True)) for row in rows]})
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this environment: versions, providers, devices, and that a tiny graph runs."""
+    with _terminal(as_json) as terminal:
+        from r1export.inspection import examine_environment
+
+        findings = examine_environment()
+        terminal.table("Environment", ["check", "found", "verdict"], [[f["check"], f["found"], f["verdict"]] for f in findings])
+        terminal.document({"findings": findings})
+        if any(finding["verdict"] == "fail" for finding in findings):
+            raise typer.Exit(3)
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from r1export import __version__
+
+        print(__version__)
+        raise typer.Exit()
+
+
+def main() -> None:
+    """Entry point. A reader that stops early (`r1export ... | head`) ends the program quietly."""
+    try:
+        app()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+

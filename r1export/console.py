@@ -1,0 +1,101 @@
+"""The terminal: progress, tables, errors. The only printer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "not measured": "dim"}
+
+
+class Terminal:
+    """People read stdout, or stderr where `json` puts a document for machines on stdout."""
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.people = Console(stderr=as_json, highlight=False, soft_wrap=False)
+        self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def stage(self, title: str) -> None:
+        self.people.print(Text(f"• {title}", style="bold"))
+
+    @contextmanager
+    def track(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        """A bar that stays on the screen with its last note; one line where the output is no terminal."""
+        columns = (TextColumn("  {task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        notes = []
+        with Progress(*columns, console=self.people, disable=not self.people.is_terminal) as progress:
+            bar = progress.add_task(Text(title).plain, total=total, note="")
+
+            def advance(note: str = "") -> None:
+                notes.append(note)
+                progress.update(bar, advance=1, total=max(total, len(notes)), note=note)
+
+            yield advance
+        if not self.people.is_terminal:
+            self.say(f"  {title}: {len(notes)} done{', ' + notes[-1] if notes and notes[-1] else ''}")
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        self.people.print(Text(text))
+
+    def error(self, message: str) -> None:
+        """One line, whatever the width of the terminal."""
+        self.errors.print(Text.assemble(("Error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
+
+    def document(self, value: Any) -> None:
+        """The one JSON document on stdout."""
+        if self.as_json:
+            print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        """First column to the left, the others to the right."""
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row))
+        self.people.print(table)
+
+    def accuracy(self, accuracy: Mapping[str, Any]) -> None:
+        """The accuracy matrix, zero-shot first, and its summary."""
+        probe = accuracy.get("probe")
+        names, matrix = accuracy["tasks"], accuracy.get("matrix") or accuracy["accuracy"]
+        rows = [["zero-shot", *map(percent, accuracy["zero_shot"])]]
+        rows += [[f"after {names[i]}", *map(percent, row)] for i, row in enumerate(matrix)]
+        if probe:
+            rows = [[*row, percent(value)] for row, value in zip(rows, probe["values"], strict=True)]
+        self.table("Top-1 accuracy, %", ["", *names, *([f"{probe['name']} (probe)"] if probe else [])], rows)
+        summary = ", ".join(f"{title} {percent(accuracy[key])}" for title, key in (("Transfer", "transfer"), ("Avg", "avg"), ("Last", "last")) if accuracy.get(key) is not None)
+        self.say(f"{summary}  (zero-shot {percent(accuracy['zero_shot_avg'])})")
+
+    def report(self, report: Mapping[str, Any]) -> None:
+        """Verdicts of all releases and the reasons for what is not a pass."""
+        rows = [self._release_row(release) for release in report.get("releases") or [report]]
+        self.table("Verification (largest difference of embeddings; latency relative to the base model)", ["release", "merge", "export", "total", "file", "graph", "latency", "unmerged", "verdict"], rows)
+        for reason in report.get("reasons") or []:
+            self.say(f"  {reason}")
+        verdict = report["verdict"]
+        self.people.print(Text.assemble("Verdict: ", (verdict, f"bold {COLOURS[verdict]}")))
+
+    @staticmethod
+    def _release_row(release: Mapping[str, Any]) -> list[str]:
+        parity, rungs, timing = release.get("parity") or {}, release.get("proof") or {}, release.get("latency") or {}
+        errors = [f"{parity[name]['max_abs']:.1e}" if (parity.get(name) or {}).get("max_abs") is not None else "-" for name in ("merge", "export", "total")]
+        proofs = [(rungs.get(name) or {}).get("verdict", "-") for name in ("same_file", "graph")]
+        ratio = f"{timing['ratio']:.3f} ± {(timing['ci95'][1] - timing['ci95'][0]) / 2:.3f}" if timing.get("ratio") else "-"
+        unmerged = f"{timing['unmerged_ratio']:.2f}" if timing.get("unmerged_ratio") else "-"
+        return [release["release"]["name"], *errors, *proofs, ratio, unmerged, release["verdict"]]
+
+
+def percent(share: float) -> str:
+    """0.7333 -> 73.3."""
+    return f"{100 * share:.1f}"

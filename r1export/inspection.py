@@ -1,0 +1,133 @@
+"""What is this file, and can this machine do the work? The answers of `inspect` and `doctor`."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from r1export.errors import InputError
+from r1export.export.release import read_manifest
+from r1export.run_folder import RunFolder
+from r1export.update.container import NAMES, read_layout
+from r1export.update.factors import Rows
+
+Description = tuple[str, dict[str, object], list[str], list[list[str]]]
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "numpy", "safetensors", "cryptography")
+
+
+def describe(path: Path) -> Description:
+    """(title, facts, columns, rows). Raises InputError for what r1export does not know."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder", "check the path")
+    if path.is_dir():
+        return _release(path) if (path / "manifest.json").exists() else _run(path)
+    kinds: dict[str, Callable[[Path], Description]] = {".safetensors": _tensors, ".onnx": _graph, ".toml": _recipe}
+    if path.suffix not in kinds:
+        raise InputError(f"{path}: unknown kind of file", f"expected a folder or one of {', '.join(kinds)}")
+    return kinds[path.suffix](path)
+
+
+def _run(path: Path) -> Description:
+    run = RunFolder(path)
+    recipe = run.recipe()
+    rows = []
+    for number, task in enumerate(recipe.stream, 1):
+        factors = run.task(number, task.name) / "factors.safetensors"
+        released = run.release(number, task.name).exists()
+        rows.append([task.name, task.source, "yes" if factors.exists() else "no", _size(factors.stat().st_size) if factors.exists() else "-", "yes" if released else "no"])
+    facts = {"run": str(path), "base": recipe.base.model or recipe.base.weights, "seed": recipe.train.seed}
+    return "Run", facts, ["task", "source", "learned", "factors", "released"], rows
+
+
+def _release(path: Path) -> Description:
+    manifest = read_manifest(path)
+    rows = [[name, _size(entry["bytes"]), entry["sha256"]] for name, entry in manifest["files"].items()]
+    learned = [task["name"] for task in manifest["tasks"] if task["learned"]]
+    facts = {"release": manifest["name"], "base": manifest["base"]["name"], "learned": ", ".join(learned) or "nothing", "parameters": len(manifest["tensors"])}
+    return "Release", facts, ["file", "size", "sha256"], rows
+
+
+def _tensors(path: Path) -> Description:
+    layout = read_layout(path)
+    rows = [[spec.name, NAMES[spec.dtype], str(list(spec.shape)), _size(spec.nbytes)] for spec in layout.specs]
+    facts: dict[str, object] = {"file": str(path), "tensors": len(rows), "bytes": layout.nbytes}
+    if names := [spec.name.removesuffix(".u") for spec in layout.specs if spec.name.endswith(".u")]:
+        facts |= {"adapted linears": len(names), "experts per linear": max(spec.shape[1] for spec in layout.specs if spec.name.endswith(".u"))}
+        facts["parameters changed"] = len({Rows.parse(name).parameter for name in names})
+    return "Tensors", facts, ["name", "dtype", "shape", "size"], rows
+
+
+def _graph(path: Path) -> Description:
+    import onnx
+
+    from r1export.verify.proof import graph_digest
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError is not part of its public interface
+        raise InputError(f"{path}: not an ONNX graph: {error}", "export it again") from error
+    ends = [f"{v.name} {[d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim]}" for v in (*model.graph.input, *model.graph.output)]
+    facts = {"graph": str(path), "opset": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import), "inputs and outputs": "; ".join(ends)}
+    facts |= {"initializers": len(model.graph.initializer), "digest": graph_digest(path)}
+    return "Graph", facts, ["op", "nodes"], [[op, str(count)] for op, count in Counter(node.op_type for node in model.graph.node).most_common()]
+
+
+def _recipe(path: Path) -> Description:
+    from r1export.recipe import load_recipe
+
+    recipe = load_recipe(path)
+    rows = [[f"{section}.{field}", str(value)] for section in ("base", "data", "pool", "train", "export", "verify") for field, value in getattr(recipe, section)]
+    return "Recipe", {"recipe": str(path), "tasks": ", ".join(task.name for task in recipe.stream)}, ["field", "value"], rows
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"
+
+
+def examine_environment() -> list[dict[str, str]]:
+    """One finding per package, device and trial, each with a verdict pass, fail or not measured."""
+    findings = [{"check": "python", "found": platform.python_version(), "verdict": "pass"}]
+    for package in PACKAGES:
+        try:
+            findings.append({"check": package, "found": version(package), "verdict": "pass"})
+        except PackageNotFoundError:
+            findings.append({"check": package, "found": "not installed", "verdict": "fail"})
+    for name, trial in (("torch and torchvision", _try_torch), ("onnxruntime runs a graph", _try_onnxruntime), ("disk", _try_disk)):
+        try:
+            findings.append({"check": name, "found": trial(), "verdict": "pass"})
+        except Exception as error:  # whatever is broken in this environment is the finding
+            findings.append({"check": name, "found": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}", "verdict": "fail"})
+    return findings
+
+
+def _try_torch() -> str:
+    import torch
+    import torchvision
+
+    torchvision.ops.nms(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([1.0]), 0.5)  # fails beside a torch it was not built for
+    return f"{torch.get_num_threads()} threads, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no CUDA device'}"
+
+
+def _try_onnxruntime() -> str:
+    import numpy as np
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "x"], ["y"])], "double",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.ones(1, np.float32)})[0][0] == 2, "1 + 1 is not 2"
+    return ", ".join(ort.get_available_providers())
+
+
+def _try_disk() -> str:
+    import shutil
+
+    return f"{shutil.disk_usage(tempfile.gettempdir()).free / 1e9:.1f} GB free for temporary files"

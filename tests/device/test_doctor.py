@@ -1,0 +1,84 @@
+"""Bit rot anywhere in a store is found, named, and comes with what repairs it."""
+
+import pytest
+
+from r1export.device import doctor as module
+from r1export.device.doctor import doctor, status
+
+
+def faults(device):
+    return {finding.name: finding for finding in doctor(device.path) if finding.fault}
+
+
+@pytest.fixture
+def used(lab, device):
+    device.apply(lab.bundle(1, 0))
+    device.apply(lab.bundle(2, 1))
+    return device
+
+
+def flip(path, position=-1):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+def test_a_sound_store_has_no_faults(used):
+    before = used.everything()
+    assert faults(used) == {}
+    assert used.everything() == before
+
+
+def test_rot_in_every_file_of_the_store_is_found(used):
+    files = [path for path in used.path.rglob("*") if path.is_file() and path.name not in ("lock", "store.json") and "current" not in path.parts]
+    for path in files:
+        original = path.read_bytes()
+        flip(path, len(original) // 2)
+        found = faults(used)
+        assert found, path
+        assert all(finding.remedy for finding in found.values())
+        path.write_bytes(original)
+    assert len(files) > 10
+
+
+def test_a_missing_file_a_lost_link_and_leftovers_are_found(used):
+    (used.path / "base" / "visual.onnx").unlink()
+    (used.path / "slots" / ".x.partial").mkdir()
+    (used.path / "current").unlink()
+    (used.path / "current").symlink_to("slots/00000009-0000000000000000")
+    (used.path / "state.json").unlink()
+    assert set(faults(used)) >= {"base", "leftovers", "current", "state.json"}
+    assert "rollback --to" in faults(used)["current"].remedy
+
+
+def test_too_few_keys_are_found(used):
+    next((used.path / "trust").iterdir()).unlink()
+    assert "0 keys" in faults(used)["trusted keys"].fault
+
+
+def test_what_the_remedy_says_repairs(used, lab):
+    slot = used.store.slots()[1]
+    flip(used.path / "slots" / slot / "update.r1u")
+    assert f"slots/{slot}" in faults(used)
+    used.rollback(1)
+    used.apply(lab.bundle(2, 1))
+    assert faults(used) == {}
+    assert used.files() == lab.fleet.hashes(lab.release(2))
+
+
+def test_an_arithmetic_that_is_not_the_labs_is_found(used, monkeypatch):
+    from r1export.device import selftest
+
+    case = ("f4", 1.0, [(2.0**-12, 2.0**-12)], 1.0000001)
+    monkeypatch.setattr(selftest, "KNOWN_ANSWERS", [case])
+    assert set(faults(used)) == {"arithmetic"}
+    assert module.known_answers_hold is selftest.known_answers_hold
+
+
+def test_status_says_what_is_current(used):
+    found = status(used.path)
+    assert (found["name"], found["seq"], found["tasks"], found["highest_seq"]) == ("02-shapes", 2, ["digits", "shapes"], 2)
+    used.rollback(0)
+    found = status(used.path)
+    assert (found["current"], found["seq"], found["highest_seq"]) == ("base", 0, 2)

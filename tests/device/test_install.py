@@ -1,0 +1,412 @@
+"""Updates on a device: the bytes of the lab in every order of events, and the old version whenever something is wrong."""
+
+import dataclasses
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from r1export.device import install, worker
+from r1export.device.store import State
+from r1export.errors import CheckFailed, Inconclusive, InputError, R1ExportError, Unsupported
+from r1export.update.bundle import assemble, split
+from r1export.update.envelope import SecretKey, sign
+from r1export.update.manifest import Experts, Health
+
+STRANGER = SecretKey(b"\x09" * 32)
+
+
+def resigned(lab, path, tmp_path, *, payload=None, **changes):
+    """An update with other members in its manifest, signed with the right key."""
+    bundle = lab.read(path)
+    text = dataclasses.replace(bundle.manifest, **changes).to_bytes()
+    out = tmp_path / "resigned.r1u"
+    out.write_bytes(assemble(sign(text, [lab.key]), text, bundle.payload if payload is None else payload))
+    return out
+
+
+def refused(device, error, bundle, match=".", **options):
+    before = device.facts()
+    with pytest.raises(error, match=match):
+        device.apply(bundle, **options)
+    assert device.facts() == before
+
+
+# --- the same bytes as the lab, whatever happened before
+
+
+def test_applied_in_order_each_version_is_the_labs(lab, device):
+    for number in (1, 2, 3):
+        device.apply(lab.bundle(number, number - 1))
+        assert device.files() == lab.fleet.hashes(lab.release(number))
+
+
+def test_skipping_versions_gives_the_labs_bytes(lab, device):
+    device.apply(lab.bundle(3, 0))
+    assert device.files() == lab.fleet.hashes(lab.release(3))
+
+
+def test_a_rolled_back_device_has_the_old_bytes_and_takes_the_next_update(lab, device):
+    device.apply(lab.bundle(1, 0))
+    device.apply(lab.bundle(2, 1))
+    device.rollback()
+    assert device.files() == lab.fleet.hashes(lab.release(1))
+    device.apply(lab.bundle(3, 2))
+    assert device.files() == lab.fleet.hashes(lab.release(3))
+
+
+def test_the_newest_version_can_come_back_after_a_rollback(lab, device):
+    device.apply(lab.bundle(1, 0))
+    device.apply(lab.bundle(2, 1))
+    device.rollback(0)
+    assert device.apply(lab.bundle(2, 1)).changed
+    assert device.files() == lab.fleet.hashes(lab.release(2))
+
+
+def test_a_remote_rollback_is_an_update_with_fewer_experts(lab, device):
+    device.apply(lab.bundle(3, 0))
+    device.apply(lab.bundle(1, 3, seq=7))
+    assert device.files() == lab.fleet.hashes(lab.release(1))
+    assert not any(update.experts for update in lab.read(lab.bundle(1, 3, seq=7)).manifest.updates)
+
+
+def test_a_dropped_task_leaves_the_bytes_of_never_having_learned_it(lab, device):
+    device.apply(lab.bundle(3, 0))
+    device.apply(lab.bundle(3, 3, seq=8, drop=("shapes",)))
+    manifest = device.store.bundle(device.store.current).manifest
+    assert [update.task for update in manifest.updates] == ["digits", "colours"]
+    other = install.init(device.path.with_name("other"), lab.release(0), [lab.public], product="camera", device_class="v1", health="none")
+    fresh = dataclasses.replace(device, path=other.path)
+    fresh.apply(lab.bundle(3, 0, seq=8, drop=("shapes",)))
+    assert fresh.files() == device.files()
+    assert not any(path.startswith("classes/shapes") for path in device.files())
+
+
+@pytest.mark.parametrize("mode", ["slot", "overlay"])
+def test_float16_weights_and_factors_are_the_labs_too(half_lab, tmp_path, fleet, mode, device):
+    install.init(tmp_path / "half", half_lab.release(0), [half_lab.public], product="camera", device_class="v1", mode=mode)
+    half = dataclasses.replace(device, path=tmp_path / "half")
+    for number in (1, 3):
+        half.apply(half_lab.bundle(number, number // 2))
+        assert half.files() == fleet.hashes(half_lab.release(number))
+
+
+def test_a_fresh_process_builds_and_checks_the_same_bytes(lab, tmp_path):
+    store = install.init(tmp_path / "store", lab.release(0), [lab.public], product="camera", device_class="v1").path
+    install.apply(store, lab.bundle(2, 0), now=1_800_000_000)
+    assert lab.fleet.hashes(store / "current") == lab.fleet.hashes(lab.release(2))
+
+
+@pytest.mark.parametrize("switches", ["", "AVX512F AVX512CD AVX512_SKX", "AVX2 FMA3"])
+def test_processor_features_and_threads_change_no_bit(lab, slot_device, monkeypatch, switches):
+    available = np._core._multiarray_umath.__cpu_features__
+    names = [name for name in switches.split() if available.get(name) and name not in np._core._multiarray_umath.__cpu_baseline__]
+    monkeypatch.setenv("NPY_DISABLE_CPU_FEATURES", " ".join(names))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1" if names else "2")
+    slot_device.apply(lab.bundle(3, 0), run=worker.run)
+    assert slot_device.files() == lab.fleet.hashes(lab.release(3))
+
+
+def test_applying_what_is_current_changes_nothing(lab, device):
+    device.apply(lab.bundle(1, 0))
+    before = device.everything()
+    assert not device.apply(lab.bundle(1, 0)).changed
+    assert device.everything() == before
+
+
+def test_an_overlay_device_writes_kilobytes(lab, new_devices, tmp_path, device):
+    before = sum(path.stat().st_size for path in device.path.rglob("*") if path.is_file())
+    device.apply(lab.bundle(1, 0))
+    written = sum(path.stat().st_size for path in device.path.rglob("*") if path.is_file()) - before
+    overhead = 3 * lab.bundle(1, 0).stat().st_size
+    assert (written < overhead) == (device.store.config.mode == "overlay")
+
+
+# --- refused, and nothing changed
+
+
+def test_an_older_update_is_refused_also_without_state_json(lab, device):
+    device.apply(lab.bundle(2, 0))
+    refused(device, CheckFailed, lab.bundle(1, 0), "not newer")
+    (device.path / "state.json").unlink()
+    refused(device, CheckFailed, lab.bundle(1, 0), "not newer")
+    (device.path / "state.json").write_text("{}")
+    refused(device, CheckFailed, lab.bundle(1, 0), "not newer")
+
+
+def test_another_update_with_the_same_sequence_is_refused(lab, device):
+    device.apply(lab.bundle(2, 0))
+    refused(device, CheckFailed, lab.bundle(2, 1), "not newer")
+
+
+def test_an_older_update_is_refused_after_a_rollback(lab, device):
+    device.apply(lab.bundle(1, 0))
+    device.apply(lab.bundle(3, 1))
+    device.rollback()
+    refused(device, CheckFailed, lab.bundle(2, 1), "not newer")
+
+
+@pytest.mark.parametrize(
+    ("terms", "now", "error", "match"),
+    [
+        ({"product": "toaster"}, 1_800_000_000, CheckFailed, "product"),
+        ({"device_class": "v2"}, 1_800_000_000, CheckFailed, "device class"),
+        ({"expires": 1_800_000_500}, 1_800_000_500, CheckFailed, "expired"),
+        ({"expires": 1_700_000_000}, 0, CheckFailed, "expired"),
+        ({"expires": 1_900_000_000}, 0, Inconclusive, "clock"),
+    ],
+)
+def test_updates_for_others_or_another_time_are_refused(lab, device, terms, now, error, match):
+    refused(device, error, lab.bundle(1, 0, **terms), match, now=now)
+
+
+def test_a_wrong_clock_does_not_matter_to_an_update_that_never_expires(lab, device):
+    assert device.apply(lab.bundle(1, 0), now=0).changed
+
+
+def test_an_update_for_another_base_is_refused(lab, half_lab, device):
+    refused(device, CheckFailed, half_lab.bundle(1, 0), "base model")
+
+
+def test_an_update_that_leaves_out_what_the_device_lacks_is_refused(lab, device):
+    refused(device, CheckFailed, lab.bundle(3, 2), "neither in the update nor on this device")
+
+
+def test_a_strangers_update_is_refused(lab, device):
+    refused(device, CheckFailed, lab.bundle(1, 0, keys=[STRANGER]), "signed by 0")
+
+
+def test_two_keys_are_needed_where_two_are_required(lab, tmp_path, device):
+    (tmp_path / "second.pub").write_text(STRANGER.public.to_pem())
+    shutil.rmtree(device.path)
+    install.init(device.path, lab.release(0), [lab.public, tmp_path / "second.pub"], product="camera", device_class="v1", health="none", threshold=2)
+    refused(device, CheckFailed, lab.bundle(1, 0), "signed by 1")
+    assert device.apply(lab.bundle(1, 0, keys=[lab.key, STRANGER])).changed
+
+
+def test_one_updates_manifest_with_anothers_payload_is_refused(lab, device, tmp_path):
+    first, second = (split(lab.bundle(number, number - 1).read_bytes()) for number in (1, 2))
+    for envelope, manifest, payload in ((first[0], first[1], second[2]), (first[0], second[1], second[2]), (second[0], first[1], first[2])):
+        (tmp_path / "spliced.r1u").write_bytes(assemble(envelope, manifest, payload))
+        refused(device, CheckFailed, tmp_path / "spliced.r1u")
+
+
+def test_no_space_is_said_before_anything_is_written(lab, device, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    before = device.everything()
+    refused(device, Unsupported, lab.bundle(1, 0), "1000 bytes are free")
+    assert device.everything() == before
+
+
+def test_signed_factors_with_nan_are_refused(lab, device, tmp_path):
+    path = lab.bundle(1, 0)
+    payload = bytearray(lab.read(path).payload)
+    payload[:4] = np.float32(np.nan).tobytes()
+    import hashlib
+
+    changed = resigned(lab, path, tmp_path, payload=bytes(payload), payload_sha256=hashlib.sha256(payload).hexdigest())
+    refused(device, InputError, changed, "NaN")
+
+
+def test_signed_factors_in_another_order_are_caught_by_the_results_digest(lab, device, tmp_path):
+    device.apply(lab.bundle(2, 0))
+    path = lab.bundle(3, 2)
+    first, second, third = lab.read(path).manifest.updates
+    refused(device, CheckFailed, resigned(lab, path, tmp_path, updates=(second, first, third)), "SHA-256")
+    assert device.apply(resigned(lab, path, tmp_path, updates=(first, second, third))).changed
+
+
+def test_experts_for_rows_that_the_base_lacks_are_refused(lab, device, tmp_path):
+    path = lab.bundle(1, 0)
+    manifest = lab.read(path).manifest
+    update = manifest.updates[0]
+    last = update.experts[-1]
+    moved = dataclasses.replace(last, rows=dataclasses.replace(last.rows, parameter="visual.zzz"))
+    changed = dataclasses.replace(update, experts=(*update.experts[:-1], moved))
+    tensors = {**manifest.tensors, "visual.zzz": "0" * 64}
+    assert isinstance(moved, Experts)
+    refused(device, R1ExportError, resigned(lab, path, tmp_path, updates=(changed,), tensors=tensors))
+
+
+# --- right signature, wrong behaviour
+
+
+def test_an_unhealthy_update_is_reverted_and_given_up_after_three_tries(lab, tmp_path, device):
+    shutil.rmtree(device.path)
+    install.init(device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health="onnxruntime")
+    device.apply(lab.bundle(1, 0))
+    harmful = resigned(lab, lab.bundle(2, 1), tmp_path, health=Health(0.0, 1.0, 1.0))
+    for tries in (1, 2, 3):
+        refused(device, CheckFailed, harmful, "health check")
+        assert list(device.store.state().tries.values()) == [tries]
+    refused(device, CheckFailed, harmful, "given up")
+    assert device.files() == lab.fleet.hashes(lab.release(1))
+    refused(device, CheckFailed, harmful, "health check", retry=True)
+    device.apply(lab.bundle(2, 1))
+    assert device.files() == lab.fleet.hashes(lab.release(2))
+
+
+@pytest.mark.parametrize(("command", "healthy"), [("test -d", True), ("false", False), ("no-such-program", False), ("sh -c 'kill -9 $$'", False)])
+def test_a_health_command_gets_the_new_version_and_decides(lab, device, command, healthy):
+    shutil.rmtree(device.path)
+    install.init(device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health=command)
+    if healthy:
+        assert device.apply(lab.bundle(1, 0), run=worker.run).changed
+    else:
+        refused(device, R1ExportError, lab.bundle(1, 0), run=worker.run)
+
+
+def test_a_hanging_health_check_is_ended(lab, device, monkeypatch):
+    shutil.rmtree(device.path)
+    install.init(device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health="sh -c 'sleep 60'")
+    monkeypatch.setitem(worker.SECONDS, "health", 0.2)
+    refused(device, CheckFailed, lab.bundle(1, 0), "more than 0.2 seconds", run=worker.run)
+
+
+# --- rollback
+
+
+def test_a_rollback_below_what_an_update_allows_is_refused(lab, device):
+    device.apply(lab.bundle(1, 0))
+    device.apply(lab.bundle(2, 1, min_seq=2))
+    before = device.everything()
+    for to in (1, 0, None):
+        with pytest.raises(CheckFailed, match="lowest that is allowed"):
+            device.rollback(to)
+    assert device.everything() == before
+
+
+def test_a_rollback_to_what_is_not_there_names_what_is(lab, device):
+    device.apply(lab.bundle(1, 0))
+    with pytest.raises(InputError, match=r"\[0, 1\]"):
+        device.rollback(5)
+    device.rollback(0)
+    with pytest.raises(InputError, match="no version is older"):
+        device.rollback()
+
+
+def test_a_rollback_to_a_damaged_version_is_refused(lab, slot_device):
+    device = slot_device
+    device.apply(lab.bundle(1, 0))
+    device.apply(lab.bundle(2, 1))
+    victim = device.path / "slots" / device.store.slots()[0] / "visual.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-1] + b"\x55")
+    before = device.everything()
+    with pytest.raises(CheckFailed, match="damaged"):
+        device.rollback()
+    assert device.everything() == before
+
+
+def test_a_rollback_heals_a_current_link_that_points_nowhere(lab, device):
+    device.apply(lab.bundle(1, 0))
+    (device.path / "current").unlink()
+    with pytest.raises(InputError, match="rollback --to"):
+        device.apply(lab.bundle(2, 1))
+    device.rollback(1)
+    assert device.files() == lab.fleet.hashes(lab.release(1))
+
+
+# --- what is kept
+
+
+def test_two_versions_are_kept_and_all_factors(lab, device):
+    for number in (1, 2, 3):
+        device.apply(lab.bundle(number, number - 1))
+    assert [slot[:8] for slot in device.store.slots()] == ["00000002", "00000003"]
+    assert len(list((device.path / "factors").iterdir())) == 3
+
+
+def test_more_versions_are_kept_where_asked(lab, device):
+    shutil.rmtree(device.path)
+    install.init(device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health="none", keep=3)
+    for number in (1, 2, 3):
+        device.apply(lab.bundle(number, number - 1))
+    assert len(device.store.slots()) == 3
+
+
+def test_a_damaged_version_that_is_not_current_is_built_anew(lab, slot_device):
+    device = slot_device
+    device.apply(lab.bundle(1, 0))
+    device.apply(lab.bundle(2, 1))
+    device.rollback()
+    victim = device.path / "slots" / device.store.slots()[1] / "visual.safetensors"
+    victim.write_bytes(b"rotten")
+    device.apply(lab.bundle(2, 1))
+    assert lab.fleet.hashes(device.path / "current") == lab.fleet.hashes(lab.release(2))
+
+
+def test_a_damaged_base_is_named_and_nothing_is_installed(lab, device):
+    victim = device.path / "base" / "visual.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.chmod(0o644)
+    victim.write_bytes(data)
+    refused(device, CheckFailed, lab.bundle(1, 0), "base/visual.safetensors is damaged")
+
+
+def test_the_file_may_change_while_it_is_applied(lab, device, tmp_path):
+    moving = tmp_path / "moving.r1u"
+    shutil.copy(lab.bundle(1, 0), moving)
+
+    def run(store, descriptor, verb, name):
+        moving.write_bytes(lab.bundle(2, 0).read_bytes())
+        worker.in_this_process(store, descriptor, verb, name)
+
+    device.apply(moving, run=run)
+    assert device.files() == lab.fleet.hashes(lab.release(1))
+
+
+# --- init
+
+
+def test_init_refuses_what_could_not_work(lab, tmp_path, monkeypatch):
+    def init(store="new", base=0, trust=(lab.public,), **options):
+        return install.init(tmp_path / store, lab.release(base), list(trust), **options)
+
+    for options in ({"base": 1}, {"mode": "both"}, {"threshold": 2}, {"threshold": 0}, {"keep": 0}, {"trust": ()}, {"trust": (lab.run,)}):
+        with pytest.raises((InputError, IsADirectoryError)):
+            init(**options)
+    monkeypatch.setattr(worker, "has_onnxruntime", lambda: False)
+    with pytest.raises(Unsupported, match="--health none"):
+        init()
+    init(health="none")
+    with pytest.raises(InputError, match="exists"):
+        init(health="none")
+    assert os.listdir(tmp_path) == ["new"]
+
+
+def test_init_refuses_a_damaged_base(lab, tmp_path):
+    shutil.copytree(lab.release(0), tmp_path / "base")
+    (tmp_path / "base" / "visual.onnx").write_bytes(b"")
+    with pytest.raises(CheckFailed, match=r"visual\.onnx is damaged"):
+        install.init(tmp_path / "store", tmp_path / "base", [lab.public], health="none")
+    assert not (tmp_path / "store").exists()
+
+
+# --- numbers past 2 and 4 GiB
+
+
+def test_a_tensor_beyond_four_gibibytes_is_merged_where_it_lies(tmp_path):
+    from r1export.update.factors import ExpertUpdate, Factors, Rows
+    from r1export.update.rebuild import Rebuild
+    from r1export.update.release import FileEntry, Release, Stored
+
+    offset, weight = (4 << 30) + 8, np.arange(12, dtype="<f4").reshape(3, 4)
+    with open(tmp_path / "w.safetensors", "wb") as file:  # sparse: no block is written before the tensor
+        file.seek(offset)
+        file.write(weight.tobytes())
+    stored = Stored("w.safetensors", offset, weight.dtype, weight.shape, False, "")
+    release = Release(tmp_path, "", 0, "", "", "", "", (), {"w.safetensors": FileEntry("", offset + weight.nbytes)}, {"w": stored}, {})
+    update = ExpertUpdate({Rows("w", 0, 3): Factors(np.ones((3, 1), "f4"), np.ones((1, 4), "f4"))})
+    assert np.array_equal(Rebuild(release, update).tensor("w"), weight + 1)
+
+
+def test_state_never_falls():
+    state = State(seq=5, digest="five", min_seq=3, clock=100)
+    from types import SimpleNamespace
+
+    older = SimpleNamespace(seq=4, min_seq=1, created=50)
+    newer = SimpleNamespace(seq=6, min_seq=4, created=150)
+    assert state.raised(older, "four") == state
+    assert state.raised(newer, "six") == State(seq=6, digest="six", min_seq=4, clock=150)
