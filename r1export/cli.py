@@ -89,7 +89,7 @@ def _finish(report: dict[str, Any]) -> None:
 
 
 @app.command()
-def run(recipe: RecipeFile, out: Out, resume: Resume = False, overwrite: Overwrite = False, device: Where = Device.auto, set: Set = [], as_json: Json = False) -> None:  # noqa: A002, B006
+def run(recipe: RecipeFile, out: Out, resume: Resume = False, overwrite: Overwrite = False, device: Where = Device.auto, set: Set = [], as_json: Json = False) -> None:  # noqa: B006
     """Train a stream of tasks, merge and export after each, and verify every release."""
     with _terminal(as_json) as terminal:
         stage = _open(recipe, out, resume, overwrite, device, set, terminal)
@@ -106,7 +106,7 @@ def run(recipe: RecipeFile, out: Out, resume: Resume = False, overwrite: Overwri
 
 
 @app.command()
-def train(recipe: RecipeFile, out: Out, resume: Resume = False, overwrite: Overwrite = False, device: Where = Device.auto, set: Set = [], as_json: Json = False) -> None:  # noqa: A002, B006
+def train(recipe: RecipeFile, out: Out, resume: Resume = False, overwrite: Overwrite = False, device: Where = Device.auto, set: Set = [], as_json: Json = False) -> None:  # noqa: B006
     """Train a stream of tasks; writes factors, pools and metrics, exports nothing."""
     with _terminal(as_json) as terminal:
         stage = _open(recipe, out, resume, overwrite, device, set, terminal)

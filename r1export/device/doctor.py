@@ -76,8 +76,12 @@ def _checks(device: Store) -> Iterator[tuple[str, str, Callable[[], object]]]:
 
 
 def _check_keys(device: Store) -> None:
-    if (count := len(set(device.trusted()))) < device.config.threshold:
-        raise CheckFailed(f"{count} keys, {device.config.threshold} signatures are required")
+    keys = device.trusted()
+    if len(set(keys)) < device.config.threshold:
+        raise CheckFailed(f"{len(set(keys))} keys, {device.config.threshold} signatures are required")
+    names = {path.name for path in (device.path / "trust").iterdir()}
+    if strange := names ^ {f"{key.keyid}.pub" for key in keys}:
+        raise CheckFailed(f"trust/{sorted(strange)[0]} is not named by its key's id")
 
 
 def _check_current(device: Store) -> None:

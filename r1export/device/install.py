@@ -226,14 +226,21 @@ def _reusable(device: Store, slot: str) -> bool:
 
 
 def check_slot(device: Store, slot: str) -> None:
-    """Hash every file of a version. Raises InputError or CheckFailed."""
+    """Verify a version as if it had just arrived, with today's keys, and hash all that it is made of.
+
+    Raises:
+        InputError, CheckFailed: damaged, or signed by keys that are trusted no more.
+    """
     if slot == BASE:
-        device.base().check()
-    elif device.config.mode == "slot":
-        for file in device.bundle(slot).manifest.files:
+        return device.base().check()
+    bundle = Bundle.parse(read_bundle(device.folder(slot) / BUNDLE), device.trusted(), device.config.threshold)
+    if bundle.slot != slot:
+        raise CheckFailed(f"{device.folder(slot)} holds version {bundle.slot}", "apply the update again")
+    device.update(bundle)
+    if device.config.mode == "slot":
+        for file in bundle.manifest.files:
             check_file(device.folder(slot) / file.path, file.sha256)
-    else:
-        device.update(device.bundle(slot))
+    return None
 
 
 def _prune(device: Store, slot: str, previous: str) -> None:

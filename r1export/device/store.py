@@ -268,9 +268,8 @@ def remove(path: Path) -> None:
 def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write a file that does not exist yet and sync its data; the caller syncs the folder. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    with os.fdopen(descriptor, "wb", buffering=0) as file:
+    with os.fdopen(descriptor, "wb") as file:
         for chunk in chunks:
-            view = memoryview(chunk)
-            while view:
-                view = view[file.write(view) :]
+            file.write(chunk)
+        file.flush()
         os.fsync(descriptor)

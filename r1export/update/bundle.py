@@ -140,11 +140,14 @@ def read_bundle(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: no such file", "check the path") from None
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BUNDLE:
             raise InputError(f"{path} is no regular file of at most {MAX_BUNDLE} bytes", "give a .r1u file")
-        return file.read(MAX_BUNDLE + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(MAX_BUNDLE + 1)
+    finally:
+        os.close(descriptor)
 
 
 def inspect(path: Path) -> dict[str, Any]:

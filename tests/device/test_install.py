@@ -298,6 +298,21 @@ def test_a_rollback_to_a_damaged_version_is_refused(lab, slot_device):
     assert device.everything() == before
 
 
+def test_a_rollback_to_a_version_of_a_revoked_key_is_refused(lab, device):
+    device.apply(lab.bundle(1, 0))
+    device.apply(lab.bundle(2, 1))
+    (path,) = (device.path / "trust").iterdir()
+    path.with_name(f"{STRANGER.public.keyid}.pub").write_text(STRANGER.public.to_pem())
+    path.unlink()
+    before = device.everything()
+    with pytest.raises(CheckFailed, match="signed by 0"):
+        device.rollback()
+    refused(device, CheckFailed, lab.bundle(3, 2), "signed by 0")
+    assert device.everything() == before
+    device.rollback(0)
+    assert device.apply(lab.bundle(3, 0, keys=[STRANGER])).changed
+
+
 def test_a_rollback_heals_a_current_link_that_points_nowhere(lab, device):
     device.apply(lab.bundle(1, 0))
     (device.path / "current").unlink()

@@ -1,0 +1,13 @@
+"""From a recipe to verified releases: the one place that knows the order of the steps.
+
+train    zero-shot -> for each task: train the pools, pack the selected experts, merge, evaluate
+export   the graphs once -> for each release: weights, class embeddings, golden samples, manifest
+verify   for each release: parity, proof, latency -> reports
+"""
+
+from r1export.pipeline.releasing import export
+from r1export.pipeline.stage import Silent, Stage, Watcher, check_inputs, choose_device
+from r1export.pipeline.training import train
+from r1export.pipeline.verifying import verify, verify_release
+
+__all__ = ["Silent", "Stage", "Watcher", "check_inputs", "choose_device", "export", "train", "verify", "verify_release"]

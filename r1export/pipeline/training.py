@@ -1,0 +1,128 @@
+"""Learn the tasks one after another: zero-shot, then for each task train, pack, merge and evaluate."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from r1export import __version__
+from r1export.adapt.clip import digest
+from r1export.adapt.evaluate import accuracy
+from r1export.adapt.experts import eject_experts_, pack_experts, pool_tensors, remember_
+from r1export.adapt.metrics import stream_metrics
+from r1export.adapt.pixels import Pixels
+from r1export.adapt.tasks import Task
+from r1export.adapt.trainer import Step, TrainSettings, reset_pools_, train_pools_
+from r1export.errors import InputError
+from r1export.export.release import refused_writes
+from r1export.pipeline.environment import now, versions
+from r1export.pipeline.stage import Stage, inject_pools_
+from r1export.recipe import Recipe
+from r1export.run_folder import read_json
+from r1export.update.container import write_tensors
+from r1export.update.factors import ExpertUpdate
+from r1export.update.files import write_json
+
+
+def train(stage: Stage) -> dict[str, Any]:
+    """Learn every task that is not yet learned and return metrics.json. Goes on where an earlier run stopped."""
+    run, recipe = stage.run, stage.recipe
+    with refused_writes(run.path):
+        _write_run_json(stage)
+        zero_shot = _remembered(run.path / "zero_shot.json", lambda: _evaluate(stage, "Zero-shot"))
+        rows, updates = [], []
+        for number, task in enumerate(stage.tasks, 1):
+            folder = run.task(number, task.name)
+            if not (folder / "factors.safetensors").exists():
+                _learn(stage, number, task, updates, folder)
+            updates.append(ExpertUpdate.read(folder / "factors.safetensors"))
+            stage.clip.load_(stage.merged(updates))
+            rows.append(_remembered(folder / "accuracy.json", lambda task=task: _evaluate(stage, f"After {task.name}")))
+        stage.clip.load_(stage.base)
+        metrics = _metrics(recipe, zero_shot, rows)
+        write_json(run.metrics_file, metrics)
+    return metrics
+
+
+def _remembered(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What `compute` gave, from `path` if it was computed before."""
+    if not path.exists():
+        write_json(path, compute())
+    return read_json(path, "delete the file and run again with --resume")
+
+
+def _write_run_json(stage: Stage) -> None:
+    path = stage.run.path / "run.json"
+    base = {"name": stage.recipe.base.model or stage.clip.name, "sha256": digest(stage.base)}
+    if path.exists() and read_json(path, "start anew with --overwrite")["base"] != base:
+        raise InputError(f"{path}: the run was started from another base model", "give back the weights it was started with, or --overwrite")
+    if not path.exists():
+        write_json(path, {"r1export": __version__, "seed": stage.recipe.train.seed, "base": base, "versions": versions(), "started": now()})
+
+
+def _evaluate(stage: Stage, title: str) -> dict[str, float]:
+    """Accuracy of the model as it stands on every task and the probe, by name."""
+    tasks = (*stage.tasks, *((stage.probe,) if stage.probe else ()))
+    found = {}
+    with stage.watch.track(f"{title}: accuracy", len(tasks)) as advance:
+        for task in tasks:
+            found[task.name] = accuracy(stage.clip, task, stage.tests[task.name])
+            advance(f"{task.name} {100 * found[task.name]:.1f} %")
+    return found
+
+
+def _learn(stage: Stage, number: int, task: Task, earlier: list[ExpertUpdate], folder: Path) -> None:
+    """Train one task and write its folder: factors.safetensors last, since it says that the task is learned."""
+    recipe, started = stage.recipe, time.perf_counter()
+    stage.clip.load_(stage.merged(earlier))
+    pools = inject_pools_(stage.clip, recipe)
+    try:
+        reset_pools_(pools, recipe.train.seed, number)
+        if earlier:
+            remember_(pools, ExpertUpdate.stack(earlier))
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = Pixels(task.train, stage.clip.preprocess)
+        with stage.watch.track(f"Task {number} of {len(stage.tasks)}: {task.name}", recipe.train.iterations) as advance:
+            losses = train_pools_(
+                stage.clip, pools, task, pixels, TrainSettings(**recipe.train.model_dump()), number=number,
+                checkpoint=folder / "checkpoint.safetensors", on_step=lambda step: advance(_note(step)),
+            )  # fmt: skip
+        update = pack_experts(pools)
+        write_tensors(folder / "pool.safetensors", pool_tensors(pools))
+        write_json(
+            folder / "metrics.json",
+            {
+                "task": task.name, "images": len(task.train), "losses": losses, "seconds": time.perf_counter() - started, "peak_rss_mb": _peak_rss_mb(),
+                "trainable_parameters": sum(p.numel() for pool in pools.values() for p in pool.parameters()), "factor_bytes": update.nbytes,
+            },
+        )  # fmt: skip
+        update.write(folder / "factors.safetensors")
+    finally:
+        eject_experts_(stage.clip.model)
+
+
+def _note(step: Step) -> str:
+    return f"loss {step.loss:.3f}" + (f" + {step.orthogonality:.3f}" if step.orthogonality else "")
+
+
+def _metrics(recipe: Recipe, zero_shot: dict[str, float], rows: list[dict[str, float]]) -> dict[str, Any]:
+    names = [task.name for task in recipe.stream]
+    matrix = [[row[name] for name in names] for row in rows]
+    summary = stream_metrics(matrix)
+    probe = recipe.probe.name if recipe.probe else None
+    return {
+        "tasks": names, "zero_shot": [zero_shot[name] for name in names], "accuracy": matrix,
+        "zero_shot_avg": float(np.mean([zero_shot[name] for name in names])),
+        "transfer": summary.transfer, "avg": summary.avg, "last": summary.last, "forgetting": list(summary.forgetting),
+        "probe": {"name": probe, "values": [zero_shot[probe], *(row[probe] for row in rows)]} if probe else None,
+    }  # fmt: skip
+
+
+def _peak_rss_mb() -> float:
+    """Peak resident memory of this process so far, in MB (2^20 bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,85 @@
+"""An update under strace: what it asks of the operating system, and what happens when one of these calls goes wrong."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+DRIVER = """
+import sys
+from pathlib import Path
+from r1export.device import install, worker
+from r1export.errors import R1ExportError
+try:
+    install.apply(Path(sys.argv[1]), Path(sys.argv[2]), now=1_800_000_000, run=worker.in_this_process)
+except R1ExportError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+MUTATING = ("openat", "write", "fsync", "rename", "mkdir", "symlink", "unlink", "unlinkat", "rmdir", "chmod")
+OTHERS = ("writev", "pwrite64", "fdatasync", "renameat", "renameat2", "mkdirat", "symlinkat", "link", "linkat", "fchmod", "fchmodat", "ftruncate", "truncate")
+_LINE = re.compile(r'(\w+)\((.*)\)\s+= (-?\d+|\?)(?:<((?:\\x[0-9a-f]{2})*)>)?.*')
+
+
+@dataclass(frozen=True)
+class Call:
+    """One successful mutating call: its name, its number among the calls of that name, decoded arguments, the file behind its descriptor."""
+
+    name: str
+    number: int
+    strings: tuple[bytes, ...]
+    path: str
+    flags: str
+
+
+def available() -> bool:
+    """Whether strace is installed and may trace."""
+    if not shutil.which("strace"):
+        return False
+    return subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True).returncode == 0
+
+
+def command(store: Path, bundle: Path) -> list[str]:
+    return [sys.executable, "-B", "-W", "ignore", "-c", DRIVER, str(store), str(bundle)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+
+
+def record(store: Path, bundle: Path, log: Path) -> list[Call]:
+    """Apply `bundle` and list every call that could change the store, in order."""
+    names = ",".join(MUTATING + OTHERS)
+    line = ["strace", "-f", "-y", "-xx", "-s", "1000000", "-e", f"trace={names}", "-o", str(log), *command(store, bundle)]
+    subprocess.run(line, check=True, env=environment())
+    return list(parse(log.read_text(), str(store)))
+
+
+def parse(text: str, store: str):
+    counts: dict[str, int] = {}
+    for line in text.splitlines():
+        match = _LINE.match(line.partition(" ")[2].strip())
+        if not match:
+            continue
+        name, arguments, result, opened = match.groups()
+        counts[name] = counts.get(name, 0) + 1
+        strings = tuple(_unhex(item) for item in re.findall(r'"((?:\\x[0-9a-f]{2})*)"', arguments))
+        descriptor = re.match(r"\d+<((?:\\x[0-9a-f]{2})*)>", arguments)
+        path = _unhex(opened).decode() if opened else _unhex(descriptor[1]).decode() if descriptor else ""
+        inside = any(store in string.decode(errors="replace") for string in strings) or path.startswith(store)
+        changes = name != "openat" or "O_CREAT" in arguments
+        if inside and changes and result not in ("-1", "?"):
+            yield Call(name, counts[name], strings, path, arguments)
+
+
+def _unhex(text: str) -> bytes:
+    return bytes.fromhex(text.replace("\\x", ""))
+
+
+def inject(store: Path, bundle: Path, call: Call, fault: str) -> int:
+    """Apply `bundle` while the call fails: `fault` is signal=SIGKILL, error=ENOSPC or error=EIO. Returns the exit code."""
+    line = ["strace", "-f", "-o", "/dev/null", "-e", f"trace={call.name}", "-e", f"inject={call.name}:{fault}:when={call.number}", *command(store, bundle)]
+    return subprocess.run(line, capture_output=True, env=environment()).returncode
