@@ -89,6 +89,8 @@ def inject_experts_(
                 linear = getattr(block.mlp, layer)
                 pool = pools[Rows(f"{name}.mlp.{layer}.weight", 0, linear.out_features)] = _pool(linear.weight, settings)
                 setattr(block.mlp, layer, RankOneLinear(linear, pool))
+    for pool in pools.values():
+        pool.train(model.training)
     return dict(sorted(pools.items()))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,14 +46,14 @@ class ExpertPool(nn.Module):
     `past` (out, m) holds the merged columns of B of all earlier tasks.
     """
 
-    def __init__(self, in_features: int, out_features: int, settings: PoolSettings, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, in_features: int, out_features: int, settings: PoolSettings, **place: Any) -> None:
+        """`place` is device and dtype, as for nn.Linear."""
         super().__init__()
-        place = {"device": device, "dtype": dtype}
         self.settings = settings
-        self.lora_A = nn.Parameter(torch.empty(settings.rank, in_features, **place))
+        self.lora_A = nn.Parameter(torch.zeros(settings.rank, in_features, **place))
         self.lora_B = nn.Parameter(torch.zeros(out_features, settings.rank, **place))
         self.router = nn.Linear(in_features, settings.rank, **place)
-        self.register_buffer("counts", torch.zeros(settings.rank, dtype=torch.int64, device=device))
+        self.register_buffer("counts", torch.zeros(settings.rank, dtype=torch.int64, device=place.get("device")))
         self.register_buffer("past", torch.zeros(out_features, 0, **place), persistent=False)
         self.gate: Tensor | None = None
 

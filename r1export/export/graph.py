@@ -6,6 +6,7 @@ bytes: two models of one architecture give the same files.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,13 +18,16 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from r1export.errors import Unsupported
-from r1export.export.towers import Tower, make_towers
-from r1export.export.weight_map import Placement, WeightMap, externalize_, fill_with_sentinels_, place_parameters
+from r1export.errors import InputError, Unsupported
+from r1export.export.sentinels import fill_with_sentinels_, prove
+from r1export.export.simplify import simplify_
+from r1export.export.towers import NOT_IN_A_TOWER, Tower, make_towers
+from r1export.export.weight_map import Placement, WeightMap, externalize_, place_parameters
 from r1export.update.files import write_file
 
 GRAPHS = ("visual.onnx", "textual.onnx", "classify.onnx")
-IR_VERSION = 10  # the oldest that carries opset 20 to 22; onnxruntime reads it from 1.19 on
+MIN_OPSET, MAX_OPSET = 18, 23  # LayerNormalization needs 17, torch's exporter writes 18; nothing here gains from more than 23
+IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}  # the oldest that carries each opset
 SENTINEL_SEED = 1
 
 
@@ -31,38 +35,61 @@ def export_graphs(model: nn.Module, image_size: tuple[int, int], context_length:
     """Write visual.onnx, textual.onnx and classify.onnx into `folder`, and weight_map.json that says how to fill them.
 
     The graphs refer to visual.safetensors and textual.safetensors beside them; classify.onnx shares the visual weights
-    and takes the class embeddings as an input.
+    and takes the class embeddings as an input. Written only after onnxruntime gave torch's outputs from sentinel weights.
 
-    Raises Unsupported: the exporter cannot trace the model, or a parameter cannot be placed.
+    Raises:
+        InputError: `opset` is out of range.
+        Unsupported: the exporter cannot trace the model, a parameter cannot be placed, or the graph computes something else.
     """
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise InputError(f"opset {opset} is out of range", f"choose export.opset from {MIN_OPSET} to {MAX_OPSET}")
+    model = copy.deepcopy(model).cpu().float().eval()
+    sentinels = fill_with_sentinels_(model, SENTINEL_SEED)
     towers = make_towers(model, image_size, context_length)
-    sentinels = fill_with_sentinels_(towers[0].module.model, SENTINEL_SEED)
     placements: dict[str, tuple[Placement, ...]] = {}
+    graphs: dict[str, ir.Model] = {}
     for tower in towers:
-        graph = _trace(tower, opset)
-        placed = place_parameters(graph.graph, {name: sentinels[name] for name in tower.parameters})
-        extra = tuple(Placement(name, sentinels[name].shape) for name in ("logit_scale", "logit_bias") if tower.name == "visual" and name in sentinels)
-        placements[f"{tower.name}.safetensors"] = (*placed, *extra)
-        weights = WeightMap(placements)
-        externalize_(placed, weights.layout(f"{tower.name}.safetensors"), f"{tower.name}.safetensors")
-        _write(graph, folder / f"{tower.name}.onnx")
-        if tower.name == "visual":
-            add_classifier_(graph, weights, "visual.safetensors")
-            _write(graph, folder / "classify.onnx")
+        location = f"{tower.name}.safetensors"
+        graphs[tower.name], used = _trace(tower, opset)
+        placed = place_parameters(graphs[tower.name].graph, {name: sentinels[name] for name in tower.tensors}, used)
+        extra = tuple(Placement(name, sentinels[name].shape) for name in NOT_IN_A_TOWER if tower.name == "visual" and name in sentinels)
+        placements[location] = (*placed, *extra)
+        externalize_(placed, WeightMap(placements).layout(location), location)
+    weights = WeightMap(placements)
+    prove({tower: graphs[tower.name] for tower in towers}, weights, sentinels)
+    for name, graph in graphs.items():
+        _write(graph, folder / f"{name}.onnx")
+    add_classifier_(graphs["visual"], weights, "visual.safetensors")
+    _write(graphs["visual"], folder / "classify.onnx")
     weights.write(folder / "weight_map.json")
     return weights
 
 
-def _trace(tower: Tower, opset: int) -> ir.Model:
+def _trace(tower: Tower, opset: int) -> tuple[ir.Model, set[str]]:
+    """The simplified graph of a tower and the state_dict names of the tensors that it uses."""
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                tower.module, (tower.example,), dynamo=True, opset_version=opset, optimize=True, verbose=False,
+                tower.module, (tower.example,), dynamo=True, opset_version=opset, optimize=False, verbose=False,
                 input_names=[tower.input_name], output_names=[tower.output_name], dynamic_shapes=({0: torch.export.Dim("batch")},),
             )  # fmt: skip
+            names = {id(tensor): name for name, tensor in tower.tensors.items()}
+            inside = dict((*tower.module.named_parameters(remove_duplicate=False), *tower.module.named_buffers(remove_duplicate=False)))
+            held = {fqn: names[id(tensor)] for fqn, tensor in inside.items() if id(tensor) in names}
+            used = {held[fqn] for fqn in _used(program.exported_program) if fqn in held}
+            simplify_(program.model, held)
     except Exception as error:  # the exporter has no error type of its own for all that it cannot do
         raise Unsupported(f"torch.onnx cannot export the {tower.name} tower at opset {opset}: {_last_line(error)}", "try another opset") from error
-    return _anonymous_(program.model)
+    if program.model.opset_imports[""] != opset:
+        raise Unsupported(f"the {tower.name} tower came out at opset {program.model.opset_imports['']}, expected {opset}", "try another opset")
+    return _anonymous_(program.model, opset), used
+
+
+def _used(program: torch.export.ExportedProgram) -> set[str]:
+    """Names of the parameters and buffers on which some node of the program depends."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {names[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.name in names and node.users}
 
 
 @contextmanager
@@ -78,9 +105,9 @@ def _quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
-def _anonymous_(model: ir.Model) -> ir.Model:
+def _anonymous_(model: ir.Model, opset: int) -> ir.Model:
     """Take out what says where, when and from which source lines the graph was made."""
-    model.ir_version = max(IR_VERSION, 11 if model.opset_imports.get("", 0) >= 23 else IR_VERSION)
+    model.ir_version = IR_VERSIONS[opset]
     model.producer_name, model.producer_version, model.doc_string = "r1export", None, None
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

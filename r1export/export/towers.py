@@ -7,32 +7,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r1export.errors import Unsupported
+from r1export.export.attention import block_lists, open_up_
 
-class OpenAttention(nn.Module):
-    """nn.MultiheadAttention's self-attention written as two linears around scaled dot-product attention.
-
-    torch's own forward moves the batch through the second dimension and back, which costs eight reshapes and
-    transposes per block in the exported graph. Parameters keep their names.
-    """
-
-    def __init__(self, base: nn.MultiheadAttention) -> None:
-        super().__init__()
-        self.in_proj_weight, self.in_proj_bias, self.out_proj = base.in_proj_weight, base.in_proj_bias, base.out_proj
-        self.num_heads = base.num_heads
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None) -> tuple[Tensor, None]:
-        """(n, tokens, d) -> (n, tokens, d); `key` and `value` are `query`."""
-        n, tokens, width = query.shape
-        qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = (part.view(n, tokens, self.num_heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        return self.out_proj(mixed.transpose(1, 2).reshape(n, tokens, width)), None
+NOT_IN_A_TOWER = ("logit_scale", "logit_bias")
+SAME = 1e-4  # max-abs on unit-norm embeddings: a rewriting that differs by more is another function
+EXAMPLES = 2  # a batch of 1 would be baked into the graph
 
 
 class VisualTower(nn.Module):
@@ -53,29 +40,79 @@ class TextualTower(nn.Module):
         return self.model.encode_text(input_ids, normalize=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tower:
-    """A module to export with its example input (batch 2: a batch of 1 would be baked in) and the parameters it owns."""
+    """A module to export, its example input, what it gives for it, and the tensors of the model by state_dict name."""
 
     name: str
     module: nn.Module
     example: Tensor
+    expected: Tensor
     input_name: str
     output_name: str
-    parameters: tuple[str, ...]
+    tensors: dict[str, Tensor]
+
+
+def float_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All that a weights file can hold: parameters and persistent buffers of floating point, by state_dict name."""
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
 
 
 def make_towers(model: nn.Module, image_size: tuple[int, int], context_length: int) -> tuple[Tower, Tower]:
-    """Both towers over one private copy of `model`; the copy's parameters keep their state_dict names."""
-    model = copy.deepcopy(model).eval()
-    names = [name for name, _ in model.named_parameters() if name not in ("logit_scale", "logit_bias")]
-    for module in list(model.modules()):
-        if isinstance(getattr(module, "attn", None), nn.MultiheadAttention):
-            module.attn = OpenAttention(module.attn)
-    visual = tuple(name for name in names if name.startswith("visual."))
-    textual = tuple(name for name in names if not name.startswith("visual."))
-    pixels, tokens = torch.zeros(2, 3, *image_size), torch.ones(2, context_length, dtype=torch.int64)
+    """Both towers over `model`, which is rewritten in place: give a copy whose tensors you can spare.
+
+    Raises Unsupported: a tower does not run on an example input.
+    """
+    tensors = {name: tensor for name, tensor in float_tensors(model).items() if name not in NOT_IN_A_TOWER}
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(EXAMPLES, 3, *image_size, generator=generator)
+    tokens = torch.randint(1, _vocabulary(model), (EXAMPLES, context_length), generator=generator)
     return (
-        Tower("visual", VisualTower(model).eval(), pixels, "pixel_values", "image_embeds", visual),
-        Tower("textual", TextualTower(model).eval(), tokens, "input_ids", "text_embeds", textual),
+        _tower("visual", VisualTower(model), pixels, "pixel_values", "image_embeds", tensors),
+        _tower("textual", TextualTower(model), tokens, "input_ids", "text_embeds", tensors),
     )
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return next((module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)), 2)
+
+
+@torch.no_grad()
+def _tower(name: str, module: nn.Module, example: Tensor, input_name: str, output_name: str, tensors: dict[str, Tensor]) -> Tower:
+    module.eval()
+    try:
+        with recorded_tokens(module) as tokens:
+            expected = module(example)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise Unsupported(f"the {name} tower does not run: {str(error).splitlines()[0][:200]}", "check base.model and its config") from error
+    return Tower(name, _opened(name, module, example, expected, tokens), example, expected, input_name, output_name, tensors)
+
+
+@contextmanager
+def recorded_tokens(module: nn.Module) -> Iterator[dict[int, int]]:
+    """Runs of `module` inside note how many tokens each sequence of blocks sees, by its position among them."""
+    tokens: dict[int, int] = {}
+    hooks = []
+    for i, blocks in enumerate(block_lists(module)):
+        hooks.append(blocks[0].register_forward_pre_hook(lambda _, args, i=i: tokens.update({i: args[0].shape[1]} if args[0].ndim == 3 else {})))
+    try:
+        yield tokens
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _opened(name: str, module: nn.Module, example: Tensor, expected: Tensor, tokens: dict[int, int]) -> nn.Module:
+    """The fastest rewriting that computes the same; if none does, the module as it is."""
+    for first_only in (True, False) if name == "visual" else (False,):
+        memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}  # copies share the tensors
+        candidate = copy.deepcopy(module, memo)
+        for i, blocks in list(enumerate(block_lists(candidate))):
+            if i in tokens:
+                open_up_(blocks, tokens[i], first_only=first_only)
+        try:
+            if (candidate(example) - expected).abs().max() <= SAME:
+                return candidate
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+            continue  # a block that needs more than its last dimension, or more tokens than the first
+    return module

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from torch import nn
-
 from r1export.errors import InputError, Unsupported
 from r1export.update.container import Layout, TensorSpec, plan
 from r1export.update.files import write_json
@@ -67,23 +64,11 @@ class WeightMap:
             raise InputError(f"{path}: not a weight map: {error}", "export the run again with --overwrite") from error
 
 
-def fill_with_sentinels_(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
-    """Overwrite all parameters with random tensors, scaled so that activations stay finite; returns them by name."""
-    generator = torch.Generator().manual_seed(seed)
-    sentinels = {}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 1
-            parameter.copy_((torch.rand(parameter.shape, generator=generator) - 0.5) / fan_in**0.5)
-            sentinels[name] = parameter.detach().cpu().numpy().copy()
-    return sentinels
-
-
-def place_parameters(graph: ir.Graph, parameters: Mapping[str, np.ndarray]) -> dict[Placement, ir.Value]:
-    """Find every parameter among the initializers by content.
+def place_parameters(graph: ir.Graph, parameters: Mapping[str, np.ndarray], used: Collection[str]) -> dict[Placement, ir.Value]:
+    """Find every parameter among the initializers by content; those on which the graph depends (`used`) must be there.
 
     Raises:
-        Unsupported: a parameter is missing, stands twice, or two parameters share an initializer; the message names it.
+        Unsupported: a used parameter is missing, one stands twice, or two share an initializer; the message names it.
     """
     initializers: dict[str, list[ir.Value]] = {}
     for value in graph.initializers.values():
@@ -93,12 +78,12 @@ def place_parameters(graph: ir.Graph, parameters: Mapping[str, np.ndarray]) -> d
     for name, parameter in parameters.items():
         straight, turned = initializers.get(_digest(parameter), []), initializers.get(_digest(parameter.T), []) if parameter.ndim == 2 else []
         found = {id(value): value for value in straight + turned}
-        if len(found) != 1:
+        if len(found) != 1 and (found or name in used):
             raise Unsupported(
                 f"parameter {name} stands {len(found)} times in the exported graph, expected once", "the exporter folded or repeated it: report the model, or use another opset"
             )
-        value = next(iter(found.values()))
-        placed[Placement(name, tuple(value.const_value.shape.numpy()), transposed=not straight)] = value
+        for value in found.values():
+            placed[Placement(name, tuple(value.const_value.shape.numpy()), transposed=not straight)] = value
     if len({id(value) for value in placed.values()}) != len(placed):
         raise Unsupported("two parameters share one initializer", "report the model")
     return placed
@@ -117,8 +102,3 @@ def _point(value: ir.Value, spec: TensorSpec, location: str) -> None:
 
 def _digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
-
-
-def weight_map(towers: Iterable[tuple[str, Iterable[Placement]]]) -> WeightMap:
-    """One weights file per tower."""
-    return WeightMap({f"{tower}.safetensors": tuple(placed) for tower, placed in towers})

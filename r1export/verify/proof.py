@@ -1,41 +1,122 @@
 """Zero added latency as a ladder of evidence, from "the same file" up to "the same time".
 
-L0 same file: base and release use byte-identical .onnx files. L1 graph: the program in them has the same digest.
+L0 same file      base and release use byte-identical .onnx files
+L1 graph          the program in them has the same digest
+L2 optimised      so has what onnxruntime makes of it, per provider
+L3 executed ops   the profiled kernels are the same: operator, provider, types and shapes
+L4 cost           equal arithmetic, weight bytes and peak memory
+The unmerged model, exported with its branches, is the control: rungs that cannot tell it apart prove nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import numpy_helper
 
+from r1export.errors import CheckFailed
 from r1export.update.files import sha256_file
+from r1export.verify.digest import graph_digest
+from r1export.verify.execution import Execution, execute
+from r1export.verify.figures import size
 
-INLINE_BYTES = 1024  # constants up to this size are part of the program (shapes, axes, scalars) and enter by value
+__all__ = ["executions", "graph_digest", "not_measured", "proof_control", "rungs", "same_files", "same_graphs", "unclimbed"]
+
+PEAK_TOLERANCE = 0.01  # where threads take turns, the allocator's peak moves by a block
+Feeds = Mapping[str, np.ndarray]
 
 
 def same_files(base: Mapping[str, Path], release: Mapping[str, Path]) -> dict[str, Any]:
-    """Rung L0. Raises nothing: a missing file is a failed rung."""
-    differing = [name for name, path in base.items() if not release[name].exists() or sha256_file(path) != sha256_file(release[name])]
-    return _rung(not differing, _fold(base.values()), _fold(release.values()), f"differs: {', '.join(differing)}" if differing else f"{', '.join(base)} are byte-identical")
+    """Rung L0. A missing file is a failed rung."""
+    digests = {name: tuple(sha256_file(p) if p.exists() else "-" for p in (path, release[name])) for name, path in base.items()}
+    return _rung(digests, f"{', '.join(base)} are byte-identical", "differs: {}")
 
 
 def same_graphs(base: Mapping[str, Path], release: Mapping[str, Path]) -> dict[str, Any]:
-    """Rung L1."""
-    digests = {name: (graph_digest(path), graph_digest(release[name])) for name, path in base.items()}
-    differing = [name for name, (one, other) in digests.items() if one != other]
-    expected, found = (hashlib.sha256("".join(d[i] for d in digests.values()).encode()).hexdigest() for i in (0, 1))
-    return _rung(not differing, expected, found, f"differs: {', '.join(differing)}" if differing else "same nodes, attributes, edges, opsets, inputs and outputs")
+    """Rung L1. A file that is no graph is a failed rung."""
+    digests = {name: (_digest(path), _digest(release[name])) for name, path in base.items()}
+    return _rung(digests, "same nodes, attributes, edges, opsets, inputs and outputs", "another program: {}")
 
 
-def _rung(holds: bool, expected: str, digest: str, detail: str) -> dict[str, Any]:
-    return {"verdict": "pass" if holds else "fail", "digest": digest, "expected": expected, "detail": detail}
+def _digest(path: Path) -> str:
+    try:
+        return graph_digest(path)
+    except Exception as error:  # protobuf's DecodeError is not part of its public interface
+        return f"no graph: {error}"
+
+
+def executions(graphs: Mapping[str, Path], feeds: Mapping[str, Feeds], providers: Iterable[str]) -> dict[str, Execution]:
+    """Run every graph once on every provider, keyed "GRAPH on PROVIDER". Raises CheckFailed and Unsupported as `execute` does."""
+    return {f"{name} on {provider}": execute(path, feeds[name], provider) for provider in providers for name, path in graphs.items()}
+
+
+def rungs(base: Mapping[str, Execution], release: Callable[[], Mapping[str, Execution]]) -> dict[str, dict[str, Any]]:
+    """Rungs L2 to L4; all three fail if the release cannot be run."""
+    try:
+        found = release()
+    except CheckFailed as error:
+        return {name: {"verdict": "fail", "digest": None, "expected": None, "detail": str(error)} for name in ("optimized_graph", "executed_ops", "cost")}
+    return {"optimized_graph": _same_optimized(base, found), "executed_ops": _same_ops(base, found), "cost": _same_cost(base, found)}
+
+
+def unclimbed(reason: str) -> dict[str, dict[str, Any]]:
+    """Rungs L2 to L4 where nothing could be run."""
+    return {name: not_measured(reason) for name in ("optimized_graph", "executed_ops", "cost")}
+
+
+def _same_optimized(base: Mapping[str, Execution], release: Mapping[str, Execution]) -> dict[str, Any]:
+    digests = {name: (e.optimized_digest, release[name].optimized_digest) for name, e in base.items()}
+    nodes = ", ".join(f"{name}: {e.optimized_nodes} nodes" for name, e in release.items())
+    return _rung(digests, f"the same after all of the optimiser's passes ({nodes})", "optimised into another program: {}")
+
+
+def _same_ops(base: Mapping[str, Execution], release: Mapping[str, Execution]) -> dict[str, Any]:
+    digests = {name: (e.ops_digest, release[name].ops_digest) for name, e in base.items()}
+    differing = [f"{name} ({_more_ops(base[name], release[name])})" for name in base if digests[name][0] != digests[name][1]]
+    count = ", ".join(f"{name}: {len(e.kernels)}" for name, e in release.items())
+    return _rung(digests, f"the same kernels in the same order ({count})", f"other kernels: {'; '.join(differing)}")
+
+
+def _more_ops(base: Execution, release: Execution) -> str:
+    """What the release runs more or less often: `+2 Cast, -1 Add`."""
+    one, other = base.count(), release.count()
+    changes = {op: other[op] - one[op] for op in sorted(one | other) if other[op] != one[op]}
+    return ", ".join(f"{count:+d} {op}" for op, count in changes.items()) or "other order, shapes or providers"
+
+
+def _same_cost(base: Mapping[str, Execution], release: Mapping[str, Execution]) -> dict[str, Any]:
+    problems = []
+    for name, one in base.items():
+        other = release[name]
+        for what, a, b in (("FLOPs", one.flops, other.flops), ("weight bytes", one.weight_bytes, other.weight_bytes)):
+            if a != b:
+                problems.append(f"{name}: {b} {what}, the base {a}")
+        if one.peak_bytes and other.peak_bytes and abs(other.peak_bytes / one.peak_bytes - 1) > PEAK_TOLERANCE:
+            problems.append(f"{name}: {other.peak_bytes} bytes at its peak, the base {one.peak_bytes}")
+    facts = "; ".join(_cost(name, e) for name, e in release.items())
+    return {"verdict": "fail" if problems else "pass", "digest": None, "expected": None, "detail": "; ".join(problems) or facts}
+
+
+def _cost(name: str, e: Execution) -> str:
+    peak = f", {size(e.peak_bytes)} at its peak" if e.peak_bytes else ""
+    return f"{name}: {e.flops / 1e6:.1f} MFLOPs, {size(e.weight_bytes)} of weights{peak}"
+
+
+def proof_control(base: Path, unmerged: Path, feeds: Feeds, provider: str = "cpu") -> dict[str, Any]:
+    """Whether L1 and L2 tell the unmerged model from the base. Both digests are structural, so weights play no part.
+
+    Raises CheckFailed if one of them cannot be run.
+    """
+    graphs = [graph_digest(path, structural=True) for path in (base, unmerged)]
+    runs = [execute(path, feeds, provider) for path in (base, unmerged)]
+    seen = {"L1": graphs[0] != graphs[1], "L2": runs[0].optimized_digest != runs[1].optimized_digest, "L3": runs[0].ops_digest != runs[1].ops_digest}
+    blind = [rung for rung, told in seen.items() if not told]
+    more = f"the exported branches run {_more_ops(*runs)}: {runs[1].flops / runs[0].flops:.3f} times the FLOPs"
+    detail = f"{', '.join(blind)} cannot tell the unmerged model from the base" if blind else f"told apart by {', '.join(seen)}; {more}"
+    return {"unmerged": {"detected": not blind, "detail": detail}}
 
 
 def not_measured(detail: str) -> dict[str, Any]:
@@ -43,61 +124,9 @@ def not_measured(detail: str) -> dict[str, Any]:
     return {"verdict": "not measured", "digest": None, "expected": None, "detail": detail}
 
 
-def _fold(paths: Iterable[Path]) -> str:
-    return hashlib.sha256("".join(sha256_file(path) if path.exists() else "-" for path in paths).encode()).hexdigest()
-
-
-def graph_digest(path: Path) -> str:
-    """SHA-256 over what a graph computes.
-
-    Nodes with attributes and renumbered edges, opsets, inputs, outputs, dtypes and shapes of initializers, and small
-    constants by value. Names, documentation and the bytes of external weights are left out.
-    """
-    model = onnx.load(path, load_external_data=False)
-    value = [sorted((o.domain, o.version) for o in model.opset_import), _graph(model.graph, {}), [_function(f) for f in model.functions]]
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _graph(graph: onnx.GraphProto, outer: Mapping[str, Any]) -> list[Any]:
-    """Edges are numbered in the order in which they appear; initializers are known by what they hold."""
-    numbers: dict[str, Any] = dict(outer)
-    initializers = {i.name for i in graph.initializer}
-    inputs = [i for i in graph.input if i.name not in initializers]
-    for value in inputs:
-        numbers[value.name] = f"in{len(numbers)}"
-    for tensor in graph.initializer:
-        numbers[tensor.name] = ["init", len(numbers), *_tensor(tensor)]
-    nodes = []
-    for node in graph.node:
-        operands = [numbers[name] if name else None for name in node.input]
-        for name in node.output:
-            numbers[name] = len(numbers)
-        attributes = sorted(((a.name, _attribute(a, numbers)) for a in node.attribute), key=lambda pair: pair[0])
-        nodes.append([node.domain, node.op_type, operands, [numbers[n] if n else None for n in node.output], attributes])
-    return [[_value(v) for v in inputs], nodes, [[numbers[v.name], _value(v)] for v in graph.output]]
-
-
-def _attribute(attribute: onnx.AttributeProto, outer: Mapping[str, Any]) -> Any:
-    if attribute.type == onnx.AttributeProto.GRAPH:
-        return _graph(attribute.g, outer)
-    if attribute.type == onnx.AttributeProto.TENSOR:
-        return _tensor(attribute.t)
-    value = onnx.helper.get_attribute_value(attribute)
-    return repr(list(value) if not isinstance(value, int | float | bytes) else value)
-
-
-def _function(function: onnx.FunctionProto) -> list[Any]:
-    return [function.domain, function.name, function.SerializeToString(deterministic=True).hex()]
-
-
-def _tensor(tensor: onnx.TensorProto) -> list[Any]:
-    external = tensor.data_location == onnx.TensorProto.EXTERNAL
-    array = None if external else np.ascontiguousarray(numpy_helper.to_array(tensor))
-    small = array is not None and array.nbytes <= INLINE_BYTES
-    return [tensor.data_type, list(tensor.dims), array.tobytes().hex() if small else None]
-
-
-def _value(value: onnx.ValueInfoProto) -> list[Any]:
-    """Element type and shape; a dynamic dimension is known by its name."""
-    tensor = value.type.tensor_type
-    return [tensor.elem_type, [d.dim_value if d.HasField("dim_value") else d.dim_param for d in tensor.shape.dim]]
+def _rung(digests: Mapping[str, tuple[str, str]], same: str, other: str) -> dict[str, Any]:
+    """One rung from (base, release) digests by name."""
+    differing = [name for name, (one, two) in digests.items() if one != two]
+    expected, found = (hashlib.sha256("".join(pair[i] for pair in digests.values()).encode()).hexdigest() for i in (0, 1))
+    detail = other.format(", ".join(differing)) if differing else same
+    return {"verdict": "fail" if differing else "pass", "digest": found, "expected": expected, "detail": detail}

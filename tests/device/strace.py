@@ -21,7 +21,7 @@ except R1ExportError as error:
 """
 MUTATING = ("openat", "write", "fsync", "rename", "mkdir", "symlink", "unlink", "unlinkat", "rmdir", "chmod")
 OTHERS = ("writev", "pwrite64", "fdatasync", "renameat", "renameat2", "mkdirat", "symlinkat", "link", "linkat", "fchmod", "fchmodat", "ftruncate", "truncate")
-_LINE = re.compile(r'(\w+)\((.*)\)\s+= (-?\d+|\?)(?:<((?:\\x[0-9a-f]{2})*)>)?.*')
+_LINE = re.compile(r"(\w+)\((.*)\)\s+= (-?\d+|\?)(?:<((?:\\x[0-9a-f]{2})*)>)?.*")
 
 
 @dataclass(frozen=True)

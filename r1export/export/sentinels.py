@@ -1,0 +1,65 @@
+"""Sentinel weights: random tensors no two of which are equal, by which every parameter is recognised in a graph.
+
+They also prove the map that was found with them: onnxruntime, fed through the map, has to give torch's outputs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from torch import nn
+
+from r1export.errors import Unsupported
+from r1export.export.towers import SAME, Tower, float_tensors
+from r1export.export.weight_map import WeightMap
+from r1export.update.container import write_layout
+
+
+def fill_with_sentinels_(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
+    """Overwrite all parameters and buffers with random tensors, scaled so that activations stay finite; returns them by name."""
+    generator = torch.Generator().manual_seed(seed)
+    variances = {id(module.running_var) for module in model.modules() if getattr(module, "running_var", None) is not None}
+    sentinels = {}
+    with torch.no_grad():
+        for name, tensor in float_tensors(model).items():
+            fan_in = max(1, tensor[0].numel()) if tensor.ndim > 1 else 1
+            tensor.copy_((torch.rand(tensor.shape, generator=generator) - 0.5) / fan_in**0.5 + (id(tensor) in variances))
+            sentinels[name] = tensor.detach().cpu().numpy().copy()
+    return sentinels
+
+
+def prove(graphs: Mapping[Tower, ir.Model], weights: WeightMap, sentinels: Mapping[str, np.ndarray]) -> None:
+    """Run every graph on sentinel weights as a client would, at a batch that the exporter did not see.
+
+    Raises Unsupported: the outputs are not torch's, or onnxruntime refuses the graph.
+    """
+    with tempfile.TemporaryDirectory(prefix="r1export-") as folder:
+        for tower, graph in graphs.items():
+            file, path = f"{tower.name}.safetensors", Path(folder) / f"{tower.name}.onnx"
+            stored = weights.stored(file, sentinels)
+            write_layout(path.with_name(file), weights.layout(file), lambda spec, stored=stored: stored[spec.name])
+            path.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
+            difference = _difference(tower, path)
+            if not difference <= SAME:  # NaN is not
+                raise Unsupported(f"the exported {tower.name} tower differs from torch by {difference:.1e} on random weights, expected {SAME}", "report the model")
+            path.with_name(file).unlink()
+
+
+def _difference(tower: Tower, path: Path) -> float:
+    """max-abs over a batch of three: the two examples and the first again."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        found = session.run(None, {tower.input_name: torch.cat([tower.example, tower.example[:1]]).numpy()})[0]
+    except Exception as error:  # onnxruntime raises its own classes straight from C++, without a common base
+        raise Unsupported(f"onnxruntime refuses the exported {tower.name} tower: {str(error).splitlines()[0][:200]}", "try another opset") from error
+    expected = torch.cat([tower.expected, tower.expected[:1]]).numpy()
+    return float(np.abs(found - expected).max()) if np.isfinite(found).all() else float("nan")

@@ -1,0 +1,254 @@
+"""How large is a field update, and what does applying it cost? ViT-B/16, both towers, random weights.
+
+    python scripts/bench_update.py [--json bench_update.json] [--tasks 4] [--keep FOLDER]
+
+Prints two tables: bytes of an update beside a binary patch of the same change and beside the whole file, and the time
+and memory of `r1device apply` beside the file writing and hashing that no updater can avoid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from r1export.device import install
+from r1export.device.kit import device_kit
+from r1export.update.container import NAMES, plan, write_layout, write_tensors
+from r1export.update.envelope import SecretKey
+from r1export.update.factors import ExpertUpdate, Factors, Rows
+from r1export.update.files import sha256_file, write_file, write_json
+from r1export.update.publish import Terms, make_bundle
+from r1export.update.rebuild import Rebuild
+from r1export.update.release import Release
+
+EXPERTS = 4  # rank-1 experts of each adapted linear and task
+KEY = SecretKey(bytes(range(32)))
+TERMS = Terms("default", "default", created=1_800_000_000)
+CLASSES = 10  # classes of a task
+TOWERS = {"visual": ("visual.transformer.resblocks", 768, 12), "textual": ("transformer.resblocks", 512, 12)}  # prefix, width, layers
+
+
+def shapes(tower: str) -> dict[str, tuple[int, ...]]:
+    """Parameters of one tower of OpenAI's ViT-B/16 CLIP, as open_clip names them."""
+    prefix, width, layers = TOWERS[tower]
+    if tower == "visual":
+        found = {"visual.conv1.weight": (width, 3, 16, 16), "visual.class_embedding": (width,), "visual.positional_embedding": (197, width)}
+        found |= {f"visual.{name}.{part}": (width,) for name in ("ln_pre", "ln_post") for part in ("weight", "bias")} | {"visual.proj": (width, 512)}
+    else:
+        found = {"token_embedding.weight": (49408, width), "positional_embedding": (77, width), "text_projection": (width, 512)}
+        found |= {f"ln_final.{part}": (width,) for part in ("weight", "bias")}
+    for layer in range(layers):
+        linears = {"attn.in_proj": (3 * width, width), "attn.out_proj": (width, width), "mlp.c_fc": (4 * width, width), "mlp.c_proj": (width, 4 * width)}
+        for name, shape in linears.items():
+            joint = "_" if name == "attn.in_proj" else "."
+            found |= {f"{prefix}.{layer}.{name}{joint}weight": shape, f"{prefix}.{layer}.{name}{joint}bias": shape[:1]}
+        found |= {f"{prefix}.{layer}.{name}.{part}": (width,) for name in ("ln_1", "ln_2") for part in ("weight", "bias")}
+    return found
+
+
+def adapted(tower: str) -> list[Rows]:
+    """q, k, v, out and both linears of the MLP of each block: 72 weights of a tower."""
+    found = []
+    for name, shape in shapes(tower).items():
+        if name.endswith("in_proj_weight"):
+            found += [Rows(name, part * shape[1], (part + 1) * shape[1]) for part in range(3)]
+        elif name.endswith(("out_proj.weight", "c_fc.weight", "c_proj.weight")):
+            found.append(Rows(name, 0, shape[0]))
+    return found
+
+
+def make_run(run: Path, towers: list[str], tasks: int, dtype: str) -> Path:
+    """A base release, the factors of `tasks` tasks, and releases 1 and `tasks`."""
+    rng = np.random.default_rng(0)
+    base = run / "releases" / "00-base"
+    base.mkdir(parents=True)
+    tensors: dict[str, Any] = {}
+    for tower in towers:
+        layout = plan((name, np.dtype("f4"), shape) for name, shape in shapes(tower).items())
+        write_layout(base / f"{tower}.safetensors", layout, lambda spec: rng.standard_normal(spec.shape, "f4") * np.float32(0.02))
+        for spec in layout.specs:
+            tensors[spec.name] = {
+                "file": f"{tower}.safetensors", "offset": spec.offset, "dtype": NAMES[spec.dtype], "shape": list(spec.shape),
+                "transposed": False, "sha256": hashlib.sha256(read(base, spec)).hexdigest(),
+            }  # fmt: skip
+        write_file(base / f"{tower}.onnx", rng.bytes(300_000))
+    golden = {"pixel_values": rng.standard_normal((8, 3, 224, 224), "f4"), "image_embeds": rng.standard_normal((8, 512), "f4")}
+    write_tensors(base / "golden.safetensors", golden)
+    write_manifest(base, 0, [], tensors)
+    updates: list[tuple[str, str, ExpertUpdate]] = []
+    for number in range(1, tasks + 1):
+        folder = run / "tasks" / f"{number:02d}-task{number}"
+        folder.mkdir(parents=True)
+        update = ExpertUpdate({rows: factors(rng, rows, tower, dtype) for tower in towers for rows in adapted(tower)})
+        update.write(folder / "factors.safetensors")
+        updates.append((f"task{number}", sha256_file(folder / "factors.safetensors"), update))
+        if number in (1, tasks):
+            write_release(run, updates, tensors, golden, rng)
+    return run
+
+
+def read(folder: Path, spec: Any) -> bytes:
+    with open(folder / f"{'visual' if spec.name.startswith('visual') else 'textual'}.safetensors", "rb") as file:
+        file.seek(spec.offset)
+        return file.read(spec.nbytes)
+
+
+def factors(rng: np.random.Generator, rows: Rows, tower: str, dtype: str) -> Factors:
+    inside = shapes(tower)[rows.parameter][1]
+    return Factors.pack(rng.standard_normal((EXPERTS, inside)) * 0.02, rng.standard_normal((rows.stop - rows.start, EXPERTS)) * 0.02, 1.0, dtype)
+
+
+def write_release(run: Path, updates: list[tuple[str, str, ExpertUpdate]], tensors: dict[str, Any], golden: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+    base = Release.read(run / "releases" / "00-base")
+    folder = run / "releases" / f"{len(updates):02d}-{updates[-1][0]}"
+    (folder / "classes").mkdir(parents=True)
+    rebuild = Rebuild(base, ExpertUpdate.stack(update for _, _, update in updates))
+    for path in base.files:
+        write_file(folder / path, rebuild.chunks(path))
+    write_tensors(folder / "golden.safetensors", {**golden, "image_embeds": rng.standard_normal((8, 512), "f4")})
+    write_tensors(folder / "classes" / f"{updates[-1][0]}.safetensors", {"class_embeds": rng.standard_normal((CLASSES, 512), "f4")})
+    changed = {name: {**entry, "sha256": hashlib.sha256(rebuild.tensor(name).tobytes()).hexdigest()} for name, entry in tensors.items() if name in rebuild.update.parameters}
+    write_manifest(folder, len(updates), [{"task": task, "sha256": digest} for task, digest, _ in updates], {**tensors, **changed})
+
+
+def write_manifest(folder: Path, sequence: int, updates: list[dict[str, str]], tensors: dict[str, Any]) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in paths}
+    golden = {"max_abs": 5e-5, "min_cosine": 0.999999}
+    head = {"format": "r1export.release/1", "name": folder.name, "sequence": sequence, "procedure": "r1-f64-v1", "precision": "fp32"}
+    write_json(folder / "manifest.json", head | {"base": {"name": "ViT-B-16", "sha256": "0" * 64}, "updates": updates, "files": files, "tensors": tensors, "golden": golden, "tasks": []})  # fmt: skip
+
+
+def sizes(folder: Path) -> list[dict[str, Any]]:
+    """Bytes of one task's update, beside the files that it replaces."""
+    rows = []
+    for towers, dtype in ((["visual", "textual"], "float32"), (["visual", "textual"], "float16"), (["visual"], "float32"), (["visual"], "float16")):
+        run = make_run(folder / f"sizes-{'-'.join(towers)}-{dtype}", towers, 1, dtype)
+        bundle = make_bundle(run, 1, 0, [KEY], folder / "size.r1u", terms=TERMS, overwrite=True)
+        whole = sum((run / "releases" / "00-base" / f"{tower}.safetensors").stat().st_size for tower in towers)
+        carried = sum(update.nbytes for update in bundle.carried.values())
+        rows.append({"towers": "+".join(towers), "factors": dtype, "update_bytes": len(bundle.to_bytes()), "factors_bytes": carried, "whole_bytes": whole})
+        shutil.rmtree(run)
+    return rows
+
+
+def patches(folder: Path) -> list[dict[str, Any]]:
+    """The same change of one transformer block (28 MB) as an update's factors and as binary patches."""
+    rng = np.random.default_rng(1)
+    block = [rows for rows in adapted("visual") if ".resblocks.0." in rows.parameter]
+    base = {name: rng.standard_normal(shape, "f4") * np.float32(0.02) for name, shape in shapes("visual").items() if name in {rows.parameter for rows in block}}
+    update = ExpertUpdate({rows: factors(rng, rows, "visual", "float32") for rows in block})
+    old, new, patch = folder / "old", folder / "new", folder / "patch"
+    write_tensors(old, base)
+    write_tensors(new, update.apply(base))
+    whole = new.stat().st_size
+    rows = [{"method": "whole file", "bytes": whole, "seconds": 0.0}, {"method": "rank-1 factors, float32", "bytes": update.nbytes, "seconds": 0.0}]
+    rows.append({"method": "rank-1 factors, float16", "bytes": update.nbytes // 2, "seconds": 0.0})
+    for method, program, command in (
+        ("zstd -19", "zstd", ["zstd", "-q", "-f", "-19", str(new), "-o", str(patch)]),
+        ("zstd -19 --patch-from", "zstd", ["zstd", "-q", "-f", "-19", "--long=27", f"--patch-from={old}", str(new), "-o", str(patch)]),
+        ("bsdiff", "bsdiff", ["bsdiff", str(old), str(new), str(patch)]),
+    ):
+        if shutil.which(program):
+            start = time.perf_counter()
+            subprocess.run(command, check=True)
+            rows.append({"method": method, "bytes": patch.stat().st_size, "seconds": time.perf_counter() - start})
+        else:
+            rows.append({"method": f"{method}: {program} is not installed", "bytes": None, "seconds": None})
+    xor = np.frombuffer(old.read_bytes(), np.uint8)[-(1 << 26) :] ^ np.frombuffer(new.read_bytes(), np.uint8)[-(1 << 26) :]
+    planes = folder / "planes"
+    planes.write_bytes(np.ascontiguousarray(xor[len(xor) % 4 :].reshape(-1, 4).T).tobytes())
+    if shutil.which("zstd"):
+        start = time.perf_counter()
+        subprocess.run(["zstd", "-q", "-f", "-19", str(planes), "-o", str(patch)], check=True)
+        rows.append({"method": "XOR, byte planes, zstd -19", "bytes": patch.stat().st_size, "seconds": time.perf_counter() - start})
+    return [{**row, "share": row["bytes"] / whole if row["bytes"] else None} for row in rows]
+
+
+def costs(folder: Path, tasks: int) -> dict[str, Any]:
+    """Time and memory of applying `tasks` tasks at once to both towers, and of the writing and hashing alone."""
+    run = make_run(folder / "costs", ["visual", "textual"], tasks, "float16")
+    (folder / "key.pub").write_text(KEY.public.to_pem())
+    bundle = make_bundle(run, tasks, 0, [KEY], folder / "cost.r1u", terms=TERMS)
+    kit = device_kit(folder / "r1device.pyz", overwrite=True)
+    found: dict[str, Any] = {"tasks": tasks, "update_bytes": len(bundle.to_bytes())}
+    for mode in ("slot", "overlay"):
+        store = folder / f"store-{mode}"
+        install.init(store, run / "releases" / "00-base", [folder / "key.pub"], mode=mode, health="none")
+        seconds, peak = measured([sys.executable, str(kit), "apply", str(store), str(folder / "cost.r1u")])
+        found |= {f"{mode}_seconds": seconds, f"{mode}_peak_bytes": peak}
+        if mode == "slot":
+            same = all(sha256_file(store / "current" / file.path) == file.sha256 for file in bundle.manifest.files)
+            found["bit_equal"] = same
+            found["unavoidable_seconds"] = timed(lambda store=store: write_and_hash(store / "base", folder / "copy"))
+    _, found["interpreter_peak_bytes"] = measured([sys.executable, "-c", "import numpy"])
+    found["merge_seconds"] = timed(lambda: merge(Release.read(run / "releases" / "00-base"), bundle.carried.values()))
+    return found
+
+
+def merge(base: Release, updates: Any) -> None:
+    rebuild = Rebuild(base, ExpertUpdate.stack(updates))
+    for parameter in rebuild.update.parameters:
+        rebuild.tensor(parameter)
+
+
+def write_and_hash(base: Path, copy: Path) -> None:
+    """What any updater does: check the base, write the new files, sync, check what was written."""
+    copy.mkdir()
+    for path in base.iterdir():
+        sha256_file(path)
+        shutil.copyfile(path, copy / path.name)
+        with open(copy / path.name, "rb") as file:
+            os.fsync(file.fileno())
+        sha256_file(copy / path.name)
+
+
+def timed(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measured(command: list[str]) -> tuple[float, int]:
+    """Seconds of a process, and the largest resident memory in bytes of it or a process it started."""
+    code = "import resource, subprocess, sys, time; s = time.perf_counter(); subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
+    code += "print(time.perf_counter() - s, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
+    answer = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True).stdout.split()
+    return float(answer[0]), int(answer[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--tasks", type=int, default=4, help="tasks in the update whose cost is measured")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        figures = {"sizes": sizes(folder), "patches": patches(folder), "costs": costs(folder, options.tasks)}
+    print(f"One task, {EXPERTS} experts on each adapted weight, {CLASSES} classes\n\n| towers | factors | update | of the weights |\n|---|---|---|---|")
+    for row in figures["sizes"]:
+        print(f"| {row['towers']} | {row['factors']} | {row['update_bytes'] / 1e6:.2f} MB | {100 * row['update_bytes'] / row['whole_bytes']:.2f} % of {row['whole_bytes'] / 1e6:.0f} MB |")  # fmt: skip
+    print("\nThe same change of one block (28 MB), as\n\n| method | bytes | share | seconds to make |\n|---|---|---|---|")
+    for row in figures["patches"]:
+        print(f"| {row['method']} | not measured | | |" if row["bytes"] is None else f"| {row['method']} | {row['bytes']:,} | {100 * row['share']:.2f} % | {row['seconds']:.1f} |")  # fmt: skip
+    print(f"\nApplying {options.tasks} tasks to both towers\n\n| what | figure |\n|---|---|")
+    for key, value in figures["costs"].items():
+        print(f"| {key} | {f'{value / 1e6:.1f} MB' if key.endswith('bytes') else value if isinstance(value, bool | int) else f'{value:.2f} s'} |")
+    if options.json:
+        write_json(options.json, figures)
+
+
+if __name__ == "__main__":
+    main()

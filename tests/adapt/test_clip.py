@@ -1,0 +1,87 @@
+"""open_clip behind one noun: the same numbers, weights without pickle, errors that name the place."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from open_clip.transform import image_transform_v2
+from PIL import Image
+
+from r1export.adapt.clip import digest, load_clip
+from r1export.errors import InputError, Unsupported
+
+
+@pytest.mark.parametrize("size", [(16, 16), (37, 20), (9, 64)])
+def test_preprocessing_is_open_clips_bit_for_bit(tiny_clip, size) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    transform = image_transform_v2(tiny_clip.preprocess.config, is_train=False)
+    pixels = torch.from_numpy(tiny_clip.preprocess.crop(image))[None]
+    assert torch.equal(tiny_clip.preprocess.normalize(pixels)[0], transform(image))
+
+
+def test_embeddings_have_unit_norm_and_are_open_clips(tiny_clip) -> None:
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    found = tiny_clip.encode_image(pixels)
+    assert torch.equal(found, tiny_clip.model.encode_image(tiny_clip.preprocess.normalize(pixels), normalize=True))
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(2))
+
+
+def test_a_loaded_clip_is_frozen_and_in_eval_mode(tiny_clip) -> None:
+    assert not tiny_clip.model.training
+    assert not any(p.requires_grad for p in tiny_clip.model.parameters())
+
+
+def test_parameters_can_be_taken_out_and_put_back(tiny_clip) -> None:
+    before = tiny_clip.parameters()
+    tiny_clip.load_({name: value * 0 for name, value in before.items()})
+    assert digest(tiny_clip.parameters()) != digest(before)
+    tiny_clip.load_(before)
+    assert digest(tiny_clip.parameters()) == digest(before)
+
+
+def test_the_digest_sees_one_changed_bit_and_a_changed_name(tiny_clip) -> None:
+    weights = tiny_clip.parameters()
+    changed = weights | {"logit_scale": np.nextafter(weights["logit_scale"], np.float32(9))}
+    renamed = {("x" if name == "logit_scale" else name): value for name, value in weights.items()}
+    assert len({digest(weights), digest(changed), digest(renamed)}) == 3
+
+
+def test_weights_that_are_a_pickle_are_refused_unread(tmp_path, tiny_files) -> None:
+    """The pickle would make a file when it is read."""
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "went off"), "w"))
+
+    torch.save({"w": Bomb()}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors: not a safetensors file"):
+        load_clip(weights=tmp_path / "model.safetensors", config=tiny_files[1])
+    assert not (tmp_path / "went off").exists()
+
+
+def test_missing_weights_are_named(tmp_path, tiny_files) -> None:
+    with pytest.raises(InputError, match=r"none\.safetensors: no such file"):
+        load_clip(weights=tmp_path / "none.safetensors", config=tiny_files[1])
+
+
+def test_weights_of_another_model_are_refused_by_the_first_difference(tmp_path, tiny_files) -> None:
+    config = json.loads(tiny_files[1].read_text())
+    config["vision_cfg"]["width"] = 48
+    (tmp_path / "wider.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="does not fit the model: .*visual"):
+        load_clip(weights=tiny_files[0], config=tmp_path / "wider.json")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"embed_dim": 8}'])
+def test_a_config_that_is_none_is_refused(text: str, tmp_path, tiny_files) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(InputError, match=r"bad\.json"):
+        load_clip(weights=tiny_files[0], config=tmp_path / "bad.json")
+
+
+def test_an_unknown_model_and_an_unknown_tag_are_refused_with_what_is_known() -> None:
+    with pytest.raises(Unsupported, match="knows no model 'ViT-Z-1'"):
+        load_clip("ViT-Z-1", pretrained="openai")
+    with pytest.raises(Unsupported, match=r"no pretrained tag 'nobody'.*openai"):
+        load_clip("ViT-B-16", pretrained="nobody")

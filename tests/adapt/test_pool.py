@@ -1,0 +1,108 @@
+"""Who votes, who acts, what is frozen."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from r1export.adapt.pool import ExpertPool, PoolSettings, top_experts
+
+
+def make_pool(**changes) -> ExpertPool:
+    torch.manual_seed(0)
+    pool = ExpertPool(6, 5, PoolSettings(**({"rank": 4, "k_train": 2, "k_merge": 1, "dropout": 0.0} | changes)), dtype=torch.float64)
+    pool.reset_(torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(pool.lora_B)
+    return pool
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(1, 12))
+def test_top_experts_have_the_most_votes_and_ties_go_to_the_lower_index(votes: list[int], k: int) -> None:
+    k = min(k, len(votes))
+    expected = sorted(sorted(range(len(votes)), key=lambda i: (-votes[i], i))[:k])
+    assert top_experts(torch.tensor(votes), k).tolist() == expected
+
+
+def test_each_sample_votes_for_k_train_experts_by_its_first_token_alone() -> None:
+    pool = make_pool().train()
+    x = torch.randn(7, 3, 6, dtype=torch.float64)
+    pool(x)
+    probabilities = pool.router(x[:, 0]).softmax(-1)
+    expected = sum(F.one_hot(row.topk(2).indices, 4).sum(0) for row in probabilities)
+    assert pool.counts.tolist() == expected.tolist()
+    before = pool.counts.clone()
+    pool(torch.cat([x[:, :1], torch.randn(7, 9, 6, dtype=torch.float64)], 1))
+    assert torch.equal(pool.counts, 2 * before)
+
+
+def test_the_whole_batch_uses_the_experts_with_the_most_votes_unweighted() -> None:
+    pool = make_pool().train()
+    x = torch.randn(7, 3, 6, dtype=torch.float64)
+    gate = pool.eval().route(x)
+    assert gate.sum() == 2
+    assert set(gate.tolist()) == {0.0, 1.0}
+    dense = pool.settings.scaling * pool.lora_B @ torch.diag(gate) @ pool.lora_A
+    torch.testing.assert_close(pool(x), x @ dense.T, atol=1e-12, rtol=0)
+
+
+def test_evaluation_counts_no_votes() -> None:
+    pool = make_pool().eval()
+    pool(torch.randn(3, 2, 6, dtype=torch.float64))
+    assert pool.counts.sum() == 0
+
+
+def test_a_frozen_pool_ignores_the_input_and_uses_the_selected_experts() -> None:
+    pool = make_pool(k_merge=2).train()
+    pool.counts[:] = torch.tensor([3, 9, 9, 1])
+    pool.freeze_()
+    assert pool.gate.tolist() == [0, 1, 1, 0]
+    chosen = pool.selected()
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    expected = pool.settings.scaling * (x @ pool.lora_A[chosen].T) @ pool.lora_B[:, chosen].T
+    torch.testing.assert_close(pool(x), expected, atol=1e-12, rtol=0)
+    assert pool.counts.tolist() == [3, 9, 9, 1]
+
+
+def test_dropout_acts_in_training_only_and_never_on_a_frozen_pool() -> None:
+    pool = make_pool(dropout=0.5).train()
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    assert not torch.equal(pool(x), pool(x))
+    pool.freeze_()
+    assert torch.equal(pool(x), pool(x))
+
+
+def test_the_faithful_router_gets_no_gradient_and_the_experts_do() -> None:
+    pool = make_pool().train()
+    pool(torch.randn(4, 3, 6, dtype=torch.float64)).square().sum().backward()
+    assert pool.router.weight.grad is None
+    assert pool.lora_A.grad.abs().sum() > 0
+    assert pool.lora_B.grad.abs().sum() > 0
+
+
+def test_only_the_acting_experts_get_a_gradient() -> None:
+    pool = make_pool().train()
+    x = torch.randn(4, 3, 6, dtype=torch.float64)
+    gate = pool.route(x)
+    pool(x).square().sum().backward()
+    assert (pool.lora_B.grad.abs().sum(0) > 0).tolist() == (gate > 0).tolist()
+
+
+def test_fresh_experts_add_nothing_and_follow_from_the_generator() -> None:
+    one, other = make_pool(), make_pool()
+    for pool in (one, other):
+        pool.reset_(torch.Generator().manual_seed(5))
+    assert torch.equal(one.lora_A, other.lora_A)
+    assert torch.equal(one.router.weight, other.router.weight)
+    assert one(torch.randn(1, 2, 6, dtype=torch.float64)).abs().sum() == 0
+    assert one.lora_A.abs().max() <= 6**-0.5
+
+
+def test_overlap_is_the_sum_of_products_of_leading_and_past_columns() -> None:
+    pool = make_pool(k_merge=2)
+    pool.counts[:] = torch.tensor([0, 4, 0, 9])
+    pool.past = torch.randn(5, 3, dtype=torch.float64)
+    b, p = pool.lora_B.detach().numpy(), pool.past.numpy()
+    expected = sum(abs(np.dot(b[:, j], p[:, m])) for j in (1, 3) for m in range(3))
+    assert pool.overlap().item() == pytest.approx(expected, abs=1e-12)

@@ -1,0 +1,127 @@
+"""Training: it learns, it repeats, it resumes."""
+
+import numpy as np
+import pytest
+import torch
+
+from r1export.adapt.evaluate import accuracy
+from r1export.adapt.experts import inject_experts_, pack_experts, pool_tensors, remember_
+from r1export.adapt.pixels import Pixels
+from r1export.adapt.pool import PoolSettings
+from r1export.adapt.trainer import TrainSettings, batch_indices, learning_rate, reset_pools_, seed_of, train_pools_
+from r1export.errors import InputError
+
+SETTINGS = TrainSettings(iterations=8, batch_size=8, learning_rate=5e-3, checkpoint_every=3, seed=1)
+POOL = PoolSettings(alpha=12.0)
+
+
+class Killed(Exception):
+    pass
+
+
+def train(clip, task, settings=SETTINGS, *, number=1, earlier=None, checkpoint=None, kill_at=None):
+    from r1export.adapt.experts import eject_experts_
+
+    pools = inject_experts_(clip.model, POOL)
+    reset_pools_(pools, settings.seed, number)
+    if earlier:
+        remember_(pools, earlier)
+
+    def on_step(step):
+        if step.number == kill_at:
+            raise Killed
+
+    try:
+        losses = train_pools_(clip, pools, task, Pixels(task.train, clip.preprocess), settings, number=number, checkpoint=checkpoint, on_step=on_step)
+    finally:
+        eject_experts_(clip.model)
+    return pools, losses
+
+
+def same(one, other) -> bool:
+    return all(np.array_equal(value, other[name]) for name, value in one.items()) and one.keys() == other.keys()
+
+
+def test_training_tells_stripes_across_from_stripes_down(tiny_clip, stripes) -> None:
+    """A random tiny CLIP is at chance; what it learns in 60 steps is the task, not luck: 16 of 16 by chance is 2^-16.
+
+    Four images of each class in a batch of eight cannot be told apart, so the loss ends at log 4.
+    """
+    test = Pixels(stripes.test, tiny_clip.preprocess)
+    pools, losses = train(tiny_clip, stripes, TrainSettings(iterations=60, batch_size=8, learning_rate=1e-2, seed=1))
+    for pool in pools.values():
+        pool.freeze_()
+    tiny_clip.load_(pack_experts(pools).apply(tiny_clip.parameters()))
+    assert accuracy(tiny_clip, stripes, test) == 1.0
+    assert np.mean(losses[-5:]) - np.log(4) < 0.5 * (np.mean(losses[:5]) - np.log(4))
+
+
+def test_only_the_pools_change(tiny_clip, stripes) -> None:
+    before = tiny_clip.parameters()
+    train(tiny_clip, stripes)
+    assert same(before, tiny_clip.parameters())
+
+
+def test_the_same_seed_gives_the_same_experts_bit_for_bit_and_another_seed_others(tiny_clip, stripes) -> None:
+    one, other, different = (train(tiny_clip, stripes, TrainSettings(iterations=4, batch_size=8, seed=seed))[0] for seed in (1, 1, 2))
+    assert same(pool_tensors(one), pool_tensors(other))
+    assert not same(pool_tensors(one), pool_tensors(different))
+
+
+def test_the_random_state_of_the_program_does_not_matter(tiny_clip, stripes) -> None:
+    one, _ = train(tiny_clip, stripes)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    other, _ = train(tiny_clip, stripes)
+    assert same(pool_tensors(one), pool_tensors(other))
+
+
+@pytest.mark.parametrize("kill_at", [2, 3, 5, 6, 8])
+def test_a_run_killed_inside_a_task_and_resumed_is_the_uninterrupted_run(tiny_clip, stripes, tmp_path, kill_at: int) -> None:
+    whole, losses = train(tiny_clip, stripes)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(Killed):
+        train(tiny_clip, stripes, checkpoint=checkpoint, kill_at=kill_at)
+    assert checkpoint.exists() == (kill_at > 3)
+    resumed, again = train(tiny_clip, stripes, checkpoint=checkpoint)
+    assert same(pool_tensors(whole), pool_tensors(resumed))
+    assert losses == again
+    assert not checkpoint.exists()
+
+
+def test_orthogonality_keeps_a_task_off_what_earlier_tasks_merged(tiny_clip, stripes) -> None:
+    earlier = pack_experts(train(tiny_clip, stripes)[0])
+    overlaps = []
+    for weight in (0.0, 1.0):
+        settings = TrainSettings(iterations=20, batch_size=8, learning_rate=5e-3, orthogonality_weight=weight, seed=1)
+        pools, _ = train(tiny_clip, stripes, settings, number=2, earlier=earlier)
+        overlaps.append(sum(pool.overlap().item() for pool in pools.values()))
+    assert overlaps[1] < 0.7 * overlaps[0]
+
+
+def test_every_image_is_used_once_per_epoch_and_batches_span_epochs() -> None:
+    drawn = np.concatenate([batch_indices(10, 4, step, seed=3, task=1) for step in range(5)])
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert not np.array_equal(drawn[:10], drawn[10:])
+
+
+def test_a_batch_is_never_larger_than_the_task() -> None:
+    assert sorted(batch_indices(3, 32, 0, seed=0, task=1)) == [0, 1, 2]
+
+
+def test_the_learning_rate_falls_along_a_cosine() -> None:
+    settings = TrainSettings(iterations=100, learning_rate=2e-3, min_learning_rate=1e-6)
+    rates = [learning_rate(step, settings) for step in range(101)]
+    assert rates[0] == 2e-3
+    assert rates[100] == pytest.approx(1e-6)
+    assert rates[50] == pytest.approx((2e-3 + 1e-6) / 2)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_seeds_of_different_paths_differ() -> None:
+    assert len({seed_of(s, t, k) for s in range(5) for t in range(5) for k in range(5)}) == 125
+
+
+def test_a_loss_that_is_not_finite_stops_the_task_by_name(tiny_clip, stripes) -> None:
+    with pytest.raises(InputError, match=r"task stripes: the loss is .*learning_rate"):
+        train(tiny_clip, stripes, TrainSettings(iterations=30, batch_size=8, learning_rate=1e30, seed=1))

@@ -1,0 +1,103 @@
+"""Recipes: what is read, what is refused, and every recipe that comes with the project."""
+
+from pathlib import Path
+
+import pytest
+
+from r1export.adapt.pool import PoolSettings
+from r1export.adapt.trainer import TrainSettings
+from r1export.errors import InputError
+from r1export.recipe import Pool, Recipe, Train, load_recipe
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+MINIMAL = '[base]\nmodel = "builtin:world"\n[[tasks]]\nname = "a"\nsource = "builtin:digits"\n'
+
+
+def write(tmp_path, text: str) -> Path:
+    (tmp_path / "r.toml").write_text(text, encoding="utf-8")
+    return tmp_path / "r.toml"
+
+
+def test_the_project_comes_with_recipes() -> None:
+    assert {"quickstart", "mini-mtil", "mtil-5shot", "mtil-full"} <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_survives_being_written(path: Path, tmp_path) -> None:
+    recipe = load_recipe(path)
+    assert load_recipe(write(tmp_path, recipe.dumps())) == recipe
+
+
+def test_mtil_recipes_learn_the_eleven_sets_with_openai_weights() -> None:
+    for name in ("mtil-5shot", "mtil-full"):
+        recipe = load_recipe(RECIPES[0].parent / f"{name}.toml")
+        assert (recipe.base.model, recipe.base.pretrained) == ("ViT-B-16", "openai")
+        assert len({task.source for task in recipe.tasks}) == 11
+
+
+def test_the_defaults_are_the_faithful_settings(tmp_path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    pool, train = recipe.pool, recipe.train
+    assert (pool.rank, pool.k_train, pool.k_merge, pool.alpha, pool.dropout) == (12, 8, 4, 1.0, 0.2)
+    assert (train.iterations, train.batch_size, train.learning_rate, train.min_learning_rate, train.weight_decay) == (500, 32, 2e-3, 1e-6, 1e-2)
+    assert (train.orthogonality_weight, train.seed) == (0.1, 42)
+
+
+def test_recipe_and_code_agree_on_the_defaults() -> None:
+    assert TrainSettings(**Train().model_dump()) == TrainSettings()
+    assert PoolSettings(**{key: value for key, value in Pool().model_dump().items() if key in PoolSettings.__dataclass_fields__}) == PoolSettings()
+
+
+def test_every_field_says_what_it_means() -> None:
+    sections = [Recipe, *(field.annotation for name, field in Recipe.model_fields.items() if name in ("base", "data", "pool", "train", "export", "verify"))]
+    silent = [f"{s.__name__}.{name}" for s in sections[1:] for name, field in s.model_fields.items() if not field.description]
+    assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = [", "not a readable TOML file"),
+        (MINIMAL + "[train]\niterationz = 5\n", r"train\.iterationz: unknown key"),
+        (MINIMAL + '[train]\niterations = "many"\n', r"train\.iterations: .*'many'"),
+        (MINIMAL + "[train]\niterations = 0\n", r"train\.iterations: .*0"),
+        (MINIMAL + "[pool]\nk_merge = 13\n", "may not exceed rank 12"),
+        (MINIMAL + '[pool]\ntowers = ["audio"]\n', r"pool\.towers"),
+        (MINIMAL + 'order = ["b"]\n', r"tasks\.0\.order: unknown key"),
+        ('order = ["b"]\n' + MINIMAL, "order must name each task once: a"),
+        (MINIMAL + '[[tasks]]\nname = "A"\nsource = "x"\n', "two tasks have the same name"),
+        (MINIMAL.replace('"a"', '"../a"'), r"tasks\.0\.name"),
+        ('[base]\nmodel = "ViT-B-16"\n[[tasks]]\nname = "a"\nsource = "x"\n', "either pretrained"),
+        ('[base]\nweights = "w"\n[[tasks]]\nname = "a"\nsource = "x"\n', "give model"),
+        ('[base]\nmodel = "builtin:world"\n', "tasks"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused_by_the_name_of_the_field(text: str, message: str, tmp_path) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load_recipe(write(tmp_path, text))
+    assert str(caught.value).startswith(str(tmp_path / "r.toml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_is_named(tmp_path) -> None:
+    with pytest.raises(InputError, match="no such recipe"):
+        load_recipe(tmp_path / "none.toml")
+
+
+def test_fields_can_be_overridden(tmp_path) -> None:
+    path = write(tmp_path, MINIMAL)
+    recipe = load_recipe(path, ("train.iterations=7", "data.root=/some/dir", "tasks.0.name=b", 'pool.towers=["visual"]', "data.download=true"))
+    assert (recipe.train.iterations, recipe.data.root, recipe.tasks[0].name, recipe.pool.towers, recipe.data.download) == (7, "/some/dir", "b", ("visual",), True)
+
+
+@pytest.mark.parametrize("override", ["iterations", "=5", "tasks.9.name=b", "tasks.x.name=b", "base.model.deep=1", "train.iterationz=5"])
+def test_an_override_that_fits_nothing_is_refused(override: str, tmp_path) -> None:
+    with pytest.raises(InputError, match=r"--set|unknown key"):
+        load_recipe(write(tmp_path, MINIMAL), (override,))
+
+
+def test_order_changes_the_stream_and_not_the_tasks(tmp_path) -> None:
+    text = 'order = ["b", "a"]\n' + MINIMAL + '[[tasks]]\nname = "b"\nsource = "y"\n'
+    recipe = load_recipe(write(tmp_path, text))
+    assert [task.name for task in recipe.stream] == ["b", "a"]
+    assert [task.name for task in recipe.tasks] == ["a", "b"]
