@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -42,6 +43,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what is there and start anew.")]
 Where = Annotated[Device, typer.Option("--device", help="Where to train and to run torch.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a recipe field, for example train.iterations=50; repeatable.")]
+Providers = Annotated[
+    list[str], typer.Option("--provider", metavar="NAME", help="onnxruntime provider: cpu, cuda, tensorrt or openvino; repeatable. Default: cpu, and cuda where there is one.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else goes to stderr.")]
 
 
@@ -131,18 +135,23 @@ def export(run: Run, overwrite: Overwrite = False, device: Where = Device.auto, 
 
 
 @app.command()
-def verify(path: Annotated[Path, typer.Argument(metavar="RUN|RELEASE", help="A run, or one release folder.")], device: Where = Device.auto, as_json: Json = False) -> None:
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="RUN|RELEASE", help="A run, or one release folder.")],
+    provider: Providers = [],  # noqa: B006
+    device: Where = Device.auto,
+    as_json: Json = False,
+) -> None:
     """Verify all releases of a run against the unmerged model, or one release by its own golden samples."""
     with _terminal(as_json) as terminal:
         if (path / "manifest.json").exists():
             from r1export import pipeline
 
-            report = pipeline.verify_release(path)
+            report = pipeline.verify_release(path, provider)
         else:
             stage = _reopen(path, device, terminal)
             from r1export import pipeline
 
-            report = pipeline.verify(stage)
+            report = pipeline.verify(stage, provider)
         terminal.report(report)
         terminal.document(report)
         _finish(report)
@@ -200,11 +209,12 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def main() -> None:
-    """Entry point. A reader that stops early (`r1export ... | head`) ends the program quietly."""
+    """Entry point. A defect of r1export itself ends with code 70 and a traceback, apart from checks that fail (code 1)."""
     try:
         app()
-    except BrokenPipeError:
+    except BrokenPipeError:  # a reader that stopped early: r1export ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-
-
+    except Exception:
+        traceback.print_exc()
+        sys.exit(70)

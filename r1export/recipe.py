@@ -132,6 +132,8 @@ class Verify(_Section):
     """Merged and base latency count as equal within this share."""
     pairs: int = Field(400, ge=20)
     """Interleaved base/merged pairs of the latency check."""
+    images: int = Field(200, ge=2)
+    """Test images of each task on which the freezing and shrink gaps (G2, G3) and the embedding drift are measured."""
 
 
 class Recipe(_Section):

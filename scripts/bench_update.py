@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -110,7 +109,7 @@ def factors(rng: np.random.Generator, rows: Rows, tower: str, dtype: str) -> Fac
     return Factors.pack(rng.standard_normal((EXPERTS, inside)) * 0.02, rng.standard_normal((rows.stop - rows.start, EXPERTS)) * 0.02, 1.0, dtype)
 
 
-def write_release(run: Path, updates: list[tuple[str, str, ExpertUpdate]], tensors: dict[str, Any], golden: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+def write_release(run: Path, updates: list[tuple[str, str, ExpertUpdate]], tensors: dict[str, Any], golden: dict[str, Any], rng: np.random.Generator) -> None:
     base = Release.read(run / "releases" / "00-base")
     folder = run / "releases" / f"{len(updates):02d}-{updates[-1][0]}"
     (folder / "classes").mkdir(parents=True)
@@ -119,7 +118,8 @@ def write_release(run: Path, updates: list[tuple[str, str, ExpertUpdate]], tenso
         write_file(folder / path, rebuild.chunks(path))
     write_tensors(folder / "golden.safetensors", {**golden, "image_embeds": rng.standard_normal((8, 512), "f4")})
     write_tensors(folder / "classes" / f"{updates[-1][0]}.safetensors", {"class_embeds": rng.standard_normal((CLASSES, 512), "f4")})
-    changed = {name: {**entry, "sha256": hashlib.sha256(rebuild.tensor(name).tobytes()).hexdigest()} for name, entry in tensors.items() if name in rebuild.update.parameters}
+    digests = {name: hashlib.sha256(rebuild.tensor(name).tobytes()).hexdigest() for name in rebuild.update.parameters}
+    changed = {name: {**tensors[name], "sha256": digest} for name, digest in digests.items()}
     write_manifest(folder, len(updates), [{"task": task, "sha256": digest} for task, digest, _ in updates], {**tensors, **changed})
 
 
@@ -128,7 +128,8 @@ def write_manifest(folder: Path, sequence: int, updates: list[dict[str, str]], t
     files = {path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in paths}
     golden = {"max_abs": 5e-5, "min_cosine": 0.999999}
     head = {"format": "r1export.release/1", "name": folder.name, "sequence": sequence, "procedure": "r1-f64-v1", "precision": "fp32"}
-    write_json(folder / "manifest.json", head | {"base": {"name": "ViT-B-16", "sha256": "0" * 64}, "updates": updates, "files": files, "tensors": tensors, "golden": golden, "tasks": []})  # fmt: skip
+    body = {"base": {"name": "ViT-B-16", "sha256": "0" * 64}, "updates": updates, "files": files, "tensors": tensors, "golden": golden, "tasks": []}
+    write_json(folder / "manifest.json", head | body)
 
 
 def sizes(folder: Path) -> list[dict[str, Any]]:
@@ -145,9 +146,9 @@ def sizes(folder: Path) -> list[dict[str, Any]]:
 
 
 def patches(folder: Path) -> list[dict[str, Any]]:
-    """The same change of one transformer block (28 MB) as an update's factors and as binary patches."""
+    """The same change of the smallest and the largest weight of a block (12 MB) as an update's factors and as binary patches."""
     rng = np.random.default_rng(1)
-    block = [rows for rows in adapted("visual") if ".resblocks.0." in rows.parameter]
+    block = [rows for rows in adapted("visual") if rows.parameter.endswith((".0.attn.out_proj.weight", ".0.mlp.c_fc.weight"))]
     base = {name: rng.standard_normal(shape, "f4") * np.float32(0.02) for name, shape in shapes("visual").items() if name in {rows.parameter for rows in block}}
     update = ExpertUpdate({rows: factors(rng, rows, "visual", "float32") for rows in block})
     old, new, patch = folder / "old", folder / "new", folder / "patch"
@@ -233,21 +234,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--tasks", type=int, default=4, help="tasks in the update whose cost is measured")
+    parser.add_argument("--only", choices=["sizes", "patches", "costs"], help="make one of the tables")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        figures = {"sizes": sizes(folder), "patches": patches(folder), "costs": costs(folder, options.tasks)}
-    print(f"One task, {EXPERTS} experts on each adapted weight, {CLASSES} classes\n\n| towers | factors | update | of the weights |\n|---|---|---|---|")
-    for row in figures["sizes"]:
-        print(f"| {row['towers']} | {row['factors']} | {row['update_bytes'] / 1e6:.2f} MB | {100 * row['update_bytes'] / row['whole_bytes']:.2f} % of {row['whole_bytes'] / 1e6:.0f} MB |")  # fmt: skip
-    print("\nThe same change of one block (28 MB), as\n\n| method | bytes | share | seconds to make |\n|---|---|---|---|")
-    for row in figures["patches"]:
-        print(f"| {row['method']} | not measured | | |" if row["bytes"] is None else f"| {row['method']} | {row['bytes']:,} | {100 * row['share']:.2f} % | {row['seconds']:.1f} |")  # fmt: skip
-    print(f"\nApplying {options.tasks} tasks to both towers\n\n| what | figure |\n|---|---|")
-    for key, value in figures["costs"].items():
-        print(f"| {key} | {f'{value / 1e6:.1f} MB' if key.endswith('bytes') else value if isinstance(value, bool | int) else f'{value:.2f} s'} |")
+        makers: dict[str, Callable[[], Any]] = {
+            "sizes": lambda: sizes(folder),
+            "patches": lambda: patches(folder),
+            "costs": lambda: costs(folder, options.tasks),
+        }
+        figures = {name: make() for name, make in makers.items() if options.only in (None, name)}
+    report(figures, options.tasks)
     if options.json:
         write_json(options.json, figures)
+
+
+def report(figures: dict[str, Any], tasks: int) -> None:
+    """Print the tables."""
+    print(f"One task, {EXPERTS} experts on each adapted weight, {CLASSES} classes\n\n| towers | factors | update | of the weights |\n|---|---|---|---|")
+    for row in figures.get("sizes", []):
+        share, whole = 100 * row["update_bytes"] / row["whole_bytes"], row["whole_bytes"] / 1e6
+        print(f"| {row['towers']} | {row['factors']} | {row['update_bytes'] / 1e6:.2f} MB | {share:.2f} % of {whole:.0f} MB |")
+    print("\nThe same change of two weights (12 MB), as\n\n| method | bytes | share | seconds to make |\n|---|---|---|---|")
+    for row in figures.get("patches", []):
+        figures_of = "not measured | |" if row["bytes"] is None else f"{row['bytes']:,} | {100 * row['share']:.2f} % | {row['seconds']:.1f}"
+        print(f"| {row['method']} | {figures_of} |")
+    print(f"\nApplying {tasks} tasks to both towers\n\n| what | figure |\n|---|---|")
+    for key, value in figures.get("costs", {}).items():
+        print(f"| {key} | {f'{value / 1e6:.1f} MB' if key.endswith('bytes') else value if isinstance(value, bool | int) else f'{value:.2f} s'} |")
 
 
 if __name__ == "__main__":

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from r1export.cli import app
 from r1export.update.container import read_tensors
 from r1export.update.files import sha256_file
 
@@ -22,13 +27,34 @@ ROOT = Path(__file__).parents[1]
 FAST = ["--set", "train.iterations=4", "--set", "data.test_limit=24", "--set", "data.shots=4", "--set", "verify.pairs=20", "--set", "verify.margin=0.9", "--set", "verify.samples=6"]
 
 
-def r1export(*arguments: object, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess[str]:
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+@dataclass(frozen=True)
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def r1export(*arguments: object) -> Result:
+    """The real command line in this process: starting torch anew for each of fifty commands would take minutes."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("COLUMNS", "200")
+        try:
+            app([str(argument) for argument in arguments], prog_name="r1export")
+        except SystemExit as stop:
+            code = stop.code or 0
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def in_a_process(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "r1export", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180, **options)
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, **options)
 
 
-def one_line_error(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+def one_line_error(result: Result | subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     assert result.returncode == code, result.stderr + result.stdout
     line = result.stderr.strip().splitlines()[-1]
     assert line.startswith("Error: "), result.stderr
@@ -50,7 +76,7 @@ def recipe(tmp_path_factory, tiny_files) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(recipe, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def run(recipe, tmp_path_factory) -> tuple[Path, Result]:
     """A whole run of the real command."""
     out = tmp_path_factory.mktemp("runs") / "run"
     return out, r1export("run", recipe, "--out", out, "--json", *FAST)
@@ -111,15 +137,15 @@ def test_the_weights_of_a_release_are_the_base_plus_the_factors_in_order(run) ->
 
 
 def test_the_same_seed_gives_the_same_factors_in_another_process(run, recipe, tmp_path) -> None:
-    assert r1export("train", recipe, "--out", tmp_path / "again", *FAST).returncode == 0
+    assert in_a_process("train", recipe, "--out", tmp_path / "again", *FAST).returncode == 0
     for factors in (run[0] / "tasks").glob("*/factors.safetensors"):
         assert sha256_file(factors) == sha256_file(tmp_path / "again" / factors.relative_to(run[0]))
 
 
 def test_a_run_killed_inside_a_task_and_resumed_gives_the_factors_of_the_uninterrupted_run(run, recipe, tmp_path) -> None:
     out = tmp_path / "killed"
-    slow = [*FAST, "--set", "train.iterations=4"]
-    process = subprocess.Popen([sys.executable, "-m", "r1export", "train", recipe, "--out", out, *slow], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "r1export", "train", recipe, "--out", out, *FAST]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.time() + 120
     while process.poll() is None and time.time() < deadline and not list(out.glob("tasks/*/checkpoint.safetensors")):
         time.sleep(0.002)
@@ -134,8 +160,6 @@ def test_a_run_killed_inside_a_task_and_resumed_gives_the_factors_of_the_uninter
 
 def test_a_full_disk_in_the_middle_of_a_release_leaves_no_release(recipe, run, tmp_path) -> None:
     """No file may grow beyond 1 MB: the graphs fit, the text tower's weights (3.2 MB) do not."""
-    import shutil
-
     shutil.copytree(run[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run/releases")
 
@@ -143,13 +167,11 @@ def test_a_full_disk_in_the_middle_of_a_release_leaves_no_release(recipe, run, t
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 
-    one_line_error(r1export("export", tmp_path / "run", preexec_fn=limit), 2, "00-base could not be written", "File too large", "make room")
+    one_line_error(in_a_process("export", tmp_path / "run", preexec_fn=limit), 2, "00-base could not be written", "File too large", "make room")
     assert [path for path in (tmp_path / "run/releases").rglob("*")] == []
 
 
 def test_verify_of_one_release_needs_no_run(run, tmp_path) -> None:
-    import shutil
-
     shutil.copytree(run[0] / "releases/01-digits", tmp_path / "fielded")
     result = r1export("verify", tmp_path / "fielded", "--json")
     assert result.returncode == 0, result.stderr
@@ -157,8 +179,6 @@ def test_verify_of_one_release_needs_no_run(run, tmp_path) -> None:
 
 
 def test_a_release_with_one_changed_byte_fails_with_the_name_of_the_file(run, tmp_path) -> None:
-    import shutil
-
     release = tmp_path / "fielded"
     shutil.copytree(run[0] / "releases/01-digits", release)
     data = bytearray((release / "visual.safetensors").read_bytes())

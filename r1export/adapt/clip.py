@@ -33,7 +33,8 @@ class Preprocess:
     @cached_property
     def _crop(self) -> Callable[[Image.Image], Image.Image]:
         *crop, to_tensor, normalize = image_transform_v2(self.config, is_train=False).transforms
-        assert type(normalize).__name__ == "Normalize" and "ToTensor" in type(to_tensor).__name__, "open_clip changed its transform"
+        kinds = type(to_tensor).__name__, type(normalize).__name__
+        assert kinds == ("MaybeToTensor", "Normalize"), f"open_clip changed its transform: {kinds}"
 
         def apply(image: Image.Image) -> Image.Image:
             for step in crop:
@@ -50,7 +51,7 @@ class Preprocess:
 
     def crop(self, image: Image.Image) -> np.ndarray:
         """Resize and crop as open_clip does: uint8 (3, height, width)."""
-        return np.asarray(self._crop(image), np.uint8).transpose(2, 0, 1)
+        return np.array(self._crop(image), np.uint8).transpose(2, 0, 1)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 (n, 3, h, w) -> float32, bit for bit what open_clip's ToTensor and Normalize give."""

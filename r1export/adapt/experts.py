@@ -2,12 +2,13 @@
 
     Y = X W^T + bias + pool(X)        for q, k, v, out of every attention and fc, proj of every MLP
 
-The packed `in_proj_weight` (3d, d) of nn.MultiheadAttention is three adapted linears: its rows 0:d, d:2d, 2d:3d.
+A packed `in_proj_weight` or `qkv.weight` (3d, d) is three adapted linears: its rows 0:d, d:2d, 2d:3d. Families are told
+apart by their parts, not by their names or versions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -37,38 +38,88 @@ class RankOneLinear(nn.Module):
         return self.base(x) + self.pool(x)
 
 
-class RankOneAttention(nn.Module):
-    """A frozen batch-first nn.MultiheadAttention with pools beside q, k, v and out; self-attention only."""
+class RankOnePacked(nn.Module):
+    """A frozen linear (3d, in) that gives q, k and v together, with a pool beside each third that is targeted."""
 
-    def __init__(self, base: nn.MultiheadAttention, pools: dict[str, ExpertPool]) -> None:
+    def __init__(self, base: nn.Linear, pools: dict[str, ExpertPool]) -> None:
         super().__init__()
         self.base, self.pools = base, nn.ModuleDict(pools)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, need_weights: bool = False, attn_mask: Tensor | None = None) -> tuple[Tensor, None]:
-        """(n, tokens, d) -> (n, tokens, d); `key` and `value` are `query`."""
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.base(x).chunk(3, -1)
+        return torch.cat([part + self.pools[name](x) if name in self.pools else part for name, part in zip("qkv", parts, strict=True)], -1)
+
+
+class RankOneAttention(nn.Module):
+    """A frozen nn.MultiheadAttention (batch first), or open_clip's own, with pools beside q, k, v and out; self-attention only."""
+
+    def __init__(self, base: nn.Module, pools: dict[str, ExpertPool]) -> None:
+        super().__init__()
+        self.base, self.pools = base, nn.ModuleDict(pools)
+
+    def forward(
+        self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, *, need_weights: bool = False, attn_mask: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, None]:
+        """(n, tokens, d) -> (n, tokens, d); `key` and `value` are `query`. A mask is (L, L) or (n*heads, L, L), additive."""
         base, (n, tokens, width) = self.base, query.shape
         parts = F.linear(query, base.in_proj_weight, base.in_proj_bias).chunk(3, -1)
         q, k, v = (
             (part + self.pools[name](query) if name in self.pools else part).view(n, tokens, base.num_heads, -1).transpose(1, 2)
             for name, part in zip("qkv", parts, strict=True)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2).reshape(n, tokens, width)
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.view(n, base.num_heads, tokens, tokens)
+        ours = not isinstance(base, nn.MultiheadAttention)
+        if ours:
+            q, k = base.ln_q(q), base.ln_k(k)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        if ours and base.head_scale is not None:
+            mixed = mixed * base.head_scale
+        mixed = mixed.transpose(1, 2).reshape(n, tokens, width)
+        mixed = base.ln_inner(mixed) if ours else mixed
         out = base.out_proj(mixed)
-        return (out + self.pools["out"](mixed) if "out" in self.pools else out), None
+        out = out + self.pools["out"](mixed) if "out" in self.pools else out
+        return out if ours else (out, None)
 
 
-def _blocks(model: nn.Module, towers: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    """The residual blocks of the chosen towers with their names. Raises Unsupported where a tower has none."""
-    found: dict[str, int] = dict.fromkeys(towers, 0)
-    for name, module in model.named_modules():
-        tower = "visual" if name.startswith("visual.") else "text"
-        if tower in found and isinstance(getattr(module, "attn", None), nn.MultiheadAttention | RankOneAttention) and hasattr(module, "mlp"):
-            found[tower] += 1
-            yield name, module
-    for tower, count in found.items():
-        if not count:
-            kind = type(model.visual if tower == "visual" else getattr(model, "text", getattr(model, "transformer", model))).__name__
-            raise Unsupported(f"the {tower} tower ({kind}) has no transformer blocks with nn.MultiheadAttention", "use a ViT, or leave the tower out of pool.towers")
+def _tower(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """Prefix and module of a tower. A CLIP without `text` has its text tower spread over itself."""
+    if name == "visual":
+        return "visual.", model.visual
+    return ("text.", model.text) if hasattr(model, "text") else ("", model)
+
+
+def _blocks(model: nn.Module, tower: str) -> list[tuple[str, nn.Module]]:
+    """The residual blocks of a tower with their names: what has an attention `attn` and an MLP `mlp` of linears.
+
+    Raises Unsupported where a tower has none, or where its attention sees windows instead of the image.
+    """
+    prefix, module = _tower(model, tower)
+    found = [
+        (prefix + name, block)
+        for name, block in module.named_modules()
+        if hasattr(block, "attn") and hasattr(block, "mlp") and len(_linears(block.mlp)) > 1 and not (prefix == "" and name.startswith("visual."))
+    ]
+    kind = type(getattr(module, "trunk", getattr(module, "transformer", module))).__name__
+    if not found:
+        raise Unsupported(f"the {tower} tower ({kind}) has no transformer blocks", "use a ViT, or leave the tower out of pool.towers")
+    if any(hasattr(block, "window_size") or hasattr(block.attn, "relative_position_bias_table") for _, block in found):
+        raise Unsupported(f"the {tower} tower ({kind}) attends within windows, so no token stands for the image", "leave the tower out of pool.towers")
+    return found
+
+
+def _linears(mlp: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """(parent, name, linear) of all linears of an MLP, in order; the last projects back, those before go forth."""
+    return [(parent, name, child) for parent in mlp.modules() for name, child in parent.named_children() if isinstance(child, nn.Linear)]
+
+
+def _route_on(model: nn.Module, tower: str) -> str:
+    """The first token where it stands for the input (a class token, a start token), else the mean of all."""
+    _, module = _tower(model, tower)
+    if tower == "text":
+        return "mean" if getattr(module, "pool_type", getattr(module, "text_pool_type", "argmax")) == "last" else "first"
+    token = getattr(getattr(module, "trunk", module), "cls_token", getattr(module, "class_embedding", None))
+    return "mean" if token is None else "first"
 
 
 def inject_experts_(
@@ -79,33 +130,72 @@ def inject_experts_(
     Returns the pools by the rows of the parameter beside which they stand, sorted.
 
     Raises:
-        Unsupported: a tower has no transformer blocks, or its attention is not batch-first self-attention.
+        Unsupported: a tower has no transformer blocks, or its attention is none that is known; the model is as it was.
     """
     pools: dict[Rows, ExpertPool] = {}
-    for name, block in list(_blocks(model, towers)):
-        _inject_attention_(block, f"{name}.attn", settings, targets, pools)
-        for target, layer in (("fc", "c_fc"), ("proj", "c_proj")):
-            if target in targets:
-                linear = getattr(block.mlp, layer)
-                pool = pools[Rows(f"{name}.mlp.{layer}.weight", 0, linear.out_features)] = _pool(linear.weight, settings)
-                setattr(block.mlp, layer, RankOneLinear(linear, pool))
+    try:
+        for tower in towers:
+            placed = replace(settings, route_on=_route_on(model, tower))
+            for name, block in _blocks(model, tower):
+                _inject_attention_(block, f"{name}.attn", placed, targets, pools)
+                _inject_mlp_(block.mlp, f"{name}.mlp", placed, targets, pools)
+    except Unsupported:
+        eject_experts_(model)
+        raise
     for pool in pools.values():
         pool.train(model.training)
     return dict(sorted(pools.items()))
 
 
+def _inject_mlp_(mlp: nn.Module, name: str, settings: PoolSettings, targets: tuple[str, ...], pools: dict[Rows, ExpertPool]) -> None:
+    linears = _linears(mlp)
+    names = {id(module): f"{name}.{path}".rstrip(".") for path, module in mlp.named_modules()}
+    for target, wanted in (("fc", linears[:-1]), ("proj", linears[-1:])):
+        if target in targets:
+            for parent, child, linear in wanted:
+                pool = pools[Rows(f"{names[id(linear)]}.weight", 0, linear.out_features)] = _pool(linear.weight, settings)
+                setattr(parent, child, RankOneLinear(linear, pool))
+
+
 def _inject_attention_(block: nn.Module, name: str, settings: PoolSettings, targets: tuple[str, ...], pools: dict[Rows, ExpertPool]) -> None:
-    attention, beside = block.attn, {}
-    if not attention.batch_first or attention.in_proj_weight is None:
+    attention = block.attn
+    if getattr(attention, "in_proj_weight", None) is not None:
+        beside = _beside_packed(attention.in_proj_weight, f"{name}.in_proj_weight", settings, targets, pools)
+        _refuse_unknown(attention, name)
+        if "out" in targets:
+            beside["out"] = pools[Rows(f"{name}.out_proj.weight", 0, attention.out_proj.out_features)] = _pool(attention.out_proj.weight, settings)
+        if beside:
+            block.attn = RankOneAttention(attention, beside)
+        return
+    if isinstance(getattr(attention, "qkv", None), nn.Linear):
+        beside = _beside_packed(attention.qkv.weight, f"{name}.qkv.weight", settings, targets, pools)
+        if beside:
+            attention.qkv = RankOnePacked(attention.qkv, beside)
+            if hasattr(attention, "qkv_bias_separate"):  # else timm's EvaAttention takes the weight out of qkv and passes the pools by
+                attention.qkv.separate, attention.qkv_bias_separate = attention.qkv_bias_separate, True
+    elif not all(isinstance(getattr(attention, f"{target}_proj", None), nn.Linear) for target in "qkv"):
+        raise Unsupported(f"{name} ({type(attention).__name__}) has no q, k and v to put experts beside", "leave the tower out of pool.towers")
+    for target, child in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "proj")):
+        linear = getattr(attention, child, None)
+        if target in targets and isinstance(linear, nn.Linear):
+            pool = pools[Rows(f"{name}.{child}.weight", 0, linear.out_features)] = _pool(linear.weight, settings)
+            setattr(attention, child, RankOneLinear(linear, pool))
+
+
+def _refuse_unknown(attention: nn.Module, name: str) -> None:
+    if not getattr(attention, "batch_first", True):
         raise Unsupported(f"{name} is not batch-first self-attention", "update open_clip_torch")
-    width = attention.embed_dim
+    if getattr(attention, "logit_scale", None) is not None:
+        raise Unsupported(f"{name} is scaled cosine attention", "leave the tower out of pool.towers")
+
+
+def _beside_packed(weight: Tensor, name: str, settings: PoolSettings, targets: tuple[str, ...], pools: dict[Rows, ExpertPool]) -> dict[str, ExpertPool]:
+    """A pool for each targeted third of the rows of a packed projection (3d, in)."""
+    beside, height = {}, len(weight) // 3
     for i, target in enumerate("qkv"):
         if target in targets:
-            beside[target] = pools[Rows(f"{name}.in_proj_weight", i * width, (i + 1) * width)] = _pool(attention.out_proj.weight, settings)
-    if "out" in targets:
-        beside["out"] = pools[Rows(f"{name}.out_proj.weight", 0, width)] = _pool(attention.out_proj.weight, settings)
-    if beside:
-        block.attn = RankOneAttention(attention, beside)
+            beside[target] = pools[Rows(name, i * height, (i + 1) * height)] = _pool(weight[:height], settings)
+    return beside
 
 
 def _pool(weight: Tensor, settings: PoolSettings) -> ExpertPool:
@@ -116,8 +206,10 @@ def eject_experts_(model: nn.Module) -> None:
     """Inverse of `inject_experts_`: the model is the plain open_clip model again, its weights untouched."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, RankOneLinear | RankOneAttention):
+            if isinstance(child, RankOneLinear | RankOnePacked | RankOneAttention):
                 setattr(module, name, child.base)
+            if hasattr(child, "separate"):
+                module.qkv_bias_separate = child.separate
 
 
 def pack_experts(pools: dict[Rows, ExpertPool]) -> ExpertUpdate:

@@ -3,7 +3,8 @@
     TRAIN   s ((X~ A^T) * g) B^T      g = 1_S, S = top-k_train of the votes of the whole batch, X~ = dropout(X)
     FROZEN  s ((X  A^T) * g) B^T      g constant: the experts that will be merged; no router, no dropout
 
-Each sample votes with the top-k_train of softmax(R z + bias), z = its routing token, position 0 of the linear's input.
+Each sample votes with the top-k_train of softmax(R z + bias), z = its routing token: position 0 of
+the linear's input, or the mean over positions in a tower that has no class token.
 Probabilities only choose; the sum over experts is unweighted. Source: arXiv 2601.22828.
 Shapes: X (n, tokens, in), A (r, in), B (out, r), R (r, in).
 """
@@ -21,13 +22,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """Sizes of a pool: `rank` experts, `k_train` act on a batch, `k_merge` are merged; scaling = alpha / rank."""
+    """Sizes of a pool: `rank` experts, `k_train` act on a batch, `k_merge` are merged; scaling = alpha / rank.
+
+    `route_on` is the token that votes: "first", or "mean" of all.
+    """
 
     rank: int = 12
     k_train: int = 8
     k_merge: int = 4
     alpha: float = 1.0
     dropout: float = 0.2
+    route_on: str = "first"
 
     @property
     def scaling(self) -> float:
@@ -77,7 +82,8 @@ class ExpertPool(nn.Module):
     @torch.no_grad()
     def route(self, x: Tensor) -> Tensor:
         """The batch's gate (r,) from the votes of its samples; in training mode the votes are counted."""
-        probabilities = self.router(x[:, 0]).softmax(-1)
+        token = x[:, 0] if self.settings.route_on == "first" else x.mean(1)
+        probabilities = self.router(token).softmax(-1)
         ranked = torch.sort(probabilities, dim=-1, descending=True, stable=True).indices[:, : self.settings.k_train]
         votes = torch.bincount(ranked.reshape(-1), minlength=self.settings.rank)
         if self.training:

@@ -125,7 +125,7 @@ def add_classifier_(model: ir.Model, weights: WeightMap, location: str) -> None:
     """Turn the visual graph into logits (n, C) = exp(logit_scale) image_embeds class_embeds^T [+ logit_bias]."""
     graph, layout = model.graph, weights.layout(location)
     embeds = graph.outputs[0]
-    classes = ir.Input("class_embeds", ir.Shape(["classes", embeds.shape[1]]), ir.TensorType(ir.DataType.FLOAT))
+    classes = ir.val("class_embeds", ir.DataType.FLOAT, ["classes", embeds.shape[1]])
     graph.inputs.append(classes)
     logits = _node(graph, "MatMul", embeds, _node(graph, "Transpose", classes, name="class_embeds_t"), name="cosines")
     for parameter, op in (("logit_scale", "Mul"), ("logit_bias", "Add")):

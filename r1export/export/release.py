@@ -84,7 +84,7 @@ def write_release(content: ReleaseContent, graphs: Path, path: Path) -> dict[str
         write_json(folder / "preprocess.json", content.preprocess)
         write_tokenizer(content.tokenizer, folder / "tokenizer")
         write_tensors(folder / "golden.safetensors", {n: getattr(content.golden, n) for n in ("input_ids", "pixel_values", "image_embeds", "text_embeds")})
-        manifest = _manifest(content, folder, weights, tensors)
+        manifest = sealed(_manifest(content, folder, weights, tensors))
         write_json(folder / "manifest.json", manifest)
         write_file(folder / "README.md", model_card(manifest).encode())
     return manifest
@@ -123,6 +123,17 @@ def _manifest(content: ReleaseContent, folder: Path, weights: WeightMap, tensors
         "tensors": _tensor_map(weights, tensors),
         "versions": dict(content.versions),
     }
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content without its own `sha256`, whatever the order of its keys."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return sha256_bytes(json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with its digest of itself, so that an edited one is noticed. A signed update vouches for who wrote it."""
+    return {**manifest, "sha256": manifest_digest(manifest)}
 
 
 def _tensor_map(weights: WeightMap, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:

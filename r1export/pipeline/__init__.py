@@ -6,8 +6,9 @@ verify   for each release: parity, proof, latency -> reports
 """
 
 from r1export.pipeline.releasing import export
+from r1export.pipeline.self_verifying import verify_release
 from r1export.pipeline.stage import Silent, Stage, Watcher, check_inputs, choose_device
 from r1export.pipeline.training import train
-from r1export.pipeline.verifying import verify, verify_release
+from r1export.pipeline.verifying import default_providers, verify
 
-__all__ = ["Silent", "Stage", "Watcher", "check_inputs", "choose_device", "export", "train", "verify", "verify_release"]
+__all__ = ["Silent", "Stage", "Watcher", "check_inputs", "choose_device", "default_providers", "export", "train", "verify", "verify_release"]

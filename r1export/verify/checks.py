@@ -24,13 +24,20 @@ LADDER = {
     "executed_ops": ("L3 Executed ops", "The profiled run executes the same operators in the same order."),
     "cost": ("L4 Cost", "The same arithmetic, weight bytes and peak memory."),
 }
+CONTENTS = {
+    "manifest": ("Manifest", "The manifest is the one that was written, and says what the run says."),
+    "files": ("Files", "Every file is the one that was released; nothing is missing or added."),
+    "weights": ("Weights", "Every parameter is base + factors, bit for bit, where the manifest says it lies."),
+    "classes": ("Classes", "Class embeddings are what the release's own text tower gives."),
+    "golden": ("Golden samples", "The stored inputs give the stored outputs."),
+}
 TIME = ("L5 Time", "In interleaved pairs the merged model takes as long as the base model.")
 CONTROL = ("Control: unmerged", "The model with its low-rank branches left in must be told apart, or the proof is blind.")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of evidence. `group` is parity, proof or latency; `key` is its place in the report."""
+    """One line of evidence. `group` is contents, parity, proof or latency; `key` is its place in the report."""
 
     group: str
     key: str
@@ -62,7 +69,15 @@ def verdict_of(part: Mapping[str, Any] | None) -> str:
 
 def checks(report: Mapping[str, Any]) -> list[Check]:
     """All checks of one release in the order in which a reader wants them, measured or not."""
-    return [*_parity(report), *_proof(report), _latency(report), _control(report)]
+    return [*_contents(report), *_parity(report), *_proof(report), _latency(report), _control(report)]
+
+
+def _contents(report: Mapping[str, Any]) -> Iterator[Check]:
+    """Only those that were looked at: a release by itself cannot know its factors, and a damaged one is not looked into."""
+    parts = report.get("contents") or {}
+    for key, (title, shows) in CONTENTS.items():
+        if part := parts.get(key):
+            yield Check("contents", key, title, shows, verdict_of(part), part.get("detail") or "")
 
 
 def _parity(report: Mapping[str, Any]) -> Iterator[Check]:
@@ -74,12 +89,14 @@ def _parity(report: Mapping[str, Any]) -> Iterator[Check]:
 
 
 def _parity_evidence(stage: Mapping[str, Any], verdict: str) -> str:
+    detail = stage.get("detail") or ""
     if stage.get("max_abs") is None:
-        return "No finite largest difference was found." if verdict in (FAIL, INCONCLUSIVE) else ""
-    return (
+        return f"No finite largest difference was found. {detail}".strip() if verdict in (FAIL, INCONCLUSIVE) else ""
+    figures = (
         f"Largest difference {scientific(stage['max_abs'])} with a tolerance of {scientific(stage.get('tolerance'))}; "
         f"lowest cosine {cosine(stage.get('min_cosine'))}."
     )
+    return f"{figures} {detail}".strip()
 
 
 def _proof(report: Mapping[str, Any]) -> Iterator[Check]:

@@ -7,7 +7,7 @@ whole life); each round runs the contenders in a random order and then in revers
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,9 @@ def time_rounds(jobs: Mapping[str, Job], rounds: int, rng: np.random.Generator) 
     return seconds
 
 
-def measure(openers: Mapping[str, Callable[[], Job]], pairs: int, halfwidth: float, seed: int = 0, on_block: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
+def measure(
+    openers: Mapping[str, Callable[[], Job]], pairs: int, halfwidth: float, seed: int = 0, on_block: Callable[[], None] = lambda: None
+) -> dict[str, np.ndarray]:
     """Seconds (blocks, rounds) of base, again and merged, all opened afresh in every block.
 
     After `pairs` pairs it goes on until both intervals are narrower than `halfwidth` or PATIENCE seconds have passed.
@@ -59,25 +61,37 @@ def measure(openers: Mapping[str, Callable[[], Job]], pairs: int, halfwidth: flo
 
 def added_latency(
     open_base: Callable[[], Job], open_release: Callable[[], Job], *, pairs: int, margin: float, provider: str = "CPUExecutionProvider", batch: int = 1,
-    torch_jobs: Mapping[str, Job] | None = None, on_block: Callable[[], None] = lambda: None,
+    open_unmerged: Callable[[], Job] | None = None, torch_jobs: Mapping[str, Job] | None = None, on_block: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Rung L5: the release against the base, base against itself as noise floor, and torch for comparison."""
+    """Rung L5: the release against the base, and base against itself as noise floor; the unmerged model and torch for comparison.
+
+    `open_unmerged` opens the base graph with its branches, `torch_jobs` are named as in the report's table of runners.
+    """
     seconds = measure({"base": open_base, "again": open_base, "merged": open_release}, pairs, margin / 2, on_block=on_block)
     ratio, noise = paired_ratio(seconds["merged"], seconds["base"]), paired_ratio(seconds["again"], seconds["base"])
     verdict, advice = latency_verdict(ratio, noise, margin)
     table = {name: _times(seconds[name]) for name in ("base", "merged")}
+    others = {**({"unmerged": open_unmerged()} if open_unmerged else {}), **(torch_jobs or {})}
     unmerged = None
-    if torch_jobs:
+    if others:
         # Apart from the pairs above: torch's own threads spin for a while after each call and would slow them.
-        compared = time_rounds({"base": open_base(), **torch_jobs}, TORCH_ROUNDS, np.random.default_rng(1))
-        table |= {name: _times(compared[name]) for name in torch_jobs}
-        unmerged = float(np.median(compared["unmerged_torch"] / compared["base"])) if "unmerged_torch" in torch_jobs else None
+        compared = time_rounds({"base": open_base(), **others}, TORCH_ROUNDS, np.random.default_rng(1))
+        table |= {name: _times(compared[name]) for name in others}
+        slow = next((name for name in ("unmerged", "unmerged_torch") if name in compared), None)
+        unmerged = float(np.median(compared[slow] / compared["base"])) if slow else None
     return {
         "verdict": verdict, "ratio": ratio.value, "ci95": [ratio.low, ratio.high], "margin": margin, "noise_floor": _ratio(noise),
         "unmerged_ratio": unmerged, "pairs": int(2 * seconds["base"].size), "advice": advice,
         "pair_ratios": (seconds["merged"] / seconds["base"]).ravel().tolist()[:400],
         "providers": {provider: {str(batch): table}},
     }  # fmt: skip
+
+
+def slowest(by_provider: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One entry for several providers: the figures of the worst, the tables of all. `by_provider` is not empty."""
+    order = ("pass", "inconclusive", "fail")
+    worst = max(by_provider, key=lambda found: (order.index(found["verdict"]), found["ratio"]))
+    return {**worst, "providers": {name: table for found in by_provider for name, table in found["providers"].items()}}
 
 
 def _ratio(ratio: Ratio) -> dict[str, Any]:

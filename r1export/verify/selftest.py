@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from r1export.errors import R1ExportError
 from r1export.update.container import read_tensors
 from r1export.update.files import sha256_file
-from r1export.verify.parity import Gate, Inputs, Model, Outputs, compare, run_in_batches
-from r1export.verify.proof import graph_digest
+from r1export.verify.digest import graph_digest
+from r1export.verify.parity import GATES, Gate, Inputs, Model, Outputs, compare, failed, run_in_batches
 from r1export.verify.runtime import open_session, runner
+
+BATCHES = (1, 2, 5, 0)
 
 
 def changed_files(release: Path, manifest: Mapping[str, Any], unlisted: tuple[str, ...]) -> list[str]:
@@ -33,19 +34,32 @@ def changed_graphs(release: Path, manifest: Mapping[str, Any]) -> list[str]:
     return [f"{name} computes something else than what was released" for name, digest in manifest["graphs"].items() if graph_digest(release / name) != digest]
 
 
-def golden_parity(release: Path, manifest: Mapping[str, Any], batches: tuple[int, ...] = (1, 2, 5)) -> dict[str, Any]:
-    """Stored outputs of torch against this release in onnxruntime on this machine: one stage of parity."""
+def golden_parity(release: Path, manifest: Mapping[str, Any], provider: str = "cpu", control: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Stored outputs of torch against this release in onnxruntime on this machine: one stage of parity.
+
+    `control` is the same stage of the base release. Raises CheckFailed if the release cannot be run.
+    """
     golden = read_tensors(release / "golden.safetensors")
-    sessions = {name: runner(open_session(release / f"{name}.onnx")) for name in ("visual", "textual")}
+    sessions = {name: runner(open_session(release / f"{name}.onnx", provider=provider)) for name in ("visual", "textual")}
     model = Model(lambda values: sessions["visual"]({"pixel_values": values}), lambda values: sessions["textual"]({"input_ids": values}))
     inputs = Inputs(golden["pixel_values"], golden["input_ids"])
     expected = Outputs((golden["image_embeds"],), (golden["text_embeds"],))
-    gate = Gate(manifest["golden"]["max_abs"], manifest["golden"]["min_cosine"])
-    return compare(expected, run_in_batches(model, inputs, batches), gate) | {"batches": list(batches), "levels": ["all"]}
+    found = compare(expected, run_in_batches(model, inputs, BATCHES), manifest_gate(manifest), control)
+    return found | {"batches": [size or len(inputs.visual) for size in BATCHES], "levels": ["all"]}
 
 
-def damaged(error: R1ExportError | Exception) -> dict[str, Any]:
+def manifest_gate(manifest: Mapping[str, Any]) -> Gate:
+    """The gate of the release's precision, with the tolerances that its manifest gives."""
+    known = GATES.get(manifest["precision"].split("-")[0], GATES["fp32"])
+    return Gate(manifest["golden"]["max_abs"], manifest["golden"]["min_cosine"], known.flip_margin, known.min_agreement, known.control_factor)
+
+
+def golden_problems(release: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """One line if the stored samples are not reproduced. Raises as `golden_parity`."""
+    found = golden_parity(release, manifest)
+    return [] if found["verdict"] == "pass" else [f"golden.safetensors is not reproduced: {found['detail']}"]
+
+
+def damaged(error: Exception) -> dict[str, Any]:
     """A release that cannot even be run is a failed check, not a crash."""
-    return {"verdict": "fail", "detail": str(error), "max_abs": None, "min_cosine": None, "top1_agreement": None, "samples": 0}
-
-
+    return failed(str(error))

@@ -14,8 +14,10 @@ RUNNERS = {
     "merged_torch": "torch, merged",
     "base": "onnxruntime, base",
     "merged": "onnxruntime, merged",
+    "unmerged": "onnxruntime, unmerged (branches)",
 }
 QUESTIONS = {
+    "Contents": "The release is what was released: every file, and every weight as base + factors.",
     "Parity": "The device computes what was trained: one merge and one export, each compared on real samples.",
     "Same program": "Base and merged release run the identical program; only weight bytes differ.",
     "Added latency": "Timed in interleaved pairs, the merged model is as fast as the base model, within the margin.",
@@ -42,6 +44,7 @@ class Verdict:
 def groups(found: Sequence[Check]) -> Table:
     """What was checked, in one sentence each."""
     parts = {
+        **({"Contents": inside} if (inside := [check for check in found if check.group == "contents"]) else {}),
         "Parity": [check for check in found if check.group == "parity"],
         "Same program": [check for check in found if check.key in LADDER],
         "Added latency": [check for check in found if check.key == "time"],
@@ -65,9 +68,25 @@ def ladder(report: Mapping[str, Any]) -> Table:
     rows = [
         [check.title, check.shows, Verdict(check.verdict, f"{check.evidence} {_digest(proof.get(check.key))}".strip())]
         for check in checks(report)
-        if check.group != "parity"
+        if check.group in ("proof", "latency")
     ]
     return Table(["Rung", "Shows", "Verdict and evidence"], rows)
+
+
+def contents(report: Mapping[str, Any]) -> Table | None:
+    """What was looked at inside the release, one row per part."""
+    rows = [[check.title, check.shows, Verdict(check.verdict, check.evidence)] for check in checks(report) if check.group == "contents"]
+    return Table(["Part", "Shows", "Verdict and evidence"], rows) if rows else None
+
+
+def drift(report: Mapping[str, Any]) -> Table | None:
+    """Whether galleries indexed with an earlier release may be kept."""
+    found = report.get("drift") or {}
+    if not found:
+        return None
+    recalls = [[f"Of the {k} nearest, still found", percent(found[key])] for k in (1, 10) if (key := f"recall_at_{k}") in found]
+    rows = [["Index again", found.get("reindex") or MISSING], ["Images", str(found.get("images"))], ["Mean cosine", cosine(found.get("mean_cosine"))]]
+    return Table([f"Against {found.get('against')}", "Found"], [*rows, ["Lowest cosine", cosine(found.get("min_cosine"))], *recalls])
 
 
 def _digest(rung: Mapping[str, Any] | None) -> str:

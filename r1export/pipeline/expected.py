@@ -1,0 +1,106 @@
+"""What a release of a run has to hold, derived from the base, the factors and the recipe, and whether it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from r1export.errors import R1ExportError
+from r1export.export.graph import GRAPHS
+from r1export.export.release import UNLISTED, manifest_digest
+from r1export.pipeline.stage import Stage
+from r1export.run_folder import read_json
+from r1export.update.factors import PROCEDURE, ExpertUpdate
+from r1export.update.files import sha256_file
+from r1export.update.release import Release
+from r1export.verify import contents, digest, parity, selftest
+from r1export.verify.runtime import open_session, runner
+
+BATCH = 64  # prompts embedded at a time
+
+
+def identity(stage: Stage, number: int, path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Is it the release that the run wrote: manifest and files. What fails here is not worth measuring."""
+    return own_identity(path, manifest, expected_manifest(stage, number))
+
+
+def own_identity(path: Path, manifest: Mapping[str, Any], expected: Mapping[str, Any] | None = None) -> dict[str, dict[str, str]]:
+    """The same for a release by itself, without the facts that only its run knows."""
+    try:
+        Release.read(path)
+        problems = contents.manifest_problems(manifest, expected or {}, manifest_digest(manifest))
+        files = selftest.changed_files(path, manifest, UNLISTED)
+    except R1ExportError as error:
+        problems, files = [error.message], []
+    found = {"manifest": contents.part(problems, "its digest of itself fits" + (", and it says what the run says" if expected else ""))}
+    return found if problems else found | {"files": contents.part(files, f"{len(manifest['files'])} files as they were released, no other")}
+
+
+def holdings(stage: Stage, number: int, path: Path, manifest: Mapping[str, Any], updates: list[ExpertUpdate]) -> dict[str, dict[str, str]]:
+    """Does it hold what it has to: weights, the map of tensors, class embeddings, golden samples."""
+    names = [task.name for task in stage.tasks[:number]]
+    expected = stage.merged(updates)
+    gate = _gate(stage)
+    weights = contents.weight_problems(path, manifest, expected, list(zip(names, updates, strict=True)))
+    weights += contents.tensor_map_problems(path, manifest)
+    tasks = [(task.name, task.classes, task.templates) for task in stage.tasks]
+    classes = _tried(lambda: contents.class_problems(path, tasks, _embedder(stage, path), 2 * gate.max_abs) + _listed_classes(stage, path))
+    golden = _tried(lambda: selftest.golden_problems(path, manifest))
+    return {
+        "weights": contents.part(weights, f"{len(expected)} parameters are base + factors, bit for bit"),
+        "classes": contents.part(classes, f"the embeddings of {len(tasks)} tasks are what this text tower gives"),
+        "golden": contents.part(golden, "the stored samples are reproduced"),
+    }
+
+
+def _tried(look: Callable[[], list[str]]) -> list[str]:
+    """The problems found, or why nothing could be looked at."""
+    try:
+        return look()
+    except (R1ExportError, OSError, ValueError, KeyError) as error:
+        return [str(error)]
+
+
+def expected_manifest(stage: Stage, number: int) -> dict[str, Any]:
+    """The facts of a manifest that follow from the run."""
+    run, recipe, metrics = stage.run, stage.recipe, stage.run.metrics()
+    accuracies = dict(zip(metrics["tasks"], metrics["accuracy"][number - 1] if number else metrics["zero_shot"], strict=True))
+    folders = [(task.name, run.task(i, task.name)) for i, task in enumerate(recipe.stream[:number], 1)]
+    learned = {name for name, _ in folders}
+    return {
+        "name": run.releases(recipe)[number].name, "sequence": number, "procedure": PROCEDURE, "precision": "fp32",
+        "base": read_json(run.path / "run.json", "train the run first")["base"],
+        "updates": [{"task": name, "sha256": sha256_file(folder / "factors.safetensors")} for name, folder in folders],
+        "tasks": [{"name": t.name, "classes": len(t.classes), "learned": t.name in learned, "accuracy": accuracies.get(t.name)} for t in stage.tasks],
+        "graphs": {graph: digest.graph_digest(run.graphs / graph) for graph in GRAPHS},
+        "golden": {"max_abs": recipe.verify.max_abs, "min_cosine": recipe.verify.min_cosine},
+    }  # fmt: skip
+
+
+def _gate(stage: Stage) -> parity.Gate:
+    return parity.Gate(stage.recipe.verify.max_abs, stage.recipe.verify.min_cosine)
+
+
+def _embedder(stage: Stage, path: Path) -> contents.Embed:
+    """Prompts -> embeddings by the release's own text tower."""
+    run = runner(open_session(path / "textual.onnx"))
+
+    def embed(prompts: list[str]) -> np.ndarray:
+        tokens = stage.clip.tokenize(prompts).cpu().numpy()
+        return np.concatenate([run({"input_ids": tokens[i : i + BATCH]}) for i in range(0, len(tokens), BATCH)])
+
+    return embed
+
+
+def _listed_classes(stage: Stage, path: Path) -> list[str]:
+    """Names and templates in classes/TASK.json that are not the task's."""
+    problems = []
+    for task in stage.tasks:
+        listed = read_json(path / "classes" / f"{task.name}.json", "export the run again")
+        for key, value in (("classes", list(task.classes)), ("templates", list(task.templates))):
+            if listed.get(key) != value:
+                problems.append(f"classes/{task.name}.json: other {key} than the task has")
+    return problems

@@ -1,0 +1,81 @@
+"""What merging and freezing cost, published for every task.
+
+    G1  merge exactness: largest logit difference and top-1 agreement of FROZEN and MERGED
+    G2  freezing gap: accuracy of per-input routing minus FROZEN with the same number of experts
+    G3  shrink gap: accuracy of FROZEN with k_train experts minus FROZEN with the k_merge that are merged
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from r1export.adapt.clip import Clip
+from r1export.adapt.evaluate import class_embeddings
+from r1export.adapt.metrics import top1
+from r1export.adapt.pool import ExpertPool
+from r1export.adapt.tasks import Task
+from r1export.adapt.trainer import Pools
+from r1export.verify.parity import Outputs
+
+BATCH = 32
+
+
+def exactness(frozen: Outputs, merged: Outputs, scale: float) -> dict[str, float]:
+    """G1 on the parity samples; `scale` = exp(logit_scale)."""
+    one, other = (scale * outputs.visual[0].astype(np.float64) @ outputs.textual[0].astype(np.float64).T for outputs in (frozen, merged))
+    return {"G1": float(np.abs(one - other).max()), "G1_top1_agreement": float((one.argmax(1) == other.argmax(1)).mean())}
+
+
+def freezing(clip: Clip, pools: Pools, task: Task, pixels: Tensor, labels: np.ndarray) -> dict[str, Any]:
+    """G2 and G3 on `pixels`, uint8 (n, 3, h, w). Every pool is frozen with its k_merge again afterwards."""
+    settings = next(iter(pools.values())).settings
+    found: dict[str, float] = {}
+    try:
+        for k in sorted({settings.k_merge, settings.k_train, settings.rank}):
+            for pool in pools.values():
+                pool.freeze_(k)
+            found[f"frozen_{k}"] = _accuracy(clip, task, pixels, labels)
+        for pool in pools.values():
+            pool.gate = None
+        found["routed_batch_32"] = _accuracy(clip, task, pixels, labels)
+        with _routed_each(pools.values()):
+            found["routed_batch_1"] = _accuracy(clip, task, pixels, labels)
+    finally:
+        for pool in pools.values():
+            pool.freeze_()
+    same = found[f"frozen_{settings.k_train}"]
+    gaps = {"G2": found["routed_batch_1"] - same, "G2_batch_32": found["routed_batch_32"] - same, "G3": same - found[f"frozen_{settings.k_merge}"]}
+    return gaps | {"images": len(labels), "accuracies": found}
+
+
+@contextmanager
+def _routed_each(pools: Sequence[ExpertPool] | Any) -> Iterator[None]:
+    """Each sample gets the gate that it would get in a batch of its own, all in one batch."""
+    pools = list(pools)
+    for pool in pools:
+        pool.route = lambda x, pool=pool: torch.stack([type(pool).route(pool, one[None]) for one in x])[:, None]
+    try:
+        yield
+    finally:
+        for pool in pools:
+            del pool.route
+
+
+@torch.inference_mode()
+def _accuracy(clip: Clip, task: Task, pixels: Tensor, labels: np.ndarray) -> float:
+    images = torch.cat([clip.encode_image(part) for part in pixels.split(BATCH)]).float().cpu().numpy()
+    return top1(images, class_embeddings(clip, task), labels)
+
+
+def summarised(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The gaps of a run: the largest G1, the means of G2 and G3, and everything by task."""
+    if not by_task:
+        return None
+    gaps = list(by_task.values())
+    return {"G1": max(g["G1"] for g in gaps), "G2": float(np.mean([g["G2"] for g in gaps])), "G3": float(np.mean([g["G3"] for g in gaps])), "tasks": dict(by_task)}

@@ -1,0 +1,112 @@
+"""Prove that a release of a run costs nothing extra: the ladder L0 to L5, with the unmerged model as its control."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+
+from r1export.errors import CheckFailed, Unsupported
+from r1export.export.graph import GRAPHS
+from r1export.pipeline.stage import Stage
+from r1export.pipeline.torch_models import TorchModels, encoders
+from r1export.update.factors import ExpertUpdate
+from r1export.verify import latency, parity, proof
+from r1export.verify.control import add_branches
+from r1export.verify.execution import Execution
+from r1export.verify.runtime import PROVIDERS, job, open_session
+
+
+def ladder(
+    stage: Stage, number: int, releases: list[Path], inputs: parity.Inputs, updates: list[ExpertUpdate], seen: dict[str, Execution], providers: tuple[str, ...]
+) -> dict[str, Any]:
+    """Rungs L0 to L4 of a release and the control. `seen` holds what the base ran; the base fills it."""
+    path, folders = releases[number], (releases[0], releases[number])
+    graphs = [{name: folder / name for name in GRAPHS} for folder in folders]
+    embeds = np.zeros((2, _width(path)), np.float32)
+    feeds = {
+        "visual.onnx": {"pixel_values": inputs.visual[:1]}, "textual.onnx": {"input_ids": inputs.textual[:1]},
+        "classify.onnx": {"pixel_values": inputs.visual[:1], "class_embeds": embeds},
+    }  # fmt: skip
+    found = {"same_file": proof.same_files(*graphs), "graph": proof.same_graphs(*graphs)}
+    try:
+        if not number:
+            seen |= proof.executions(graphs[0], feeds, providers)
+        found |= proof.rungs(seen, lambda: proof.executions(graphs[1], feeds, providers)) if seen else proof.unclimbed("the base cannot be run")
+        if number and seen:
+            with _unmerged(stage, number, releases, updates) as unmerged:
+                found["control"] = proof.proof_control(path / "visual.onnx", unmerged, feeds["visual.onnx"])
+    except CheckFailed as error:
+        found |= proof.unclimbed(error.message)
+    except Unsupported as error:
+        found["control"] = {"unmerged": {"detected": None, "detail": str(error)}}
+    return found
+
+
+def _width(path: Path) -> int:
+    return onnx.load(path / "classify.onnx", load_external_data=False).graph.input[1].type.tensor_type.shape.dim[1].dim_value
+
+
+@contextmanager
+def _unmerged(stage: Stage, number: int, releases: list[Path], updates: list[ExpertUpdate]) -> Iterator[Path]:
+    """The visual graph of the release before, with the branches of the task beside its linears. Raises Unsupported."""
+    with TemporaryDirectory(prefix=".unmerged.", dir=stage.run.path) as folder:
+        shutil.copyfile(releases[number - 1] / "visual.safetensors", Path(folder) / "visual.safetensors")
+        yield add_branches(releases[number] / "visual.onnx", updates[-1], Path(folder) / "visual.onnx")
+
+
+def added_latency(
+    stage: Stage, number: int, releases: list[Path], inputs: parity.Inputs, models: TorchModels, updates: list[ExpertUpdate], providers: tuple[str, ...]
+) -> dict[str, Any]:
+    """Rung L5 on every provider: one image, base and release interleaved, the unmerged model and torch beside them."""
+    settings, feeds = stage.recipe.verify, {"pixel_values": inputs.visual[:1]}
+    routed, unmerged, merged = _routed(models), encoders(models.unmerged.model), encoders(models.merged.model)
+    torch_jobs = {name: (lambda run=run: run(inputs.visual[:1])) for name, run in (("routed_torch", routed), ("unmerged_torch", unmerged.visual), ("merged_torch", merged.visual))}
+    found = []
+    with _branches_if_any(stage, number, releases, updates) as branches:
+        for provider in providers:
+            with stage.watch.track(f"Latency on {provider}, base and release interleaved", latency.BLOCKS) as advance:
+                found.append(latency.added_latency(
+                    opener(releases[0] / "visual.onnx", feeds, provider), opener(releases[number] / "visual.onnx", feeds, provider), pairs=settings.pairs, margin=settings.margin,
+                    provider=PROVIDERS[provider], open_unmerged=opener(branches, feeds, provider) if branches else None,
+                    torch_jobs=torch_jobs if provider == providers[0] else None, on_block=advance,
+                ))  # fmt: skip
+    return latency.slowest(found)
+
+
+@contextmanager
+def _branches_if_any(stage: Stage, number: int, releases: list[Path], updates: list[ExpertUpdate]) -> Iterator[Path | None]:
+    with ExitStack() as stack:
+        try:
+            path = stack.enter_context(_unmerged(stage, number, releases, updates))
+        except Unsupported:
+            path = None
+        yield path
+
+
+def _routed(models: TorchModels) -> parity.Encode:
+    """The visual tower with a router per input, as in training."""
+    encode = encoders(models.unmerged.model).visual
+
+    def run(values: np.ndarray) -> np.ndarray:
+        gates = {rows: pool.gate for rows, pool in models.pools.items()}
+        for pool in models.pools.values():
+            pool.gate = None
+        try:
+            return encode(values)
+        finally:
+            for rows, pool in models.pools.items():
+                pool.gate = gates[rows]
+
+    return run
+
+
+def opener(graph: Path, feeds: dict[str, np.ndarray], provider: str) -> Callable[[], latency.Job]:
+    """Opens a fresh session on `graph` and gives the job of running it once on `feeds`."""
+    return lambda: job(open_session(graph, provider=provider), feeds, provider)

@@ -1,0 +1,91 @@
+"""Verify a release folder by itself: what it says of itself, its golden samples, and the base release beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from r1export import __version__
+from r1export.errors import CheckFailed, R1ExportError
+from r1export.export.release import read_manifest
+from r1export.pipeline.environment import environment, now
+from r1export.pipeline.expected import own_identity
+from r1export.pipeline.proving import opener
+from r1export.update.container import read_tensors
+from r1export.verify import contents, latency, parity, proof, selftest
+from r1export.verify.report import settled
+from r1export.verify.runtime import PROVIDERS
+
+MARGIN, PAIRS = 0.02, 400  # as in a recipe
+
+
+def verify_release(path: Path, providers: Sequence[str] = ()) -> dict[str, Any]:
+    """Verify a release by its own golden samples, and against the base release beside it (../00-base), if there is one.
+
+    Nothing is trained or run in torch. Raises InputError if `path` is no release, Unsupported for a missing provider.
+    """
+    manifest, providers = read_manifest(path), tuple(providers) or ("cpu",)
+    found: dict[str, Any] = {"verdict": "pass", "reasons": [], "created": now(), "r1export": __version__, "environment": environment()}
+    found |= {"release": {"index": manifest.get("sequence"), "name": manifest.get("name") or path.name}, "contents": own_identity(path, manifest)}
+    if _failed(found["contents"]):
+        return settled(found)
+    found["release"] |= {"base": manifest["base"]["name"], "base_sha256": manifest["base"]["sha256"]}
+    problems = contents.tensor_map_problems(path, manifest)
+    found["contents"]["weights"] = contents.part(problems, f"{len(manifest['tensors'])} tensors lie where the manifest says")
+    base = path.parent / "00-base"
+    beside = base if base.is_dir() and base.resolve() != path.resolve() else None
+    found["parity"] = {"export": _parity(path, manifest, beside, providers)}
+    if beside and not _failed(found["parity"]):
+        found |= _beside(path, beside, manifest, providers)
+    return settled(found)
+
+
+def _failed(parts: Mapping[str, Any]) -> bool:
+    return any(part.get("verdict") == "fail" for part in parts.values())
+
+
+def _parity(path: Path, manifest: Mapping[str, Any], beside: Path | None, providers: Sequence[str]) -> dict[str, Any]:
+    """Golden samples on every provider: the worst. The base beside it, if it can be run, calibrates the gate."""
+    try:
+        if changed := selftest.changed_graphs(path, manifest):
+            return parity.failed("; ".join(changed))
+        control = _control(beside, providers[0]) if beside else None
+        stages = [selftest.golden_parity(path, manifest, provider, control) for provider in providers]
+        worst = max(stages, key=lambda stage: (stage["verdict"] == "fail", stage["max_abs"]))
+        return worst | {"providers": list(providers)}
+    except (CheckFailed, OSError, ValueError, KeyError) as error:
+        return parity.failed(str(error))
+
+
+def _control(base: Path, provider: str) -> dict[str, Any] | None:
+    try:
+        return selftest.golden_parity(base, read_manifest(base), provider)
+    except (R1ExportError, OSError, ValueError, KeyError):
+        return None
+
+
+def _beside(path: Path, base: Path, manifest: Mapping[str, Any], providers: Sequence[str]) -> dict[str, Any]:
+    """Proof and latency against the base release."""
+    graphs = [{name: folder / name for name in manifest["graphs"]} for folder in (base, path)]
+    golden = read_tensors(path / "golden.safetensors")
+    width = golden["image_embeds"].shape[1]
+    image, text = {"pixel_values": golden["pixel_values"][:1]}, {"input_ids": golden["input_ids"][:1]}
+    feeds = {"visual.onnx": image, "textual.onnx": text, "classify.onnx": image | {"class_embeds": np.zeros((2, width), image["pixel_values"].dtype)}}
+    found = {"same_file": proof.same_files(*graphs), "graph": proof.same_graphs(*graphs)}
+    try:
+        ran = proof.executions(graphs[0], feeds, providers)
+        found |= proof.rungs(ran, lambda: proof.executions(graphs[1], feeds, providers))
+    except CheckFailed as error:
+        found |= proof.unclimbed(f"the base beside it cannot be run: {error}")
+    if _failed(found):
+        return {"proof": found}
+    timed = [
+        latency.added_latency(
+            opener(base / "visual.onnx", image, name), opener(path / "visual.onnx", image, name), pairs=PAIRS, margin=MARGIN, provider=PROVIDERS[name]
+        )
+        for name in providers
+    ]
+    return {"proof": found, "latency": latency.slowest(timed)}
