@@ -67,15 +67,16 @@ def _terminal(as_json: bool) -> Iterator[Terminal]:
 
 def _open(recipe_file: Path, out: Path, resume: bool, overwrite: bool, device: Device, overrides: list[str], terminal: Terminal) -> Stage:
     from r1export.recipe import load_recipe
-    from r1export.run_folder import check_run, open_run
+    from r1export.run_folder import RunFolder, check_run, open_run
 
     recipe = load_recipe(recipe_file, tuple(overrides))
     check_run(out, recipe, resume=resume, overwrite=overwrite)
     from r1export.pipeline import Stage, check_inputs, choose_device
 
-    stage = Stage(None, recipe, choose_device(device), terminal)
+    stage = Stage(RunFolder(out), recipe, choose_device(device), terminal)
     check_inputs(stage)
-    return stage.at(open_run(out, recipe, resume=resume, overwrite=overwrite))
+    open_run(out, recipe, resume=resume, overwrite=overwrite)
+    return stage
 
 
 def _reopen(path: Path, device: Device, terminal: Terminal) -> Stage:

@@ -84,10 +84,13 @@ def run(recipe, tmp_path_factory) -> tuple[Path, Result]:
 
 def test_a_run_ends_with_a_verdict_and_everything_on_disk(run) -> None:
     out, result = run
-    assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["schema"] == "r1export.report/1"
-    assert report["verdict"] == "pass"
+    assert result.returncode == {"pass": 0, "inconclusive": 4}[report["verdict"]], result.stderr
+    for release in report["releases"]:  # time on a busy machine may decide nothing; what follows from bytes must hold
+        assert {stage["verdict"] for stage in release["parity"].values()} == {"pass"}
+        assert release["proof"]["same_file"]["verdict"] == release["proof"]["graph"]["verdict"] == "pass"
+        assert not any("L5" not in reason for reason in release["reasons"]), release["reasons"]
     assert [r["release"]["name"] for r in report["releases"]] == ["00-base", "01-digits", "02-arrows"]
     for release in ("00-base", "01-digits", "02-arrows"):
         found = {path.relative_to(out / "releases" / release).as_posix() for path in (out / "releases" / release).rglob("*") if path.is_file()}
@@ -109,7 +112,7 @@ def test_parity_of_all_three_stages_is_reported_within_1e_5(run) -> None:
     for release in report["releases"][1:]:
         for stage in ("merge", "export", "total"):
             assert 0 < release["parity"][stage]["max_abs"] < 1e-5
-            assert release["parity"][stage]["batches"] == [1, 2, 5]
+            assert {1, 2, 5} <= set(release["parity"][stage]["batches"])
 
 
 def test_metrics_hold_a_square_matrix_beside_the_zero_shot_row_and_the_probe(run) -> None:
@@ -276,7 +279,7 @@ def test_inspect_knows_every_kind_of_file(path: str, words: list[str], run) -> N
 def test_report_shows_the_verdict_again_without_measuring(run) -> None:
     result = r1export("report", run[0])
     assert result.returncode == 0
-    assert "Verdict: pass" in result.stdout
+    assert f"Verdict: {json.loads(run[1].stdout)['verdict']}" in result.stdout
 
 
 def test_doctor_finds_this_environment_fit() -> None:

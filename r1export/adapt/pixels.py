@@ -27,6 +27,11 @@ class Pixels:
         self._kept = np.empty(shape, np.uint8) if keep else None
         self._done = np.zeros(len(images), bool)
 
+    @property
+    def kept(self) -> bool:
+        """Whether images stay in memory once they are decoded."""
+        return self._kept is not None
+
     def __len__(self) -> int:
         return len(self.images)
 

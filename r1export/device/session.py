@@ -8,7 +8,10 @@ Open a version once and keep it: `current` may be switched at any moment, an ope
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,12 +75,17 @@ class Version:
         if self.bundle is None or self.rebuild is None:
             return {}
         names = {spec.offset: spec.name for spec in read_layout(self.base / weights).specs}
-        merged = {}
-        for parameter in self.rebuild.merged_files.get(weights, []):
-            tensor = self.rebuild.tensor(parameter)
-            check_tensor(parameter, tensor, self.bundle.manifest.tensors)
-            merged[names[self.rebuild.base.tensors[parameter].offset]] = tensor
-        return merged
+        parameters = self.rebuild.merged_files.get(weights, [])
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # numpy's elementwise loops run side by side
+            tensors = list(pool.map(self._checked, parameters))
+        return {names[self.rebuild.base.tensors[parameter].offset]: tensor for parameter, tensor in zip(parameters, tensors, strict=True)}
+
+    def _checked(self, parameter: str) -> np.ndarray:
+        assert self.bundle is not None
+        assert self.rebuild is not None
+        tensor = self.rebuild.tensor(parameter)
+        check_tensor(parameter, tensor, self.bundle.manifest.tensors)
+        return tensor
 
     def session(self, graph: str, providers: Sequence[str] = CPU) -> onnxruntime.InferenceSession:
         """An onnxruntime session for `graph`, for example visual.onnx.
@@ -105,8 +113,6 @@ class Version:
 
 def check_tensor(parameter: str, tensor: np.ndarray, digests: dict[str, str]) -> None:
     """Raises CheckFailed if the stored bytes of `tensor` have not the signed digest."""
-    import hashlib
-
     found = hashlib.sha256(tensor.reshape(-1).view(np.uint8).data).hexdigest()
     if found != digests.get(parameter):
         raise CheckFailed(f"{parameter} has SHA-256 {found}, signed is {digests.get(parameter)}", "run `doctor`: base or factors may be damaged")

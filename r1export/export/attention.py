@@ -37,13 +37,13 @@ class OpenAttention(nn.Module):
         self, x: Tensor, key: Tensor | None = None, value: Tensor | None = None, *, rope: Tensor | None = None,
         attn_mask: Tensor | None = None, need_weights: bool = False, is_causal: bool = False,
     ) -> Tensor | tuple[Tensor, None]:  # fmt: skip
-        """(n*tokens, d) -> (n*tokens, d); `key` and `value` are `x`."""
+        """(n*tokens, d) -> (n*tokens, d); `key` and `value` are `x`; a mask is (L, L) or (n, L, L), additive."""
         q, k, v = self.heads_of(x)
         if rope is not None:
             q, k = self._rotate(q, rope), self._rotate(k, rope)
         scores = torch.matmul(q * self.head_dim**-0.5, k.transpose(-1, -2))
         if attn_mask is not None:
-            scores = scores + (attn_mask.reshape(-1, self.heads, *attn_mask.shape[1:]) if attn_mask.ndim == 3 and len(attn_mask) != 1 else attn_mask)
+            scores = scores + (attn_mask.unsqueeze(1) if attn_mask.ndim == 3 else attn_mask)
         mixed = torch.matmul(scores.softmax(-1), v)
         if getattr(self.base, "head_scale", None) is not None:
             mixed = mixed * self.base.head_scale
@@ -136,6 +136,13 @@ def open_up_(blocks: nn.Module, tokens: int, *, first_only: bool) -> None:
     first.register_forward_pre_hook(_flatten)
     if not first_only:
         last.register_forward_hook(_unflatten(tokens))
+
+
+def share_masks_(tower: nn.Module) -> None:
+    """One mask per sample for all heads (CoCa's text tower): a copy for each head would bake the batch into the graph."""
+    for module in tower.modules():
+        if hasattr(module, "_build_additive_mask"):
+            module.heads = 1
 
 
 def _flatten(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

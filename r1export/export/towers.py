@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from r1export.errors import Unsupported
-from r1export.export.attention import block_lists, open_up_
+from r1export.export.attention import block_lists, open_up_, share_masks_
 
 NOT_IN_A_TOWER = ("logit_scale", "logit_bias")
 SAME = 1e-4  # max-abs on unit-norm embeddings: a rewriting that differs by more is another function
@@ -110,6 +110,7 @@ def _opened(name: str, module: nn.Module, example: Tensor, expected: Tensor, tok
         for i, blocks in list(enumerate(block_lists(candidate))):
             if i in tokens:
                 open_up_(blocks, tokens[i], first_only=first_only)
+        share_masks_(candidate)
         try:
             if (candidate(example) - expected).abs().max() <= SAME:
                 return candidate

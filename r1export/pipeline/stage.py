@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -51,16 +51,10 @@ class Silent:
 class Stage:
     """What all steps work on: the run, its base model and its tasks, loaded when first used."""
 
-    run: RunFolder | None
+    run: RunFolder
     recipe: Recipe
     device: str
     watch: Watcher
-
-    def at(self, run: RunFolder) -> Stage:
-        """The same stage, its model and tasks kept, in a run folder."""
-        moved = replace(self, run=run)
-        moved.__dict__.update({name: value for name, value in self.__dict__.items() if name not in moved.__dict__})
-        return moved
 
     @cached_property
     def clip(self) -> Clip:
@@ -85,6 +79,11 @@ class Stage:
     def tests(self) -> dict[str, Pixels]:
         """Decoded test images by task name, the probe's included."""
         return {task.name: Pixels(task.test, self.clip.preprocess) for task in (*self.tasks, *((self.probe,) if self.probe else ()))}
+
+    @cached_property
+    def trains(self) -> dict[str, Pixels]:
+        """Decoded training images by task name."""
+        return {task.name: Pixels(task.train, self.clip.preprocess) for task in self.tasks}
 
     def merged(self, updates: Sequence[ExpertUpdate]) -> dict[str, np.ndarray]:
         """All parameters after `updates`, always from the base."""
@@ -121,13 +120,18 @@ def choose_device(wanted: str) -> str:
 
 
 def check_inputs(stage: Stage) -> None:
-    """Load the model and the tasks and try the pools, so that bad input is found before anything is written."""
+    """Load the model and the tasks, try the pools and decode the images, so that bad input is found before anything is written.
+
+    Sets that are too large to be kept in memory are decoded while they are used.
+    """
     inject_pools_(stage.clip, stage.recipe)
     eject_experts_(stage.clip.model)
-    for task in (*stage.tasks, *((stage.probe,) if stage.probe else ())):
-        task.test.read(0)
-
-
+    sets = [pixels for pixels in (*stage.trains.values(), *stage.tests.values()) if pixels.kept]
+    with stage.watch.track("Decoding images", len(sets)) as advance:
+        for pixels in sets:
+            for _ in pixels.batches(256):
+                pass
+            advance(f"{len(pixels)} images")
 
 
 def inject_pools_(clip: Clip, recipe: Recipe) -> Pools:

@@ -15,7 +15,6 @@ from r1export.adapt.clip import digest
 from r1export.adapt.evaluate import accuracy
 from r1export.adapt.experts import eject_experts_, pack_experts, pool_tensors, remember_
 from r1export.adapt.metrics import stream_metrics
-from r1export.adapt.pixels import Pixels
 from r1export.adapt.tasks import Task
 from r1export.adapt.trainer import Step, TrainSettings, reset_pools_, train_pools_
 from r1export.errors import InputError
@@ -86,10 +85,9 @@ def _learn(stage: Stage, number: int, task: Task, earlier: list[ExpertUpdate], f
         if earlier:
             remember_(pools, ExpertUpdate.stack(earlier))
         folder.mkdir(parents=True, exist_ok=True)
-        pixels = Pixels(task.train, stage.clip.preprocess)
         with stage.watch.track(f"Task {number} of {len(stage.tasks)}: {task.name}", recipe.train.iterations) as advance:
             losses = train_pools_(
-                stage.clip, pools, task, pixels, TrainSettings(**recipe.train.model_dump()), number=number,
+                stage.clip, pools, task, stage.trains[task.name], TrainSettings(**recipe.train.model_dump()), number=number,
                 checkpoint=folder / "checkpoint.safetensors", on_step=lambda step: advance(_note(step)),
             )  # fmt: skip
         update = pack_experts(pools)

@@ -1,0 +1,95 @@
+"""The examples in docs/fleet.md and the sizes in docs/bundle-format.md, checked against the program."""
+
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from r1export.device.kit import device_kit
+from r1export.update import bundle, envelope, manifest
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def example(language: str, containing: str) -> str:
+    blocks = re.findall(rf"```{language}\n(.*?)```", (DOCS / "fleet.md").read_text(), re.S)
+    return next(block for block in blocks if containing in block)
+
+
+@pytest.fixture(scope="session")
+def kit(tmp_path_factory):
+    return device_kit(tmp_path_factory.mktemp("kit") / "r1device.pyz")
+
+
+def run(script: Path, kit: Path, store: Path, *arguments, **environment):
+    text = script.read_text().replace("/usr/lib/r1device.pyz", str(kit)).replace("/data/model", str(store)).replace("python3", sys.executable)
+    script.write_text(text)
+    return subprocess.run(["sh", script, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_the_mender_module_installs_and_rolls_back(lab, slot_device, kit, tmp_path):
+    script = tmp_path / "module"
+    script.write_text(example("sh", "ArtifactInstall"))
+    for folder in ("files", "tmp"):
+        (tmp_path / "artifact" / folder).mkdir(parents=True)
+    shutil.copy(lab.bundle(1, 0), tmp_path / "artifact" / "files" / "update.r1u")
+    assert run(script, kit, slot_device.path, "SupportsRollback", tmp_path / "artifact").stdout == "Yes\n"
+    assert run(script, kit, slot_device.path, "ArtifactInstall", tmp_path / "artifact").returncode == 0
+    assert slot_device.files() == lab.fleet.hashes(lab.release(1))
+    assert run(script, kit, slot_device.path, "ArtifactRollback", tmp_path / "artifact").returncode == 0
+    assert slot_device.store.current == "base"
+    (tmp_path / "artifact" / "files" / "update.r1u").write_bytes(b"rot")
+    assert run(script, kit, slot_device.path, "ArtifactInstall", tmp_path / "artifact").returncode == 2
+
+
+def test_the_rauc_hook_installs_and_fails_for_a_bad_file(lab, slot_device, kit, tmp_path):
+    script = tmp_path / "hook.sh"
+    script.write_text(example("sh", "slot-install"))
+    assert run(script, kit, slot_device.path, "slot-install", RAUC_IMAGE_NAME=str(lab.bundle(1, 0))).returncode == 0
+    assert slot_device.files() == lab.fleet.hashes(lab.release(1))
+    assert run(script, kit, slot_device.path, "slot-install", RAUC_IMAGE_NAME=str(script)).returncode == 2
+
+
+def test_a_device_takes_the_smallest_fitting_update_from_a_plain_folder(lab, slot_device, kit, tmp_path):
+    slot_device.apply(lab.bundle(1, 0))
+    folder = tmp_path / "camera"
+    folder.mkdir()
+    entries = [{"since": since, "path": f"3-since-{since}.r1u"} for since in (0, 1, 2)]
+    for entry in entries:
+        shutil.copy(lab.bundle(3, entry["since"]), folder / entry["path"])
+    (folder / "channel.json").write_text(json.dumps({"seq": 3, "updates": entries}))
+    handler = functools.partial(Quiet, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        code = example("python", "channel.json").replace("https://models.example/camera/v1", f"http://127.0.0.1:{server.server_port}")
+        code = code.replace('"r1device.pyz"', repr(str(kit))).replace("/data/model", str(slot_device.path)).replace("/tmp/update.r1u", str(tmp_path / "u"))
+        subprocess.run([sys.executable, "-c", code], check=True)
+        server.shutdown()
+    assert slot_device.files() == lab.fleet.hashes(lab.release(3))
+    assert (tmp_path / "u").read_bytes() == lab.bundle(3, 1).read_bytes()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_the_format_document_names_the_programs_limits_and_members(lab):
+    text = (DOCS / "bundle-format.md").read_text()
+    for limit in (f"{envelope.MAX_ENVELOPE:,}", f"{manifest.MAX_MANIFEST:,}"):
+        assert limit.replace(",", " ") in text
+    assert bundle.MAGIC.hex(" ") in text
+    assert f'"{len(envelope.PAYLOAD_TYPE)}" SP "{envelope.PAYLOAD_TYPE}"' in text
+    document = json.loads(lab.read(lab.bundle(1, 0)).manifest_bytes)
+    for member in document:
+        assert f"`{member}`" in text
+    assert manifest._NAME.pattern in text
+    assert manifest._PARAMETER.pattern in text
