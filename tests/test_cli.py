@@ -24,7 +24,20 @@ from r1export.update.container import read_tensors
 from r1export.update.files import sha256_file
 
 ROOT = Path(__file__).parents[1]
-FAST = ["--set", "train.iterations=4", "--set", "data.test_limit=24", "--set", "data.shots=4", "--set", "verify.pairs=20", "--set", "verify.margin=0.9", "--set", "verify.samples=6"]
+FAST = [
+    "--set",
+    "train.iterations=4",
+    "--set",
+    "data.test_limit=24",
+    "--set",
+    "data.shots=4",
+    "--set",
+    "verify.pairs=20",
+    "--set",
+    "verify.margin=0.9",
+    "--set",
+    "verify.samples=6",
+]
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -94,8 +107,20 @@ def test_a_run_ends_with_a_verdict_and_everything_on_disk(run) -> None:
     assert [r["release"]["name"] for r in report["releases"]] == ["00-base", "01-digits", "02-arrows"]
     for release in ("00-base", "01-digits", "02-arrows"):
         found = {path.relative_to(out / "releases" / release).as_posix() for path in (out / "releases" / release).rglob("*") if path.is_file()}
-        expected = {"visual.onnx", "visual.safetensors", "textual.onnx", "textual.safetensors", "classify.onnx", "golden.safetensors", "preprocess.json", "manifest.json"}
-        assert expected | {"README.md", "report.json", "report.md", "report.html", "classes/digits.safetensors", "classes/digits.json", "tokenizer/vocab.json"} <= found
+        expected = {
+            "visual.onnx",
+            "visual.safetensors",
+            "textual.onnx",
+            "textual.safetensors",
+            "classify.onnx",
+            "golden.safetensors",
+            "preprocess.json",
+            "manifest.json",
+        }
+        assert (
+            expected | {"README.md", "report.json", "report.md", "report.html", "classes/digits.safetensors", "classes/digits.json", "tokenizer/vocab.json"}
+            <= found
+        )
     assert (out / "report.html").exists()
     assert not [path for path in out.rglob("*") if ".partial" in path.name]
 
@@ -247,18 +272,31 @@ def test_a_corrupt_image_is_named(recipe, tmp_path) -> None:
 
 
 def test_a_tower_that_is_no_vit_is_unsupported(recipe, tmp_path) -> None:
-    config = {"embed_dim": 8, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}, "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}}
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
+    }
     import open_clip
     from safetensors.torch import save_file
 
     (tmp_path / "resnet.json").write_text(json.dumps(config))
     save_file(open_clip.CLIP(**config).state_dict(), tmp_path / "w.safetensors")
-    result = r1export("run", recipe, "--out", tmp_path / "out", "--set", f"base.weights={tmp_path}/w.safetensors", "--set", f"base.config={tmp_path}/resnet.json", *FAST)
+    result = r1export(
+        "run", recipe, "--out", tmp_path / "out", "--set", f"base.weights={tmp_path}/w.safetensors", "--set", f"base.config={tmp_path}/resnet.json", *FAST
+    )
     one_line_error(result, 3, "visual tower (ModifiedResNet)")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("arguments", "word"), [(["train.iterationz=3"], "train.iterationz"), (["train.iterations=many"], "train.iterations"), (["base.weights=/none/w.safetensors"], "/none/w.safetensors")])
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["train.iterationz=3"], "train.iterationz"),
+        (["train.iterations=many"], "train.iterations"),
+        (["base.weights=/none/w.safetensors"], "/none/w.safetensors"),
+    ],
+)
 def test_wrong_overrides_are_refused_by_the_name_of_the_field(arguments, word: str, recipe, tmp_path) -> None:
     one_line_error(r1export("run", recipe, "--out", tmp_path / "out", "--set", *arguments), 2, word)
 
@@ -269,7 +307,16 @@ def test_verify_export_report_and_inspect_say_what_they_need(tmp_path) -> None:
     one_line_error(r1export("report", tmp_path), 2, "verify it first")
 
 
-@pytest.mark.parametrize(("path", "words"), [(".", ["digits", "arrows"]), ("releases/01-digits", ["visual.onnx"]), ("tasks/01-digits/factors.safetensors", ["adapted linears: 24", "experts per linear: 4"]), ("releases/00-base/classify.onnx", ["class_embeds", "opset"]), ("recipe.toml", ["train.iterations", "4"])])
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        (".", ["digits", "arrows"]),
+        ("releases/01-digits", ["visual.onnx"]),
+        ("tasks/01-digits/factors.safetensors", ["adapted linears: 24", "experts per linear: 4"]),
+        ("releases/00-base/classify.onnx", ["class_embeds", "opset"]),
+        ("recipe.toml", ["train.iterations", "4"]),
+    ],
+)
 def test_inspect_knows_every_kind_of_file(path: str, words: list[str], run) -> None:
     result = r1export("inspect", run[0] / path)
     assert result.returncode == 0, result.stderr

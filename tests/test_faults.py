@@ -129,7 +129,11 @@ def test_one_weight_changed_by_a_hundredth_is_found(run: Path) -> None:
 
 
 def test_an_expert_merged_twice_is_found_and_named(run: Path) -> None:
-    change_weights(run / "releases" / "01-digits", "visual.transformer.resblocks.1.mlp.c_fc.weight", lambda w: w + delta(run, "visual.transformer.resblocks.1.mlp.c_fc.weight", 2))
+    change_weights(
+        run / "releases" / "01-digits",
+        "visual.transformer.resblocks.1.mlp.c_fc.weight",
+        lambda w: w + delta(run, "visual.transformer.resblocks.1.mlp.c_fc.weight", 2),
+    )
     assert "expert 2 of task digits in rows 0:512 is merged 2 times" in found_by_verify(run)
 
 
@@ -170,7 +174,9 @@ def test_another_epsilon_of_a_layer_norm_is_found_and_located(run: Path) -> None
 
 def test_a_text_tower_without_its_causal_mask_is_found(run: Path) -> None:
     def change(model: onnx.ModelProto) -> None:
-        masks = [tensor for tensor in model.graph.initializer if tensor.data_type == 1 and not tensor.external_data and np.isinf(numpy_helper.to_array(tensor)).any()]
+        masks = [
+            tensor for tensor in model.graph.initializer if tensor.data_type == 1 and not tensor.external_data and np.isinf(numpy_helper.to_array(tensor)).any()
+        ]
         assert masks, "the exported text tower holds no mask"
         for mask in masks:
             mask.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(mask)), mask.name))

@@ -21,13 +21,21 @@ def test_imports_go_one_way() -> None:
 
 def test_there_is_one_merge() -> None:
     """Law 1: nothing but update/factors.py multiplies factors with each other into a weight."""
-    merging = [p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if re.search(r"np\.multiply\([^)]*u\w*\[|\.u @|\.u\.astype\(.*@", p.read_text(encoding="utf-8"))]
+    merging = [
+        p.relative_to(PACKAGE).as_posix()
+        for p in PACKAGE.rglob("*.py")
+        if re.search(r"np\.multiply\([^)]*u\w*\[|\.u @|\.u\.astype\(.*@", p.read_text(encoding="utf-8"))
+    ]
     assert merging == ["update/factors.py"]
 
 
 def test_nothing_reads_or_writes_pickles() -> None:
     """torchvision reads its own CIFAR files that way; we do not."""
-    users = [p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if re.search(r"^\s*(import|from) pickle|torch\.load\(|torch\.save\(|allow_pickle=True", p.read_text(encoding="utf-8"), re.M)]
+    users = [
+        p.relative_to(PACKAGE).as_posix()
+        for p in PACKAGE.rglob("*.py")
+        if re.search(r"^\s*(import|from) pickle|torch\.load\(|torch\.save\(|allow_pickle=True", p.read_text(encoding="utf-8"), re.M)
+    ]
     assert users == []
 
 

@@ -87,7 +87,13 @@ def test_a_missing_recipe_is_named(tmp_path) -> None:
 def test_fields_can_be_overridden(tmp_path) -> None:
     path = write(tmp_path, MINIMAL)
     recipe = load_recipe(path, ("train.iterations=7", "data.root=/some/dir", "tasks.0.name=b", 'pool.towers=["visual"]', "data.download=true"))
-    assert (recipe.train.iterations, recipe.data.root, recipe.tasks[0].name, recipe.pool.towers, recipe.data.download) == (7, "/some/dir", "b", ("visual",), True)
+    assert (recipe.train.iterations, recipe.data.root, recipe.tasks[0].name, recipe.pool.towers, recipe.data.download) == (
+        7,
+        "/some/dir",
+        "b",
+        ("visual",),
+        True,
+    )
 
 
 @pytest.mark.parametrize("override", ["iterations", "=5", "tasks.9.name=b", "tasks.x.name=b", "base.model.deep=1", "train.iterationz=5"])

@@ -12,7 +12,7 @@ from r1export.update.files import write_file
 PACKAGE = Path(__file__).parents[1]
 MODULES = {  # what a device runs; the rest of the package stays in the lab
     "": ("__init__", "errors"),
-    "update": ("__init__", "bundle", "container", "ed25519", "envelope", "factors", "files", "manifest", "rebuild", "release", "strict"),
+    "update": ("__init__", "bundle", "container", "ed25519", "envelope", "factors", "files", "manifest", "quantize", "rebuild", "release", "strict"),
     "device": ("__init__", "__main__", "doctor", "health", "install", "policy", "selftest", "session", "store", "worker"),
 }
 MAIN = "import sys\n\nfrom r1export.device.__main__ import main\n\nsys.exit(main())\n"

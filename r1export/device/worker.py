@@ -85,9 +85,8 @@ def build(device: Store, name: str) -> None:
     base.check()
     version = version_of(device, bundle, folder)
     assert version.rebuild is not None
-    changed = set(version.rebuild.update.parameters)
-    if changed != set(bundle.manifest.tensors):
-        raise CheckFailed("the manifest's tensors are not those that the updates change", "have the update made again")
+    if set(version.rebuild.changed) != set(bundle.manifest.tensors) or version.rebuild.procedure != bundle.manifest.algorithm:
+        raise CheckFailed("the manifest's tensors or algorithm are not those that the updates need", "have the update made again")
     for file in bundle.manifest.files:
         if file.parts is None and file.path not in base.files:
             raise InputError(f"{file.path} is said to be the base's, which has no such file", "have the update made again")

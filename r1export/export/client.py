@@ -11,6 +11,8 @@ from r1export.update.files import write_file, write_json
 
 # CLIP's word pattern (openai/CLIP simple_tokenizer.py, MIT), as HF tokenizers spells it
 PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# What open_clip's text cleaning (ftfy) does to prompts that people type: straight quotes, single spaces
+REPLACED = (("[\u2018\u2019\u201a\u201b]", "'"), ("[\u201c\u201d\u201e\u201f]", '"'), (r"\s+", " "))
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -37,6 +39,10 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     )
 
 
+def _replace(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+
+
 def clip_tokenizer(vocab: Mapping[str, int], merges: list[str], context_length: int) -> dict[str, Any]:
     """CLIP's byte-pair encoding in the format of the `tokenizers` library: padded with 0 and cut to `context_length`."""
     special = [
@@ -49,7 +55,7 @@ def clip_tokenizer(vocab: Mapping[str, int], merges: list[str], context_length: 
         "truncation": {"direction": "Right", "max_length": context_length, "strategy": "LongestFirst", "stride": 0},
         "padding": {"strategy": {"Fixed": context_length}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "!"},
         "added_tokens": special,
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}, {"type": "Lowercase"}]},
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, *(_replace(*pair) for pair in REPLACED), {"type": "Lowercase"}]},
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [

@@ -50,7 +50,7 @@ def export_graphs(model: nn.Module, image_size: tuple[int, int], context_length:
     graphs: dict[str, ir.Model] = {}
     for tower in towers:
         location = f"{tower.name}.safetensors"
-        graphs[tower.name], used = _trace(tower, opset)
+        graphs[tower.name], used = trace(tower, opset)
         placed = place_parameters(graphs[tower.name].graph, {name: sentinels[name] for name in tower.tensors}, used)
         extra = tuple(Placement(name, sentinels[name].shape) for name in NOT_IN_A_TOWER if tower.name == "visual" and name in sentinels)
         placements[location] = (*placed, *extra)
@@ -65,7 +65,7 @@ def export_graphs(model: nn.Module, image_size: tuple[int, int], context_length:
     return weights
 
 
-def _trace(tower: Tower, opset: int) -> tuple[ir.Model, set[str]]:
+def trace(tower: Tower, opset: int) -> tuple[ir.Model, set[str]]:
     """The simplified graph of a tower and the state_dict names of the tensors that it uses."""
     try:
         with _quiet(), torch.no_grad():

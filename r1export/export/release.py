@@ -189,15 +189,16 @@ The graphs are those of the base model, byte for byte; only the weights differ.
 
 ```python
 import json, numpy as np, onnxruntime as ort
+from pathlib import Path
 from safetensors.numpy import load_file
 from PIL import Image
-p = json.load(open("preprocess.json"))
+p = json.loads(Path("preprocess.json").read_text())
 image = Image.open("image.png").convert("RGB").resize(p["size"][::-1], Image.BICUBIC)  # or resize the short side and crop
 pixels = (np.asarray(image, np.float32) / 255 - p["mean"]) / p["std"]
 classes = load_file("classes/TASK.safetensors")["class_embeds"]
 session = ort.InferenceSession("classify.onnx", providers=["CPUExecutionProvider"])
 logits = session.run(None, {{"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32), "class_embeds": classes}})[0]
-print(json.load(open("classes/TASK.json"))["classes"][logits.argmax()])
+print(json.loads(Path("classes/TASK.json").read_text())["classes"][logits.argmax()])
 ```
 
 `visual.onnx` and `textual.onnx` give L2-normalised embeddings; `golden.safetensors` holds inputs and expected outputs

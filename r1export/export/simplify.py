@@ -1,7 +1,8 @@
 """Simplify an exported graph without computing anything from a weight.
 
 Rules and folding act on constants that the architecture makes. A parameter may be moved about (transposed, reshaped),
-never combined with another or with a number: it would be lost to the weight map.
+never combined with another or with a number: it would be lost to the weight map. Equal initializers are not merged,
+since two biases that are both zero are equal only until one is trained.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def simplify_(model: ir.Model, parameters: Collection[str]) -> None:
         rewrite(model, RULES)
     for clean in (
         common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0), common.DeduplicateInitializersPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.CommonSubexpressionEliminationPass(), common.OutputFixPass(), common.NameFixPass(),
     ):  # fmt: skip
         clean(model)

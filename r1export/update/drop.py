@@ -95,8 +95,8 @@ def _write_manifest(folder: Path, target: Release, rebuild: Rebuild, before: Reb
     document["tasks"] = [_unmeasured(task, dropped) for task in document["tasks"]]
     paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     document["files"] = {path: {"sha256": sha256_file(folder / path), "bytes": (folder / path).stat().st_size} for path in paths}
-    for parameter in before.update.parameters:
-        merged = parameter in rebuild.update.parameters
+    for parameter in before.changed:
+        merged = parameter in rebuild.changed
         digest = hashlib.sha256(rebuild.tensor(parameter).tobytes()).hexdigest() if merged else rebuild.base.tensors[parameter].sha256
         document["tensors"][parameter]["sha256"] = digest
     write_json(folder / MANIFEST, document)

@@ -14,6 +14,7 @@ from typing import Any
 
 from r1export.errors import InputError, Unsupported
 from r1export.update.factors import PROCEDURE, Rows
+from r1export.update.quantize import PROCEDURE_INT8
 from r1export.update.strict import REMEDY, Fields, items, matching, parse_json, places, whole, wrong
 
 FORMAT = "r1export.bundle/1"
@@ -22,7 +23,7 @@ MAX_MANIFEST = 1 << 20  # bytes
 MAX_PAYLOAD = 64 << 20  # bytes
 ALIGN = 8  # every update and every part of a file starts at a multiple of it
 ITEMSIZE = {"F32": 4, "F16": 2}
-PROCEDURES = (PROCEDURE,)
+PROCEDURES = (PROCEDURE, PROCEDURE_INT8)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 _TEXT = re.compile(r"[\x20-\x7e]{1,200}")
@@ -151,7 +152,7 @@ class Manifest:
             Unsupported: well-formed, but for a newer updater or another algorithm.
         """
         fields = parse_json(data, "manifest", MAX_MANIFEST)
-        _refuse_newer(fields)
+        algorithm = _known_algorithm(fields)
         seq = fields.integer("seq", 1)
         base, payload, health = fields.object("base"), fields.object("payload"), fields.object("health")
         manifest = cls(
@@ -170,6 +171,7 @@ class Manifest:
             files=tuple(_file(item) for item in places(fields.array("files", 4096))),
             health=Health(health.number("max_abs", 0, 10), health.number("min_cosine", -1, 1), health.number("min_agreement", 0, 1)),
             evidence=fields.digests("evidence", _PATH, 16),
+            algorithm=algorithm,
         )
         for part in (base, payload, health, fields):
             part.done()
@@ -179,13 +181,14 @@ class Manifest:
         return manifest
 
 
-def _refuse_newer(fields: Fields) -> None:
+def _known_algorithm(fields: Fields) -> str:
     form, updater, algorithm = fields.text("format", _TEXT), fields.integer("min_updater", 1), fields.text("algorithm", _TEXT)
     if form != FORMAT or updater > UPDATER or algorithm not in PROCEDURES:
         raise Unsupported(
             f"the update is {form}, for updater {updater}, algorithm {algorithm}; this one knows {FORMAT}, {UPDATER}, {', '.join(PROCEDURES)}",
             "update the updater first",
         )
+    return algorithm
 
 
 def _update(fields: Fields) -> Update:

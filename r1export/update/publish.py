@@ -138,9 +138,10 @@ def bundle_release(
         payload_bytes=len(payload.data),
         payload_sha256=hashlib.sha256(payload.data).hexdigest(),
         updates=updates,
-        tensors={name: target.tensors[name].sha256 for name in rebuild.update.parameters},
+        tensors={name: target.tensors[name].sha256 for name in rebuild.changed},
         files=files,
         health=Health(target.golden["max_abs"], target.golden["min_cosine"], terms.min_agreement),
+        algorithm=rebuild.procedure,
         evidence={name: sha256_file(target.path / name) for name in REPORTS if (target.path / name).is_file()},
     )
     return _signed(manifest, bytes(payload.data), keys)
@@ -183,7 +184,7 @@ def _carry(payload: _Payload, task: str, sha256: str, factors: ExpertUpdate) -> 
 
 def _check_tensors(rebuild: Rebuild, target: Release) -> None:
     """Exactly the parameters that the updates name may differ from the base, and have to lie where the base has them."""
-    base, named = rebuild.base, set(rebuild.update.parameters)
+    base, named = rebuild.base, set(rebuild.changed)
     for name in sorted(base.tensors.keys() | target.tensors.keys()):
         old, new = base.tensors.get(name), target.tensors.get(name)
         same_place = old and new and (old.file, old.offset, old.dtype, old.shape) == (new.file, new.offset, new.dtype, new.shape)

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from r1export.errors import InputError
-from r1export.update.factors import ExpertUpdate
+from r1export.update.factors import PROCEDURE, ExpertUpdate
 from r1export.update.files import CHUNK
+from r1export.update.quantize import PROCEDURE_INT8, dequantize, quantize
 from r1export.update.release import Release, Stored
 
 
@@ -26,22 +27,46 @@ class Rebuild:
     update: ExpertUpdate
 
     @cached_property
-    def merged_files(self) -> dict[str, list[str]]:
-        """The adapted parameters of each weights file, in the order in which they lie in it.
+    def changed(self) -> dict[str, str]:
+        """Every tensor that differs from the base, and the adapted parameter it follows from: itself, or the one it scales.
 
         Raises InputError if the base has no such parameter.
         """
+        found = {}
+        for parameter in self.update.parameters:
+            found[parameter] = parameter
+            if scale := self._stored(parameter).scale:
+                found[scale] = parameter
+        return found
+
+    @property
+    def procedure(self) -> str:
+        """Name of the arithmetic that this rebuild needs."""
+        quantised = any(self._stored(parameter).scale for parameter in self.update.parameters)
+        return PROCEDURE_INT8 if quantised else PROCEDURE
+
+    @cached_property
+    def merged_files(self) -> dict[str, list[str]]:
+        """The changed tensors of each weights file, in the order in which they lie in it. Raises InputError like `changed`."""
         files: dict[str, list[str]] = {}
-        for parameter in sorted(self.update.parameters, key=lambda name: self._stored(name).offset):
-            files.setdefault(self._stored(parameter).file, []).append(parameter)
+        for name in sorted(self.changed, key=lambda name: self._stored(name).offset):
+            files.setdefault(self._stored(name).file, []).append(name)
         return files
 
-    def tensor(self, parameter: str) -> np.ndarray:
-        """The merged parameter as it is stored: transposed where the base stores it transposed."""
+    def tensor(self, name: str) -> np.ndarray:
+        """The merged tensor as it is stored: transposed where the base stores it transposed, quantised where it is quantised."""
+        parameter = self.changed[name]
         stored = self._stored(parameter)
         weight = read_stored(self.base.path, stored)
+        weight = weight.T if stored.transposed else weight
+        if stored.scale:
+            weight = dequantize(weight, read_stored(self.base.path, self._stored(stored.scale)))
         pairs = {rows: pair for rows, pair in self.update.factors.items() if rows.parameter == parameter}
-        merged = ExpertUpdate(pairs).apply({parameter: weight.T if stored.transposed else weight})[parameter]
+        merged = ExpertUpdate(pairs).apply({parameter: weight})[parameter]
+        if stored.scale:
+            merged, scale = quantize(merged)
+            if name == stored.scale:
+                return scale
         return np.ascontiguousarray(merged.T if stored.transposed else merged)
 
     def chunks(self, path: str) -> Iterator[bytes | memoryview]:

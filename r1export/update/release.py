@@ -25,7 +25,10 @@ _PATH = re.compile(r"(?!.*(^|/)\.\.?(/|$))[^/\\\0][^\\\0]{0,999}")
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a parameter lies: `shape` as stored; `transposed` if that is the (in, out) of an (out, in) weight."""
+    """Where a parameter lies: `shape` as stored; `transposed` if that is the (in, out) of an (out, in) weight.
+
+    An int8 parameter names another one that holds the float32 scale of each of its rows.
+    """
 
     file: str
     offset: int
@@ -33,6 +36,7 @@ class Stored:
     shape: tuple[int, ...]
     transposed: bool
     sha256: str
+    scale: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -131,4 +135,5 @@ def _stored(fields: Fields) -> Stored:
         shape=shape,
         transposed=fields.take("transposed") is True,
         sha256=fields.digest("sha256"),
+        scale=fields.text("scale", _PATH) if "scale" in fields else "",
     )

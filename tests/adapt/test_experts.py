@@ -136,7 +136,11 @@ def test_pools_remember_the_merged_columns_of_earlier_tasks(tiny_clip) -> None:
 
 
 def test_a_convolutional_tower_is_refused_by_name() -> None:
-    config = {"embed_dim": 8, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}, "text_cfg": {"context_length": 8, "vocab_size": 32, "width": 8, "heads": 1, "layers": 1}}
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+        "text_cfg": {"context_length": 8, "vocab_size": 32, "width": 8, "heads": 1, "layers": 1},
+    }
     model = open_clip.CLIP(**config)
     with pytest.raises(Unsupported, match=r"visual tower \(ModifiedResNet\)"):
         inject_experts_(model, PoolSettings())

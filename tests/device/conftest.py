@@ -106,10 +106,20 @@ def lab(fleet, tmp_path_factory) -> Lab:
 @pytest.fixture(scope="session")
 def half_lab(fleet, tmp_path_factory) -> Lab:
     """The same in float16: weights and factors."""
-    folder = tmp_path_factory.mktemp("half")
+    return other_lab(fleet, tmp_path_factory, "fp16", "float16")
+
+
+@pytest.fixture(scope="session")
+def int8_lab(fleet, tmp_path_factory) -> Lab:
+    """The same with weights in int8 and factors in float32."""
+    return other_lab(fleet, tmp_path_factory, "int8", "float32")
+
+
+def other_lab(fleet, tmp_path_factory, precision, factors) -> Lab:
+    folder = tmp_path_factory.mktemp(precision)
     key = SecretKey(bytes(range(32)))
     (folder / "fleet.pub").write_text(key.public.to_pem())
-    return Lab(folder, fleet.make_run(folder / "run", "fp16", "float16"), key, fleet)
+    return Lab(folder, fleet.make_run(folder / "run", precision, factors), key, fleet)
 
 
 @pytest.fixture(scope="session")

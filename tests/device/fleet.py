@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 from r1export.update.container import NAMES, plan, read_layout, read_tensors, write_layout, write_tensors
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 from r1export.update.files import sha256_file, write_json
+from r1export.update.quantize import dequantize, quantize
 
 TASKS = ("digits", "shapes", "colours")
 SHAPES = {  # parameter: logical shape, file, whether it is stored as (in, out)
@@ -24,6 +25,7 @@ SHAPES = {  # parameter: logical shape, file, whether it is stored as (in, out)
 # 1.1 * 2^-53 below the middle of two float32, and only the wrong order keeps enough of that to round down.
 ORDER_WEIGHT = -1.25 * 2.0**-54
 ORDER_PRODUCTS = ((1 + 2.0**-23, 1.0), (2.0**-12 * (1 + 2.0**-15), 2.0**-12 * (1 - 2.0**-15)))
+QUANTISED = ("visual.proj.weight", "visual.head.weight", "text.head.weight")  # in the int8 run
 ADAPTED = (Rows("visual.proj.weight", 0, 8), Rows("visual.proj.weight", 8, 16), Rows("visual.head.weight", 0, 8), Rows("text.head.weight", 0, 8))
 
 
@@ -42,7 +44,8 @@ def make_run(run: Path, precision: str = "fp32", factors: str = "float32") -> Pa
         update = random_update(rng, number + 1, factors, ORDER_PRODUCTS[number - 1] if number < 3 else (0.0, 0.0))
         update.write(folder / "factors.safetensors")
         updates.append((task, sha256_file(folder / "factors.safetensors"), update))
-        merged = base | ExpertUpdate.stack(update for _, _, update in updates).apply(base)
+        start = {name: dequantize(*quantize(base[name])) for name in QUANTISED} if precision == "int8" else {}
+        merged = base | ExpertUpdate.stack(update for _, _, update in updates).apply(base | start)
         write_release(run / "releases" / f"{number:02d}-{task}", base, merged, golden, updates, precision)
     return run
 
@@ -64,7 +67,14 @@ def write_release(folder: Path, base: dict, weights: dict, golden: dict, updates
     (folder / "classes").mkdir(parents=True)
     tensors = {}
     for file in ("visual.safetensors", "textual.safetensors"):
-        stored = {name: _stored(weights[name], SHAPES[name][2]) for name in SHAPES if SHAPES[name][1] == file}
+        stored = {}
+        for name in (name for name in SHAPES if SHAPES[name][1] == file):
+            if precision == "int8" and name in QUANTISED:
+                q, scale = quantize(weights[name])
+                stored |= {f"{name}.scale": scale, name: _stored(q, SHAPES[name][2])}
+            else:
+                stored[name] = _stored(weights[name], SHAPES[name][2])
+        stored = dict(sorted(stored.items(), key=lambda item: -item[1].itemsize))
         layout = plan((name, tensor.dtype, tensor.shape) for name, tensor in stored.items())
         write_layout(folder / file, layout, lambda spec, stored=stored: stored[spec.name])
         for spec in layout.specs:
@@ -73,10 +83,12 @@ def write_release(folder: Path, base: dict, weights: dict, golden: dict, updates
                 "offset": spec.offset,
                 "dtype": NAMES[spec.dtype],
                 "shape": list(spec.shape),
-                "transposed": SHAPES[spec.name][2],
+                "transposed": spec.name in SHAPES and SHAPES[spec.name][2],
                 "sha256": hashlib.sha256(stored[spec.name].tobytes()).hexdigest(),
             }
-    for name, model in _graphs(folder).items():
+            if f"{spec.name}.scale" in stored:
+                tensors[spec.name]["scale"] = f"{spec.name}.scale"
+    for name, model in _graphs(folder, precision).items():
         onnx.save(model, folder / name)
     write_tensors(folder / "golden.safetensors", golden | {"image_embeds": np.zeros((6, 8), "f4"), "text_embeds": np.zeros((4, 8), "f4")})
     answers = expected(folder)
@@ -138,14 +150,14 @@ def _stored(weight: np.ndarray, transposed: bool) -> np.ndarray:
     return np.ascontiguousarray(weight.T if transposed else weight)
 
 
-def _graphs(folder: Path) -> dict[str, onnx.ModelProto]:
+def _graphs(folder: Path, precision: str) -> dict[str, onnx.ModelProto]:
     pixels = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["n", 3, 8, 8])
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["m", 5])
     classes = helper.make_tensor_value_info("class_embeds", TensorProto.FLOAT, ["c", 8])
     image, text, logits = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("image_embeds", "text_embeds", "logits"))
     node = helper.make_node
     visual = [
-        *(node("Cast", [name], [name + ".f"], to=TensorProto.FLOAT) for name in SHAPES if name.startswith("visual")),
+        *(_as_float(name, precision) for name in SHAPES if name.startswith("visual")),
         node("Flatten", ["pixel_values"], ["x"]),
         node("MatMul", ["x", "visual.proj.weight.f"], ["y"]),
         node("Add", ["y", "visual.proj.bias.f"], ["z"]),
@@ -154,7 +166,7 @@ def _graphs(folder: Path) -> dict[str, onnx.ModelProto]:
         node("LpNormalization", ["e"], ["image_embeds"], axis=-1, p=2),
     ]
     textual = [
-        *(node("Cast", [name], [name + ".f"], to=TensorProto.FLOAT) for name in SHAPES if not name.startswith("visual")),
+        *(_as_float(name, precision) for name in SHAPES if not name.startswith("visual")),
         node("Gather", ["token_embedding.weight.f", "input_ids"], ["x"]),
         node("ReduceMean", ["x"], ["y"], axes=[1], keepdims=0),
         node("MatMul", ["y", "text.head.weight.f"], ["e"]),
@@ -168,10 +180,16 @@ def _graphs(folder: Path) -> dict[str, onnx.ModelProto]:
     }
 
 
+def _as_float(name: str, precision: str) -> onnx.NodeProto:
+    if precision == "int8" and name in QUANTISED:
+        return helper.make_node("DequantizeLinear", [name, f"{name}.scale"], [f"{name}.f"], axis=int(SHAPES[name][2]))
+    return helper.make_node("Cast", [name], [f"{name}.f"], to=TensorProto.FLOAT)
+
+
 def _model(folder: Path, nodes: list, inputs: list, output: onnx.ValueInfoProto, weights: str) -> onnx.ModelProto:
     graph = helper.make_graph(nodes, "g", inputs, [output])
     for spec in read_layout(folder / weights).specs:
-        kind = TensorProto.FLOAT16 if spec.dtype == np.float16 else TensorProto.FLOAT
+        kind = {"<f2": TensorProto.FLOAT16, "|i1": TensorProto.INT8}.get(spec.dtype.str, TensorProto.FLOAT)
         tensor = onnx.TensorProto(name=spec.name, data_type=kind, dims=spec.shape, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", weights), ("offset", spec.offset), ("length", spec.nbytes)):
             tensor.external_data.add(key=key, value=str(value))

@@ -83,13 +83,23 @@ def test_a_dropped_task_leaves_the_bytes_of_never_having_learned_it(lab, device)
     assert not any(path.startswith("classes/shapes") for path in device.files())
 
 
-@pytest.mark.parametrize("mode", ["slot", "overlay"])
-def test_float16_weights_and_factors_are_the_labs_too(half_lab, tmp_path, fleet, mode, device):
-    install.init(tmp_path / "half", half_lab.release(0), [half_lab.public], product="camera", device_class="v1", mode=mode)
-    half = dataclasses.replace(device, path=tmp_path / "half")
+@pytest.mark.parametrize("precision", ["half_lab", "int8_lab"])
+def test_float16_and_int8_weights_are_the_labs_too(request, tmp_path, fleet, device, precision):
+    lab = request.getfixturevalue(precision)
+    mode = device.store.config.mode
+    install.init(tmp_path / "other", lab.release(0), [lab.public], product="camera", device_class="v1", mode=mode)
+    other = dataclasses.replace(device, path=tmp_path / "other")
     for number in (1, 3):
-        half.apply(half_lab.bundle(number, number // 2))
-        assert half.files() == fleet.hashes(half_lab.release(number))
+        other.apply(lab.bundle(number, number // 2))
+        assert other.files() == fleet.hashes(lab.release(number))
+    other.apply(lab.bundle(3, 3, seq=9, drop=("shapes",)))
+    other.rollback(3)
+    assert other.files() == fleet.hashes(lab.release(3))
+
+
+def test_the_algorithm_has_to_be_that_of_the_base(lab, int8_lab, device, tmp_path):
+    assert int8_lab.read(int8_lab.bundle(1, 0)).manifest.algorithm == "r1-f64-v1+q8"
+    refused(device, CheckFailed, resigned(lab, lab.bundle(1, 0), tmp_path, algorithm="r1-f64-v1+q8"), "algorithm")
 
 
 def test_a_fresh_process_builds_and_checks_the_same_bytes(lab, tmp_path):

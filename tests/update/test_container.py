@@ -32,7 +32,9 @@ def test_we_read_what_the_library_writes(tmp_path) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.dictionaries(st.text(min_size=1, max_size=8), st.tuples(st.sampled_from(sorted(NAMES, key=str)), st.lists(st.integers(0, 3), max_size=3)), max_size=5))
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=8), st.tuples(st.sampled_from(sorted(NAMES, key=str)), st.lists(st.integers(0, 3), max_size=3)), max_size=5)
+)
 def test_any_tensors_survive_the_round_trip(tmp_path_factory, specs) -> None:
     path = tmp_path_factory.mktemp("c") / "f.safetensors"
     tensors = {name: np.ones(shape, dtype) for name, (dtype, shape) in specs.items() if name != "__metadata__"}

@@ -1,0 +1,172 @@
+"""The graphs: exported once, the same for all weights, the same function as torch."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import onnx
+import onnx.reference
+import pytest
+import torch
+
+from r1export.errors import CheckFailed, InputError, Unsupported
+from r1export.export import graph as graph_module
+from r1export.export.audit import audit_reexport
+from r1export.export.graph import GRAPHS, MAX_OPSET, MIN_OPSET, export_graphs
+from r1export.export.weight_map import WeightMap
+
+FP32 = 2e-6  # max-abs on unit-norm embeddings of the tiny model; sums of 32 terms are rounded in another order
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7])
+def test_onnxruntime_gives_what_torch_gives_at_every_batch(exported, n) -> None:
+    assert exported.error(n) < FP32
+
+
+def test_an_independent_runtime_agrees(exported, exporting) -> None:
+    pixels, tokens = exporting.inputs(exported.model, 3)
+    for graph, feeds in (("visual", {"pixel_values": pixels}), ("textual", {"input_ids": tokens})):
+        session = onnx.reference.ReferenceEvaluator(onnx.load(exported.folder / f"{graph}.onnx"))
+        assert np.abs(session.run(None, feeds)[0] - exported.run(graph, **feeds)).max() < FP32
+
+
+def test_two_models_of_one_architecture_give_the_same_bytes(exported, exporting, tmp_path) -> None:
+    other = copy.deepcopy(exported.model)
+    exporting.randomize_(other, 7)
+    export_graphs(other, (16, 16), 12, tmp_path, opset=20)
+    for file in (*GRAPHS, "weight_map.json"):
+        assert (tmp_path / file).read_bytes() == (exported.folder / file).read_bytes(), file
+
+
+def test_another_set_of_weights_needs_no_export(exported, exporting, tmp_path) -> None:
+    other = copy.deepcopy(exported.model)
+    exporting.randomize_(other, 8)
+    for file in GRAPHS:
+        (tmp_path / file).write_bytes((exported.folder / file).read_bytes())
+    exporting.write_weights(WeightMap.read(exported.folder / "weight_map.json"), exporting.values_of(other), tmp_path)
+    assert exporting.Exported(tmp_path, exported.weights, other).error(3) < FP32
+
+
+def test_nothing_in_a_graph_says_where_or_when_it_was_made(exported, exporting) -> None:
+    for file in GRAPHS:
+        data = (exported.folder / file).read_bytes()
+        assert not any(word in data for word in (b".py", b"site-packages", str(exported.folder).encode(), torch.__version__.encode()))
+
+
+def test_initializers_have_the_names_of_the_state_dict(exported) -> None:
+    found = set()
+    for file in GRAPHS:
+        graph = onnx.load(exported.folder / file, load_external_data=False).graph
+        found |= {i.name for i in graph.initializer if i.data_location == onnx.TensorProto.EXTERNAL}
+    assert found == set(exported.model.state_dict())
+
+
+def test_only_constants_of_the_architecture_are_inside_the_graph(exported) -> None:
+    for file in GRAPHS:
+        graph = onnx.load(exported.folder / file, load_external_data=False).graph
+        inside = [i for i in graph.initializer if i.data_location != onnx.TensorProto.EXTERNAL]
+        assert max(len(i.raw_data) for i in inside) <= 12 * 12 * 4  # the causal mask
+
+
+def test_every_linear_of_a_block_is_one_gemm_and_no_shape_is_computed(exported) -> None:
+    graph = onnx.load(exported.folder / "visual.onnx", load_external_data=False).graph
+    ops = [node.op_type for node in graph.node]
+    assert ops.count("Gemm") == 2 * 4
+    assert ops.count("Softmax") == 2
+    assert ops.count("Shape") == 1  # of the batch, for the class token
+
+
+def test_the_rows_of_a_packed_projection_lie_as_torch_has_them(exported) -> None:
+    files = exported.weights.placements()
+    for name in ("visual.transformer.resblocks.1.attn.in_proj_weight", "transformer.resblocks.0.attn.in_proj_weight"):
+        _, placement = files[name]
+        assert not placement.transposed
+        assert placement.shape == tuple(exported.model.state_dict()[name].shape)
+
+
+def test_classify_gives_scaled_cosines_for_any_class_list(exported, exporting) -> None:
+    pixels, _ = exporting.inputs(exported.model, 2)
+    embeds = exported.run("visual", pixel_values=pixels)
+    for classes in (1, 4):
+        class_embeds = np.random.default_rng(classes).standard_normal((classes, 24)).astype(np.float32)
+        logits = exported.run("classify", pixel_values=pixels, class_embeds=class_embeds)
+        np.testing.assert_allclose(logits, exported.model.logit_scale.exp().item() * embeds @ class_embeds.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("opset", [MIN_OPSET - 1, MAX_OPSET + 1])
+def test_an_opset_out_of_range_is_refused(exported, tmp_path, opset) -> None:
+    with pytest.raises(InputError, match=f"opset {opset} is out of range"):
+        export_graphs(exported.model, (16, 16), 12, tmp_path, opset=opset)
+
+
+@pytest.mark.parametrize("opset", [MIN_OPSET, MAX_OPSET])
+def test_the_ends_of_the_range_work(exported, exporting, tmp_path, opset) -> None:
+    assert exporting.export(exported.model, tmp_path, opset).error(2) < FP32
+    assert {o.version for o in onnx.load(tmp_path / "visual.onnx", load_external_data=False).opset_import} == {opset}
+
+
+def test_a_parameter_that_is_folded_away_is_named(exported, tmp_path, monkeypatch) -> None:
+    class Doubled(torch.nn.Module):
+        def __init__(self, proj: torch.nn.Parameter) -> None:
+            super().__init__()
+            self.proj = proj
+
+        def forward(self, x):
+            return x @ (self.proj * 2)
+
+    model = copy.deepcopy(exported.model)
+    model.visual.register_module("doubled", Doubled(model.visual.proj))
+    model.visual.proj, model.visual.forward = None, None
+    original = type(model.visual).forward
+    model.visual.forward = lambda x: model.visual.doubled(original(model.visual, x))
+    monkeypatch.setattr(graph_module, "simplify_", _fold_everything_)
+    with pytest.raises(Unsupported, match=r"parameter visual\.doubled\.proj stands 0 times"):
+        export_graphs(model, (16, 16), 12, tmp_path, opset=20)
+
+
+def _fold_everything_(model, held) -> None:
+    from onnxscript.optimizer import optimize_ir
+
+    optimize_ir(model, should_fold=lambda node: True if node.op_type == "Mul" and all(i.is_initializer() for i in node.inputs) else None)
+
+
+def test_a_graph_that_computes_something_else_is_not_written(exported, tmp_path, monkeypatch) -> None:
+    def swap(graph, parameters, used):
+        placed = dict(zip(*_swapped(original(graph, parameters, used)), strict=True))
+        return placed
+
+    def _swapped(placed):
+        keys, values = list(placed), list(placed.values())
+        i, j = (next(n for n, p in enumerate(keys) if p.parameter.endswith(f"resblocks.{layer}.mlp.c_fc.weight")) for layer in (0, 1))
+        values[i], values[j] = values[j], values[i]
+        return keys, values
+
+    original = graph_module.place_parameters
+    monkeypatch.setattr(graph_module, "place_parameters", swap)
+    with pytest.raises(Unsupported, match="differs from torch"):
+        export_graphs(exported.model, (16, 16), 12, tmp_path, opset=20)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fresh_export_of_the_merged_model_is_the_release(exported) -> None:
+    audit = audit_reexport(exported.model, (16, 16), 12, exported.folder, opset=20)
+    assert audit.parameters == len(exported.model.state_dict()) - 1  # all but logit_scale, which only classify.onnx reads
+    assert audit.nbytes == sum(t.nbytes for n, t in exported.model.state_dict().items() if n != "logit_scale")
+
+
+def test_the_audit_names_a_weight_that_is_not_the_release_s(exported) -> None:
+    model = copy.deepcopy(exported.model)
+    with torch.no_grad():
+        model.transformer.resblocks[1].mlp.c_fc.weight[3, 5] += 1e-3
+    with pytest.raises(CheckFailed, match=r"textual\.onnx: transformer\.resblocks\.1\.mlp\.c_fc\.weight: sha256"):
+        audit_reexport(model, (16, 16), 12, exported.folder, opset=20)
+
+
+def test_a_weight_map_reads_what_it_wrote_and_refuses_the_rest(exported, tmp_path) -> None:
+    exported.weights.write(tmp_path / "weight_map.json")
+    assert WeightMap.read(tmp_path / "weight_map.json") == exported.weights
+    (tmp_path / "weight_map.json").write_text(json.dumps({"visual.safetensors": [{"parameter": "a"}]}))
+    with pytest.raises(InputError, match="not a weight map"):
+        WeightMap.read(tmp_path / "weight_map.json")

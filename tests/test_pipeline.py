@@ -1,0 +1,94 @@
+"""The steps as functions, where a test needs what the command line does not show."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from r1export.errors import InputError, Unsupported
+from r1export.pipeline import Silent, Stage, check_inputs, choose_device
+from r1export.pipeline.training import train
+from r1export.recipe import Recipe
+from r1export.run_folder import RunFolder, check_run, open_run
+from r1export.update.factors import ExpertUpdate
+
+
+@pytest.fixture
+def recipe(tiny_files) -> Recipe:
+    return Recipe.model_validate({
+        "base": {"weights": str(tiny_files[0]), "config": str(tiny_files[1])}, "tasks": [{"name": "digits", "source": "builtin:digits"}, {"name": "arrows", "source": "builtin:arrows"}],
+        "data": {"shots": 2, "test_limit": 10}, "train": {"iterations": 2},
+    })  # fmt: skip
+
+
+def stage_of(recipe: Recipe, path) -> Stage:
+    return Stage(open_run(path, recipe, resume=True, overwrite=False), recipe, "cpu", Silent())
+
+
+def test_the_second_task_is_learned_on_the_merged_weights_and_the_base_is_put_back(recipe, tmp_path) -> None:
+    stage = stage_of(recipe, tmp_path / "run")
+    before = {name: value.copy() for name, value in stage.base.items()}
+    train(stage)
+    assert all(np.array_equal(value, before[name]) for name, value in stage.clip.parameters().items())
+    updates = stage.run.updates(recipe)
+    merged = stage.merged(updates)
+    expected = ExpertUpdate.stack(updates).apply(before)
+    assert set(merged) == set(before)
+    assert all(np.array_equal(merged[name], expected.get(name, before[name])) for name in merged)
+
+
+def test_a_run_stopped_between_tasks_goes_on_with_the_second(recipe, tmp_path) -> None:
+    train(stage_of(recipe, tmp_path / "whole"))
+    train(stage_of(recipe, tmp_path / "cut"))
+    kept = (tmp_path / "cut/tasks/01-digits/factors.safetensors").stat().st_mtime_ns
+    for name in ("factors.safetensors", "pool.safetensors", "accuracy.json", "metrics.json"):
+        (tmp_path / "cut/tasks/02-arrows" / name).unlink()
+    (tmp_path / "cut/metrics.json").unlink()
+    assert train(stage_of(recipe, tmp_path / "cut")) == RunFolder(tmp_path / "whole").metrics()
+    assert (tmp_path / "cut/tasks/01-digits/factors.safetensors").stat().st_mtime_ns == kept
+    second = "tasks/02-arrows/factors.safetensors"
+    assert (tmp_path / "cut" / second).read_bytes() == (tmp_path / "whole" / second).read_bytes()
+
+
+def test_a_run_cannot_go_on_from_another_base(recipe, tmp_path) -> None:
+    stage = stage_of(recipe, tmp_path / "run")
+    train(stage)
+    other = stage_of(recipe, tmp_path / "run")
+    other.clip.load_({"logit_scale": np.float32(1.0)})
+    with pytest.raises(InputError, match="another base model"):
+        train(other)
+
+
+def test_checking_the_inputs_leaves_the_model_as_it_was(recipe, tmp_path) -> None:
+    stage = Stage(RunFolder(tmp_path / "never made"), recipe, "cpu", Silent())
+    names = list(stage.clip.model.state_dict())
+    check_inputs(stage)
+    assert list(stage.clip.model.state_dict()) == names
+    assert not (tmp_path / "never made").exists()
+
+
+def test_a_run_is_overwritten_only_when_asked(recipe, tmp_path) -> None:
+    run = open_run(tmp_path / "run", recipe, resume=False, overwrite=False)
+    (run.path / "metrics.json").write_text("{}")
+    with pytest.raises(InputError, match="already holds a run"):
+        check_run(run.path, recipe, resume=False, overwrite=False)
+    open_run(run.path, recipe, resume=False, overwrite=True)
+    assert not (run.path / "metrics.json").exists()
+    assert run.recipe() == recipe
+
+
+def test_a_file_in_the_place_of_the_run_is_refused(recipe, tmp_path) -> None:
+    (tmp_path / "run").write_text("something else")
+    with pytest.raises(InputError, match="nothing was touched"):
+        open_run(tmp_path / "run", recipe, resume=True, overwrite=True)
+    assert (tmp_path / "run").read_text() == "something else"
+
+
+def test_a_gpu_that_is_not_there_is_unsupported() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert choose_device("auto") == "cpu"
+    with pytest.raises(Unsupported, match="--device cpu"):
+        choose_device("cuda")
