@@ -4,7 +4,7 @@ Procedure `r1-f64-v1`, per adapted weight and block of rows:
 
     acc = float64(W)
     for each expert e, in order:   acc = acc + float64(u_e)[:, None] * float64(v_e)[None, :]
-    out = float32(acc)             and float16(out) where W is float16: two explicit roundings
+    out = float32(acc)             and float16(out) where W is float16: two explicit roundings; a float64 W is not rounded
 
 Only elementwise numpy multiply and add: a product of two float32 is exact in float64, so fused and separate
 multiply-add agree on every processor. `@`, einsum, sum, torch and BLAS reassociate and are banned here.
@@ -168,8 +168,8 @@ class ExpertUpdate:
 def _parameter(base: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     if name not in base:
         raise InputError(f"the base model has no parameter {name}", "use the base model that the update was made for")
-    if base[name].dtype not in (np.float32, np.float16):
-        raise InputError(f"{name} is {base[name].dtype}", "expected float32 or float16")
+    if base[name].dtype not in (np.float64, np.float32, np.float16):
+        raise InputError(f"{name} is {base[name].dtype}", "expected a float weight")
     return base[name]
 
 
@@ -185,4 +185,4 @@ def _merge_(block: np.ndarray, u: np.ndarray, v: np.ndarray) -> None:
         np.multiply(u_e[:, None], v_e[None, :], out=product)
         np.add(acc, product, out=acc)
     with np.errstate(over="ignore", under="ignore"):  # a result that overflows is refused by the caller
-        block[...] = acc.astype(np.float32)
+        block[...] = acc if block.dtype == np.float64 else acc.astype(np.float32)
