@@ -104,6 +104,8 @@ class Train(_Section):
     """Weight decay of AdamW."""
     orthogonality_weight: float = Field(0.1, ge=0)
     """Weight of the activation-guided orthogonality loss, from the second task on."""
+    consolidate: float = Field(1.0, ge=0, le=1)
+    """Share of the iterations after which the experts with the most votes are fixed and training goes on with them alone; 1 never does."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints inside a task."""
     seed: int = 42

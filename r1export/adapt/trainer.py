@@ -35,6 +35,7 @@ class TrainSettings:
     min_learning_rate: float = 1e-6
     weight_decay: float = 1e-2
     orthogonality_weight: float = 0.1
+    consolidate: float = 1.0
     checkpoint_every: int = 50
     seed: int = 42
 
@@ -102,6 +103,8 @@ def train_pools_(
     clip.model.train()
     while progress.step < settings.iterations:
         started = time.perf_counter()
+        if progress.step >= settings.consolidate * settings.iterations:
+            _consolidate_(pools)
         torch.manual_seed(seed_of(settings.seed, number, 2, progress.step))  # dropout
         indices = batch_indices(len(train), settings.batch_size, progress.step, settings.seed, number)
         labels = torch.from_numpy(task.train.labels[indices]).to(clip.device)
@@ -124,6 +127,13 @@ def train_pools_(
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return progress.losses
+
+
+def _consolidate_(pools: Pools) -> None:
+    """Fix the experts, so that from here on the function that is trained is the one that will be merged."""
+    for pool in pools.values():
+        if pool.gate is None:
+            pool.freeze_()
 
 
 def _prompts(clip: Clip, task: Task, seed: int, number: int) -> Tensor:

@@ -99,6 +99,25 @@ def test_orthogonality_keeps_a_task_off_what_earlier_tasks_merged(tiny_clip, str
     assert overlaps[1] < 0.7 * overlaps[0]
 
 
+def test_after_consolidation_only_the_experts_that_will_be_merged_are_trained(tiny_clip, stripes) -> None:
+    pools, _ = train(tiny_clip, stripes, TrainSettings(iterations=8, batch_size=8, learning_rate=5e-3, consolidate=0.5, seed=1))
+    for pool in pools.values():
+        assert int(pool.gate.sum()) == pool.settings.k_merge
+        assert pool.gate.nonzero()[:, 0].tolist() == pool.selected().tolist()
+        # Images vote in the first 4 of 8 steps only: 8 images, or 2 prompts, times k_train votes each.
+        assert int(pool.counts.sum()) in {4 * 8 * pool.settings.k_train, 4 * 2 * pool.settings.k_train}
+
+
+@pytest.mark.parametrize("kill_at", [4, 6])
+def test_a_consolidated_run_resumes_exactly(tiny_clip, stripes, tmp_path, kill_at: int) -> None:
+    settings = TrainSettings(iterations=8, batch_size=8, learning_rate=5e-3, consolidate=0.5, checkpoint_every=1, seed=1)
+    whole, _ = train(tiny_clip, stripes, settings)
+    with pytest.raises(Killed):
+        train(tiny_clip, stripes, settings, checkpoint=tmp_path / "c.safetensors", kill_at=kill_at)
+    resumed, _ = train(tiny_clip, stripes, settings, checkpoint=tmp_path / "c.safetensors")
+    assert same(pool_tensors(whole), pool_tensors(resumed))
+
+
 def test_every_image_is_used_once_per_epoch_and_batches_span_epochs() -> None:
     drawn = np.concatenate([batch_indices(10, 4, step, seed=3, task=1) for step in range(5)])
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))

@@ -1,4 +1,4 @@
-"""Makes the known-answer vectors of one format version: `python tests/bundles/make.py tests/bundles/v1`.
+"""Makes known-answer vectors: `python tests/bundles/make.py tests/bundles/v1 fp32`, or `... v1-int8 int8`.
 
 Run it for a new format only. What is in a folder here was released once and has to be read for ever.
 The updates are signed with a key that everybody knows: the 32 bytes 00 01 .. 1f.
@@ -23,13 +23,13 @@ KEY, STRANGER = SecretKey(bytes(range(32))), SecretKey(b"\x09" * 32)
 TERMS = Terms("camera", "v1", created=1_800_000_000)
 
 
-def main(out: Path) -> None:
+def main(out: Path, precision: str) -> None:
     spec = importlib.util.spec_from_file_location("fleet", Path(__file__).parents[1] / "device" / "fleet.py")
     fleet = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fleet)
     out.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as folder:
-        run = fleet.make_run(Path(folder) / "run")
+        run = fleet.make_run(Path(folder) / "run", precision)
         releases = sorted((run / "releases").iterdir())
         shutil.copytree(releases[0], out / "base", ignore=shutil.ignore_patterns("README.md"))
         (out / "key.pub").write_text(KEY.public.to_pem())
@@ -114,4 +114,4 @@ def _hex(value: float, dtype: str) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -54,7 +54,7 @@ def files(store: Path) -> dict[str, str]:
 
 
 def test_there_are_vectors():
-    assert [path.name for path in VERSIONS] == ["v1"]
+    assert [path.name for path in VERSIONS] == ["v1", "v1-int8"]
 
 
 def test_known_updates_give_known_files(vectors, store, r1device):
