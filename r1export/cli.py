@@ -174,6 +174,27 @@ def report(run: Run, as_json: Json = False) -> None:
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of verified runs of one stream of tasks.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write comparison.html and comparison.json there.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Compare verified runs, for example a method with its baselines, in one table and picture."""
+    with _terminal(as_json) as terminal:
+        from r1export.run_folder import read_json
+        from r1export.verify import comparison
+
+        reports = [(run.resolve().name, read_json(run / "report.json", f"verify it first: r1export verify {run}")) for run in runs]
+        found = comparison.compare_runs(reports)
+        terminal.table("Runs", *comparison.cells(found))
+        if out is not None:
+            comparison.write_comparison(found, out, overwrite=overwrite)
+            terminal.say(f"Comparison: {out / 'comparison.html'}")
+        terminal.document(found)
+
+
+@app.command()
 def inspect(path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A run, a release, factors or any safetensors file, or an .onnx graph.")], as_json: Json = False) -> None:
     """Say what a file or folder is and what it holds."""
     with _terminal(as_json) as terminal:

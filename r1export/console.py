@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,9 +58,9 @@ class Terminal:
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """First column to the left, the others to the right."""
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
         for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+            table.add_column(column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i > 0 and len(columns) > 3)
         for row in rows:
             table.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row))
         self.people.print(table)
@@ -80,7 +80,7 @@ class Terminal:
     def report(self, report: Mapping[str, Any]) -> None:
         """Verdicts of all releases and the reasons for what is not a pass."""
         rows = [self._release_row(release) for release in report.get("releases") or [report]]
-        self.table("Verification (largest difference of embeddings; latency relative to the base model)", ["release", "merge", "export", "total", "file", "graph", "latency", "unmerged", "verdict"], rows)
+        self.table("Verification: largest difference of embeddings, same program, latency / base", ["release", "merge", "export", "total", "program", "latency", "unmerged", "verdict"], rows)
         for reason in report.get("reasons") or []:
             self.say(f"  {reason}")
         verdict = report["verdict"]
@@ -90,10 +90,17 @@ class Terminal:
     def _release_row(release: Mapping[str, Any]) -> list[str]:
         parity, rungs, timing = release.get("parity") or {}, release.get("proof") or {}, release.get("latency") or {}
         errors = [f"{parity[name]['max_abs']:.1e}" if (parity.get(name) or {}).get("max_abs") is not None else "-" for name in ("merge", "export", "total")]
-        proofs = [(rungs.get(name) or {}).get("verdict", "-") for name in ("same_file", "graph")]
-        ratio = f"{timing['ratio']:.3f} ± {(timing['ci95'][1] - timing['ci95'][0]) / 2:.3f}" if timing.get("ratio") else "-"
+        bytes_and_rungs = [*(release.get("contents") or {}).values(), *(rungs.get(name) for name in ("same_file", "graph", "optimized_graph", "executed_ops", "cost"))]
+        program = _together(bytes_and_rungs)
+        ratio = f"{timing['ratio']:.3f}±{(timing['ci95'][1] - timing['ci95'][0]) / 2:.3f}" if timing.get("ratio") else "-"
         unmerged = f"{timing['unmerged_ratio']:.2f}" if timing.get("unmerged_ratio") else "-"
-        return [release["release"]["name"], *errors, *proofs, ratio, unmerged, release["verdict"]]
+        return [release["release"]["name"], *errors, program, ratio, unmerged, release["verdict"]]
+
+
+def _together(parts: Iterable[Mapping[str, Any] | None]) -> str:
+    """One verdict for several parts: fail beats pass; a dash where none was measured."""
+    verdicts = {part.get("verdict") for part in parts if part} - {"not measured", None}
+    return "fail" if "fail" in verdicts else "pass" if verdicts == {"pass"} else "-"
 
 
 def percent(share: float) -> str:

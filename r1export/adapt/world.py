@@ -131,10 +131,10 @@ def _polygon(outline: np.ndarray, ink: tuple[int, ...], paper: tuple[int, ...], 
 
 
 def _place(outline: np.ndarray, angle: float, radius: float, u: float, v: float) -> np.ndarray:
-    """Turn by `angle` (radians), scale to `radius` pixels, and move to a place (u, v in 0..1) where all of it shows."""
+    """Turn by `angle` (radians), scale to `radius` pixels, and move up to 3 pixels off the middle (u, v in 0..1), all of it showing."""
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    room = SIZE - 2 * 1.1 * radius
-    return radius * outline @ turn + 1.1 * radius + np.array([u, v]) * max(room, 0)
+    room = min(3, SIZE / 2 - 1.1 * radius)
+    return radius * outline @ turn + SIZE / 2 + room * (2 * np.array([u, v]) - 1)
 
 
 def draw_scene(colour: str, shape: str, rng: np.random.Generator) -> tuple[Image.Image, Scene]:

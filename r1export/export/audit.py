@@ -61,7 +61,7 @@ def _walk(fresh: ir.Graph, fielded: ir.Graph, place: str) -> list[tuple[ir.Value
     for i, (one, other) in enumerate(zip(fresh, fielded, strict=True)):
         where = f"{place}: node {i} ({other.op_type})"
         _same((one.domain, one.op_type, len(one.inputs)), (other.domain, other.op_type, len(other.inputs)), where)
-        _same({k: str(a) for k, a in one.attributes.items()}, {k: str(a) for k, a in other.attributes.items()}, where)
+        _same(_attributes(one), _attributes(other), where)
         for mine, theirs in zip(one.inputs, other.inputs, strict=True):
             if mine not in twin and mine.is_initializer() and theirs is not None and theirs.is_initializer():
                 twin[mine] = theirs
@@ -71,6 +71,11 @@ def _walk(fresh: ir.Graph, fielded: ir.Graph, place: str) -> list[tuple[ir.Value
         twin.update(zip(one.outputs, other.outputs, strict=True))
     _same([twin[v] for v in fresh.outputs], list(fielded.outputs), f"{place}: outputs")
     return pairs
+
+
+def _attributes(node: ir.Node) -> dict[str, str]:
+    """A file holds floats in 32 bits, a fresh graph in 64."""
+    return {name: str(np.float32(a.value) if a.type == ir.AttributeType.FLOAT else a.value) for name, a in node.attributes.items()}
 
 
 def _same(found: object, expected: object, where: str) -> None:

@@ -58,9 +58,9 @@ def export_graphs(model: nn.Module, image_size: tuple[int, int], context_length:
     weights = WeightMap(placements)
     prove({tower: graphs[tower.name] for tower in towers}, weights, sentinels)
     for name, graph in graphs.items():
-        _write(graph, folder / f"{name}.onnx")
+        write_graph(graph, folder / f"{name}.onnx")
     add_classifier_(graphs["visual"], weights, "visual.safetensors")
-    _write(graphs["visual"], folder / "classify.onnx")
+    write_graph(graphs["visual"], folder / "classify.onnx")
     weights.write(folder / "weight_map.json")
     return weights
 
@@ -152,7 +152,8 @@ def _external(graph: ir.Graph, name: str, layout: object, location: str) -> ir.V
     return value
 
 
-def _write(model: ir.Model, path: Path) -> None:
+def write_graph(model: ir.Model, path: Path) -> None:
+    """Write a graph without its external weights, atomically and with deterministic bytes."""
     write_file(path, ir.to_proto(model).SerializeToString(deterministic=True))
 
 

@@ -16,20 +16,23 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from r1export.errors import InputError, Unsupported
-from r1export.update.container import Layout, TensorSpec, plan
+from r1export.update.container import DTYPES, Layout, TensorSpec, plan
 from r1export.update.files import write_json
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One parameter in the weights file: stored with `shape`, as its 2-D transpose if `transposed`."""
+    """One parameter in the weights file: stored with `shape`, as its 2-D transpose if `transposed`, in a safetensors `dtype`."""
 
     parameter: str
     shape: tuple[int, ...]
     transposed: bool = False
+    dtype: str = "F32"
 
     def store(self, value: np.ndarray) -> np.ndarray:
-        """The parameter as it is stored."""
+        """The parameter as it is stored. Raises ValueError if it has another dtype: precision is lost on purpose or not at all."""
+        if value.dtype != np.dtype(DTYPES[self.dtype]):
+            raise ValueError(f"{self.parameter} is {value.dtype}, expected {self.dtype}")
         return np.ascontiguousarray(value.T if self.transposed else value).reshape(self.shape)
 
 
@@ -39,9 +42,13 @@ class WeightMap:
 
     files: Mapping[str, tuple[Placement, ...]]
 
-    def layout(self, file: str, dtype: np.dtype = np.dtype(np.float32)) -> Layout:
+    def layout(self, file: str) -> Layout:
         """Where each parameter lies in `file`."""
-        return plan((p.parameter, dtype, p.shape) for p in self.files[file])
+        return plan((p.parameter, np.dtype(DTYPES[p.dtype]), p.shape) for p in self.files[file])
+
+    def sorted(self) -> WeightMap:
+        """The same with the widest types first, so that every tensor is aligned."""
+        return WeightMap({f: tuple(sorted(placed, key=lambda p: -np.dtype(DTYPES[p.dtype]).itemsize)) for f, placed in self.files.items()})
 
     def stored(self, file: str, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All tensors of `file` in their stored form."""
@@ -59,7 +66,7 @@ class WeightMap:
         """Inverse of `write`. Raises InputError."""
         try:
             files = json.loads(path.read_text(encoding="utf-8"))
-            return cls({f: tuple(Placement(p["parameter"], tuple(p["shape"]), p["transposed"]) for p in placed) for f, placed in files.items()})
+            return cls({f: tuple(Placement(p["parameter"], tuple(p["shape"]), p["transposed"], p.get("dtype", "F32")) for p in placed) for f, placed in files.items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a weight map: {error}", "export the run again with --overwrite") from error
 

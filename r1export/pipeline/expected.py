@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.nn import LayerNorm
 
 from r1export.errors import R1ExportError
 from r1export.export.graph import GRAPHS
@@ -49,7 +50,10 @@ def holdings(stage: Stage, number: int, path: Path, manifest: Mapping[str, Any],
     tasks = [(task.name, task.classes, task.templates) for task in stage.tasks]
     classes = _tried(lambda: contents.class_problems(path, tasks, _embedder(stage, path), 2 * gate.max_abs) + _listed_classes(stage, path))
     golden = _tried(lambda: selftest.golden_problems(path, manifest))
+    epsilons = {name: module.eps for name, module in stage.clip.model.named_modules() if isinstance(module, LayerNorm)}
+    norms = [problem for graph in ("visual.onnx", "textual.onnx") for problem in contents.epsilon_problems(path / graph, epsilons)]
     return {
+        "graphs": contents.part(norms, f"{len(epsilons)} norms have their epsilon"),
         "weights": contents.part(weights, f"{len(expected)} parameters are base + factors, bit for bit"),
         "classes": contents.part(classes, f"the embeddings of {len(tasks)} tasks are what this text tower gives"),
         "golden": contents.part(golden, "the stored samples are reproduced"),

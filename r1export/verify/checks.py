@@ -27,6 +27,7 @@ LADDER = {
 CONTENTS = {
     "manifest": ("Manifest", "The manifest is the one that was written, and says what the run says."),
     "files": ("Files", "Every file is the one that was released; nothing is missing or added."),
+    "graphs": ("Graphs", "The norms of the graphs have the model's own epsilons."),
     "weights": ("Weights", "Every parameter is base + factors, bit for bit, where the manifest says it lies."),
     "classes": ("Classes", "Class embeddings are what the release's own text tower gives."),
     "golden": ("Golden samples", "The stored inputs give the stored outputs."),

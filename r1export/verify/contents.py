@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from r1export.errors import R1ExportError
 from r1export.update.container import NAMES, TensorSpec, map_tensors, read_layout, read_tensors
@@ -76,6 +77,20 @@ def weight_problems(release: Path, manifest: Mapping[str, Any], expected: Mappin
         elif np.ascontiguousarray(found).tobytes() != np.ascontiguousarray(wanted).tobytes():
             problems.append(f"{name} is not base + factors: {diagnose(name, np.reshape(found, wanted.shape), wanted, updates)}")
     return sorted(problems)
+
+
+def epsilon_problems(graph: Path, epsilons: Mapping[str, float]) -> list[str]:
+    """Every LayerNormalization against the epsilon of the module that owns its weight.
+
+    A wrong one errs by less than any tolerance where the input varies much, and by everything where it does not.
+    """
+    problems = []
+    for node in onnx.load(graph, load_external_data=False).graph.node:
+        module = node.input[1].removesuffix(".weight") if node.op_type == "LayerNormalization" else ""
+        found = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+        if module in epsilons and np.float32(epsilons[module]) != np.float32(found):
+            problems.append(f"{graph.name}: epsilon of {module} is {found:.3g}, expected {epsilons[module]:.3g}")
+    return problems
 
 
 def class_problems(release: Path, tasks: Iterable[tuple[str, Sequence[str], Sequence[str]]], embed: Embed, tolerance: float) -> list[str]:

@@ -12,17 +12,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from r1export.verify import tables
 from r1export.verify.checks import FAIL, INCONCLUSIVE, NOT_MEASURED, PASS, Check, checks, overall, verdict_of
+from r1export.verify.templating import WORDS, environment
 
 __all__ = ["SCHEMA", "overall", "render_html", "render_junit", "render_markdown", "schema", "settled", "write_report"]
 
 SCHEMA = "r1export.report/1"
-WORDS = {PASS: "Passed", FAIL: "Failed", INCONCLUSIVE: "Inconclusive", NOT_MEASURED: "Not measured"}
-MARKS = {PASS: "\N{CHECK MARK}", FAIL: "\N{MULTIPLICATION X}", INCONCLUSIVE: "?", NOT_MEASURED: "\N{EN DASH}"}
 # Characters that XML forbids, that are no characters, or that turn the direction of the text after them.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
@@ -80,12 +78,12 @@ def _own_reasons(report: Mapping[str, Any]) -> list[str]:
 
 def render_html(report: Mapping[str, Any]) -> str:
     """One page that needs nothing else: no network, no script, no font."""
-    return _environment("html").get_template("report.html.j2").render(_page(settled(report), pictures=True))
+    return environment("html").get_template("report.html.j2").render(_page(settled(report), pictures=True))
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
     """The same report without pictures."""
-    return _environment("md").get_template("report.md.j2").render(_page(settled(report), pictures=False))
+    return environment("md").get_template("report.md.j2").render(_page(settled(report), pictures=False))
 
 
 def render_junit(report: Mapping[str, Any]) -> str:
@@ -95,7 +93,7 @@ def render_junit(report: Mapping[str, Any]) -> str:
     """
     report = settled(report)
     suites = [_suite(part) for part in report.get("releases", [])] + [_suite(report)]
-    return _environment("xml").get_template("report.xml.j2").render(suites=suites, created=report.get("created") or "")
+    return environment("xml").get_template("report.xml.j2").render(suites=suites, created=report.get("created") or "")
 
 
 def _suite(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,29 +212,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):
         return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _environment(language: str) -> Environment:
-    environment = Environment(
-        loader=PackageLoader("r1export.verify"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=_markdown if language == "md" else None,
-    )
-    environment.globals.update(WORDS=WORDS, MARKS=MARKS)
-    environment.filters["code"] = lambda text: Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
-    return environment
-
-
-def _markdown(value: Any) -> Markup:
-    """Text that Markdown shows as it is, on one line; `commands` between backticks stay commands."""
-    if isinstance(value, Markup):
-        return value
-    parts = re.split(r"(`[^`]+`)", re.sub(r"\s+", " ", str(value)))
-    # Underscores inside words are harmless and common in names.
-    plain = [re.sub(r"([\\*\[\]`]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", part) for part in parts[::2]]
-    parts[::2] = [part.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for part in plain]
-    return Markup("".join(parts).replace("|", "\\|"))

@@ -25,7 +25,8 @@ class Ratio:
 
     @property
     def halfwidth(self) -> float:
-        return (self.high - self.low) / 2
+        """Half the width of the interval in logarithms: the same noise has the same width wherever the ratio lies."""
+        return float(np.log(self.high / self.low)) / 2
 
     def within(self, margin: float) -> bool:
         """The whole interval lies between 1 / (1 + margin) and 1 + margin."""

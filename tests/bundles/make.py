@@ -83,6 +83,8 @@ def refusals(run: Path, out: Path):
             signed(text.replace(b'"payload":{"bytes":%d' % len(good.payload), b'"payload":{"bytes":%d' % (len(good.payload) + 8))),
         ),
     }
+    if good.manifest.algorithm.endswith("+q8"):
+        del cases["swapped"]  # one bit of a float32 does not outlive the rounding to int8
     (out / "refused").mkdir()
     for name, (code, why, content) in cases.items():
         (out / "refused" / f"{name}.r1u").write_bytes(content)

@@ -101,35 +101,34 @@ def test_an_opset_out_of_range_is_refused(exported, tmp_path, opset) -> None:
         export_graphs(exported.model, (16, 16), 12, tmp_path, opset=opset)
 
 
-@pytest.mark.parametrize("opset", [MIN_OPSET, MAX_OPSET])
-def test_the_ends_of_the_range_work(exported, exporting, tmp_path, opset) -> None:
-    assert exporting.export(exported.model, tmp_path, opset).error(2) < FP32
-    assert {o.version for o in onnx.load(tmp_path / "visual.onnx", load_external_data=False).opset_import} == {opset}
+def test_the_oldest_opset_works_too(exported, exporting, tmp_path) -> None:
+    assert exporting.export(exported.model, tmp_path, MIN_OPSET).error(2) < FP32
+    assert {o.version for o in onnx.load(tmp_path / "visual.onnx", load_external_data=False).opset_import} == {MIN_OPSET}
+
+
+class Doubled(torch.nn.Module):
+    """A layer norm that computes with its weight before it uses it."""
+
+    def __init__(self, base: torch.nn.LayerNorm) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(x, self.base.normalized_shape, self.base.weight * 2, self.base.bias)
 
 
 def test_a_parameter_that_is_folded_away_is_named(exported, tmp_path, monkeypatch) -> None:
-    class Doubled(torch.nn.Module):
-        def __init__(self, proj: torch.nn.Parameter) -> None:
-            super().__init__()
-            self.proj = proj
-
-        def forward(self, x):
-            return x @ (self.proj * 2)
-
     model = copy.deepcopy(exported.model)
-    model.visual.register_module("doubled", Doubled(model.visual.proj))
-    model.visual.proj, model.visual.forward = None, None
-    original = type(model.visual).forward
-    model.visual.forward = lambda x: model.visual.doubled(original(model.visual, x))
+    model.visual.ln_post = Doubled(model.visual.ln_post)
     monkeypatch.setattr(graph_module, "simplify_", _fold_everything_)
-    with pytest.raises(Unsupported, match=r"parameter visual\.doubled\.proj stands 0 times"):
+    with pytest.raises(Unsupported, match=r"parameter visual\.ln_post\.base\.weight stands 0 times"):
         export_graphs(model, (16, 16), 12, tmp_path, opset=20)
 
 
 def _fold_everything_(model, held) -> None:
     from onnxscript.optimizer import optimize_ir
 
-    optimize_ir(model, should_fold=lambda node: True if node.op_type == "Mul" and all(i.is_initializer() for i in node.inputs) else None)
+    optimize_ir(model)
 
 
 def test_a_graph_that_computes_something_else_is_not_written(exported, tmp_path, monkeypatch) -> None:

@@ -151,6 +151,18 @@ def test_a_signature_for_another_type_of_document_is_refused():
             verify(json.dumps({"payloadType": payload_type, "signatures": [signature]}).encode(), BODY, [ALICE.public])
 
 
+def test_a_right_signature_that_claims_another_type_is_refused():
+    envelope = sign(BODY, [ALICE]).replace(PAYLOAD_TYPE.encode(), b"application/vnd.in-toto+json")
+    with pytest.raises(CheckFailed, match="no field update"):
+        verify(envelope, BODY, [ALICE.public])
+
+
+def test_each_key_signs_once_and_somebody_has_to():
+    for keys in ([], [ALICE, ALICE]):
+        with pytest.raises(InputError, match="once"):
+            sign(BODY, keys)
+
+
 @pytest.mark.parametrize(
     "envelope",
     [
