@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -219,6 +220,72 @@ def doctor(as_json: Json = False) -> None:
         terminal.document({"findings": findings})
         if any(finding["verdict"] == "fail" for finding in findings):
             raise typer.Exit(3)
+
+
+@app.command()
+def keygen(prefix: Annotated[Path, typer.Argument(metavar="PREFIX", help="Writes PREFIX.key, readable by its owner only, and PREFIX.pub.")], as_json: Json = False) -> None:
+    """Make an Ed25519 key pair that signs field updates."""
+    with _terminal(as_json) as terminal:
+        from r1export.update.envelope import keygen as make_keys
+
+        public = make_keys(prefix)
+        terminal.say(f"{prefix}.key stays here; {prefix}.pub goes to the devices. Key id {public.keyid}")
+        terminal.document({"key": f"{prefix}.key", "public": f"{prefix}.pub", "keyid": public.keyid})
+
+
+@app.command()
+def bundle(
+    run: Run,
+    release: Annotated[int, typer.Option("--release", help="Number of the release that the device will have; 0 is the base.")],
+    key: Annotated[list[Path], typer.Option("--key", help="Secret key from keygen; give it once for each signature.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The update, for example update.r1u.")],
+    since: Annotated[int, typer.Option("--since", help="Number of the release that the device has.")] = 0,
+    drop: Annotated[list[str], typer.Option("--drop", metavar="TASK", help="Leave a task out; needs --seq; repeatable.")] = [],  # noqa: B006
+    seq: Annotated[int, typer.Option("--seq", help="Sequence number; a rollback or a version without a task needs one above all that the fleet has seen.")] = 0,
+    product: Annotated[str, typer.Option("--product", help="Devices of another product refuse the update.")] = "default",
+    device_class: Annotated[str, typer.Option("--device-class", help="Devices of another class refuse the update.")] = "default",
+    min_seq: Annotated[int, typer.Option("--min-seq", help="Devices may not roll back below this sequence number.")] = 0,
+    expires: Annotated[int, typer.Option("--expires", help="Seconds since 1970 after which devices refuse the update; 0 is never.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write what a device lacks to run a release, signed: the factors of the tasks since its own release."""
+    with _terminal(as_json) as terminal:
+        from r1export.update.envelope import SecretKey
+        from r1export.update.publish import Terms
+
+        keys = [SecretKey.read(path) for path in key]
+        stage = _reopen(run, Device.auto, terminal)
+        from r1export import pipeline
+
+        terms = Terms(product, device_class, min_seq=min_seq, created=int(time.time()), expires=expires)
+        pipeline.bundle(stage, release, since, keys, out, drop=drop, seq=seq, terms=terms, overwrite=overwrite)
+        size = out.stat().st_size
+        terminal.say(f"{out}: {size / 1000:.1f} kB, from release {since} to {release}")
+        terminal.document({"bundle": str(out), "bytes": size, "release": release, "since": since})
+
+
+@app.command("device-kit")
+def device_kit(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The kit, for example r1device.pyz.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the one file that a device needs to install updates, with numpy and nothing else."""
+    with _terminal(as_json) as terminal:
+        from r1export.device.kit import device_kit as write_kit
+
+        path = write_kit(out, overwrite=overwrite)
+        terminal.say(f"{path}: {path.stat().st_size / 1000:.1f} kB; on the device: python {path.name} --help")
+        terminal.document({"kit": str(path), "bytes": path.stat().st_size})
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)
+def device(context: typer.Context) -> None:
+    """What the kit does on a device: init, apply, status, rollback, doctor, inspect."""
+    from r1export.device.__main__ import main as run_verb
+
+    raise typer.Exit(run_verb(context.args or ["--help"], program="r1export device"))
 
 
 @app.callback(invoke_without_command=True)

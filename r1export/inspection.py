@@ -25,7 +25,7 @@ def describe(path: Path) -> Description:
         raise InputError(f"{path}: no such file or folder", "check the path")
     if path.is_dir():
         return _release(path) if (path / "manifest.json").exists() else _run(path)
-    kinds: dict[str, Callable[[Path], Description]] = {".safetensors": _tensors, ".onnx": _graph, ".toml": _recipe}
+    kinds: dict[str, Callable[[Path], Description]] = {".safetensors": _tensors, ".onnx": _graph, ".toml": _recipe, ".r1u": _bundle}
     if path.suffix not in kinds:
         raise InputError(f"{path}: unknown kind of file", f"expected a folder or one of {', '.join(kinds)}")
     return kinds[path.suffix](path)
@@ -82,6 +82,14 @@ def _recipe(path: Path) -> Description:
     recipe = load_recipe(path)
     rows = [[f"{section}.{field}", str(value)] for section in ("base", "data", "pool", "train", "export", "verify") for field, value in getattr(recipe, section)]
     return "Recipe", {"recipe": str(path), "tasks": ", ".join(task.name for task in recipe.stream)}, ["field", "value"], rows
+
+
+def _bundle(path: Path) -> Description:
+    from r1export.update.bundle import inspect
+
+    facts = inspect(path)
+    rows = [[key, str(value)] for key, value in facts.items() if not isinstance(value, list | dict)]
+    return "Update", {"update": str(path), "signatures": "listed, not verified: that is done on the device"}, ["field", "value"], rows
 
 
 def _size(nbytes: int) -> str:

@@ -163,7 +163,7 @@ def pretrain(model: nn.Module, texts: Texts, steps: int, batch: int, lr: float) 
     optimizer = make_optimizer(model, lr)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     unused = torch.ones(len(model.token_embedding.weight), 1).index_fill_(0, texts.used, 0).bool()
-    start = time.time()
+    text, start = torch.empty(0), time.time()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))

@@ -340,3 +340,29 @@ def test_help_loads_no_torch() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stderr.strip() == "[]"
     assert "verify" in result.stdout
+
+
+def test_a_device_that_takes_the_updates_holds_the_released_bytes_and_a_version_without_a_task_verifies(run, tmp_path) -> None:
+    def must(*arguments: object) -> Result:
+        result = r1export(*arguments)
+        assert result.returncode == 0, result.stderr
+        return result
+
+    out, store, keys = run[0], tmp_path / "store", tmp_path / "fleet"
+    must("keygen", keys)
+    assert (tmp_path / "fleet.key").stat().st_mode & 0o777 == 0o600
+    for number in (1, 2):
+        must("bundle", out, "--release", number, "--since", number - 1, "--key", f"{keys}.key", "-o", tmp_path / f"{number}.r1u")
+    must("bundle", out, "--release", 2, "--drop", "digits", "--seq", 9, "--key", f"{keys}.key", "-o", tmp_path / "dropped.r1u")
+    must("device", "init", store, "--base", out / "releases/00-base", "--trust", f"{keys}.pub")
+    for number, name in ((1, "01-digits"), (2, "02-arrows")):
+        must("device", "apply", store, tmp_path / f"{number}.r1u")
+        for file in ("visual.safetensors", "textual.safetensors", "golden.safetensors", "classes/arrows.safetensors", "manifest.json"):
+            assert sha256_file(store / "current" / file) == sha256_file(out / "releases" / name / file)
+    assert (tmp_path / "2.r1u").stat().st_size < 0.05 * (store / "current/visual.safetensors").stat().st_size + 100_000
+    one_line = r1export("device", "apply", store, tmp_path / "1.r1u")
+    assert (one_line.returncode, "Traceback" in one_line.stderr) == (1, False)
+    must("device", "apply", store, tmp_path / "dropped.r1u")
+    assert json.loads(must("verify", store / "current", "--json").stdout)["verdict"] == "pass"
+    must("device", "doctor", store)
+    assert "seq" in must("inspect", tmp_path / "2.r1u").stdout

@@ -22,10 +22,10 @@ from onnx import helper, numpy_helper
 
 from r1export.cli import app
 from r1export.export.graph import GRAPHS
-from r1export.export.release import sealed
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import sha256_bytes, sha256_file, write_json
+from r1export.update.release import sealed
 from r1export.verify.digest import graph_digest
 
 SETTINGS = (
@@ -246,7 +246,9 @@ def test_an_edited_manifest_is_found(run: Path) -> None:
     path = run / "releases" / "01-digits" / "manifest.json"
     path.write_text(path.read_text().replace('"max_abs": 5e-05', '"max_abs": 0.5'))
     assert "manifest.json was edited" in found_by_verify(run)
-    alone = subprocess.run([sys.executable, "-m", "r1export", "verify", path.parent], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, timeout=120)
+    alone = subprocess.run(
+        [sys.executable, "-m", "r1export", "verify", path.parent], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, timeout=120
+    )
     assert (alone.returncode, alone.stderr) == (1, "")
     assert "manifest.json was edited" in alone.stdout
 
@@ -256,6 +258,20 @@ def test_a_manifest_that_was_edited_and_sealed_again_is_found_by_the_run(run: Pa
     manifest = json.loads(path.read_text()) | {"golden": {"max_abs": 0.5, "min_cosine": 0.1}}
     write_json(path, sealed(manifest))
     assert "manifest.json: golden is {'max_abs': 0.5, 'min_cosine': 0.1}" in found_by_verify(run)
+
+
+@pytest.mark.parametrize("provider", ["openvino", "abacus"])
+def test_a_provider_that_this_machine_has_not_is_refused_and_never_replaced(verified: Path, provider: str) -> None:
+    done = r1export("verify", verified / "releases" / "01-digits", "--provider", provider)
+    assert done.returncode == 3, done.output
+
+
+def test_a_release_by_itself_is_verified_against_the_base_beside_it(verified: Path) -> None:
+    done = r1export("verify", verified / "releases" / "01-digits", "--json")
+    report = json.loads(done.output[done.output.index("{\n") :])
+    assert done.returncode in (0, 4), report["reasons"]
+    assert {report["proof"][rung]["verdict"] for rung in ("same_file", "graph", "optimized_graph", "executed_ops", "cost")} == {"pass"}
+    assert report["latency"]["ratio"] > 0
 
 
 def test_all_graphs_are_those_that_faults_are_planted_in(run: Path) -> None:

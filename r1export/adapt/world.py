@@ -145,7 +145,7 @@ def draw_scene(colour: str, shape: str, rng: np.random.Generator) -> tuple[Image
     dark, large, outlined = u[3:6] < (0.5, 0.5, 0.3)
     grey = _between(5, 60, u[6]) if dark else _between(150, 205, u[6])
     paper = tuple(round(grey + 50 * tint) for tint in u[7:10])
-    radius = _between(10, 13.5, u[10]) if large else _between(6.5, 8.5, u[10])
+    radius = _between(11, 13.5, u[10]) if large else _between(8, 9.5, u[10])
     way = int(8 * u[14]) if shape in TURNING_SHAPES else 0
     angle = np.radians(_between(-20, 20, u[11]) - 45 * way)
     outline = _place(SHAPES[shape], angle, radius, u[12], u[13])

@@ -19,9 +19,9 @@ from r1export.errors import R1ExportError
 from r1export.update import bundle
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, program: str = "r1device") -> int:
     """Run one verb and return the exit code; an error is one line on standard error, or JSON with --json."""
-    options = _parser().parse_args(arguments)
+    options = _parser(program).parse_args(arguments)
     try:
         code, answer = options.verb(options)
     except R1ExportError as error:
@@ -72,8 +72,8 @@ def _inspect(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     return 0, bundle.inspect(options.update)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="r1device", description="Field updates for CLIP models: signed, bit-exact, crash-safe.")
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description="Field updates for CLIP models: signed, bit-exact, crash-safe.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, function: Any, text: str, subject: str = "store") -> argparse.ArgumentParser:

@@ -55,9 +55,9 @@ def half_graphs(graphs: Path, folder: Path) -> WeightMap:
 def _halve_(graph: ir.Graph) -> None:
     norm = [node for node in graph if node.op_type == "ReduceL2"][-1]  # of the embedding: the start of what stays in float32
     embedding = norm.inputs[0]
-    tail = _downstream(embedding)
+    tail = _tail(graph, embedding)
     for value in list(graph.initializers.values()):
-        if value.dtype == ir.DataType.FLOAT and value.shape.dims and not value.is_graph_input():
+        if value.dtype == ir.DataType.FLOAT:
             _halve_constant_(graph, value, tail)
     for node in list(graph):
         if node not in tail:
@@ -102,14 +102,19 @@ def _halve_node_(node: ir.Node) -> None:
             value.dtype = HALF
 
 
-def _downstream(start: ir.Value) -> set[ir.Node]:
-    """All nodes that depend on `start`."""
-    found, waiting = set(), [start]
+def _tail(graph: ir.Graph, embedding: ir.Value) -> set[ir.Node]:
+    """All nodes that depend on `embedding`, and those that only serve them."""
+    found: set[ir.Node] = set()
+    waiting = [embedding]
     while waiting:
         for node in waiting.pop().consumers():
             if node not in found:
                 found.add(node)
                 waiting.extend(node.outputs)
+    for node in reversed(graph):
+        users = [user for value in node.outputs for user in value.consumers()]
+        if users and node is not embedding.producer() and all(user in found for user in users):
+            found.add(node)
     return found
 
 

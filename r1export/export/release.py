@@ -22,9 +22,10 @@ from r1export.export.weight_map import WeightMap
 from r1export.update.container import NAMES, write_layout, write_tensors
 from r1export.update.factors import PROCEDURE
 from r1export.update.files import new_folder, sha256_bytes, sha256_file, write_file, write_json
+from r1export.update.release import sealed
 
 FORMAT = "r1export.release/1"
-UNLISTED = ("manifest.json", "README.md", "report.json", "report.md", "report.html", "report.xml")  # made from the manifest, or after it
+UNLISTED = ("manifest.json", "README.md", "report.json", "report.md", "report.html", "report.xml", "update.r1u")  # made from the manifest, or after it
 
 
 @dataclass(frozen=True)
@@ -123,17 +124,6 @@ def _manifest(content: ReleaseContent, folder: Path, weights: WeightMap, tensors
         "tensors": _tensor_map(weights, tensors),
         "versions": dict(content.versions),
     }
-
-
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest's content without its own `sha256`, whatever the order of its keys."""
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return sha256_bytes(json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
-
-
-def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with its digest of itself, so that an edited one is noticed. A signed update vouches for who wrote it."""
-    return {**manifest, "sha256": manifest_digest(manifest)}
 
 
 def _tensor_map(weights: WeightMap, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:

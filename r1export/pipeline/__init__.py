@@ -3,12 +3,14 @@
 train    zero-shot -> for each task: train the pools, pack the selected experts, merge, evaluate
 export   the graphs once -> for each release: weights, class embeddings, golden samples, manifest
 verify   for each release: parity, proof, latency -> reports
+bundle   the factors that a device lacks, signed
 """
 
 from r1export.pipeline.releasing import export
 from r1export.pipeline.self_verifying import verify_release
 from r1export.pipeline.stage import Silent, Stage, Watcher, check_inputs, choose_device
 from r1export.pipeline.training import train
+from r1export.pipeline.updating import bundle
 from r1export.pipeline.verifying import default_providers, verify
 
-__all__ = ["Silent", "Stage", "Watcher", "check_inputs", "choose_device", "default_providers", "export", "train", "verify", "verify_release"]
+__all__ = ["Silent", "Stage", "Watcher", "bundle", "check_inputs", "choose_device", "default_providers", "export", "train", "verify", "verify_release"]

@@ -11,12 +11,12 @@ from torch.nn import LayerNorm
 
 from r1export.errors import R1ExportError
 from r1export.export.graph import GRAPHS
-from r1export.export.release import UNLISTED, manifest_digest
+from r1export.export.release import UNLISTED
 from r1export.pipeline.stage import Stage
 from r1export.run_folder import read_json
 from r1export.update.factors import PROCEDURE, ExpertUpdate
 from r1export.update.files import sha256_file
-from r1export.update.release import Release
+from r1export.update.release import Release, manifest_digest
 from r1export.verify import contents, digest, parity, selftest
 from r1export.verify.runtime import open_session, runner
 
@@ -51,7 +51,7 @@ def holdings(stage: Stage, number: int, path: Path, manifest: Mapping[str, Any],
     classes = _tried(lambda: contents.class_problems(path, tasks, _embedder(stage, path), 2 * gate.max_abs) + _listed_classes(stage, path))
     golden = _tried(lambda: selftest.golden_problems(path, manifest))
     epsilons = {name: module.eps for name, module in stage.clip.model.named_modules() if isinstance(module, LayerNorm)}
-    norms = [problem for graph in ("visual.onnx", "textual.onnx") for problem in contents.epsilon_problems(path / graph, epsilons)]
+    norms = _tried(lambda: [problem for graph in ("visual.onnx", "textual.onnx") for problem in contents.epsilon_problems(path / graph, epsilons)])
     return {
         "graphs": contents.part(norms, f"{len(epsilons)} norms have their epsilon"),
         "weights": contents.part(weights, f"{len(expected)} parameters are base + factors, bit for bit"),

@@ -1,8 +1,8 @@
 """What merging and freezing cost, published for every task.
 
-    G1  merge exactness: largest logit difference and top-1 agreement of FROZEN and MERGED
-    G2  freezing gap: accuracy of per-input routing minus FROZEN with the same number of experts
-    G3  shrink gap: accuracy of FROZEN with k_train experts minus FROZEN with the k_merge that are merged
+G1  merge exactness: largest logit difference and top-1 agreement of FROZEN and MERGED
+G2  freezing gap: accuracy of per-input routing minus FROZEN with the same number of experts
+G3  shrink gap: accuracy of FROZEN with k_train experts minus FROZEN with the k_merge that are merged
 """
 
 from __future__ import annotations
@@ -77,5 +77,6 @@ def summarised(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | Non
     """The gaps of a run: the largest G1, the means of G2 and G3, and everything by task."""
     if not by_task:
         return None
-    gaps = list(by_task.values())
-    return {"G1": max(g["G1"] for g in gaps), "G2": float(np.mean([g["G2"] for g in gaps])), "G3": float(np.mean([g["G3"] for g in gaps])), "tasks": dict(by_task)}
+    largest = max(gap["G1"] for gap in by_task.values())
+    means = {name: float(np.mean([gap[name] for gap in by_task.values()])) for name in ("G2", "G3")}
+    return {"G1": largest, **means, "tasks": dict(by_task)}

@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import onnx
 
 from r1export.errors import CheckFailed, Unsupported
 from r1export.export.graph import GRAPHS
@@ -29,7 +28,7 @@ def ladder(
     """Rungs L0 to L4 of a release and the control. `seen` holds what the base ran; the base fills it."""
     path, folders = releases[number], (releases[0], releases[number])
     graphs = [{name: folder / name for name in GRAPHS} for folder in folders]
-    embeds = np.zeros((2, _width(path)), np.float32)
+    embeds = np.zeros((2, stage.clip.encode_text(stage.clip.tokenize([""])).shape[1]), np.float32)
     feeds = {
         "visual.onnx": {"pixel_values": inputs.visual[:1]}, "textual.onnx": {"input_ids": inputs.textual[:1]},
         "classify.onnx": {"pixel_values": inputs.visual[:1], "class_embeds": embeds},
@@ -49,10 +48,6 @@ def ladder(
     return found
 
 
-def _width(path: Path) -> int:
-    return onnx.load(path / "classify.onnx", load_external_data=False).graph.input[1].type.tensor_type.shape.dim[1].dim_value
-
-
 @contextmanager
 def _unmerged(stage: Stage, number: int, releases: list[Path], updates: list[ExpertUpdate]) -> Iterator[Path]:
     """The visual graph of the release before, with the branches of the task beside its linears. Raises Unsupported."""
@@ -66,14 +61,15 @@ def added_latency(
 ) -> dict[str, Any]:
     """Rung L5 on every provider: one image, base and release interleaved, the unmerged model and torch beside them."""
     settings, feeds = stage.recipe.verify, {"pixel_values": inputs.visual[:1]}
-    routed, unmerged, merged = _routed(models), encoders(models.unmerged.model), encoders(models.merged.model)
-    torch_jobs = {name: (lambda run=run: run(inputs.visual[:1])) for name, run in (("routed_torch", routed), ("unmerged_torch", unmerged.visual), ("merged_torch", merged.visual))}
+    base, release = releases[0] / "visual.onnx", releases[number] / "visual.onnx"
+    runs = {"routed_torch": _routed(models), "unmerged_torch": encoders(models.unmerged.model).visual, "merged_torch": encoders(models.merged.model).visual}
+    torch_jobs = {name: (lambda run=run: run(inputs.visual[:1])) for name, run in runs.items()}
     found = []
     with _branches_if_any(stage, number, releases, updates) as branches:
         for provider in providers:
             with stage.watch.track(f"Latency on {provider}, base and release interleaved", latency.BLOCKS) as advance:
                 found.append(latency.added_latency(
-                    opener(releases[0] / "visual.onnx", feeds, provider), opener(releases[number] / "visual.onnx", feeds, provider), pairs=settings.pairs, margin=settings.margin,
+                    opener(base, feeds, provider), opener(release, feeds, provider), pairs=settings.pairs, margin=settings.margin,
                     provider=PROVIDERS[provider], open_unmerged=opener(branches, feeds, provider) if branches else None,
                     torch_jobs=torch_jobs if provider == providers[0] else None, on_block=advance,
                 ))  # fmt: skip

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import torch
 
 from r1export import __version__
+from r1export.adapt.tasks import Task
 from r1export.errors import CheckFailed, InputError, R1ExportError
 from r1export.export.graph import GRAPHS
 from r1export.export.release import read_manifest
@@ -78,7 +79,8 @@ def _verify_release(
 ) -> dict[str, Any]:
     """One release. Each step is left out where the one before failed: what is not the release is not measured."""
     path = releases[number]
-    found = {"verdict": "pass", "reasons": [], "created": now(), "r1export": __version__, "release": {"index": number, "name": path.name}, "environment": environment()}
+    found: dict[str, Any] = {"verdict": "pass", "reasons": [], "created": now(), "r1export": __version__, "environment": environment()}
+    found["release"] = {"index": number, "name": path.name}
     try:
         manifest = read_manifest(path)
         found["contents"] = expected.identity(stage, number, path, manifest)
@@ -90,13 +92,14 @@ def _verify_release(
         return found | {"verdict": "fail", "reasons": [f"{error.message} (write it again: delete {path} and run r1export export)"]}
     inputs = parity_inputs(stage, stage.tasks[max(0, number - 1)])
     with torch_models(stage, number, updates) as models:
-        found["parity"], found["gaps"] = _parity(stage, number, path, inputs, models, base, providers)
+        found["parity"] = _parity(stage, number, path, inputs, models, base, providers)
+        if _failed(found["contents"]) or _failed(found["parity"]):
+            return found
         found["proof"] = ladder(stage, number, releases, inputs, updates, base.executions, providers)
-        if number and not _failed(found["contents"]) and not _failed(found["parity"]) and not _failed(found["proof"]):
+        found["drift"] = _drift(stage, releases[number], base)
+        if number and not _failed(found["proof"]):
+            found["gaps"] = _gaps(stage, stage.tasks[number - 1], inputs, models)
             found["latency"] = added_latency(stage, number, releases, inputs, models, updates, providers)
-            found["drift"] = _drift(stage, number, releases, base)
-        elif not number and not _failed(found["parity"]):
-            base.embeddings.append((path.name, gallery(stage, path)))
     return found
 
 
@@ -106,14 +109,14 @@ def _failed(parts: Mapping[str, Any]) -> bool:
 
 def _parity(
     stage: Stage, number: int, path: Path, inputs: parity.Inputs, models: TorchModels, base: _Base, providers: tuple[str, ...]
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The three stages, and the gaps of the task."""
-    settings, task = stage.recipe.verify, stage.tasks[max(0, number - 1)]
+) -> dict[str, Any]:
+    """The three stages; the base has only its export. What cannot be run has failed."""
+    settings = stage.recipe.verify
     gate = parity.Gate(settings.max_abs, settings.min_cosine)
     batches = tuple(dict.fromkeys((*settings.batches, 0)))  # 0: all samples at once
     facts = {"batches": [size or len(inputs.visual) for size in batches], "levels": list(LEVELS), "providers": list(providers)}
     reference = parity.run_in_batches(encoders(models.merged.model), inputs, (0,))
-    stages, gap = {}, None
+    stages: dict[str, Any] = {}
     trained = parity.run_in_batches(encoders(models.unmerged.model), inputs, (0,)) if models.unmerged else None
     try:
         candidate = parity.Outputs.join(parity.run_in_batches(_onnx(path, level, provider), inputs, batches) for provider in providers for level in LEVELS)
@@ -128,9 +131,14 @@ def _parity(
         base.control = stages["export"]
     if trained:
         stages = {"merge": parity.compare(trained, reference, gate, base.control) | facts, **stages}
-        gap = gaps.exactness(trained, reference, float(models.merged.model.logit_scale.exp()))
-        gap |= gaps.freezing(models.unmerged, models.pools, task, *test_images(stage, task))
-    return stages, gap
+    return stages
+
+
+def _gaps(stage: Stage, task: Task, inputs: parity.Inputs, models: TorchModels) -> dict[str, Any]:
+    """G1 to G3 of one task."""
+    frozen, merged = (parity.run_in_batches(encoders(clip.model), inputs, (0,)) for clip in (models.unmerged, models.merged))
+    gap = gaps.exactness(frozen, merged, float(models.merged.model.logit_scale.exp()))
+    return gap | gaps.freezing(models.unmerged, models.pools, task, *test_images(stage, task))
 
 
 def _located(stage: Stage, path: Path, inputs: parity.Inputs, models: TorchModels, failed: Mapping[str, Any]) -> str:
@@ -151,14 +159,12 @@ def _located(stage: Stage, path: Path, inputs: parity.Inputs, models: TorchModel
     return "; ".join(found)
 
 
-def _drift(stage: Stage, number: int, releases: list[Path], base: _Base) -> dict[str, Any] | None:
-    """Against the release before, or the last one that could be measured."""
-    if not base.embeddings:
-        return None
-    name, old = base.embeddings[-1]
-    new = gallery(stage, releases[number])
-    base.embeddings.append((releases[number].name, new))
-    return embedding_drift(old, new, against=name)
+def _drift(stage: Stage, path: Path, base: _Base) -> dict[str, Any] | None:
+    """Against the last release before that could be measured; None for the base."""
+    new = gallery(stage, path)
+    found = embedding_drift(base.embeddings[-1][1], new, against=base.embeddings[-1][0]) if base.embeddings else None
+    base.embeddings.append((path.name, new))
+    return found
 
 
 def _onnx(path: Path, level: str, provider: str) -> parity.Model:

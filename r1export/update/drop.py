@@ -21,7 +21,7 @@ from r1export.update.container import read_tensors, write_tensors
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import sha256_file, write_file, write_json
 from r1export.update.rebuild import Rebuild
-from r1export.update.release import MANIFEST, Release
+from r1export.update.release import MANIFEST, Release, sealed
 
 GOLDEN = "golden.safetensors"
 TOWERS = (("visual.onnx", "pixel_values", "image_embeds"), ("textual.onnx", "input_ids", "text_embeds"))
@@ -99,4 +99,4 @@ def _write_manifest(folder: Path, target: Release, rebuild: Rebuild, before: Reb
         merged = parameter in rebuild.changed
         digest = hashlib.sha256(rebuild.tensor(parameter).tobytes()).hexdigest() if merged else rebuild.base.tensors[parameter].sha256
         document["tensors"][parameter]["sha256"] = digest
-    write_json(folder / MANIFEST, document)
+    write_json(folder / MANIFEST, sealed(document))

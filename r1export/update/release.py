@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from r1export.errors import CheckFailed, InputError
 from r1export.update.container import DTYPES
-from r1export.update.files import sha256_file
+from r1export.update.files import sha256_bytes, sha256_file
 from r1export.update.strict import Fields, items, parse_json, whole
 
 FORMAT = "r1export.release/1"
@@ -137,3 +139,14 @@ def _stored(fields: Fields) -> Stored:
         sha256=fields.digest("sha256"),
         scale=fields.text("scale", _PATH) if "scale" in fields else "",
     )
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content without its own `sha256`, whatever the order of its keys."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return sha256_bytes(json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with its digest of itself, so that an edited one is noticed. A signed update vouches for who wrote it."""
+    return {**manifest, "sha256": manifest_digest(manifest)}

@@ -97,11 +97,13 @@ def picture(comparison: Mapping[str, Any]) -> str:
 
 def render(comparison: Mapping[str, Any]) -> str:
     """One page that needs nothing else."""
-    return environment("html").get_template("comparison.html.j2").render(table=table(comparison), tasks=comparison["tasks"], picture=Markup(picture(comparison)))
+    return (
+        environment("html").get_template("comparison.html.j2").render(table=table(comparison), tasks=comparison["tasks"], picture=Markup(picture(comparison)))
+    )
 
 
 def write_comparison(comparison: Mapping[str, Any], folder: Path, *, overwrite: bool = False) -> None:
-    """Write comparison.json and comparison.html into a new folder. Raises InputError if it is there and `overwrite` is not asked for."""
+    """Write comparison.json and comparison.html into a new folder. Raises InputError if it is there and may not be replaced."""
     if folder.exists() and not overwrite:
         raise InputError(f"{folder} is already there", "choose another --out, or --overwrite")
     with new_folder(folder) as place:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from r1export.errors import R1ExportError
 from r1export.update.container import NAMES, TensorSpec, map_tensors, read_layout, read_tensors
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import sha256_bytes
 from r1export.verify.diagnosis import diagnose
+from r1export.verify.digest import read_graph
 
 PROMPTS = 256  # prompts per task that are embedded again: enough for every class of a small task, spread over a large one
 Embed = Callable[[list[str]], np.ndarray]
@@ -33,7 +33,8 @@ def part(problems: Iterable[str], fine: str) -> dict[str, str]:
 def manifest_problems(manifest: Mapping[str, Any], expected: Mapping[str, Any], digest: str) -> list[str]:
     """`digest` is what the manifest's own digest should be; `expected` are facts that follow from the run."""
     problems = [] if manifest.get("sha256") == digest else ["manifest.json was edited: its digest of itself does not fit"]
-    return problems + [f"manifest.json: {name} is {_short(manifest.get(name))}, expected {_short(value)}" for name, value in expected.items() if manifest.get(name) != value]
+    other = {name: value for name, value in expected.items() if manifest.get(name) != value}
+    return problems + [f"manifest.json: {name} is {_short(manifest.get(name))}, expected {_short(value)}" for name, value in other.items()]
 
 
 def _short(value: Any) -> str:
@@ -85,7 +86,7 @@ def epsilon_problems(graph: Path, epsilons: Mapping[str, float]) -> list[str]:
     A wrong one errs by less than any tolerance where the input varies much, and by everything where it does not.
     """
     problems = []
-    for node in onnx.load(graph, load_external_data=False).graph.node:
+    for node in read_graph(graph).graph.node:
         module = node.input[1].removesuffix(".weight") if node.op_type == "LayerNormalization" else ""
         found = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
         if module in epsilons and np.float32(epsilons[module]) != np.float32(found):
@@ -122,4 +123,4 @@ def _task_problems(folder: Path, name: str, classes: Sequence[str], templates: S
     if error.max() <= tolerance:
         return []
     worst = classes[chosen[int(error.argmax())]]
-    return [f"classes/{name}.safetensors is stale: the release's text tower gives another embedding, by {error.max():.2g} for {worst!r}, allowed {tolerance:.2g}"]
+    return [f"classes/{name}.safetensors is stale: the text tower gives another embedding, by {error.max():.2g} for {worst!r}, allowed {tolerance:.2g}"]

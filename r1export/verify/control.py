@@ -57,21 +57,22 @@ def _branched(node: NodeProto, parameter: str, groups: Sequence[tuple[Rows, Fact
     parts, branches = [], []
     for i, (rows, pair) in enumerate(sorted(groups, key=lambda group: group[0])):
         low, high = f"{name}.branch{i}.v", f"{name}.branch{i}.u"
-        tensors += [numpy_helper.from_array(np.ascontiguousarray(value.T.astype(np.float32)), f"{edge}.weight") for edge, value in ((low, pair.v), (high, pair.u))]
+        for edge, value in ((low, pair.v), (high, pair.u)):
+            tensors.append(numpy_helper.from_array(np.ascontiguousarray(value.T.astype(np.float32)), f"{edge}.weight"))
         branches += [
             helper.make_node("MatMul", [node.input[0], f"{low}.weight"], [low], name=low),
             helper.make_node("MatMul", [low, f"{high}.weight"], [high], name=high),
         ]
         parts.append((rows, high))
-    side, joined = _joined(name, parts, groups, tensors)
+    side, joined = _joined(name, parts)
     return [found, *branches, *joined, helper.make_node("Add", [f"{name}.base", side], [name], name=f"{name}.sum")]
 
 
-def _joined(name: str, parts: Sequence[tuple[Rows, str]], groups: Sequence[tuple[Rows, Factors]], tensors: list[TensorProto]) -> tuple[str, list[NodeProto]]:
+def _joined(name: str, parts: Sequence[tuple[Rows, str]]) -> tuple[str, list[NodeProto]]:
     """The branches side by side. Rows between them that have no expert would need padding, which no recipe asks for."""
     starts, stops = [rows.start for rows, _ in parts], [rows.stop for rows, _ in parts]
     if starts != [0, *stops[:-1]]:
-        raise Unsupported(f"{groups[0][0].parameter}: experts beside {', '.join(str(rows) for rows, _ in parts)} only", "the control needs experts beside q, k and v")
+        raise Unsupported(f"experts beside {', '.join(str(rows) for rows, _ in parts)} only", "the control needs experts beside q, k and v")
     if len(parts) == 1:
         return parts[0][1], []
     return f"{name}.side", [helper.make_node("Concat", [edge for _, edge in parts], [f"{name}.side"], name=f"{name}.side", axis=-1)]

@@ -16,6 +16,8 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto, numpy_helper
 
+from r1export.errors import CheckFailed
+
 SMALL = 1024  # bytes; integers up to this size are shapes, axes and indices and belong to the structure
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 
@@ -27,10 +29,18 @@ def graph_digest(graph: Path | onnx.ModelProto, *, structural: bool = False) -> 
     models with different weights are still the same program. Laws: renaming values, nodes, dimensions, or the weights'
     bytes changes nothing; another node, attribute, edge, dtype, shape, opset, or constant does.
 
-    Raises onnx's or protobuf's errors if the file is no ONNX graph.
+    Raises CheckFailed if the file is missing or no ONNX graph.
     """
-    model = graph if isinstance(graph, onnx.ModelProto) else onnx.load(graph, load_external_data=False)
+    model = graph if isinstance(graph, onnx.ModelProto) else read_graph(graph)
     return hashlib.sha256(json.dumps(_Digest(structural).model(model), sort_keys=True).encode()).hexdigest()
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """The graph without its weights. Raises CheckFailed if the file is missing or no ONNX graph."""
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError is not part of its public interface
+        raise CheckFailed(f"{path} is no ONNX graph: {str(error)[:120]}", "export the graphs again") from error
 
 
 class _Scope:
@@ -101,7 +111,16 @@ class _Digest:
         opsets = sorted((o.domain, o.version) for o in function.opset_import)
         defaults = [[a.name, self._attribute(a, scope)] for a in function.attribute_proto]
         nodes = [self._node(node, scope) for node in function.node]
-        return [function.domain, function.name, function.overload, opsets, sorted(function.attribute), defaults, nodes, [scope.find(name) for name in function.output]]
+        return [
+            function.domain,
+            function.name,
+            function.overload,
+            opsets,
+            sorted(function.attribute),
+            defaults,
+            nodes,
+            [scope.find(name) for name in function.output],
+        ]
 
     def _tensor(self, tensor: TensorProto | onnx.SparseTensorProto) -> list[Any]:
         if isinstance(tensor, onnx.SparseTensorProto):

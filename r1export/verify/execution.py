@@ -14,11 +14,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 
-from r1export.errors import CheckFailed
 from r1export.verify.digest import graph_digest
-from r1export.verify.runtime import PROVIDERS, check_provider, provider_options, session_options, spoken
+from r1export.verify.runtime import runner, session_options, start
 
 MOVES = {"Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "MemcpyFromHost", "MemcpyToHost", "ReorderInput", "ReorderOutput",
          "Reshape", "Shape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"}  # fmt: skip
@@ -45,8 +43,9 @@ class Kernel:
         if "Attention" in self.op and len(shapes) > 1 and len(shapes[1]) > 2:
             return 4 * prod(shapes[0]) * shapes[1][-2]  # Q K^T and P V
         if "MatMul" in self.op or "Gemm" in self.op:
-            left = shapes[0]  # the profile does not show a second input that was packed when the session was opened
-            transposed = len(shapes) > 1 and left[-1] not in shapes[1][-2:]
+            # The profile does not show a weight that was packed when the session was opened; a bias may stand in its place.
+            left, right = shapes[0], next((shape for shape in shapes[1:] if len(shape) > 1), None)
+            transposed = right is not None and left[-1] not in right[-2:]
             return 2 * out * left[-2 if transposed else -1]
         return out
 
@@ -82,7 +81,6 @@ def execute(graph: Path, feeds: Mapping[str, np.ndarray], provider: str = "cpu")
         Unsupported: this onnxruntime has not the provider.
         CheckFailed: onnxruntime refuses the model or the inputs, or fell back to another provider.
     """
-    check_provider(provider)
     with tempfile.TemporaryDirectory() as folder:
         optimized, options = Path(folder) / "optimized.onnx", session_options()
         options.optimized_model_filepath = str(optimized)
@@ -91,12 +89,9 @@ def execute(graph: Path, feeds: Mapping[str, np.ndarray], provider: str = "cpu")
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
         options.log_severity_level = 4  # it warns that the optimised graph fits this machine only, which is what we ask for
-        try:
-            session = ort.InferenceSession(str(graph), options, providers=[(PROVIDERS[provider], provider_options(provider, "", None))])
-            session.run(None, dict(feeds))
-            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        except Exception as error:  # onnxruntime raises its own classes straight from C++, without a common base
-            raise CheckFailed(f"{graph.name}: onnxruntime refuses it: {spoken(error)}", "write the release again") from error
+        session = start(graph, options, provider)
+        runner(session)(dict(feeds))
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         model = onnx.load(optimized, load_external_data=False)
     nodes = [event["args"] for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
     peaks = [int(node["mem_in_use_peak"]) for node in nodes if "mem_in_use_peak" in node]

@@ -55,7 +55,9 @@ class Divergence:
         return f"first diverging node: {op} {name}{others} at {self.place}{parameters}; relative error {self.before:.1g} before it, {self.error:.1g} after it"
 
 
-def locate(graph: Path, feeds: Mapping[str, np.ndarray], boundaries: Sequence[Boundary], expected: np.ndarray, reproducer: Path | None = None) -> Divergence | None:
+def locate(
+    graph: Path, feeds: Mapping[str, np.ndarray], boundaries: Sequence[Boundary], expected: np.ndarray, reproducer: Path | None = None
+) -> Divergence | None:
     """The first divergence of `graph` from torch on `feeds`, None if there is none that can be seen.
 
     `expected` is torch's output. With `reproducer` (a folder that does not exist yet) a minimal graph, its inputs, the
@@ -154,7 +156,14 @@ def _between(graph: onnx.GraphProto, value: str, known: set[str]) -> tuple[list[
 
 
 def _write_case(
-    graph: onnx.GraphProto, folder: Path, nodes: Sequence[onnx.NodeProto], inputs: Mapping[str, np.ndarray], expected: np.ndarray, value: str, model: onnx.ModelProto, out: Path
+    graph: onnx.GraphProto,
+    folder: Path,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Mapping[str, np.ndarray],
+    expected: np.ndarray,
+    value: str,
+    model: onnx.ModelProto,
+    out: Path,
 ) -> None:
     """case.onnx (only these nodes, their weights inside), case.npz (inputs and expected) and reproduce.py."""
     used = {name for node in nodes for name in node.input}

@@ -64,7 +64,9 @@ class Gate:
         if not control or control.get("verdict") != "pass":
             return self
         return replace(
-            self, max_abs=max(self.max_abs, self.control_factor * control["max_abs"]), min_cosine=min(self.min_cosine, 1 - self.control_factor * (1 - control["min_cosine"]))
+            self,
+            max_abs=max(self.max_abs, self.control_factor * control["max_abs"]),
+            min_cosine=min(self.min_cosine, 1 - self.control_factor * (1 - control["min_cosine"])),
         )
 
 

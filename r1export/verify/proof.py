@@ -44,8 +44,8 @@ def same_graphs(base: Mapping[str, Path], release: Mapping[str, Path]) -> dict[s
 def _digest(path: Path) -> str:
     try:
         return graph_digest(path)
-    except Exception as error:  # protobuf's DecodeError is not part of its public interface
-        return f"no graph: {error}"
+    except CheckFailed as error:
+        return error.message
 
 
 def executions(graphs: Mapping[str, Path], feeds: Mapping[str, Feeds], providers: Iterable[str]) -> dict[str, Execution]:

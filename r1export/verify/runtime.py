@@ -59,10 +59,15 @@ def open_session(
         Unsupported: this onnxruntime has not the provider, or silently fell back to another one.
         CheckFailed: onnxruntime refuses the model.
     """
+    return start(graph, session_options(level, threads), provider, provider_options(provider, weights_digest, cache))
+
+
+def start(graph: Path, options: ort.SessionOptions, provider: str, details: dict[str, Any] | None = None) -> ort.InferenceSession:
+    """A session on exactly this provider, by default with its plain options. Raises as `open_session` does."""
     check_provider(provider)
-    chosen = (PROVIDERS[provider], provider_options(provider, weights_digest, cache))
+    chosen = (PROVIDERS[provider], provider_options(provider, "", None) if details is None else details)
     try:
-        session = ort.InferenceSession(str(graph), session_options(level, threads), providers=[chosen])
+        session = ort.InferenceSession(str(graph), options, providers=[chosen])
     except Exception as error:  # onnxruntime raises its own classes straight from C++, without a common base
         raise CheckFailed(f"{graph}: onnxruntime refuses the model: {spoken(error)}", "write the release again") from error
     if session.get_providers()[0] != PROVIDERS[provider]:

@@ -88,8 +88,10 @@ def test_lengths_beyond_the_file_or_the_limits_are_refused(small):
     for position in (8, 8 + 4 + int.from_bytes(small[8:12], "little")):
         for length in (0xFFFFFFFF, 1 << 31, 1 << 20, len(small)):
             changed = small[:position] + length.to_bytes(4, "little") + small[position + 4 :]
-            with pytest.raises(InputError):
+            with pytest.raises(InputError, match=f"claims {length} bytes"):
                 split(changed)
+    with pytest.raises(InputError, match="more than"):
+        split(MAGIC + bytes(MAX_BUNDLE))
 
 
 def test_a_fill_between_parts_that_is_not_zero_is_refused(bundle, key):

@@ -1,0 +1,43 @@
+"""Field updates of a run: what a device lacks, signed. The rules are in r1export.update; here they meet the models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from r1export.adapt.evaluate import class_embeddings
+from r1export.pipeline.stage import Stage
+from r1export.update.bundle import Bundle
+from r1export.update.container import read_tensors, write_tensors
+from r1export.update.envelope import SecretKey
+from r1export.update.publish import Terms, make_bundle
+
+
+def bundle(
+    stage: Stage, release: int, since: int, keys: Sequence[SecretKey], out: Path, *, drop: Sequence[str] = (), seq: int = 0, terms: Terms | None = None, overwrite: bool = False
+) -> Bundle:
+    """Write to `out` what a device at release `since` needs for `release`, without the tasks in `drop`.
+
+    Raises what `make_bundle` raises.
+    """
+    return make_bundle(
+        stage.run.path, release, since, keys, out, drop=drop, seq=seq, terms=terms, overwrite=overwrite, refresh=lambda folder: _refresh(stage, release, drop, folder)
+    )
+
+
+@torch.inference_mode()
+def _refresh(stage: Stage, release: int, drop: Sequence[str], folder: Path) -> None:
+    """Class embeddings and golden outputs in `folder` from the model without the dropped tasks."""
+    clip = stage.clip
+    learned = zip(stage.recipe.stream, stage.run.updates(stage.recipe)[:release], strict=False)
+    clip.load_(stage.merged([update for task, update in learned if task.name not in drop]))
+    for task in stage.tasks:
+        write_tensors(folder / "classes" / f"{task.name}.safetensors", {"class_embeds": class_embeddings(clip, task)})
+    golden = read_tensors(folder / "golden.safetensors")
+    images, tokens = (torch.from_numpy(golden[name]).to(clip.device) for name in ("pixel_values", "input_ids"))
+    golden["image_embeds"] = clip.model.encode_image(images, normalize=True).float().cpu().numpy()
+    golden["text_embeds"] = clip.encode_text(tokens).float().cpu().numpy()
+    write_tensors(folder / "golden.safetensors", golden)
+    clip.load_(stage.base)

@@ -1,0 +1,72 @@
+"""A release by itself: its files, and its golden samples in the real onnxruntime."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from r1export.update.container import read_tensors, write_tensors
+from r1export.update.files import sha256_file
+from r1export.verify.digest import graph_digest
+from r1export.verify.runtime import open_session, runner
+from r1export.verify.selftest import changed_files, changed_graphs, golden_parity, golden_problems, manifest_gate
+
+ENTRIES = {"visual": "pixel_values", "textual": "input_ids"}
+GOLDEN = {"max_abs": 5e-5, "min_cosine": 1 - 1e-6}
+
+
+@pytest.fixture
+def release(write_graph) -> tuple[Path, dict]:
+    """A folder whose two towers are the small graph, under the names of the inputs of a CLIP."""
+    path = write_graph("release").parent
+    original = onnx.load(path / "visual.onnx", load_external_data=False)
+    for name, entry in ENTRIES.items():
+        model = onnx.ModelProto.FromString(original.SerializeToString())
+        model.graph.input[0].name = model.graph.node[0].input[0] = entry
+        (path / f"{name}.onnx").write_bytes(model.SerializeToString())
+    inputs = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    outputs = [runner(open_session(path / f"{name}.onnx"))({entry: inputs}) for name, entry in ENTRIES.items()]
+    write_tensors(path / "golden.safetensors", {"input_ids": inputs, "pixel_values": inputs, "image_embeds": outputs[0], "text_embeds": outputs[1]})
+    files = {name: {"sha256": sha256_file(path / name)} for name in ("visual.onnx", "textual.onnx", "visual.safetensors", "golden.safetensors")}
+    return path, {"files": files, "graphs": {"visual.onnx": graph_digest(path / "visual.onnx")}, "precision": "fp32", "golden": GOLDEN}
+
+
+def test_a_release_that_is_as_it_was_written_passes(release) -> None:
+    path, manifest = release
+    assert changed_files(path, manifest, ("manifest.json",)) == changed_graphs(path, manifest) == golden_problems(path, manifest) == []
+    found = golden_parity(path, manifest)
+    assert (found["verdict"], found["batches"]) == ("pass", [1, 2, 5, 8])
+
+
+def test_a_changed_a_missing_and_an_added_file_are_named(release) -> None:
+    path, manifest = release
+    (path / "textual.onnx").write_bytes(b"other")
+    (path / "visual.onnx").unlink()
+    (path / "more.txt").write_text("x")
+    assert changed_files(path, manifest, ()) == [
+        "visual.onnx is missing",
+        "textual.onnx is not the file that was released",
+        "more.txt is not listed in the manifest",
+    ]
+
+
+def test_a_link_is_no_file_of_a_release(release) -> None:
+    path, manifest = release
+    (path / "visual.onnx").rename(path.parent / "elsewhere.onnx")
+    (path / "visual.onnx").symlink_to(path.parent / "elsewhere.onnx")
+    assert changed_files(path, manifest, ()) == ["visual.onnx is missing"]
+
+
+def test_golden_samples_that_are_not_reproduced_are_a_problem(release) -> None:
+    path, manifest = release
+    golden = read_tensors(path / "golden.safetensors")
+    golden["image_embeds"][0, 0] += 1e-3
+    write_tensors(path / "golden.safetensors", golden)
+    assert "the visual tower errs by 0.001, allowed 5e-05" in golden_problems(path, manifest)[0]
+
+
+def test_the_gate_follows_the_precision_and_the_manifest() -> None:
+    gate = manifest_gate({"precision": "int8", "golden": {"max_abs": 0.2, "min_cosine": 0.9}})
+    assert (gate.max_abs, gate.min_cosine, gate.min_agreement) == (0.2, 0.9, 0.9)
+    assert manifest_gate({"precision": "fp32", "golden": GOLDEN}).min_agreement == 0
