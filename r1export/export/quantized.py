@@ -128,9 +128,10 @@ def _quantize_(graph: ir.Graph, placements: Mapping[str, Placement]) -> None:
 
 
 def _quantize_linear_(graph: ir.Graph, node: ir.Node) -> None:
-    """Gemm (x, W, b) -> Add (MatMul (DQ (Q (x)), DQ (W^T)), b): onnxruntime has an integer kernel for this form alone.
+    """Gemm (x, W, b) -> Add (MatMul (DQ (Q (x)), DQ (W^T)), b).
 
-    The bias stays outside, since its integers would depend on the scale of W, which an update changes.
+    The bias stays outside, since its integers would depend on the scale of W, which an update changes. With one more
+    dimension, since onnxruntime would make a plain Gemm of it otherwise and leave its integer kernel out.
     """
     x, weight, out = node.inputs[0], node.inputs[1], node.outputs[0]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -138,12 +139,15 @@ def _quantize_linear_(graph: ir.Graph, node: ir.Node) -> None:
     scale, x_scale, zero = (_initializer(graph, name + part, shape, kind) for part, shape, kind in (
         (SCALE, weight.shape[:1], ir.DataType.FLOAT), (INPUT_SCALE, (), ir.DataType.FLOAT), (INPUT_ZERO, (), ir.DataType.UINT8)))  # fmt: skip
     weight.dtype, weight.shape = ir.DataType.INT8, ir.Shape(weight.shape[::-1])
+    axis = graph.initializers.get("int8_axis") or _constant(graph, "int8_axis", np.array([0]))
+    x = _new(nodes, "Unsqueeze", [x, axis], f"{name}.input", ir.DataType.FLOAT, ir.Shape([1, *x.shape]))
     q = _new(nodes, "QuantizeLinear", [x, x_scale, zero], f"{name}.input_q", ir.DataType.UINT8, x.shape)
     dq = _new(nodes, "DequantizeLinear", [q, x_scale, zero], f"{name}.input_dq", ir.DataType.FLOAT, x.shape)
     dw = _new(nodes, "DequantizeLinear", [weight, scale], f"{name}.dq", ir.DataType.FLOAT, weight.shape, axis=1)
-    total = _new(nodes, "MatMul", [dq, dw], f"{name}.product", ir.DataType.FLOAT, out.shape)
+    total = _new(nodes, "MatMul", [dq, dw], f"{name}.product", ir.DataType.FLOAT, ir.Shape([1, *out.shape]))
     if bias is not None:
-        total = _new(nodes, "Add", [total, bias], f"{name}.biased", ir.DataType.FLOAT, out.shape)
+        total = _new(nodes, "Add", [total, bias], f"{name}.biased", ir.DataType.FLOAT, total.shape)
+    total = _new(nodes, "Squeeze", [total, axis], f"{name}.output", ir.DataType.FLOAT, out.shape)
     graph.insert_before(node, nodes)
     ir.convenience.replace_all_uses_with(out, total)
     graph.remove(node, safe=True)
@@ -171,6 +175,13 @@ def _widen_(graph: ir.Graph, value: ir.Value) -> None:
 def _initializer(graph: ir.Graph, name: str, shape: object, kind: ir.DataType) -> ir.Value:
     value = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
     value.const_value = ir.tensor(np.zeros(tuple(shape), kind.numpy()), name=name)  # replaced by a place in the weights file
+    graph.register_initializer(value)
+    return value
+
+
+def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value.dtype, value.shape = value.const_value.dtype, ir.Shape(array.shape)
     graph.register_initializer(value)
     return value
 
