@@ -22,11 +22,13 @@ from onnx import helper, numpy_helper
 
 from r1export.cli import app
 from r1export.export.graph import GRAPHS
-from r1export.update.container import read_tensors, write_tensors
+from r1export.export.quantized import calibrate, quantized_graphs, quantized_weights
+from r1export.update.container import NAMES, read_layout, read_tensors, write_tensors
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import sha256_bytes, sha256_file, write_json
 from r1export.update.release import sealed
 from r1export.verify.digest import graph_digest
+from r1export.verify.parity import GATES
 
 SETTINGS = (
     "tasks.0.source=builtin:digits", "tasks.0.name=digits", "train.iterations=6", "data.test_limit=60", "data.shots=4",
@@ -113,6 +115,7 @@ def factors(run: Path) -> ExpertUpdate:
     return ExpertUpdate.read(run / "tasks" / "01-digits" / "factors.safetensors")
 
 
+WEIGHTS = ("visual.safetensors", "textual.safetensors")
 IN_PROJ = "visual.transformer.resblocks.1.attn.in_proj_weight"
 OUT_PROJ = "visual.transformer.resblocks.1.attn.out_proj.weight"
 
@@ -258,6 +261,43 @@ def test_a_manifest_that_was_edited_and_sealed_again_is_found_by_the_run(run: Pa
     manifest = json.loads(path.read_text()) | {"golden": {"max_abs": 0.5, "min_cosine": 0.1}}
     write_json(path, sealed(manifest))
     assert "manifest.json: golden is {'max_abs': 0.5, 'min_cosine': 0.1}" in found_by_verify(run)
+
+
+def write_int8(run: Path, name: str, ranges: dict, folder: Path, spoil: str = "") -> None:
+    """The release in int8, self-consistent; with `spoil`, the scale of that parameter is doubled."""
+    source = run / "releases" / name
+    shutil.copytree(source, folder)
+    manifest = json.loads((source / "manifest.json").read_text())
+    values = {n: t.T if manifest["tensors"][n]["transposed"] else t for file in WEIGHTS for n, t in read_tensors(source / file).items()}
+    for graph in GRAPHS:
+        (folder / graph).unlink()
+    layout = quantized_graphs(run / "graphs", folder)
+    found = quantized_weights(values, layout, ranges)
+    if spoil:
+        found[f"{spoil}.scale"] = found[f"{spoil}.scale"] * 2
+    manifest["tensors"] = {}
+    for file in WEIGHTS:
+        write_tensors(folder / file, layout.stored(file, found))
+        for spec in read_layout(folder / file).specs:
+            entry = {"file": file, "offset": spec.offset, "bytes": spec.nbytes, "dtype": NAMES[spec.dtype], "shape": list(spec.shape)}
+            manifest["tensors"][spec.name] = entry | {"transposed": False, "sha256": ""}
+    manifest |= {"precision": "int8", "golden": {"max_abs": GATES["int8"].max_abs, "min_cosine": GATES["int8"].min_cosine}}
+    write_json(folder / "manifest.json", manifest)
+    reseal(folder)
+
+
+@pytest.mark.parametrize(("spoil", "code"), [("", 0), (IN_PROJ, 1)])
+def test_an_int8_release_passes_and_one_with_a_doubled_scale_is_found(verified: Path, tmp_path: Path, spoil: str, code: int) -> None:
+    golden = read_tensors(verified / "releases" / "00-base" / "golden.safetensors")
+    ranges = calibrate(verified / "releases" / "00-base", {name: golden[name] for name in ("pixel_values", "input_ids")})
+    write_int8(verified, "00-base", ranges, tmp_path / "00-base")
+    write_int8(verified, "01-digits", ranges, tmp_path / "01-digits", spoil)
+    done = r1export("verify", tmp_path / "01-digits", "--json")
+    report = json.loads(done.output[done.output.index("{\n") :])
+    assert report["parity"]["export"]["verdict"] == ("fail" if code else "pass"), report["reasons"]
+    assert done.returncode == 1 if code else done.returncode in (0, 4)
+    if code:
+        assert "the visual tower errs by" in report["reasons"][0]
 
 
 @pytest.mark.parametrize("provider", ["openvino", "abacus"])
