@@ -124,13 +124,19 @@ def train(recipe: RecipeFile, out: Out, resume: Resume = False, overwrite: Overw
 
 
 @app.command()
-def export(run: Run, overwrite: Overwrite = False, device: Where = Device.auto, as_json: Json = False) -> None:
+def export(
+    run: Run,
+    overwrite: Overwrite = False,
+    audit: Annotated[bool, typer.Option("--audit-reexport", help="Export the last merged model afresh and compare it with its release.")] = False,
+    device: Where = Device.auto,
+    as_json: Json = False,
+) -> None:
     """Export the graphs of a trained run once, and write a release for the base and for every task."""
     with _terminal(as_json) as terminal:
         stage = _reopen(run, device, terminal)
         from r1export import pipeline
 
-        releases = pipeline.export(stage, overwrite=overwrite)
+        releases = pipeline.export(stage, overwrite=overwrite, audit=audit)
         for path in releases:
             terminal.say(str(path))
         terminal.document({"releases": [str(path) for path in releases]})

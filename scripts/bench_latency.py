@@ -50,8 +50,8 @@ def main() -> None:
         for repetition in range(asked.repetitions):
             rows.append(_repetition(graphs, feeds, asked, repetition))
             print(_line(repetition, rows[-1]), flush=True)
-    found = {"model": asked.model, "batch": asked.batch, "clock": asked.clock, "threads": asked.threads, "margin": asked.margin, "blocks": asked.blocks, "rounds": asked.rounds,
-             "ladder": ladder, "counts": _counts(rows), "machine": _machine(), "repetitions": rows}  # fmt: skip
+    settings = {key: value for key, value in vars(asked).items() if key != "out"}
+    found = {"settings": settings, "ladder": ladder, "counts": _counts(rows, asked.margin), "machine": _machine(), "repetitions": rows}
     for name, counts in found["counts"].items():
         print(f"{name:>9}: " + ", ".join(f"{verdict} {count} of {len(rows)}" for verdict, count in counts.items()))
     if asked.out:
@@ -66,9 +66,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="rounds per block; each runs every contender twice")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0, help="threads of a session, 0 for all cores")
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu counts this process's time only, for a machine that is not quiet; with --threads 1"
-    )
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: time of this process alone")
     parser.add_argument("--margin", type=float, default=0.02)
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     return parser.parse_args()
@@ -142,10 +140,10 @@ def _line(repetition: int, row: dict[str, Any]) -> str:
     return f"{repetition + 1:>3}  base {row['base_ms']:.1f} ms  {shown}  {' '.join(f'{k}={v}' for k, v in row['verdicts'].items())}  load {row['load']:.1f}"
 
 
-def _counts(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+def _counts(rows: list[dict[str, Any]], margin: float) -> dict[str, dict[str, int]]:
     """Verdicts of the clock, and how often the whole interval of the unmerged model lies above the margin."""
     counts = {name: dict(Counter(row["verdicts"][name] for row in rows)) for name in ("same", "merged", "unmerged")}
-    counts["unmerged slower than the margin"] = {"yes": sum(row["ratios"]["unmerged"][0] > 1.02 for row in rows)}
+    counts["unmerged slower than the margin"] = {"yes": sum(row["ratios"]["unmerged"][0] > 1 + margin for row in rows)}
     return counts
 
 

@@ -93,15 +93,18 @@ class Clip:
         return self.model.encode_text(tokens, normalize=True)
 
     def parameters(self) -> dict[str, np.ndarray]:
-        """All parameters by their state_dict names, copied to numpy."""
-        return {name: value.detach().cpu().numpy().copy() for name, value in self.model.named_parameters()}
+        """All weights by their state_dict names, copied to numpy: parameters and, where a tower has BatchNorm, its statistics."""
+        return {name: value.detach().cpu().numpy().copy() for name, value in self._tensors().items()}
 
     def load_(self, weights: Mapping[str, np.ndarray]) -> None:
-        """Overwrite the named parameters in place."""
-        parameters = dict(self.model.named_parameters())
+        """Overwrite the named weights in place."""
+        tensors = self._tensors()
         with torch.no_grad():
             for name, value in weights.items():
-                parameters[name].copy_(torch.from_numpy(np.array(value)))
+                tensors[name].copy_(torch.from_numpy(np.array(value)))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.model.state_dict(keep_vars=True).items() if value.is_floating_point()}
 
 
 def digest(weights: Mapping[str, np.ndarray]) -> str:

@@ -67,7 +67,8 @@ def _walk(fresh: ir.Graph, fielded: ir.Graph, place: str) -> list[tuple[ir.Value
                 twin[mine] = theirs
                 pairs.append((mine, theirs))
             if twin.get(mine, mine) is not theirs:
-                raise CheckFailed(f"{where}: reads {theirs.name if theirs else 'nothing'}, the fresh export reads {mine.name}", "export the run again with --overwrite")
+                read = theirs.name if theirs else "nothing"
+                raise CheckFailed(f"{where}: reads {read}, the fresh export reads {mine.name}", "export the run again with --overwrite")
         twin.update(zip(one.outputs, other.outputs, strict=True))
     _same([twin[v] for v in fresh.outputs], list(fielded.outputs), f"{place}: outputs")
     return pairs
@@ -86,7 +87,8 @@ def _same(found: object, expected: object, where: str) -> None:
 def _same_bytes(found: np.ndarray, expected: np.ndarray, where: str) -> None:
     one, other = np.ascontiguousarray(found), np.ascontiguousarray(expected)
     if one.dtype != other.dtype or one.shape != other.shape or one.tobytes() != other.tobytes():
+        theirs, mine = (f"sha256 {sha256_bytes(array.tobytes())[:16]} {list(array.shape)}" for array in (other, one))
         raise CheckFailed(
-            f"{where}: sha256 {sha256_bytes(other.tobytes())[:16]} {list(other.shape)} in the release, {sha256_bytes(one.tobytes())[:16]} {list(one.shape)} in a fresh export",
+            f"{where}: {theirs} in the release, {mine} in a fresh export",
             "the merged weights are not those of the release: write it again",
         )

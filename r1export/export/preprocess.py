@@ -2,8 +2,9 @@
 
     image uint8 (height, width, 3), any size -> pixel_values float32 (1, 3, H, W)
 
-Resized as bytes with the antialiased filters of Pillow, which is what open_clip's transform resizes with, then cropped
-and normalised in its order of operations. How near it comes is measured on real images in docs/models.md.
+Resized as bytes with the antialiased filters of Pillow, which is what open_clip's transform resizes with: what lies
+outside the image has no weight. Then cropped and normalised in its order of operations. docs/models.md says how often a
+byte differs on real images, and by how much.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ preprocess (uint8[height, width, 3] image) => (float[1, 3, {height}, {width}] pi
     {sides}
     leading = Constant <value_ints=[1, 3]> ()
     sizes = Concat <axis=0> (leading, resized_sides)
-    resized = Resize <{filter}, antialias=1, coordinate_transformation_mode="half_pixel"> (batch, , , sizes)
+    resized = Resize <{filter}, antialias=1, exclude_outside=1, coordinate_transformation_mode="half_pixel"> (batch, , , sizes)
     cropped = {crop}
     values = Cast <to=1> (cropped)
     full = Constant <value_float=255.0> ()
@@ -72,7 +73,8 @@ def write_preprocess(config: Mapping[str, Any], path: Path, *, opset: int, ir_ve
     faithful = config["mode"] == "RGB" and config["interpolation"] in FILTERS and (resize_mode == "squash" or (resize_mode == "shortest" and height == width))
     if not faithful:
         raise Unsupported(
-            f"no preprocess.onnx for {config['mode']} {resize_mode} {config['interpolation']} {height}x{width}", "preprocess as preprocess.json says, in the client"
+            f"no preprocess.onnx for {config['mode']} {resize_mode} {config['interpolation']} {height}x{width}",
+            "preprocess as preprocess.json says, in the client",
         )
     text = GRAPH.format(
         ir_version=ir_version, opset=opset, height=height, width=width, filter=FILTERS[config["interpolation"]],

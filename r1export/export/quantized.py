@@ -36,6 +36,8 @@ def calibrate(release: Path, inputs: Mapping[str, np.ndarray], *, batch: int = 8
         model = ir.load(release / f"{tower}.onnx")
         watched = {node.inputs[1].name: node.inputs[0] for node in _linears(model.graph)}
         distinct = list(dict.fromkeys(watched.values()))
+        if not distinct:
+            continue
         session = _session_with_outputs(model, distinct, release)
         seen = {value.name: [] for value in distinct}
         for start in range(0, len(inputs[name]), batch):

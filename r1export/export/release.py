@@ -25,6 +25,7 @@ from r1export.update.files import new_folder, sha256_bytes, sha256_file, write_f
 from r1export.update.release import sealed
 
 FORMAT = "r1export.release/1"
+PREPROCESS = "preprocess.onnx"
 UNLISTED = ("manifest.json", "README.md", "report.json", "report.md", "report.html", "report.xml", "update.r1u")  # made from the manifest, or after it
 
 
@@ -76,7 +77,7 @@ def write_release(content: ReleaseContent, graphs: Path, path: Path) -> dict[str
     """
     weights = WeightMap.read(graphs / "weight_map.json")
     with refused_writes(path), new_folder(path) as folder:
-        for graph in GRAPHS:
+        for graph in (*GRAPHS, *((PREPROCESS,) if (graphs / PREPROCESS).exists() else ())):
             shutil.copyfile(graphs / graph, folder / graph)
         tensors = {file: weights.stored(file, content.weights) for file in weights.files}
         for file, stored in tensors.items():
@@ -191,6 +192,7 @@ logits = session.run(None, {{"pixel_values": pixels.transpose(2, 0, 1)[None].ast
 print(json.loads(Path("classes/TASK.json").read_text())["classes"][logits.argmax()])
 ```
 
+`preprocess.onnx`, where it is there, turns an image of any size (uint8, height x width x 3) into pixel_values.
 `visual.onnx` and `textual.onnx` give L2-normalised embeddings; `golden.safetensors` holds inputs and expected outputs
 for a self-test; `manifest.json` lists every file's SHA-256 and where each parameter lies.
 

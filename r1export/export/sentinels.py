@@ -47,7 +47,8 @@ def prove(graphs: Mapping[Tower, ir.Model], weights: WeightMap, sentinels: Mappi
             path.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
             difference = _difference(tower, path)
             if not difference <= SAME:  # NaN is not
-                raise Unsupported(f"the exported {tower.name} tower differs from torch by {difference:.1e} on random weights, expected {SAME}", "report the model")
+                found = f"differs from torch by {difference:.1e} on random weights, expected {SAME}"
+                raise Unsupported(f"the exported {tower.name} tower {found}", "report the model")
             path.with_name(file).unlink()
 
 

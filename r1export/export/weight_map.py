@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+
 from r1export.errors import InputError, Unsupported
 from r1export.update.container import DTYPES, Layout, TensorSpec, plan
 from r1export.update.files import write_json
@@ -66,7 +67,7 @@ class WeightMap:
         """Inverse of `write`. Raises InputError."""
         try:
             files = json.loads(path.read_text(encoding="utf-8"))
-            return cls({f: tuple(Placement(p["parameter"], tuple(p["shape"]), p["transposed"], p.get("dtype", "F32")) for p in placed) for f, placed in files.items()})
+            return cls({file: tuple(Placement(**p | {"shape": tuple(p["shape"])}) for p in placed) for file, placed in files.items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a weight map: {error}", "export the run again with --overwrite") from error
 
@@ -87,7 +88,8 @@ def place_parameters(graph: ir.Graph, parameters: Mapping[str, np.ndarray], used
         found = {id(value): value for value in straight + turned}
         if len(found) != 1 and (found or name in used):
             raise Unsupported(
-                f"parameter {name} stands {len(found)} times in the exported graph, expected once", "the exporter folded or repeated it: report the model, or use another opset"
+                f"parameter {name} stands {len(found)} times in the exported graph, expected once",
+                "the exporter folded or repeated it: report the model, or use another opset",
             )
         for value in found.values():
             placed[Placement(name, tuple(value.const_value.shape.numpy()), transposed=not straight)] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 
 from r1export import __version__
 from r1export.adapt.evaluate import class_embeddings
+from r1export.errors import Unsupported
+from r1export.export.audit import audit_reexport
 from r1export.export.graph import GRAPHS, export_graphs
-from r1export.export.release import Golden, ReleaseContent, TaskClasses, refused_writes, write_release
+from r1export.export.preprocess import write_preprocess
+from r1export.export.release import PREPROCESS, Golden, ReleaseContent, TaskClasses, refused_writes, write_release
 from r1export.pipeline.environment import versions
 from r1export.pipeline.stage import Stage
 from r1export.run_folder import read_json
@@ -25,8 +29,13 @@ GOLDEN_IMAGES = 8  # images in golden.safetensors, spread over the tasks: 4.8 MB
 
 
 
-def export(stage: Stage, *, overwrite: bool = False) -> list[Path]:
-    """Write the graphs, if they are not there, and every release that is not there; returns the release folders."""
+def export(stage: Stage, *, overwrite: bool = False, audit: bool = False) -> list[Path]:
+    """Write the graphs, if they are not there, and every release that is not there; returns the release folders.
+
+    With `audit` the merged model of the last release is exported afresh and compared with it, node by node and byte by byte.
+
+    Raises CheckFailed if the audit finds a difference.
+    """
     run, recipe = stage.run, stage.recipe
     if overwrite:
         for folder in (run.graphs, run.path / "releases"):
@@ -36,14 +45,30 @@ def export(stage: Stage, *, overwrite: bool = False) -> list[Path]:
         if not run.graphs.exists():
             stage.watch.stage("Exporting the graphs, once")
             with new_folder(run.graphs) as folder:
-                export_graphs(stage.clip.model, stage.clip.preprocess.size, stage.clip.tokenize([""]).shape[1], folder, opset=recipe.export.opset)
+                export_graphs(stage.clip.model, stage.clip.preprocess.size, _context_length(stage), folder, opset=recipe.export.opset)
+                _write_preprocess(stage, folder)
         releases = run.releases(recipe)[: len(updates) + 1]
         with stage.watch.track("Writing releases", len(releases)) as advance:
             for number, path in enumerate(releases):
                 if not path.exists():
                     _release(stage, number, path, updates[:number], metrics)
                 advance(path.name)
+    if audit:
+        stage.watch.stage(f"Exporting {releases[-1].name} afresh to compare")
+        stage.clip.load_(stage.merged(updates))
+        audit_reexport(stage.clip.model, stage.clip.preprocess.size, _context_length(stage), releases[-1], opset=recipe.export.opset)
+        stage.clip.load_(stage.base)
     return releases
+
+
+def _context_length(stage: Stage) -> int:
+    return stage.clip.tokenize([""]).shape[1]
+
+
+def _write_preprocess(stage: Stage, folder: Path) -> None:
+    """preprocess.onnx, for models whose preprocessing has a faithful graph; the others have preprocess.json alone."""
+    with suppress(Unsupported):
+        write_preprocess(stage.clip.preprocess.to_json(), folder / PREPROCESS, opset=stage.recipe.export.opset)
 
 
 def _release(stage: Stage, number: int, path: Path, updates: list[ExpertUpdate], metrics: dict[str, Any]) -> None:

@@ -155,7 +155,7 @@ def _located(stage: Stage, path: Path, inputs: parity.Inputs, models: TorchModel
             found.append(f"{tower}.onnx: {error.message}")
             continue
         if at:
-            found.append(f"{tower}.onnx: {at}; to reproduce it: {case}/reproduce.py")
+            found.append(f"{tower}.onnx: {at}; to reproduce it: {case.relative_to(stage.run.path)}/reproduce.py")
     return "; ".join(found)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from r1export.update.factors import ExpertUpdate, Rows
+from r1export.update.factors import ExpertUpdate, Factors, Rows
 
 RESIDUAL = 1e-2  # share of the difference that a cause may leave unexplained: rounding of float32 weights
 
@@ -40,17 +40,22 @@ def _remerged(parameter: str, difference: np.ndarray, updates: Sequence[tuple[st
     """Causes that explain the whole difference: c times an update, or c times one of its experts."""
     for task, update in updates:
         pairs = {rows: pair for rows, pair in update.factors.items() if rows.parameter == parameter}
-        whole = np.zeros_like(difference)
-        for rows, pair in pairs.items():
-            whole[rows.start : rows.stop] += pair.u.astype(np.float64) @ pair.v.astype(np.float64)
-        if times := _multiple(difference, whole):
+        if times := _multiple(difference, _added(pairs, difference)):
             yield f"the update of task {task} {_told(times)}"
         for rows, pair in pairs.items():
             outside = _without(difference, rows)
             for expert in range(pair.u.shape[1]) if not outside.any() else ():
-                one = np.outer(pair.u[:, expert].astype(np.float64), pair.v[expert].astype(np.float64))
-                if times := _multiple(difference[rows.start : rows.stop], one):
+                one = Factors(pair.u[:, [expert]], pair.v[[expert]])
+                if times := _multiple(difference, _added({rows: one}, difference)):
                     yield f"expert {expert} of task {task} in rows {rows.start}:{rows.stop} {_told(times)}"
+
+
+def _added(pairs: Mapping[Rows, Factors], difference: np.ndarray) -> np.ndarray:
+    """What the one merge adds to a weight for these experts alone."""
+    if not pairs:
+        return np.zeros_like(difference)
+    parameter = next(iter(pairs)).parameter
+    return ExpertUpdate(pairs).apply({parameter: np.zeros(difference.shape, np.float32)})[parameter].astype(np.float64)
 
 
 def _without(difference: np.ndarray, rows: Rows) -> np.ndarray:

@@ -19,6 +19,7 @@ WARM_UP = 3  # runs after opening a session that are not counted: memory is plan
 P90_COUNT, P99_COUNT = 50, 500  # runs that a quantile needs before it says anything
 TORCH_ROUNDS = 10
 PATIENCE = 20.0  # seconds after which no block is added to the first BLOCKS
+PRECISION = 3  # intervals are narrowed to this part of the margin: an equal pair then lies outside once in 10^4 times
 Job = Callable[[], object]
 
 
@@ -41,7 +42,7 @@ def time_rounds(jobs: Mapping[str, Job], rounds: int, rng: np.random.Generator, 
 def measure(
     openers: Mapping[str, Callable[[], Job]], pairs: int, halfwidth: float, seed: int = 0, on_block: Callable[[], None] = lambda: None
 ) -> dict[str, np.ndarray]:
-    """Seconds (blocks, rounds) of base, again and merged, all opened afresh in every block.
+    """Seconds (blocks, rounds) of base, again, merged and whatever else is to be timed, all opened afresh in every block.
 
     After `pairs` pairs it goes on until both intervals are narrower than `halfwidth` or PATIENCE seconds have passed.
     How long it goes on depends on the width of the intervals alone, not on where they lie, so it favours no verdict.
@@ -68,18 +69,18 @@ def added_latency(
 
     `open_unmerged` opens the base graph with its branches, `torch_jobs` are named as in the report's table of runners.
     """
-    seconds = measure({"base": open_base, "again": open_base, "merged": open_release}, pairs, margin / 2, on_block=on_block)
+    openers = {"base": open_base, "again": open_base, "merged": open_release, **({"unmerged": open_unmerged} if open_unmerged else {})}
+    seconds = measure(openers, pairs, margin / PRECISION, on_block=on_block)
     ratio, noise = paired_ratio(seconds["merged"], seconds["base"]), paired_ratio(seconds["again"], seconds["base"])
     verdict, advice = latency_verdict(ratio, noise, margin)
-    table = {name: _times(seconds[name]) for name in ("base", "merged")}
-    others = {**({"unmerged": open_unmerged()} if open_unmerged else {}), **(torch_jobs or {})}
-    unmerged = None
-    if others:
+    unmerged = paired_ratio(seconds["unmerged"], seconds["base"]).value if open_unmerged else None
+    table = {name: _times(seconds[name]) for name in openers if name != "again"}
+    if torch_jobs:
         # Apart from the pairs above: torch's own threads spin for a while after each call and would slow them.
-        compared = time_rounds({"base": open_base(), **others}, TORCH_ROUNDS, np.random.default_rng(1))
-        table |= {name: _times(compared[name]) for name in others}
-        slow = next((name for name in ("unmerged", "unmerged_torch") if name in compared), None)
-        unmerged = float(np.median(compared[slow] / compared["base"])) if slow else None
+        compared = time_rounds({"base": open_base(), **torch_jobs}, TORCH_ROUNDS, np.random.default_rng(1))
+        table |= {name: _times(compared[name]) for name in torch_jobs}
+        if unmerged is None and "unmerged_torch" in torch_jobs:
+            unmerged = float(np.median(compared["unmerged_torch"] / compared["base"]))
     return {
         "verdict": verdict, "ratio": ratio.value, "ci95": [ratio.low, ratio.high], "margin": margin, "noise_floor": _ratio(noise),
         "unmerged_ratio": unmerged, "pairs": int(2 * seconds["base"].size), "advice": advice,

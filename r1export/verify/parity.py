@@ -47,36 +47,37 @@ class Inputs:
 class Gate:
     """What has to hold, in one precision.
 
-    max_abs        largest difference of unit-norm embeddings; `control_factor` times the control's, if that is larger
-    min_cosine     lowest cosine of any sample; the control's distance from 1 times `control_factor`, if that is lower
+    max_abs        largest difference of unit-norm embeddings
+    min_cosine     lowest cosine of any sample
     flip_margin    a changed top-1 counts only if the reference preferred its class by more than this cosine
-    min_agreement  share of the samples that keep their top-1
+    control_factor a merged model may err this many times as much as the base did in the same comparison
+    relative       the control alone decides, and the two limits above are its ceiling: what is lost by a coarser
+                   precision depends on the model. Otherwise the larger of limit and control decides.
     """
 
     max_abs: float = 5e-5
     min_cosine: float = 1 - 1e-6
     flip_margin: float = 1e-4
-    min_agreement: float = 0.0
     control_factor: float = 4.0
+    relative: bool = False
 
     def calibrated(self, control: Mapping[str, Any] | None) -> Gate:
         """The gate for a merged model, given the same comparison on the base. A control that failed calibrates nothing."""
         if not control or control.get("verdict") != "pass":
             return self
-        return replace(
-            self,
-            max_abs=max(self.max_abs, self.control_factor * control["max_abs"]),
-            min_cosine=min(self.min_cosine, 1 - self.control_factor * (1 - control["min_cosine"])),
-        )
+        allowed, lowest = self.control_factor * control["max_abs"], 1 - self.control_factor * (1 - control["min_cosine"])
+        if self.relative:
+            return replace(self, max_abs=min(self.max_abs, allowed), min_cosine=max(self.min_cosine, lowest))
+        return replace(self, max_abs=max(self.max_abs, allowed), min_cosine=min(self.min_cosine, lowest))
 
 
-# fp32: 3e-6 is what a correct export of ViT-B/16 errs by. fp16 rounds each activation to 2^-11. int8 is judged by what it
-# does to cosines and answers first of all, and against its own base.
+# fp32: 3e-6 is what a correct export of ViT-B/16 errs by. fp16 rounds each activation to 2^-11: 2e-4 on the built-in
+# model. int8 with static scales: 6e-3 and a cosine of 0.9997 there; one doubled scale makes it 6e-2 or more.
 GATES = {
     "fp32": Gate(),
-    "fp16": Gate(max_abs=5e-3, min_cosine=1 - 1e-4, flip_margin=5e-3, control_factor=2.0),
-    "bf16": Gate(max_abs=3e-2, min_cosine=1 - 3e-3, flip_margin=3e-2, control_factor=2.0),
-    "int8": Gate(max_abs=0.1, min_cosine=0.97, flip_margin=0.05, min_agreement=0.9, control_factor=1.5),
+    "fp16": Gate(max_abs=5e-3, min_cosine=1 - 1e-4, flip_margin=1e-3, control_factor=3.0, relative=True),
+    "bf16": Gate(max_abs=3e-2, min_cosine=1 - 3e-3, flip_margin=1e-2, control_factor=3.0, relative=True),
+    "int8": Gate(max_abs=0.1, min_cosine=0.97, flip_margin=0.02, control_factor=3.0, relative=True),
 }
 
 
@@ -126,7 +127,7 @@ def compare(reference: Outputs, candidate: Outputs, gate: Gate, control: Mapping
         "samples": sum(len(getattr(reference, name)[0]) for name in TOWERS),
     }
     asked = gate.calibrated(control)
-    problems = list(_problems(worst, towers, flips, asked))
+    problems = list(_problems(towers, flips, asked))
     return worst | {
         "tolerance": asked.max_abs,
         "least_tolerance": worst["max_abs"] if np.isfinite(worst["max_abs"]) else None,
@@ -140,7 +141,7 @@ def compare(reference: Outputs, candidate: Outputs, gate: Gate, control: Mapping
     }
 
 
-def _problems(worst: Mapping[str, Any], towers: Mapping[str, Any], flips: Sequence[Mapping[str, Any]], gate: Gate) -> Iterable[str]:
+def _problems(towers: Mapping[str, Any], flips: Sequence[Mapping[str, Any]], gate: Gate) -> Iterable[str]:
     """What does not hold, in words; written so that NaN never holds."""
     for name, tower in towers.items():
         if not np.isfinite(tower["max_abs"]):
@@ -151,8 +152,6 @@ def _problems(worst: Mapping[str, Any], towers: Mapping[str, Any], flips: Sequen
             yield f"the {name} tower's lowest cosine is {tower['min_cosine']:.8f}, required {gate.min_cosine:.8f}"
     if grave := [flip for flip in flips if not flip["margin"] <= gate.flip_margin]:
         yield f"{len(grave)} answers flipped that the reference preferred by more than {gate.flip_margin:g}"
-    if not worst["top1_agreement"] >= gate.min_agreement:
-        yield f"{worst['top1_agreement']:.1%} of the answers stay the same, required {gate.min_agreement:.1%}"
 
 
 def failed(detail: str) -> dict[str, Any]:

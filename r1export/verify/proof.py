@@ -25,6 +25,7 @@ from r1export.verify.figures import size
 
 __all__ = ["executions", "graph_digest", "not_measured", "proof_control", "rungs", "same_files", "same_graphs", "unclimbed"]
 
+OPAQUE = ("tensorrt", "openvino")  # they compile the graph into engines that onnxruntime cannot write out
 PEAK_TOLERANCE = 0.01  # where threads take turns, the allocator's peak moves by a block
 Feeds = Mapping[str, np.ndarray]
 
@@ -49,8 +50,12 @@ def _digest(path: Path) -> str:
 
 
 def executions(graphs: Mapping[str, Path], feeds: Mapping[str, Feeds], providers: Iterable[str]) -> dict[str, Execution]:
-    """Run every graph once on every provider, keyed "GRAPH on PROVIDER". Raises CheckFailed and Unsupported as `execute` does."""
-    return {f"{name} on {provider}": execute(path, feeds[name], provider) for provider in providers for name, path in graphs.items()}
+    """Run every graph once on every provider that shows its program (if none does, on cpu), keyed "GRAPH on PROVIDER".
+
+    Raises CheckFailed and Unsupported as `execute` does.
+    """
+    shown = [provider for provider in providers if provider not in OPAQUE] or ["cpu"]
+    return {f"{name} on {provider}": execute(path, feeds[name], provider) for provider in shown for name, path in graphs.items()}
 
 
 def rungs(base: Mapping[str, Execution], release: Callable[[], Mapping[str, Execution]]) -> dict[str, dict[str, Any]]:

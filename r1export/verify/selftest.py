@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def golden_parity(release: Path, manifest: Mapping[str, Any], provider: str = "c
 def manifest_gate(manifest: Mapping[str, Any]) -> Gate:
     """The gate of the release's precision, with the tolerances that its manifest gives."""
     known = GATES.get(manifest["precision"].split("-")[0], GATES["fp32"])
-    return Gate(manifest["golden"]["max_abs"], manifest["golden"]["min_cosine"], known.flip_margin, known.min_agreement, known.control_factor)
+    return replace(known, max_abs=manifest["golden"]["max_abs"], min_cosine=manifest["golden"]["min_cosine"])
 
 
 def golden_problems(release: Path, manifest: Mapping[str, Any]) -> list[str]:

@@ -106,3 +106,16 @@ def test_base_names_pairs_of_colour_and_shape_it_never_saw(base: torch.nn.Module
     hits = _hits(base, task, task.train.subset(np.flatnonzero(unseen)))
     assert len(hits) == 256
     assert hits.mean() > 0.75
+
+
+def test_pieces_of_photographs_are_real_and_none_is_both_trained_and_tested() -> None:
+    from sklearn.datasets import load_sample_image
+
+    photos = load_builtin("photos")
+    assert photos.classes == ("temple", "flower")
+    china = load_sample_image("china.jpg")
+    for images, columns in ((photos.train, china[:, :400]), (photos.test, china[:, 400:])):
+        piece = np.asarray(images.read(2))
+        windows = np.lib.stride_tricks.sliding_window_view(columns[:, :, 0], (1, 128))[:, :, 0]
+        assert (windows == piece[0, :, 0]).all(-1).any(), "the first row of the piece stands somewhere in its half of the photograph"
+        assert np.bincount(images.labels).tolist() == [100, 100]

@@ -31,8 +31,8 @@ def test_images_of_any_size_come_out_as_open_clip_makes_them(tmp_path, shape, re
     expected = image_transform_v2(config, is_train=False)(image).numpy()[None]
     levels = np.abs(found - expected) * np.array(config.std).reshape(3, 1, 1) * 255
     assert found.shape == expected.shape
-    assert levels.max() < 6.5  # Pillow rounds between its two passes
-    assert levels.mean() < 0.1
+    assert levels.max() < 1.01  # a weight of the filter is rounded to another side at most
+    assert levels.mean() < 0.15
 
 
 def test_what_has_no_faithful_graph_is_refused(tmp_path) -> None:

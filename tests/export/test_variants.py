@@ -64,7 +64,8 @@ def test_float16_files_have_half_the_size(exported, half) -> None:
 def test_the_linears_of_blocks_are_int8_and_multiplied_as_integers(quantized) -> None:
     placed = {p.parameter: p.dtype for _, p in quantized.weights.placements().values()}
     linears = [name for name in placed if name.startswith("visual.transformer") and name.endswith(("c_fc.weight", "c_proj.weight"))]
-    assert linears and all(placed[name] == "I8" and placed[f"{name}.scale"] == "F32" for name in linears)
+    assert linears
+    assert all(placed[name] == "I8" and placed[f"{name}.scale"] == "F32" for name in linears)
     assert placed["visual.positional_embedding"] == "F32"
     assert placed["token_embedding.weight"] == "F16"
     graph = onnx.load(quantized.folder / "visual.onnx", load_external_data=False).graph

@@ -32,7 +32,8 @@ def attention(*, q: str = "q", k: str = "k", batch: str = "batch", opset: int = 
         helper.make_node("LayerNormalization", ["scaled", "gamma"], ["y"], epsilon=1e-5),
     ]
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 4])], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, batch])],
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 4])], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, batch])],
         [external("wq", (4, 4)), external("wk", (4, 4), 64), tensor("scale", scale), tensor("gamma", [1.0, 1.0])],
     )  # fmt: skip
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])

@@ -1,0 +1,152 @@
+"""Export time, peak memory and latency of our graphs beside Optimum's, in one run: prints tables, writes JSON.
+
+    python scripts/bench_export.py --models ViT-B-32 ViT-B-16 --optimum OPTIMUM_VENV/bin/python --out bench_export.json
+
+Random weights: time depends on shapes. Optimum exports both towers as one graph; its image half is cut out of that.
+Every export runs in a process of its own, so that its peak memory is its own. A later release is what is written again:
+the weights files, without the merge before and the manifest after.
+Latencies are interleaved in random order on one thread and counted in CPU time of that thread, which other processes
+on the machine do not lengthen. Optimum is optional and lives in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+OURS = """
+import json, logging, resource, sys, time
+logging.disable(logging.WARNING)
+from pathlib import Path
+import open_clip
+from r1export.export.graph import export_graphs
+model = open_clip.create_model(sys.argv[1], load_weights=False).eval()
+size = model.visual.image_size
+start = time.perf_counter()
+export_graphs(model, size if isinstance(size, tuple) else (size, size), 77, Path(sys.argv[2]), opset=20)
+print(json.dumps({"seconds": time.perf_counter() - start, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+"""
+RELEASE = """
+import json, resource, sys, time
+from pathlib import Path
+import numpy as np
+from r1export.export.weight_map import WeightMap
+from r1export.update.container import write_layout
+folder = Path(sys.argv[1])
+weights = WeightMap.read(folder / "weight_map.json")
+rng = np.random.default_rng(0)
+state = {n: rng.standard_normal(p.shape[::-1] if p.transposed else p.shape, np.float32) * 0.02 for n, (_, p) in weights.placements().items()}
+start = time.perf_counter()
+for file in weights.files:
+    stored = weights.stored(file, state)
+    write_layout(folder / file, weights.layout(file), lambda spec: stored[spec.name])
+print(json.dumps({"seconds": time.perf_counter() - start, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+"""
+OPTIMUM = """
+import json, resource, sys, time, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+import onnx.utils
+from optimum.exporters.onnx import onnx_export_from_model
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+patch, folder = int(sys.argv[1]), Path(sys.argv[2])
+vision, text = CLIPVisionConfig(patch_size=patch, hidden_act="gelu"), CLIPTextConfig(hidden_act="gelu")
+model = CLIPModel(CLIPConfig.from_text_vision_configs(text, vision, projection_dim=512)).eval()
+start = time.perf_counter()
+onnx_export_from_model(model, folder / "both", task="zero-shot-image-classification", do_validation=False)
+seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+onnx.utils.extract_model(folder / "both" / "model.onnx", folder / "optimum_visual.onnx", ["pixel_values"], ["image_embeds"])
+print(json.dumps({"seconds": seconds, "peak_gb": peak}))
+"""
+
+
+def child(python: str, code: str, *arguments: str) -> dict[str, float]:
+    done = subprocess.run([python, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{Path(python).name} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure(name: str, folder: Path, optimum: str | None, rounds: int) -> dict[str, object]:
+    """All figures of one architecture."""
+    (folder / "ours").mkdir()
+    first = child(sys.executable, OURS, name, str(folder / "ours"))
+    exports = {"ours, first export": first, "ours, later release": child(sys.executable, RELEASE, str(folder / "ours"))}
+    graphs = {"ours": folder / "ours" / "visual.onnx"}
+    if optimum:
+        exports["Optimum, every export"] = child(optimum, OPTIMUM, name.rsplit("-", 1)[1], str(folder))
+        graphs["Optimum"] = folder / "optimum_visual.onnx"
+    return {"exports": exports, "latency": {batch: latency(name, graphs, batch, max(4, rounds // batch)) for batch in (1, 8)}}
+
+
+def latency(name: str, graphs: dict[str, Path], batch: int, rounds: int) -> dict[str, dict[str, float | list[float]]]:
+    """Median milliseconds of the visual tower by contender, and its ratio to ours with a 95 % interval."""
+    import open_clip
+    import torch
+
+    from r1export.verify.runtime import open_session
+
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    model = open_clip.create_model(name, load_weights=False).eval()
+    size = model.visual.image_size
+    pixels = np.random.default_rng(0).standard_normal((batch, 3, *(size if isinstance(size, tuple) else (size, size)))).astype(np.float32)
+    jobs = {}
+    for contender, path in graphs.items():
+        session = open_session(path, threads=1)
+        jobs[contender] = lambda session=session: session.run(None, {"pixel_values": pixels})
+    tensor = torch.from_numpy(pixels)
+    jobs["eager torch"] = lambda: model.encode_image(tensor, normalize=True)
+    rng, seconds = np.random.default_rng(1), {contender: [] for contender in jobs}
+    with torch.no_grad():
+        for i in range(rounds + 1):
+            for contender in rng.permutation(list(jobs)):
+                start = time.thread_time()
+                jobs[contender]()
+                if i:  # the first round warms up
+                    seconds[contender].append(time.thread_time() - start)
+    return {contender: _ratio(np.array(seconds["ours"]), np.array(taken), rng) for contender, taken in seconds.items()}
+
+
+def _ratio(ours: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> dict[str, float | list[float]]:
+    logs = np.log(ours / other)
+    boot = np.exp([np.median(rng.choice(logs, len(logs))) for _ in range(1000)])
+    interval = [float(q) for q in np.quantile(boot, [0.025, 0.975])]
+    return {"median_ms": 1000 * float(np.median(other)), "ours_to_it": float(np.exp(np.median(logs))), "ci95": interval, "n": len(logs)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["ViT-B-16"])
+    parser.add_argument("--optimum", help="python of an environment with optimum-onnx")
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if not options.optimum:
+        print("Optimum is absent: give --optimum PYTHON to compare with it\n")
+    results = {}
+    for name in options.models:
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = measure(name, Path(folder), options.optimum, options.rounds)
+        print(f"## {name}\n\n| export of both towers | seconds | peak memory, GB |\n|---|---|---|")
+        for what, row in results[name]["exports"].items():
+            print(f"| {what} | {row['seconds']:.1f} | {row['peak_gb']:.2f} |")
+        print("\n| visual tower, 1 thread | batch | median ms | ours / it | 95 % |\n|---|---|---|---|---|")
+        for batch, rows in results[name]["latency"].items():
+            for contender, row in rows.items():
+                print(f"| {contender} | {batch} | {row['median_ms']:.1f} | {row['ours_to_it']:.3f} | {row['ci95'][0]:.3f} to {row['ci95'][1]:.3f} |")
+        print(flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
