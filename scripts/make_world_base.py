@@ -51,10 +51,11 @@ QUESTIONS = {
     "shape": list(SHAPES),
     "size, colour": [f"{size} {colour} shape" for size in ("small", "large") for colour in COLOURS],
     "style, shape": [f"{style} {shape}" for style in ("solid", "outlined") for shape in SHAPES],
+    "background": ["shape on a dark background", "shape on a light background"],
     "facing": [f"shape facing {way}" for way in FACING],
     "letter": [f"letter {letter}" for letter in ascii_lowercase],
 }
-WEIGHTS = {"pair": 1.0, "colour": 0.5, "shape": 0.5, "size, colour": 0.3, "style, shape": 0.3, "facing": 1.0, "letter": 0.7}
+WEIGHTS = {"pair": 1.0, "colour": 0.5, "shape": 0.5, "size, colour": 0.3, "style, shape": 0.3, "background": 0.1, "facing": 0.7, "letter": 0.7}
 PHRASES = [phrase for answers in QUESTIONS.values() for phrase in answers]
 FONTS = [ImageFont.load_default(size) for size in range(50, 120, 10)]  # the one font inside Pillow, in pixels before averaging down
 
@@ -63,6 +64,7 @@ def truths_of(scene: Scene) -> dict[str, str]:
     """The true answer to each question that the scene can answer."""
     truths = {"pair": f"{scene.colour} {scene.shape}", "colour": f"{scene.colour} shape", "shape": scene.shape}
     truths |= {"size, colour": f"{scene.size} {scene.colour} shape", "style, shape": f"{scene.style} {scene.shape}"}
+    truths |= {"background": f"shape on a {scene.background} background"}
     return truths | ({"facing": f"shape facing {scene.facing}"} if scene.facing else {})
 
 
@@ -125,14 +127,6 @@ class Texts:
         return torch.tensor([row + [0] * (self.tokenize.context_length - len(row))])
 
 
-def patch_positions(grid: int, width: int) -> Tensor:
-    """Sines and cosines of the patch place (1 + grid * grid, width), zero for the class token: shapes are learned in half the steps."""
-    speed = math.pi * torch.linspace(0.25, 2, width // 4)  # radians per patch
-    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    waves = torch.cat([wave(place.reshape(-1, 1) * speed) for place in (x, y) for wave in (torch.sin, torch.cos)], 1)
-    return torch.cat([torch.zeros(1, width), 0.5 * waves])
-
-
 def new_model(seed: int) -> tuple[nn.Module, open_clip.SimpleTokenizer]:
     """The untrained model. Token rows are random signs: words that no caption uses stay distinct, and git can compress them."""
     torch.manual_seed(seed)
@@ -140,8 +134,6 @@ def new_model(seed: int) -> tuple[nn.Module, open_clip.SimpleTokenizer]:
     open_clip.add_model_config(config)
     model = open_clip.create_model(config.stem)
     model.token_embedding.weight.data.sign_().mul_(0.02)
-    positions = model.visual.positional_embedding
-    positions.data.copy_(patch_positions(*model.visual.grid_size[:1], positions.shape[1]))
     return model, open_clip.get_tokenizer(config.stem)
 
 
@@ -171,21 +163,17 @@ def pretrain(model: nn.Module, texts: Texts, steps: int, batch: int, lr: float) 
     optimizer = make_optimizer(model, lr)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     unused = torch.ones(len(model.token_embedding.weight), 1).index_fill_(0, texts.used, 0).bool()
-    text, start = torch.empty(0), time.time()
+    start = time.time()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         images, answers = draw_batch(step, batch)
-        fresh = step % 2 == 0  # texts move slowly: encode them every other step
-        text = F.normalize(model.encode_text(texts.captions()), dim=-1) if fresh else text.detach()
+        text = F.normalize(model.encode_text(texts.captions()), dim=-1)
         logits = model.logit_scale.exp() * F.normalize(model.encode_image(images), dim=-1) @ text.T
-        loss = question_loss(logits, answers)
-        if fresh:
-            loss = loss + 0.1 * nonsense_loss(model, texts.nonsense(32))
+        loss = question_loss(logits, answers) + 0.1 * nonsense_loss(model, texts.nonsense(32))
         optimizer.zero_grad()
         loss.backward()
-        if fresh:
-            model.token_embedding.weight.grad.masked_fill_(unused, 0)
+        model.token_embedding.weight.grad.masked_fill_(unused, 0)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
@@ -220,9 +208,9 @@ def print_table(model: nn.Module, tokenize: open_clip.SimpleTokenizer) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the config")
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--batch", type=int, default=192)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

@@ -41,10 +41,10 @@ COLOURS = {
     "red": ((-8, 6), (0.8, 1.0), (0.7, 1.0)),
     "orange": ((24, 34), (0.85, 1.0), (0.9, 1.0)),
     "yellow": ((53, 61), (0.75, 1.0), (0.85, 1.0)),
-    "green": ((100, 140), (0.6, 1.0), (0.65, 0.95)),
+    "green": ((100, 140), (0.6, 1.0), (0.5, 0.9)),
     "cyan": ((178, 190), (0.6, 1.0), (0.8, 1.0)),
     "blue": ((218, 240), (0.7, 1.0), (0.7, 1.0)),
-    "purple": ((268, 284), (0.6, 1.0), (0.65, 0.95)),
+    "purple": ((268, 284), (0.6, 1.0), (0.5, 0.9)),
     "pink": ((322, 338), (0.35, 0.6), (0.9, 1.0)),
 }
 
@@ -101,6 +101,7 @@ class Scene:
     shape: str
     size: str  # small, large
     style: str  # solid, outlined
+    background: str  # dark, light
     facing: str  # one of FACING; "" for a shape that does not turn
 
 
@@ -131,32 +132,35 @@ def _polygon(outline: np.ndarray, ink: tuple[int, ...], paper: tuple[int, ...], 
 
 
 def _place(outline: np.ndarray, angle: float, radius: float, u: float, v: float) -> np.ndarray:
-    """Turn by `angle` (radians), scale to `radius` pixels, and move up to 3 pixels off the middle (u, v in 0..1), all of it showing."""
+    """Turn by `angle` (radians), scale to `radius` pixels, and move to a place (u, v in 0..1) where all of it shows."""
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    room = min(3, SIZE / 2 - 1.1 * radius)
-    return radius * outline @ turn + SIZE / 2 + room * (2 * np.array([u, v]) - 1)
+    room = SIZE - 2 * 1.1 * radius
+    return radius * outline @ turn + 1.1 * radius + np.array([u, v]) * max(room, 0)
 
 
 def draw_scene(colour: str, shape: str, rng: np.random.Generator) -> tuple[Image.Image, Scene]:
-    """One coloured shape of random size, style, place and rotation on a dark background, and what it is."""
-    u = rng.random(13)
+    """One coloured shape of random size, style, place and rotation on a greyish background, and what it is."""
+    u = rng.random(15)
     hue, saturation, value = (_between(low, high, t) for (low, high), t in zip(COLOURS[colour], u, strict=False))
     ink = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue % 360 / 360, saturation, value))
-    paper = tuple(round(_between(5, 70, t)) for t in u[3:6])
-    large, outlined = u[6:8] < (0.5, 0.3)
-    radius = _between(11, 13.5, u[8]) if large else _between(8, 9.5, u[8])
-    way = int(8 * u[9]) if shape in TURNING_SHAPES else 0
-    angle = np.radians(_between(-20, 20, u[10]) - 45 * way)
-    outline = _place(SHAPES[shape], angle, radius, u[11], u[12])
+    dark, large, outlined = u[3:6] < (0.5, 0.5, 0.3)
+    grey = _between(5, 60, u[6]) if dark else _between(150, 205, u[6])
+    paper = tuple(round(grey + 50 * tint) for tint in u[7:10])
+    radius = _between(10, 13.5, u[10]) if large else _between(6.5, 8.5, u[10])
+    way = int(8 * u[14]) if shape in TURNING_SHAPES else 0
+    angle = np.radians(_between(-20, 20, u[11]) - 45 * way)
+    outline = _place(SHAPES[shape], angle, radius, u[12], u[13])
     pixels = _polygon(outline, ink, paper, stroke=round(0.2 * radius * _ZOOM) if outlined else 0)
-    words = ("large" if large else "small", "outlined" if outlined else "solid")
+    words = ("large" if large else "small", "outlined" if outlined else "solid", "dark" if dark else "light")
     return noisy(pixels, rng), Scene(colour, shape, *words, FACING[way] if shape in TURNING_SHAPES else "")
 
 
 def two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Light ink and dark paper (3,) in 0..255: all drawings are, so that a shape is its brightness and a small model sees it."""
-    ink, paper = rng.random((2, 3))
-    return 120 + 135 * ink, 5 + 65 * paper
+    """Ink and paper (3,) in 0..255, at least 90 grey levels apart."""
+    ink, paper = rng.random((2, 3)) * 255
+    if abs(ink.mean() - paper.mean()) < 90:
+        paper = paper * 0.3 if ink.mean() > 127 else 255 - (255 - paper) * 0.3
+    return ink, paper
 
 
 def _wave(x: np.ndarray) -> np.ndarray:

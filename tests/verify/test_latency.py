@@ -1,0 +1,96 @@
+"""Timing, with a clock that only the jobs move: no test here depends on how fast this machine is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from r1export.verify import latency
+
+
+class Clock:
+    """Each job takes as long as it says, plus a drift that grows with every run of any job."""
+
+    def __init__(self, drift: float = 0.0) -> None:
+        self.now, self.drift, self.runs = 0.0, drift, 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def job(self, seconds: float):
+        def run() -> None:
+            self.runs += 1
+            self.now += seconds + self.drift * self.runs
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(latency.time, "perf_counter", clock)
+    return clock
+
+
+def test_a_round_runs_each_job_twice_forth_and_back() -> None:
+    clock, order = Clock(), []
+    jobs = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    latency.time_rounds(jobs, 4, np.random.default_rng(0), clock)
+    counted = order[3 * latency.WARM_UP :]
+    rounds = [counted[i : i + 6] for i in range(0, 24, 6)]
+    assert all(sorted(r[:3]) == list("abc") and r[:3] == r[:2:-1] for r in rounds)
+    assert len({tuple(r) for r in rounds}) > 1, "the order is drawn anew"
+
+
+def test_a_steady_drift_of_the_machine_cancels_out() -> None:
+    clock = Clock(drift=1e-4)
+    seconds = latency.time_rounds({"base": clock.job(1.0), "merged": clock.job(1.0)}, 50, np.random.default_rng(1), clock)
+    assert np.abs(seconds["merged"] / seconds["base"] - 1).max() < 1e-12
+
+
+def test_a_merged_model_that_takes_as_long_passes(clock) -> None:
+    found = latency.added_latency(lambda: clock.job(1.0), lambda: clock.job(1.0), pairs=40, margin=0.02)
+    assert (found["verdict"], found["ratio"]) == ("pass", pytest.approx(1.0))
+    assert found["pairs"] >= 40
+
+
+def test_a_merged_model_that_takes_three_percent_longer_fails(clock) -> None:
+    found = latency.added_latency(lambda: clock.job(1.0), lambda: clock.job(1.03), pairs=40, margin=0.02)
+    assert (found["verdict"], found["ratio"]) == ("fail", pytest.approx(1.03))
+
+
+def test_a_base_that_differs_from_itself_decides_nothing(clock) -> None:
+    """Every other time it is opened, the base is a tenth slower: where its weights lie in memory, for example."""
+    opened = iter(range(10**6))
+    found = latency.added_latency(lambda: clock.job(1.0 + 0.2 * (next(opened) % 2)), lambda: clock.job(1.0), pairs=40, margin=0.02)
+    assert found["verdict"] == "inconclusive"
+    assert "base against itself" in found["advice"]
+
+
+def test_every_block_opens_its_sessions_afresh(clock) -> None:
+    opened = []
+    latency.added_latency(lambda: opened.append("base") or clock.job(1.0), lambda: opened.append("merged") or clock.job(1.0), pairs=40, margin=0.02)
+    assert opened.count("base") == 2 * opened.count("merged") >= 2 * latency.BLOCKS
+
+
+@pytest.mark.parametrize(("unit", "patient"), [(1.0, False), (0.05, True)])
+def test_measuring_goes_on_while_intervals_are_wide_until_patience_ends(clock, unit: float, patient: bool) -> None:
+    """Sessions that differ from one opening to the next by a third need many blocks; on slow jobs the time is up before."""
+    rng = np.random.default_rng(0)
+
+    def noisy():
+        return clock.job(unit * float(np.exp(rng.normal(0, 0.3))))
+
+    found = latency.added_latency(noisy, noisy, pairs=40, margin=0.02)
+    assert found["verdict"] == "inconclusive"
+    assert (found["pairs"] > 40) == patient
+
+
+def test_the_unmerged_model_and_torch_stand_beside_the_base(clock) -> None:
+    found = latency.added_latency(
+        lambda: clock.job(1.0), lambda: clock.job(1.0), pairs=40, margin=0.02, open_unmerged=lambda: clock.job(1.3), torch_jobs={"unmerged_torch": clock.job(2.5)}
+    )
+    assert found["unmerged_ratio"] == pytest.approx(1.3)
+    table = found["providers"]["CPUExecutionProvider"]["1"]
+    assert table["unmerged_torch"]["median_ms"] == pytest.approx(2500)
+    assert table["base"]["p99_ms"] is None, "too few runs for a 99th percentile"
