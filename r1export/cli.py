@@ -43,9 +43,19 @@ Out = Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Folder fo
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what is there and start anew.")]
 Where = Annotated[Device, typer.Option("--device", help="Where to train and to run torch.")]
-Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a recipe field, for example train.iterations=50; repeatable.")]
+Set = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="Override a recipe field, for example train.iterations=50; repeatable."
+    ),
+]
 Providers = Annotated[
-    list[str], typer.Option("--provider", metavar="NAME", help="onnxruntime provider: cpu, cuda, tensorrt or openvino; repeatable. Default: cpu, and cuda where there is one.")
+    list[str],
+    typer.Option(
+        "--provider",
+        metavar="NAME",
+        help="onnxruntime provider: cpu, cuda, tensorrt or openvino; repeatable. Default: cpu, and cuda where there is one.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else goes to stderr.")]
 
@@ -66,7 +76,15 @@ def _terminal(as_json: bool) -> Iterator[Terminal]:
         raise typer.Exit(130) from None
 
 
-def _open(recipe_file: Path, out: Path, resume: bool, overwrite: bool, device: Device, overrides: list[str], terminal: Terminal) -> Stage:
+def _open(
+    recipe_file: Path,
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    device: Device,
+    overrides: list[str],
+    terminal: Terminal,
+) -> Stage:
     from r1export.recipe import load_recipe
     from r1export.run_folder import RunFolder, check_run, open_run
 
@@ -95,8 +113,18 @@ def _finish(report: dict[str, Any]) -> None:
 
 
 @app.command()
-def run(recipe: RecipeFile, out: Out, resume: Resume = False, overwrite: Overwrite = False, device: Where = Device.auto, set: Set = [], as_json: Json = False) -> None:  # noqa: B006
+def run(
+    recipe: RecipeFile,
+    out: Out,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Where = Device.auto,
+    set: Set = None,
+    as_json: Json = False,
+) -> None:
     """Train a stream of tasks, merge and export after each, and verify every release."""
+    if set is None:
+        set = []
     with _terminal(as_json) as terminal:
         stage = _open(recipe, out, resume, overwrite, device, set, terminal)
         from r1export import pipeline
@@ -112,8 +140,18 @@ def run(recipe: RecipeFile, out: Out, resume: Resume = False, overwrite: Overwri
 
 
 @app.command()
-def train(recipe: RecipeFile, out: Out, resume: Resume = False, overwrite: Overwrite = False, device: Where = Device.auto, set: Set = [], as_json: Json = False) -> None:  # noqa: B006
+def train(
+    recipe: RecipeFile,
+    out: Out,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Where = Device.auto,
+    set: Set = None,
+    as_json: Json = False,
+) -> None:
     """Train a stream of tasks; writes factors, pools and metrics, exports nothing."""
+    if set is None:
+        set = []
     with _terminal(as_json) as terminal:
         stage = _open(recipe, out, resume, overwrite, device, set, terminal)
         from r1export import pipeline
@@ -127,7 +165,10 @@ def train(recipe: RecipeFile, out: Out, resume: Resume = False, overwrite: Overw
 def export(
     run: Run,
     overwrite: Overwrite = False,
-    audit: Annotated[bool, typer.Option("--audit-reexport", help="Export the last merged model afresh and compare it with its release.")] = False,
+    audit: Annotated[
+        bool,
+        typer.Option("--audit-reexport", help="Export the last merged model afresh and compare it with its release."),
+    ] = False,
     device: Where = Device.auto,
     as_json: Json = False,
 ) -> None:
@@ -182,8 +223,12 @@ def report(run: Run, as_json: Json = False) -> None:
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of verified runs of one stream of tasks.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write comparison.html and comparison.json there.")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of verified runs of one stream of tasks.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write comparison.html and comparison.json there.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -192,7 +237,10 @@ def compare(
         from r1export.run_folder import read_json
         from r1export.verify import comparison
 
-        reports = [(run.resolve().name, read_json(run / "report.json", f"verify it first: r1export verify {run}")) for run in runs]
+        reports = [
+            (run.resolve().name, read_json(run / "report.json", f"verify it first: r1export verify {run}"))
+            for run in runs
+        ]
         found = comparison.compare_runs(reports)
         terminal.table("Runs", *comparison.cells(found))
         if out is not None:
@@ -202,7 +250,15 @@ def compare(
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A run, a release, factors or any safetensors file, or an .onnx graph.")], as_json: Json = False) -> None:
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE|DIR", help="A run, a release, factors or any safetensors file, or an .onnx graph."
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
     """Say what a file or folder is and what it holds."""
     with _terminal(as_json) as terminal:
         from r1export.inspection import describe
@@ -222,14 +278,21 @@ def doctor(as_json: Json = False) -> None:
         from r1export.inspection import examine_environment
 
         findings = examine_environment()
-        terminal.table("Environment", ["check", "found", "verdict"], [[f["check"], f["found"], f["verdict"]] for f in findings])
+        terminal.table(
+            "Environment", ["check", "found", "verdict"], [[f["check"], f["found"], f["verdict"]] for f in findings]
+        )
         terminal.document({"findings": findings})
         if any(finding["verdict"] == "fail" for finding in findings):
             raise typer.Exit(3)
 
 
 @app.command()
-def keygen(prefix: Annotated[Path, typer.Argument(metavar="PREFIX", help="Writes PREFIX.key, readable by its owner only, and PREFIX.pub.")], as_json: Json = False) -> None:
+def keygen(
+    prefix: Annotated[
+        Path, typer.Argument(metavar="PREFIX", help="Writes PREFIX.key, readable by its owner only, and PREFIX.pub.")
+    ],
+    as_json: Json = False,
+) -> None:
     """Make an Ed25519 key pair that signs field updates."""
     with _terminal(as_json) as terminal:
         from r1export.update.envelope import keygen as make_keys
@@ -242,16 +305,34 @@ def keygen(prefix: Annotated[Path, typer.Argument(metavar="PREFIX", help="Writes
 @app.command()
 def bundle(
     run: Run,
-    release: Annotated[int, typer.Option("--release", help="Number of the release that the device will have; 0 is the base.")],
+    release: Annotated[
+        int, typer.Option("--release", help="Number of the release that the device will have; 0 is the base.")
+    ],
     key: Annotated[list[Path], typer.Option("--key", help="Secret key from keygen; give it once for each signature.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The update, for example update.r1u.")],
     since: Annotated[int, typer.Option("--since", help="Number of the release that the device has.")] = 0,
-    drop: Annotated[list[str], typer.Option("--drop", metavar="TASK", help="Leave a task out; needs --seq; repeatable.")] = [],  # noqa: B006
-    seq: Annotated[int, typer.Option("--seq", help="Sequence number; a rollback or a version without a task needs one above all that the fleet has seen.")] = 0,
-    product: Annotated[str, typer.Option("--product", help="Devices of another product refuse the update.")] = "default",
-    device_class: Annotated[str, typer.Option("--device-class", help="Devices of another class refuse the update.")] = "default",
-    min_seq: Annotated[int, typer.Option("--min-seq", help="Devices may not roll back below this sequence number.")] = 0,
-    expires: Annotated[int, typer.Option("--expires", help="Seconds since 1970 after which devices refuse the update; 0 is never.")] = 0,
+    drop: Annotated[
+        list[str], typer.Option("--drop", metavar="TASK", help="Leave a task out; needs --seq; repeatable.")
+    ] = [],  # noqa: B006
+    seq: Annotated[
+        int,
+        typer.Option(
+            "--seq",
+            help="Sequence number; a rollback or a version without a task needs one above all that the fleet has seen.",
+        ),
+    ] = 0,
+    product: Annotated[
+        str, typer.Option("--product", help="Devices of another product refuse the update.")
+    ] = "default",
+    device_class: Annotated[
+        str, typer.Option("--device-class", help="Devices of another class refuse the update.")
+    ] = "default",
+    min_seq: Annotated[
+        int, typer.Option("--min-seq", help="Devices may not roll back below this sequence number.")
+    ] = 0,
+    expires: Annotated[
+        int, typer.Option("--expires", help="Seconds since 1970 after which devices refuse the update; 0 is never.")
+    ] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -286,7 +367,10 @@ def device_kit(
         terminal.document({"kit": str(path), "bytes": path.stat().st_size})
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
 def device(context: typer.Context) -> None:
     """What the kit does on a device: init, apply, status, rollback, doctor, inspect."""
     from r1export.device.__main__ import main as run_verb

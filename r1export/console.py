@@ -30,7 +30,14 @@ class Terminal:
     @contextmanager
     def track(self, title: str, total: int) -> Iterator[Callable[..., None]]:
         """A bar that stays on the screen with its last note; one line where the output is no terminal."""
-        columns = (TextColumn("  {task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         notes = []
         with Progress(*columns, console=self.people, disable=not self.people.is_terminal) as progress:
             bar = progress.add_task(Text(title).plain, total=total, note="")
@@ -58,9 +65,19 @@ class Terminal:
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """First column to the left, the others to the right."""
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+        table = Table(
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            padding=0,
+            pad_edge=False,
+            show_edge=False,
+        )
         for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i > 0 and len(columns) > 3)
+            table.add_column(
+                column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i > 0 and len(columns) > 3
+            )
         for row in rows:
             table.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row))
         self.people.print(table)
@@ -74,13 +91,21 @@ class Terminal:
         if probe:
             rows = [[*row, percent(value)] for row, value in zip(rows, probe["values"], strict=True)]
         self.table("Top-1 accuracy, %", ["", *names, *([f"{probe['name']} (probe)"] if probe else [])], rows)
-        summary = ", ".join(f"{title} {percent(accuracy[key])}" for title, key in (("Transfer", "transfer"), ("Avg", "avg"), ("Last", "last")) if accuracy.get(key) is not None)
+        summary = ", ".join(
+            f"{title} {percent(accuracy[key])}"
+            for title, key in (("Transfer", "transfer"), ("Avg", "avg"), ("Last", "last"))
+            if accuracy.get(key) is not None
+        )
         self.say(f"{summary}  (zero-shot {percent(accuracy['zero_shot_avg'])})")
 
     def report(self, report: Mapping[str, Any]) -> None:
         """Verdicts of all releases and the reasons for what is not a pass."""
         rows = [self._release_row(release) for release in report.get("releases") or [report]]
-        self.table("Verification: largest difference of embeddings, same program, latency / base", ["release", "merge", "export", "total", "program", "latency", "unmerged", "verdict"], rows)
+        self.table(
+            "Verification: largest difference of embeddings, same program, latency / base",
+            ["release", "merge", "export", "total", "program", "latency", "unmerged", "verdict"],
+            rows,
+        )
         for reason in report.get("reasons") or []:
             self.say(f"  {reason}")
         verdict = report["verdict"]
@@ -89,10 +114,18 @@ class Terminal:
     @staticmethod
     def _release_row(release: Mapping[str, Any]) -> list[str]:
         parity, rungs, timing = release.get("parity") or {}, release.get("proof") or {}, release.get("latency") or {}
-        errors = [f"{parity[name]['max_abs']:.1e}" if (parity.get(name) or {}).get("max_abs") is not None else "-" for name in ("merge", "export", "total")]
-        bytes_and_rungs = [*(release.get("contents") or {}).values(), *(rungs.get(name) for name in ("same_file", "graph", "optimized_graph", "executed_ops", "cost"))]
+        errors = [
+            f"{parity[name]['max_abs']:.1e}" if (parity.get(name) or {}).get("max_abs") is not None else "-"
+            for name in ("merge", "export", "total")
+        ]
+        bytes_and_rungs = [
+            *(release.get("contents") or {}).values(),
+            *(rungs.get(name) for name in ("same_file", "graph", "optimized_graph", "executed_ops", "cost")),
+        ]
         program = _together(bytes_and_rungs)
-        ratio = f"{timing['ratio']:.3f}±{(timing['ci95'][1] - timing['ci95'][0]) / 2:.3f}" if timing.get("ratio") else "-"
+        ratio = (
+            f"{timing['ratio']:.3f}±{(timing['ci95'][1] - timing['ci95'][0]) / 2:.3f}" if timing.get("ratio") else "-"
+        )
         unmerged = f"{timing['unmerged_ratio']:.2f}" if timing.get("unmerged_ratio") else "-"
         return [release["release"]["name"], *errors, program, ratio, unmerged, release["verdict"]]
 

@@ -16,7 +16,18 @@ from r1export.update.container import NAMES, read_layout
 from r1export.update.factors import Rows
 
 Description = tuple[str, dict[str, object], list[str], list[list[str]]]
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "numpy", "safetensors", "cryptography")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "onnxruntime-gpu",
+    "numpy",
+    "safetensors",
+    "cryptography",
+)
 
 
 def describe(path: Path) -> Description:
@@ -25,7 +36,12 @@ def describe(path: Path) -> Description:
         raise InputError(f"{path}: no such file or folder", "check the path")
     if path.is_dir():
         return _release(path) if (path / "manifest.json").exists() else _run(path)
-    kinds: dict[str, Callable[[Path], Description]] = {".safetensors": _tensors, ".onnx": _graph, ".toml": _recipe, ".r1u": _bundle}
+    kinds: dict[str, Callable[[Path], Description]] = {
+        ".safetensors": _tensors,
+        ".onnx": _graph,
+        ".toml": _recipe,
+        ".r1u": _bundle,
+    }
     if path.suffix not in kinds:
         raise InputError(f"{path}: unknown kind of file", f"expected a folder or one of {', '.join(kinds)}")
     return kinds[path.suffix](path)
@@ -38,7 +54,15 @@ def _run(path: Path) -> Description:
     for number, task in enumerate(recipe.stream, 1):
         factors = run.task(number, task.name) / "factors.safetensors"
         released = run.release(number, task.name).exists()
-        rows.append([task.name, task.source, "yes" if factors.exists() else "no", _size(factors.stat().st_size) if factors.exists() else "-", "yes" if released else "no"])
+        rows.append(
+            [
+                task.name,
+                task.source,
+                "yes" if factors.exists() else "no",
+                _size(factors.stat().st_size) if factors.exists() else "-",
+                "yes" if released else "no",
+            ]
+        )
     facts = {"run": str(path), "base": recipe.base.model or recipe.base.weights, "seed": recipe.train.seed}
     return "Run", facts, ["task", "source", "learned", "factors", "released"], rows
 
@@ -47,7 +71,12 @@ def _release(path: Path) -> Description:
     manifest = read_manifest(path)
     rows = [[name, _size(entry["bytes"]), entry["sha256"]] for name, entry in manifest["files"].items()]
     learned = [task["name"] for task in manifest["tasks"] if task["learned"]]
-    facts = {"release": manifest["name"], "base": manifest["base"]["name"], "learned": ", ".join(learned) or "nothing", "parameters": len(manifest["tensors"])}
+    facts = {
+        "release": manifest["name"],
+        "base": manifest["base"]["name"],
+        "learned": ", ".join(learned) or "nothing",
+        "parameters": len(manifest["tensors"]),
+    }
     return "Release", facts, ["file", "size", "sha256"], rows
 
 
@@ -56,7 +85,10 @@ def _tensors(path: Path) -> Description:
     rows = [[spec.name, NAMES[spec.dtype], str(list(spec.shape)), _size(spec.nbytes)] for spec in layout.specs]
     facts: dict[str, object] = {"file": str(path), "tensors": len(rows), "bytes": layout.nbytes}
     if names := [spec.name.removesuffix(".u") for spec in layout.specs if spec.name.endswith(".u")]:
-        facts |= {"adapted linears": len(names), "experts per linear": max(spec.shape[1] for spec in layout.specs if spec.name.endswith(".u"))}
+        facts |= {
+            "adapted linears": len(names),
+            "experts per linear": max(spec.shape[1] for spec in layout.specs if spec.name.endswith(".u")),
+        }
         facts["parameters changed"] = len({Rows.parse(name).parameter for name in names})
     return "Tensors", facts, ["name", "dtype", "shape", "size"], rows
 
@@ -70,18 +102,39 @@ def _graph(path: Path) -> Description:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError is not part of its public interface
         raise InputError(f"{path}: not an ONNX graph: {error}", "export it again") from error
-    ends = [f"{v.name} {[d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim]}" for v in (*model.graph.input, *model.graph.output)]
-    facts = {"graph": str(path), "opset": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import), "inputs and outputs": "; ".join(ends)}
+    ends = [
+        f"{v.name} {[d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim]}"
+        for v in (*model.graph.input, *model.graph.output)
+    ]
+    facts = {
+        "graph": str(path),
+        "opset": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
+        "inputs and outputs": "; ".join(ends),
+    }
     facts |= {"initializers": len(model.graph.initializer), "digest": graph_digest(path)}
-    return "Graph", facts, ["op", "nodes"], [[op, str(count)] for op, count in Counter(node.op_type for node in model.graph.node).most_common()]
+    return (
+        "Graph",
+        facts,
+        ["op", "nodes"],
+        [[op, str(count)] for op, count in Counter(node.op_type for node in model.graph.node).most_common()],
+    )
 
 
 def _recipe(path: Path) -> Description:
     from r1export.recipe import load_recipe
 
     recipe = load_recipe(path)
-    rows = [[f"{section}.{field}", str(value)] for section in ("base", "data", "pool", "train", "export", "verify") for field, value in getattr(recipe, section)]
-    return "Recipe", {"recipe": str(path), "tasks": ", ".join(task.name for task in recipe.stream)}, ["field", "value"], rows
+    rows = [
+        [f"{section}.{field}", str(value)]
+        for section in ("base", "data", "pool", "train", "export", "verify")
+        for field, value in getattr(recipe, section)
+    ]
+    return (
+        "Recipe",
+        {"recipe": str(path), "tasks": ", ".join(task.name for task in recipe.stream)},
+        ["field", "value"],
+        rows,
+    )
 
 
 def _bundle(path: Path) -> Description:
@@ -89,7 +142,12 @@ def _bundle(path: Path) -> Description:
 
     facts = inspect(path)
     rows = [[key, str(value)] for key, value in facts.items() if not isinstance(value, list | dict)]
-    return "Update", {"update": str(path), "signatures": "listed, not verified: that is done on the device"}, ["field", "value"], rows
+    return (
+        "Update",
+        {"update": str(path), "signatures": "listed, not verified: that is done on the device"},
+        ["field", "value"],
+        rows,
+    )
 
 
 def _size(nbytes: int) -> str:
@@ -104,11 +162,21 @@ def examine_environment() -> list[dict[str, str]]:
             findings.append({"check": package, "found": version(package), "verdict": "pass"})
         except PackageNotFoundError:
             findings.append({"check": package, "found": "not installed", "verdict": "fail"})
-    for name, trial in (("torch and torchvision", _try_torch), ("onnxruntime runs a graph", _try_onnxruntime), ("disk", _try_disk)):
+    for name, trial in (
+        ("torch and torchvision", _try_torch),
+        ("onnxruntime runs a graph", _try_onnxruntime),
+        ("disk", _try_disk),
+    ):
         try:
             findings.append({"check": name, "found": trial(), "verdict": "pass"})
         except Exception as error:  # whatever is broken in this environment is the finding
-            findings.append({"check": name, "found": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}", "verdict": "fail"})
+            findings.append(
+                {
+                    "check": name,
+                    "found": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}",
+                    "verdict": "fail",
+                }
+            )
     return findings
 
 
@@ -116,7 +184,9 @@ def _try_torch() -> str:
     import torch
     import torchvision
 
-    torchvision.ops.nms(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([1.0]), 0.5)  # fails beside a torch it was not built for
+    torchvision.ops.nms(
+        torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([1.0]), 0.5
+    )  # fails beside a torch it was not built for
     return f"{torch.get_num_threads()} threads, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no CUDA device'}"
 
 

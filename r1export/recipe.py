@@ -216,7 +216,9 @@ def _set(values: dict[str, Any], override: str) -> None:
             place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
         place[int(last) if isinstance(place, list) else last] = value
     except (ValueError, IndexError, TypeError, AttributeError):
-        raise InputError(f"--set {override}: there is no {key}", "expected section.field=value or tasks.0.field=value") from None
+        raise InputError(
+            f"--set {override}: there is no {key}", "expected section.field=value or tasks.0.field=value"
+        ) from None
 
 
 def _describe(error: ValidationError) -> str:
@@ -226,4 +228,3 @@ def _describe(error: ValidationError) -> str:
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     message = {"extra_forbidden": "unknown key"}.get(first["type"], first["msg"].removeprefix("Value error, "))
     return f"{place}: {message}{'' if first['type'] == 'extra_forbidden' else found}{more}"
-

@@ -35,7 +35,10 @@ class RunFolder:
     def recipe(self) -> Recipe:
         """Raises InputError if this is not a run."""
         if not self.recipe_file.exists():
-            raise InputError(f"{self.path}: not a run, it has no recipe.toml", "give the --out folder of r1export run, or a release folder")
+            raise InputError(
+                f"{self.path}: not a run, it has no recipe.toml",
+                "give the --out folder of r1export run, or a release folder",
+            )
         return load_recipe(self.recipe_file)
 
     def task(self, number: int, name: str) -> Path:
@@ -84,7 +87,10 @@ def check_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> N
     if not (resume or overwrite):
         raise InputError(f"{path} already holds a run", "go on with --resume, or start anew with --overwrite")
     if resume and not overwrite and run.recipe() != recipe:
-        raise InputError(f"{path} holds a run of another recipe: {_difference(run.recipe(), recipe)}", "choose another --out, or --overwrite")
+        raise InputError(
+            f"{path} holds a run of another recipe: {_difference(run.recipe(), recipe)}",
+            "choose another --out, or --overwrite",
+        )
 
 
 def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
@@ -115,5 +121,3 @@ def _difference(one: Recipe, other: Recipe) -> str:
                 return f"{section}.{field} is {values[field]!r}, now {right[section][field]!r}"
             return section
     return "nothing"
-
-

@@ -71,7 +71,9 @@ print(json.dumps({"seconds": seconds, "peak_gb": peak}))
 def child(python: str, code: str, *arguments: str) -> dict[str, float]:
     done = subprocess.run([python, "-c", code, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{Path(python).name} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
+        sys.exit(
+            f"{Path(python).name} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}"
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -84,7 +86,10 @@ def measure(name: str, folder: Path, optimum: str | None, rounds: int) -> dict[s
     if optimum:
         exports["Optimum, every export"] = child(optimum, OPTIMUM, name.rsplit("-", 1)[1], str(folder))
         graphs["Optimum"] = folder / "optimum_visual.onnx"
-    return {"exports": exports, "latency": {batch: latency(name, graphs, batch, max(4, rounds // batch)) for batch in (1, 8)}}
+    return {
+        "exports": exports,
+        "latency": {batch: latency(name, graphs, batch, max(4, rounds // batch)) for batch in (1, 8)},
+    }
 
 
 def latency(name: str, graphs: dict[str, Path], batch: int, rounds: int) -> dict[str, dict[str, float | list[float]]]:
@@ -98,7 +103,11 @@ def latency(name: str, graphs: dict[str, Path], batch: int, rounds: int) -> dict
     torch.set_num_threads(1)
     model = open_clip.create_model(name, load_weights=False).eval()
     size = model.visual.image_size
-    pixels = np.random.default_rng(0).standard_normal((batch, 3, *(size if isinstance(size, tuple) else (size, size)))).astype(np.float32)
+    pixels = (
+        np.random.default_rng(0)
+        .standard_normal((batch, 3, *(size if isinstance(size, tuple) else (size, size))))
+        .astype(np.float32)
+    )
     jobs = {}
     for contender, path in graphs.items():
         session = open_session(path, threads=1)
@@ -120,7 +129,12 @@ def _ratio(ours: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> dic
     logs = np.log(ours / other)
     boot = np.exp([np.median(rng.choice(logs, len(logs))) for _ in range(1000)])
     interval = [float(q) for q in np.quantile(boot, [0.025, 0.975])]
-    return {"median_ms": 1000 * float(np.median(other)), "ours_to_it": float(np.exp(np.median(logs))), "ci95": interval, "n": len(logs)}
+    return {
+        "median_ms": 1000 * float(np.median(other)),
+        "ours_to_it": float(np.exp(np.median(logs))),
+        "ci95": interval,
+        "n": len(logs),
+    }
 
 
 def main() -> None:
@@ -142,7 +156,9 @@ def main() -> None:
         print("\n| visual tower, 1 thread | batch | median ms | ours / it | 95 % |\n|---|---|---|---|---|")
         for batch, rows in results[name]["latency"].items():
             for contender, row in rows.items():
-                print(f"| {contender} | {batch} | {row['median_ms']:.1f} | {row['ours_to_it']:.3f} | {row['ci95'][0]:.3f} to {row['ci95'][1]:.3f} |")
+                print(
+                    f"| {contender} | {batch} | {row['median_ms']:.1f} | {row['ours_to_it']:.3f} | {row['ci95'][0]:.3f} to {row['ci95'][1]:.3f} |"
+                )
         print(flush=True)
     if options.out:
         options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -51,7 +51,13 @@ def main() -> None:
             rows.append(_repetition(graphs, feeds, asked, repetition))
             print(_line(repetition, rows[-1]), flush=True)
     settings = {key: value for key, value in vars(asked).items() if key != "out"}
-    found = {"settings": settings, "ladder": ladder, "counts": _counts(rows, asked.margin), "machine": _machine(), "repetitions": rows}
+    found = {
+        "settings": settings,
+        "ladder": ladder,
+        "counts": _counts(rows, asked.margin),
+        "machine": _machine(),
+        "repetitions": rows,
+    }
     for name, counts in found["counts"].items():
         print(f"{name:>9}: " + ", ".join(f"{verdict} {count} of {len(rows)}" for verdict, count in counts.items()))
     if asked.out:
@@ -87,7 +93,11 @@ def _models(name: str, folder: Path) -> tuple[Path, Path, Path, tuple[int, int]]
         place = folder / kind
         place.mkdir()
         stored = weights.stored("visual.safetensors", values)
-        write_layout(place / "visual.safetensors", weights.layout("visual.safetensors"), lambda spec, stored=stored: stored[spec.name])
+        write_layout(
+            place / "visual.safetensors",
+            weights.layout("visual.safetensors"),
+            lambda spec, stored=stored: stored[spec.name],
+        )
         if kind == "unmerged":
             add_branches(graphs / "visual.onnx", update, place / "visual.onnx")
         else:
@@ -105,7 +115,10 @@ def _update(model: nn.Module) -> ExpertUpdate:
         rows, parts = parameter.shape[0], 3 if name.endswith("in_proj_weight") else 1
         for i in range(parts):
             start, stop = i * rows // parts, (i + 1) * rows // parts
-            u, v = (0.01 * rng.normal(size=shape).astype(np.float32) for shape in ((stop - start, EXPERTS), (EXPERTS, parameter.shape[1])))
+            u, v = (
+                0.01 * rng.normal(size=shape).astype(np.float32)
+                for shape in ((stop - start, EXPERTS), (EXPERTS, parameter.shape[1]))
+            )
             factors[Rows(name, start, stop)] = Factors(u, v)
     return ExpertUpdate(factors)
 
@@ -113,22 +126,34 @@ def _update(model: nn.Module) -> ExpertUpdate:
 def _ladder(base: Path, merged: Path, unmerged: Path, feeds: dict[str, np.ndarray]) -> dict[str, str]:
     graphs = [{"visual.onnx": path} for path in (base, merged)]
     rungs = {"same_file": proof.same_files(*graphs), "graph": proof.same_graphs(*graphs)}
-    rungs |= proof.rungs(proof.executions(graphs[0], {"visual.onnx": feeds}, ["cpu"]), lambda: proof.executions(graphs[1], {"visual.onnx": feeds}, ["cpu"]))
+    rungs |= proof.rungs(
+        proof.executions(graphs[0], {"visual.onnx": feeds}, ["cpu"]),
+        lambda: proof.executions(graphs[1], {"visual.onnx": feeds}, ["cpu"]),
+    )
     control = proof.proof_control(base, unmerged, feeds)["unmerged"]
     return {name: rung["verdict"] for name, rung in rungs.items()} | {"control": control["detail"]}
 
 
-def _repetition(graphs: dict[str, Path], feeds: dict[str, np.ndarray], asked: argparse.Namespace, seed: int) -> dict[str, Any]:
+def _repetition(
+    graphs: dict[str, Path], feeds: dict[str, np.ndarray], asked: argparse.Namespace, seed: int
+) -> dict[str, Any]:
     """Ratios to the base with their intervals, and the verdict on each contender."""
     rng, blocks = np.random.default_rng(seed), []
     for _ in range(asked.blocks):
         order = [str(name) for name in rng.permutation(list(graphs))]
         blocks.append(
-            time_rounds({name: job(open_session(graphs[name], threads=asked.threads), feeds, "cpu") for name in order}, asked.rounds, rng, CLOCKS[asked.clock])
+            time_rounds(
+                {name: job(open_session(graphs[name], threads=asked.threads), feeds, "cpu") for name in order},
+                asked.rounds,
+                rng,
+                CLOCKS[asked.clock],
+            )
         )
     seconds = {name: np.stack([block[name] for block in blocks]) for name in graphs}
     ratios = {name: paired_ratio(values, seconds["base"]) for name, values in seconds.items() if name != "base"}
-    verdicts = {name: latency_verdict(ratios[name], ratios["again"], asked.margin)[0] for name in ("same", "merged", "unmerged")}
+    verdicts = {
+        name: latency_verdict(ratios[name], ratios["again"], asked.margin)[0] for name in ("same", "merged", "unmerged")
+    }
     return {
         "base_ms": 1000 * float(np.median(seconds["base"])), "verdicts": verdicts, "load": os.getloadavg()[0],
         "ratios": {name: [ratio.low, ratio.value, ratio.high] for name, ratio in ratios.items()},
@@ -136,7 +161,9 @@ def _repetition(graphs: dict[str, Path], feeds: dict[str, np.ndarray], asked: ar
 
 
 def _line(repetition: int, row: dict[str, Any]) -> str:
-    shown = "  ".join(f"{name} {value:.3f} ({low:.3f} to {high:.3f})" for name, (low, value, high) in row["ratios"].items())
+    shown = "  ".join(
+        f"{name} {value:.3f} ({low:.3f} to {high:.3f})" for name, (low, value, high) in row["ratios"].items()
+    )
     return f"{repetition + 1:>3}  base {row['base_ms']:.1f} ms  {shown}  {' '.join(f'{k}={v}' for k, v in row['verdicts'].items())}  load {row['load']:.1f}"
 
 

@@ -36,24 +36,44 @@ EXPERTS = 4  # rank-1 experts of each adapted linear and task
 KEY = SecretKey(bytes(range(32)))
 TERMS = Terms("default", "default", created=1_800_000_000)
 CLASSES = 10  # classes of a task
-TOWERS = {"visual": ("visual.transformer.resblocks", 768, 12), "textual": ("transformer.resblocks", 512, 12)}  # prefix, width, layers
+TOWERS = {
+    "visual": ("visual.transformer.resblocks", 768, 12),
+    "textual": ("transformer.resblocks", 512, 12),
+}  # prefix, width, layers
 
 
 def shapes(tower: str) -> dict[str, tuple[int, ...]]:
     """Parameters of one tower of OpenAI's ViT-B/16 CLIP, as open_clip names them."""
     prefix, width, layers = TOWERS[tower]
     if tower == "visual":
-        found = {"visual.conv1.weight": (width, 3, 16, 16), "visual.class_embedding": (width,), "visual.positional_embedding": (197, width)}
-        found |= {f"visual.{name}.{part}": (width,) for name in ("ln_pre", "ln_post") for part in ("weight", "bias")} | {"visual.proj": (width, 512)}
+        found = {
+            "visual.conv1.weight": (width, 3, 16, 16),
+            "visual.class_embedding": (width,),
+            "visual.positional_embedding": (197, width),
+        }
+        found |= {
+            f"visual.{name}.{part}": (width,) for name in ("ln_pre", "ln_post") for part in ("weight", "bias")
+        } | {"visual.proj": (width, 512)}
     else:
-        found = {"token_embedding.weight": (49408, width), "positional_embedding": (77, width), "text_projection": (width, 512)}
+        found = {
+            "token_embedding.weight": (49408, width),
+            "positional_embedding": (77, width),
+            "text_projection": (width, 512),
+        }
         found |= {f"ln_final.{part}": (width,) for part in ("weight", "bias")}
     for layer in range(layers):
-        linears = {"attn.in_proj": (3 * width, width), "attn.out_proj": (width, width), "mlp.c_fc": (4 * width, width), "mlp.c_proj": (width, 4 * width)}
+        linears = {
+            "attn.in_proj": (3 * width, width),
+            "attn.out_proj": (width, width),
+            "mlp.c_fc": (4 * width, width),
+            "mlp.c_proj": (width, 4 * width),
+        }
         for name, shape in linears.items():
             joint = "_" if name == "attn.in_proj" else "."
             found |= {f"{prefix}.{layer}.{name}{joint}weight": shape, f"{prefix}.{layer}.{name}{joint}bias": shape[:1]}
-        found |= {f"{prefix}.{layer}.{name}.{part}": (width,) for name in ("ln_1", "ln_2") for part in ("weight", "bias")}
+        found |= {
+            f"{prefix}.{layer}.{name}.{part}": (width,) for name in ("ln_1", "ln_2") for part in ("weight", "bias")
+        }
     return found
 
 
@@ -76,14 +96,19 @@ def make_run(run: Path, towers: list[str], tasks: int, dtype: str) -> Path:
     tensors: dict[str, Any] = {}
     for tower in towers:
         layout = plan((name, np.dtype("f4"), shape) for name, shape in shapes(tower).items())
-        write_layout(base / f"{tower}.safetensors", layout, lambda spec: rng.standard_normal(spec.shape, "f4") * np.float32(0.02))
+        write_layout(
+            base / f"{tower}.safetensors", layout, lambda spec: rng.standard_normal(spec.shape, "f4") * np.float32(0.02)
+        )
         for spec in layout.specs:
             tensors[spec.name] = {
                 "file": f"{tower}.safetensors", "offset": spec.offset, "dtype": NAMES[spec.dtype], "shape": list(spec.shape),
                 "transposed": False, "sha256": hashlib.sha256(read(base, spec)).hexdigest(),
             }  # fmt: skip
         write_file(base / f"{tower}.onnx", rng.bytes(300_000))
-    golden = {"pixel_values": rng.standard_normal((8, 3, 224, 224), "f4"), "image_embeds": rng.standard_normal((8, 512), "f4")}
+    golden = {
+        "pixel_values": rng.standard_normal((8, 3, 224, 224), "f4"),
+        "image_embeds": rng.standard_normal((8, 512), "f4"),
+    }
     write_tensors(base / "golden.safetensors", golden)
     write_manifest(base, 0, [], tensors)
     updates: list[tuple[str, str, ExpertUpdate]] = []
@@ -106,10 +131,21 @@ def read(folder: Path, spec: Any) -> bytes:
 
 def factors(rng: np.random.Generator, rows: Rows, tower: str, dtype: str) -> Factors:
     inside = shapes(tower)[rows.parameter][1]
-    return Factors.pack(rng.standard_normal((EXPERTS, inside)) * 0.02, rng.standard_normal((rows.stop - rows.start, EXPERTS)) * 0.02, 1.0, dtype)
+    return Factors.pack(
+        rng.standard_normal((EXPERTS, inside)) * 0.02,
+        rng.standard_normal((rows.stop - rows.start, EXPERTS)) * 0.02,
+        1.0,
+        dtype,
+    )
 
 
-def write_release(run: Path, updates: list[tuple[str, str, ExpertUpdate]], tensors: dict[str, Any], golden: dict[str, Any], rng: np.random.Generator) -> None:
+def write_release(
+    run: Path,
+    updates: list[tuple[str, str, ExpertUpdate]],
+    tensors: dict[str, Any],
+    golden: dict[str, Any],
+    rng: np.random.Generator,
+) -> None:
     base = Release.read(run / "releases" / "00-base")
     folder = run / "releases" / f"{len(updates):02d}-{updates[-1][0]}"
     (folder / "classes").mkdir(parents=True)
@@ -117,30 +153,64 @@ def write_release(run: Path, updates: list[tuple[str, str, ExpertUpdate]], tenso
     for path in base.files:
         write_file(folder / path, rebuild.chunks(path))
     write_tensors(folder / "golden.safetensors", {**golden, "image_embeds": rng.standard_normal((8, 512), "f4")})
-    write_tensors(folder / "classes" / f"{updates[-1][0]}.safetensors", {"class_embeds": rng.standard_normal((CLASSES, 512), "f4")})
+    write_tensors(
+        folder / "classes" / f"{updates[-1][0]}.safetensors",
+        {"class_embeds": rng.standard_normal((CLASSES, 512), "f4")},
+    )
     digests = {name: hashlib.sha256(rebuild.tensor(name).tobytes()).hexdigest() for name in rebuild.update.parameters}
     changed = {name: {**tensors[name], "sha256": digest} for name, digest in digests.items()}
-    write_manifest(folder, len(updates), [{"task": task, "sha256": digest} for task, digest, _ in updates], {**tensors, **changed})
+    write_manifest(
+        folder, len(updates), [{"task": task, "sha256": digest} for task, digest, _ in updates], {**tensors, **changed}
+    )
 
 
 def write_manifest(folder: Path, sequence: int, updates: list[dict[str, str]], tensors: dict[str, Any]) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in paths}
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        for path in paths
+    }
     golden = {"max_abs": 5e-5, "min_cosine": 0.999999}
-    head = {"format": "r1export.release/1", "name": folder.name, "sequence": sequence, "procedure": "r1-f64-v1", "precision": "fp32"}
-    body = {"base": {"name": "ViT-B-16", "sha256": "0" * 64}, "updates": updates, "files": files, "tensors": tensors, "golden": golden, "tasks": []}
+    head = {
+        "format": "r1export.release/1",
+        "name": folder.name,
+        "sequence": sequence,
+        "procedure": "r1-f64-v1",
+        "precision": "fp32",
+    }
+    body = {
+        "base": {"name": "ViT-B-16", "sha256": "0" * 64},
+        "updates": updates,
+        "files": files,
+        "tensors": tensors,
+        "golden": golden,
+        "tasks": [],
+    }
     write_json(folder / "manifest.json", head | body)
 
 
 def sizes(folder: Path) -> list[dict[str, Any]]:
     """Bytes of one task's update, beside the files that it replaces."""
     rows = []
-    for towers, dtype in ((["visual", "textual"], "float32"), (["visual", "textual"], "float16"), (["visual"], "float32"), (["visual"], "float16")):
+    for towers, dtype in (
+        (["visual", "textual"], "float32"),
+        (["visual", "textual"], "float16"),
+        (["visual"], "float32"),
+        (["visual"], "float16"),
+    ):
         run = make_run(folder / f"sizes-{'-'.join(towers)}-{dtype}", towers, 1, dtype)
         bundle = make_bundle(run, 1, 0, [KEY], folder / "size.r1u", terms=TERMS, overwrite=True)
         whole = sum((run / "releases" / "00-base" / f"{tower}.safetensors").stat().st_size for tower in towers)
         carried = sum(update.nbytes for update in bundle.carried.values())
-        rows.append({"towers": "+".join(towers), "factors": dtype, "update_bytes": len(bundle.to_bytes()), "factors_bytes": carried, "whole_bytes": whole})
+        rows.append(
+            {
+                "towers": "+".join(towers),
+                "factors": dtype,
+                "update_bytes": len(bundle.to_bytes()),
+                "factors_bytes": carried,
+                "whole_bytes": whole,
+            }
+        )
         shutil.rmtree(run)
     return rows
 
@@ -148,18 +218,31 @@ def sizes(folder: Path) -> list[dict[str, Any]]:
 def patches(folder: Path) -> list[dict[str, Any]]:
     """The same change of the smallest and the largest weight of a block (12 MB) as an update's factors and as binary patches."""
     rng = np.random.default_rng(1)
-    block = [rows for rows in adapted("visual") if rows.parameter.endswith((".0.attn.out_proj.weight", ".0.mlp.c_fc.weight"))]
-    base = {name: rng.standard_normal(shape, "f4") * np.float32(0.02) for name, shape in shapes("visual").items() if name in {rows.parameter for rows in block}}
+    block = [
+        rows for rows in adapted("visual") if rows.parameter.endswith((".0.attn.out_proj.weight", ".0.mlp.c_fc.weight"))
+    ]
+    base = {
+        name: rng.standard_normal(shape, "f4") * np.float32(0.02)
+        for name, shape in shapes("visual").items()
+        if name in {rows.parameter for rows in block}
+    }
     update = ExpertUpdate({rows: factors(rng, rows, "visual", "float32") for rows in block})
     old, new, patch = folder / "old", folder / "new", folder / "patch"
     write_tensors(old, base)
     write_tensors(new, update.apply(base))
     whole = new.stat().st_size
-    rows = [{"method": "whole file", "bytes": whole, "seconds": 0.0}, {"method": "rank-1 factors, float32", "bytes": update.nbytes, "seconds": 0.0}]
+    rows = [
+        {"method": "whole file", "bytes": whole, "seconds": 0.0},
+        {"method": "rank-1 factors, float32", "bytes": update.nbytes, "seconds": 0.0},
+    ]
     rows.append({"method": "rank-1 factors, float16", "bytes": update.nbytes // 2, "seconds": 0.0})
     for method, program, command in (
         ("zstd -19", "zstd", ["zstd", "-q", "-f", "-19", str(new), "-o", str(patch)]),
-        ("zstd -19 --patch-from", "zstd", ["zstd", "-q", "-f", "-19", "--long=27", f"--patch-from={old}", str(new), "-o", str(patch)]),
+        (
+            "zstd -19 --patch-from",
+            "zstd",
+            ["zstd", "-q", "-f", "-19", "--long=27", f"--patch-from={old}", str(new), "-o", str(patch)],
+        ),
         ("bsdiff", "bsdiff", ["bsdiff", str(old), str(new), str(patch)]),
     ):
         if shutil.which(program):
@@ -168,13 +251,22 @@ def patches(folder: Path) -> list[dict[str, Any]]:
             rows.append({"method": method, "bytes": patch.stat().st_size, "seconds": time.perf_counter() - start})
         else:
             rows.append({"method": f"{method}: {program} is not installed", "bytes": None, "seconds": None})
-    xor = np.frombuffer(old.read_bytes(), np.uint8)[-(1 << 26) :] ^ np.frombuffer(new.read_bytes(), np.uint8)[-(1 << 26) :]
+    xor = (
+        np.frombuffer(old.read_bytes(), np.uint8)[-(1 << 26) :]
+        ^ np.frombuffer(new.read_bytes(), np.uint8)[-(1 << 26) :]
+    )
     planes = folder / "planes"
     planes.write_bytes(np.ascontiguousarray(xor[len(xor) % 4 :].reshape(-1, 4).T).tobytes())
     if shutil.which("zstd"):
         start = time.perf_counter()
         subprocess.run(["zstd", "-q", "-f", "-19", str(planes), "-o", str(patch)], check=True)
-        rows.append({"method": "XOR, byte planes, zstd -19", "bytes": patch.stat().st_size, "seconds": time.perf_counter() - start})
+        rows.append(
+            {
+                "method": "XOR, byte planes, zstd -19",
+                "bytes": patch.stat().st_size,
+                "seconds": time.perf_counter() - start,
+            }
+        )
     return [{**row, "share": row["bytes"] / whole if row["bytes"] else None} for row in rows]
 
 
@@ -227,7 +319,9 @@ def measured(command: list[str]) -> tuple[float, float, int]:
     """Seconds and processor seconds of a process, and the largest resident memory in bytes of it or a process it started."""
     code = "import resource, subprocess, sys, time; s = time.perf_counter(); subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
     code += "u = resource.getrusage(resource.RUSAGE_CHILDREN); print(time.perf_counter() - s, u.ru_utime + u.ru_stime, u.ru_maxrss * 1024)"
-    seconds, busy, peak = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True).stdout.split()
+    seconds, busy, peak = subprocess.run(
+        [sys.executable, "-c", code, *command], check=True, capture_output=True, text=True
+    ).stdout.split()
     return float(seconds), float(busy), int(peak)
 
 
@@ -252,17 +346,29 @@ def main() -> None:
 
 def report(figures: dict[str, Any], tasks: int) -> None:
     """Print the tables."""
-    print(f"One task, {EXPERTS} experts on each adapted weight, {CLASSES} classes\n\n| towers | factors | update | of the weights |\n|---|---|---|---|")
+    print(
+        f"One task, {EXPERTS} experts on each adapted weight, {CLASSES} classes\n\n| towers | factors | update | of the weights |\n|---|---|---|---|"
+    )
     for row in figures.get("sizes", []):
         share, whole = 100 * row["update_bytes"] / row["whole_bytes"], row["whole_bytes"] / 1e6
-        print(f"| {row['towers']} | {row['factors']} | {row['update_bytes'] / 1e6:.2f} MB | {share:.2f} % of {whole:.0f} MB |")
-    print("\nThe same change of two weights (12 MB), as\n\n| method | bytes | share | seconds to make |\n|---|---|---|---|")
+        print(
+            f"| {row['towers']} | {row['factors']} | {row['update_bytes'] / 1e6:.2f} MB | {share:.2f} % of {whole:.0f} MB |"
+        )
+    print(
+        "\nThe same change of two weights (12 MB), as\n\n| method | bytes | share | seconds to make |\n|---|---|---|---|"
+    )
     for row in figures.get("patches", []):
-        figures_of = "not measured | |" if row["bytes"] is None else f"{row['bytes']:,} | {100 * row['share']:.2f} % | {row['seconds']:.1f}"
+        figures_of = (
+            "not measured | |"
+            if row["bytes"] is None
+            else f"{row['bytes']:,} | {100 * row['share']:.2f} % | {row['seconds']:.1f}"
+        )
         print(f"| {row['method']} | {figures_of} |")
     print(f"\nApplying {tasks} tasks to both towers\n\n| what | figure |\n|---|---|")
     for key, value in figures.get("costs", {}).items():
-        print(f"| {key} | {f'{value / 1e6:.1f} MB' if key.endswith('bytes') else value if isinstance(value, bool | int) else f'{value:.2f} s'} |")
+        print(
+            f"| {key} | {f'{value / 1e6:.1f} MB' if key.endswith('bytes') else value if isinstance(value, bool | int) else f'{value:.2f} s'} |"
+        )
 
 
 if __name__ == "__main__":

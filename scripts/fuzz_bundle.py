@@ -121,7 +121,9 @@ def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
             case 3:
                 changed[at : at + 4] = rng.choice((0, 1, 2**16, 2**20, 2**31, 2**32 - 1)).to_bytes(4, "little")
             case _:
-                changed[at:at] = rng.choice((b"{", b"[", b'"', b"\\", b"1e999", b"NaN", b"\xff", b',"seq":1', b"9" * 400))
+                changed[at:at] = rng.choice(
+                    (b"{", b"[", b'"', b"\\", b"1e999", b"NaN", b"\xff", b',"seq":1', b"9" * 400)
+                )
     return bytes(changed)
 
 
@@ -187,7 +189,9 @@ def main() -> int:
         executions += 1
         if new:
             corpus.append(data)
-    print(f"{executions} executions, {len(corpus)} inputs kept, {len(coverage.seen)} pairs of lines reached, 0 failures")
+    print(
+        f"{executions} executions, {len(corpus)} inputs kept, {len(coverage.seen)} pairs of lines reached, 0 failures"
+    )
     return 0
 
 

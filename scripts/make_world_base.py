@@ -43,7 +43,16 @@ from r1export.adapt.world import (
 )
 
 SEEN_PAIRS = [pair for pair in PAIRS if pair not in UNSEEN_PAIRS]
-TEMPLATES = ["a {}.", "{}", "the {}.", "a picture of a {}.", "an image of the {}.", "a drawing of a {}.", "a photo of one {}.", "this is a {}."]
+TEMPLATES = [
+    "a {}.",
+    "{}",
+    "the {}.",
+    "a picture of a {}.",
+    "an image of the {}.",
+    "a drawing of a {}.",
+    "a photo of one {}.",
+    "this is a {}.",
+]
 # Question -> its possible answers, as phrases for the templates. Combined answers teach the text tower to compose.
 QUESTIONS = {
     "pair": [f"{colour} {shape}" for colour, shape in SEEN_PAIRS],
@@ -55,9 +64,20 @@ QUESTIONS = {
     "facing": [f"shape facing {way}" for way in FACING],
     "letter": [f"letter {letter}" for letter in ascii_lowercase],
 }
-WEIGHTS = {"pair": 1.0, "colour": 0.5, "shape": 0.5, "size, colour": 0.3, "style, shape": 0.3, "background": 0.1, "facing": 0.7, "letter": 0.7}
+WEIGHTS = {
+    "pair": 1.0,
+    "colour": 0.5,
+    "shape": 0.5,
+    "size, colour": 0.3,
+    "style, shape": 0.3,
+    "background": 0.1,
+    "facing": 0.7,
+    "letter": 0.7,
+}
 PHRASES = [phrase for answers in QUESTIONS.values() for phrase in answers]
-FONTS = [ImageFont.load_default(size) for size in range(50, 120, 10)]  # the one font inside Pillow, in pixels before averaging down
+FONTS = [
+    ImageFont.load_default(size) for size in range(50, 120, 10)
+]  # the one font inside Pillow, in pixels before averaging down
 
 
 def truths_of(scene: Scene) -> dict[str, str]:
@@ -75,8 +95,12 @@ def draw_letter(letter: str, rng: np.random.Generator) -> Image.Image:
     image = Image.new("L", (3 * SIZE, 3 * SIZE))
     letter = letter.upper() if u[0] < 0.5 else letter
     middle = tuple(48 + 20 * (u[1:3] - 0.5))
-    ImageDraw.Draw(image).text(middle, letter, fill=255, font=FONTS[int(u[3] * len(FONTS))], anchor="mm", stroke_width=int(4 * u[4]))
-    image = image.rotate(40 * (u[5] - 0.5), Image.Resampling.BILINEAR).reduce(12 if u[6] < 0.25 else 6 if u[6] < 0.5 else 3)
+    ImageDraw.Draw(image).text(
+        middle, letter, fill=255, font=FONTS[int(u[3] * len(FONTS))], anchor="mm", stroke_width=int(4 * u[4])
+    )
+    image = image.rotate(40 * (u[5] - 0.5), Image.Resampling.BILINEAR).reduce(
+        12 if u[6] < 0.25 else 6 if u[6] < 0.5 else 3
+    )
     cover = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))[..., None] / 255
     return noisy(paper + cover * (ink - paper), rng)
 
@@ -94,7 +118,9 @@ def draw_example(index: int) -> tuple[Image.Image, dict[str, str]]:
 def normalise(pixels: np.ndarray) -> Tensor:
     """uint8 (n, s, s, 3) -> float (n, 3, s, s) as CLIP reads it."""
     x = torch.from_numpy(pixels).float().div_(255)
-    return ((x - torch.tensor(open_clip.OPENAI_DATASET_MEAN)) / torch.tensor(open_clip.OPENAI_DATASET_STD)).permute(0, 3, 1, 2)
+    return ((x - torch.tensor(open_clip.OPENAI_DATASET_MEAN)) / torch.tensor(open_clip.OPENAI_DATASET_STD)).permute(
+        0, 3, 1, 2
+    )
 
 
 def draw_batch(step: int, batch: int) -> tuple[Tensor, Tensor]:
@@ -140,7 +166,10 @@ def new_model(seed: int) -> tuple[nn.Module, open_clip.SimpleTokenizer]:
 def question_loss(logits: Tensor, answers: Tensor) -> Tensor:
     """Weighted cross-entropy over the questions. logits (batch, phrases), answers (batch, questions)."""
     parts = logits.split([len(a) for a in QUESTIONS.values()], dim=1)
-    losses = [w * F.cross_entropy(part, answers[:, k], ignore_index=-1) for k, (part, w) in enumerate(zip(parts, WEIGHTS.values(), strict=True))]
+    losses = [
+        w * F.cross_entropy(part, answers[:, k], ignore_index=-1)
+        for k, (part, w) in enumerate(zip(parts, WEIGHTS.values(), strict=True))
+    ]
     return torch.stack(losses).sum()
 
 
@@ -199,7 +228,9 @@ def print_table(model: nn.Module, tokenize: open_clip.SimpleTokenizer) -> None:
     world = load_builtin("world")
     unseen = np.isin(world.train.labels, [PAIRS.index(pair) for pair in UNSEEN_PAIRS])
     rows = [("world, unseen pairs", world, world.train.subset(np.flatnonzero(unseen)))]
-    rows += [(name, task, task.test) for name in ("world", "patterns", "arrows", "digits") for task in [load_builtin(name)]]
+    rows += [
+        (name, task, task.test) for name in ("world", "patterns", "arrows", "digits") for task in [load_builtin(name)]
+    ]
     print(f"{'held-out images':24}{'n':>6}{'top-1':>8}{'chance':>8}")
     for name, task, images in rows:
         print(f"{name:24}{len(images):6}{accuracy(model, tokenize, task, images):8.1f}{100 / len(task.classes):8.1f}")

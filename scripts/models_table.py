@@ -58,7 +58,9 @@ class Row:
     def markdown(self) -> str:
         if not self.linears:
             return f"| {self.name} | {self.verdict} | | | | |"
-        return f"| {self.name} | {self.verdict} | {self.routed} | {self.linears} | {self.merge:.1e} | {self.export:.1e} |"
+        return (
+            f"| {self.name} | {self.verdict} | {self.routed} | {self.linears} | {self.merge:.1e} | {self.export:.1e} |"
+        )
 
 
 def build(name: str) -> nn.Module:
@@ -117,10 +119,20 @@ def examine(name: str) -> Row:
         exported = _export(model, inputs)
     except Unsupported as reason:
         return Row(name, f"refused: {reason.message}")
-    errors = [max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True)) for one, other in ((unmerged, merged), (merged, exported))]
+    errors = [
+        max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
+        for one, other in ((unmerged, merged), (merged, exported))
+    ]
     if max(errors) > LIMIT:
         verdict = f"refused: differs by {max(errors):.1e}"
-    routed = ", ".join(sorted({f"{'image' if r.parameter.startswith('visual.') else 'text'}: {p.settings.route_on}" for r, p in pools.items()}))
+    routed = ", ".join(
+        sorted(
+            {
+                f"{'image' if r.parameter.startswith('visual.') else 'text'}: {p.settings.route_on}"
+                for r, p in pools.items()
+            }
+        )
+    )
     return Row(name, verdict, routed, len(pools), *errors, time.perf_counter() - start)
 
 
@@ -145,7 +157,9 @@ def _export(model: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> tupl
             stored = weights.stored(file, values)
             write_layout(folder / file, weights.layout(file), lambda spec, stored=stored: stored[spec.name])
         feeds = (("visual", "pixel_values", inputs[0]), ("textual", "input_ids", inputs[1]))
-        return tuple(open_session(folder / f"{tower}.onnx").run(None, {key: value.numpy()})[0] for tower, key, value in feeds)
+        return tuple(
+            open_session(folder / f"{tower}.onnx").run(None, {key: value.numpy()})[0] for tower, key, value in feeds
+        )
 
 
 HEAD = """# Models
@@ -172,10 +186,14 @@ def main() -> None:
     for name in options.names:
         rows.append(examine(name))
         print(rows[-1].markdown(), f"{rows[-1].seconds:.0f} s", file=sys.stderr, flush=True)
-    head = HEAD.format(version=open_clip.__version__, timm=timm.__version__, torch=torch.__version__.split("+")[0], limit=LIMIT)
+    head = HEAD.format(
+        version=open_clip.__version__, timm=timm.__version__, torch=torch.__version__.split("+")[0], limit=LIMIT
+    )
     tail = (DOCUMENT.read_text(encoding="utf-8").partition("\n## ")[2]) if DOCUMENT.exists() else ""
     DOCUMENT.parent.mkdir(exist_ok=True)
-    DOCUMENT.write_text(head + "\n".join(row.markdown() for row in rows) + "\n" + (f"\n## {tail}" if tail else ""), encoding="utf-8")
+    DOCUMENT.write_text(
+        head + "\n".join(row.markdown() for row in rows) + "\n" + (f"\n## {tail}" if tail else ""), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

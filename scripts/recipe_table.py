@@ -8,7 +8,15 @@ from r1export.recipe import Base, Data, Export, Pool, Recipe, TaskSource, Train,
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
 MARK = "<!-- made by scripts/recipe_table.py -->\n"
-SECTIONS = {"[base]": Base, "[[tasks]], [probe]": TaskSource, "[data]": Data, "[pool]": Pool, "[train]": Train, "[export]": Export, "[verify]": Verify}
+SECTIONS = {
+    "[base]": Base,
+    "[[tasks]], [probe]": TaskSource,
+    "[data]": Data,
+    "[pool]": Pool,
+    "[train]": Train,
+    "[export]": Export,
+    "[verify]": Verify,
+}
 
 
 def table(title: str, section: type) -> str:
@@ -16,7 +24,9 @@ def table(title: str, section: type) -> str:
     rows = []
     for name, field in section.model_fields.items():
         default = "required" if field.is_required() else f"`{field.default!r}`"
-        rows.append(f"| `{name}` | {default} | {field.description or 'Name of the task, of letters, digits, `_`, `.` and `-`.'} |")
+        rows.append(
+            f"| `{name}` | {default} | {field.description or 'Name of the task, of letters, digits, `_`, `.` and `-`.'} |"
+        )
     return f"\n## {title}\n\n| field | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 

@@ -62,4 +62,6 @@ def stripes():
     def images(start: int, count: int) -> ImageSet:
         return ImageSet(np.arange(start, start + count) % 2, lambda i: draw(start + i))
 
-    return Task("stripes", ("horizontal stripes", "vertical stripes"), ("a photo of {}.", "{}"), images(0, 24), images(1000, 16))
+    return Task(
+        "stripes", ("horizontal stripes", "vertical stripes"), ("a photo of {}.", "{}"), images(0, 24), images(1000, 16)
+    )

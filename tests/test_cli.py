@@ -106,7 +106,11 @@ def test_a_run_ends_with_a_verdict_and_everything_on_disk(run) -> None:
         assert not any("L5" not in reason for reason in release["reasons"]), release["reasons"]
     assert [r["release"]["name"] for r in report["releases"]] == ["00-base", "01-digits", "02-arrows"]
     for release in ("00-base", "01-digits", "02-arrows"):
-        found = {path.relative_to(out / "releases" / release).as_posix() for path in (out / "releases" / release).rglob("*") if path.is_file()}
+        found = {
+            path.relative_to(out / "releases" / release).as_posix()
+            for path in (out / "releases" / release).rglob("*")
+            if path.is_file()
+        }
         expected = {
             "visual.onnx",
             "visual.safetensors",
@@ -118,7 +122,16 @@ def test_a_run_ends_with_a_verdict_and_everything_on_disk(run) -> None:
             "manifest.json",
         }
         assert (
-            expected | {"README.md", "report.json", "report.md", "report.html", "classes/digits.safetensors", "classes/digits.json", "tokenizer/vocab.json"}
+            expected
+            | {
+                "README.md",
+                "report.json",
+                "report.md",
+                "report.html",
+                "classes/digits.safetensors",
+                "classes/digits.json",
+                "tokenizer/vocab.json",
+            }
             <= found
         )
     assert (out / "report.html").exists()
@@ -156,7 +169,13 @@ def test_the_weights_of_a_release_are_the_base_plus_the_factors_in_order(run) ->
     tensors = json.loads((run[0] / "releases/00-base/manifest.json").read_text())["tensors"]
     straight = {name: value.T if tensors[name]["transposed"] else value for name, value in base.items()}
     updates = [ExpertUpdate.read(run[0] / f"tasks/{name}/factors.safetensors") for name in ("01-digits", "02-arrows")]
-    visual = ExpertUpdate({rows: pair for rows, pair in ExpertUpdate.stack(updates).factors.items() if rows.parameter.startswith("visual.")})
+    visual = ExpertUpdate(
+        {
+            rows: pair
+            for rows, pair in ExpertUpdate.stack(updates).factors.items()
+            if rows.parameter.startswith("visual.")
+        }
+    )
     merged = visual.apply(straight)
     released = read_tensors(run[0] / "releases/02-arrows/visual.safetensors")
     assert len(merged) == 8
@@ -170,7 +189,9 @@ def test_the_same_seed_gives_the_same_factors_in_another_process(run, recipe, tm
         assert sha256_file(factors) == sha256_file(tmp_path / "again" / factors.relative_to(run[0]))
 
 
-def test_a_run_killed_inside_a_task_and_resumed_gives_the_factors_of_the_uninterrupted_run(run, recipe, tmp_path) -> None:
+def test_a_run_killed_inside_a_task_and_resumed_gives_the_factors_of_the_uninterrupted_run(
+    run, recipe, tmp_path
+) -> None:
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "r1export", "train", recipe, "--out", out, *FAST]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -195,8 +216,14 @@ def test_a_full_disk_in_the_middle_of_a_release_leaves_no_release(recipe, run, t
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 
-    one_line_error(in_a_process("export", tmp_path / "run", preexec_fn=limit), 2, "00-base could not be written", "File too large", "make room")
-    assert [path for path in (tmp_path / "run/releases").rglob("*")] == []
+    one_line_error(
+        in_a_process("export", tmp_path / "run", preexec_fn=limit),
+        2,
+        "00-base could not be written",
+        "File too large",
+        "make room",
+    )
+    assert list((tmp_path / "run/releases").rglob("*")) == []
 
 
 def test_verify_of_one_release_needs_no_run(run, tmp_path) -> None:
@@ -221,13 +248,19 @@ def test_a_release_with_one_changed_byte_fails_with_the_name_of_the_file(run, tm
 def test_an_existing_run_is_neither_touched_nor_continued_unasked(run, recipe) -> None:
     before = (run[0] / "metrics.json").stat().st_mtime_ns
     one_line_error(r1export("run", recipe, "--out", run[0], *FAST), 2, "already holds a run", "--resume", "--overwrite")
-    one_line_error(r1export("run", recipe, "--out", run[0], "--resume", *FAST, "--set", "train.seed=7"), 2, "train.seed is 42, now 7")
+    one_line_error(
+        r1export("run", recipe, "--out", run[0], "--resume", *FAST, "--set", "train.seed=7"),
+        2,
+        "train.seed is 42, now 7",
+    )
     assert (run[0] / "metrics.json").stat().st_mtime_ns == before
 
 
 def test_a_folder_that_is_no_run_is_never_deleted(recipe, tmp_path) -> None:
     (tmp_path / "photo.jpg").write_text("precious")
-    one_line_error(r1export("run", recipe, "--out", tmp_path, "--overwrite"), 2, "not empty and not a run", "nothing was touched")
+    one_line_error(
+        r1export("run", recipe, "--out", tmp_path, "--overwrite"), 2, "not empty and not a run", "nothing was touched"
+    )
     assert (tmp_path / "photo.jpg").read_text() == "precious"
 
 
@@ -283,7 +316,15 @@ def test_a_tower_that_is_no_vit_is_unsupported(recipe, tmp_path) -> None:
     (tmp_path / "resnet.json").write_text(json.dumps(config))
     save_file(open_clip.CLIP(**config).state_dict(), tmp_path / "w.safetensors")
     result = r1export(
-        "run", recipe, "--out", tmp_path / "out", "--set", f"base.weights={tmp_path}/w.safetensors", "--set", f"base.config={tmp_path}/resnet.json", *FAST
+        "run",
+        recipe,
+        "--out",
+        tmp_path / "out",
+        "--set",
+        f"base.weights={tmp_path}/w.safetensors",
+        "--set",
+        f"base.config={tmp_path}/resnet.json",
+        *FAST,
     )
     one_line_error(result, 3, "visual tower (ModifiedResNet)")
     assert not (tmp_path / "out").exists()
@@ -336,13 +377,21 @@ def test_doctor_finds_this_environment_fit() -> None:
 
 
 def test_help_loads_no_torch() -> None:
-    code = "import sys, r1export.cli as c\ntry: c.app(['--help'])\nexcept SystemExit: pass\nprint(sorted(m for m in ('torch', 'onnx', 'numpy', 'pydantic', 'open_clip') if m in sys.modules), file=sys.stderr)"
+    code = """
+import sys, r1export.cli as c
+try: c.app(['--help'])
+except SystemExit: pass
+heavy = ('torch', 'onnx', 'numpy', 'pydantic', 'open_clip')
+print([name for name in heavy if name in sys.modules], file=sys.stderr)
+"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stderr.strip() == "[]"
     assert "verify" in result.stdout
 
 
-def test_a_device_that_takes_the_updates_holds_the_released_bytes_and_a_version_without_a_task_verifies(run, tmp_path) -> None:
+def test_a_device_that_takes_the_updates_holds_the_released_bytes_and_a_version_without_a_task_verifies(
+    run, tmp_path
+) -> None:
     def must(*arguments: object) -> Result:
         result = r1export(*arguments)
         assert result.returncode == 0, result.stderr
@@ -352,12 +401,42 @@ def test_a_device_that_takes_the_updates_holds_the_released_bytes_and_a_version_
     must("keygen", keys)
     assert (tmp_path / "fleet.key").stat().st_mode & 0o777 == 0o600
     for number in (1, 2):
-        must("bundle", out, "--release", number, "--since", number - 1, "--key", f"{keys}.key", "-o", tmp_path / f"{number}.r1u")
-    must("bundle", out, "--release", 2, "--drop", "digits", "--seq", 9, "--key", f"{keys}.key", "-o", tmp_path / "dropped.r1u")
+        must(
+            "bundle",
+            out,
+            "--release",
+            number,
+            "--since",
+            number - 1,
+            "--key",
+            f"{keys}.key",
+            "-o",
+            tmp_path / f"{number}.r1u",
+        )
+    must(
+        "bundle",
+        out,
+        "--release",
+        2,
+        "--drop",
+        "digits",
+        "--seq",
+        9,
+        "--key",
+        f"{keys}.key",
+        "-o",
+        tmp_path / "dropped.r1u",
+    )
     must("device", "init", store, "--base", out / "releases/00-base", "--trust", f"{keys}.pub")
     for number, name in ((1, "01-digits"), (2, "02-arrows")):
         must("device", "apply", store, tmp_path / f"{number}.r1u")
-        for file in ("visual.safetensors", "textual.safetensors", "golden.safetensors", "classes/arrows.safetensors", "manifest.json"):
+        for file in (
+            "visual.safetensors",
+            "textual.safetensors",
+            "golden.safetensors",
+            "classes/arrows.safetensors",
+            "manifest.json",
+        ):
             assert sha256_file(store / "current" / file) == sha256_file(out / "releases" / name / file)
     assert (tmp_path / "2.r1u").stat().st_size < 0.05 * (store / "current/visual.safetensors").stat().st_size + 100_000
     one_line = r1export("device", "apply", store, tmp_path / "1.r1u")

@@ -16,7 +16,12 @@ EXAMPLE = json.loads((Path(__file__).parent / "verify" / "report_example.json").
 def runs(tmp_path: Path) -> list[Path]:
     folders = []
     for name, last in (("ours", 0.8), ("baseline", 0.7)):
-        report = {"schema": EXAMPLE["schema"], "verdict": "pass", "accuracy": copy.deepcopy(EXAMPLE["accuracy"]) | {"last": last}, "releases": [EXAMPLE]}
+        report = {
+            "schema": EXAMPLE["schema"],
+            "verdict": "pass",
+            "accuracy": copy.deepcopy(EXAMPLE["accuracy"]) | {"last": last},
+            "releases": [EXAMPLE],
+        }
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps(report))
         folders.append(tmp_path / name)
@@ -35,7 +40,9 @@ def test_json_is_one_document_on_stdout(runs: list[Path]) -> None:
     assert [run["last"] for run in json.loads(done.stdout)["runs"]] == [0.8, 0.7]
 
 
-def test_a_folder_without_a_report_and_a_place_that_is_taken_are_refused_in_one_line(runs: list[Path], tmp_path: Path) -> None:
+def test_a_folder_without_a_report_and_a_place_that_is_taken_are_refused_in_one_line(
+    runs: list[Path], tmp_path: Path
+) -> None:
     done = CliRunner().invoke(app, ["compare", str(runs[0]), str(tmp_path)])
     assert done.exit_code == 2
     assert "verify it first" in done.stderr

@@ -24,7 +24,12 @@ def lines_with_commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        found += [(page.name, line) for block in re.findall(r"```\w*\n(.*?)```", text, re.S) for line in block.splitlines() if line.startswith("r1export ")]
+        found += [
+            (page.name, line)
+            for block in re.findall(r"```\w*\n(.*?)```", text, re.S)
+            for line in block.splitlines()
+            if line.startswith("r1export ")
+        ]
         found += [(page.name, code) for code in re.findall(r"`(r1export [^`]+)`", text)]
     return found
 
@@ -72,13 +77,29 @@ def test_the_field_list_is_the_recipe_model() -> None:
 def test_every_help_text_has_a_first_line_and_every_option_a_meaning() -> None:
     def walk(command, path: str) -> list[str]:
         silent = [] if (command.help or "").strip() else [path]
-        silent += [f"{path} {p.name}" for p in command.params if p.param_type_name == "option" and p.name != "help" and not p.help]
-        return silent + [s for name, sub in getattr(command, "commands", {}).items() for s in walk(sub, f"{path} {name}")]
+        silent += [
+            f"{path} {p.name}"
+            for p in command.params
+            if p.param_type_name == "option" and p.name != "help" and not p.help
+        ]
+        return silent + [
+            s for name, sub in getattr(command, "commands", {}).items() for s in walk(sub, f"{path} {name}")
+        ]
 
     assert walk(get_command(app), "r1export") == []
 
 
 def test_no_page_names_a_machine_or_a_host_of_a_registry() -> None:
-    tracked = [*PAGES, ROOT / "requirements.lock", ROOT / "pyproject.toml", *(ROOT / "scripts").iterdir(), *(ROOT / "recipes").iterdir()]
+    tracked = [
+        *PAGES,
+        ROOT / "requirements.lock",
+        ROOT / "pyproject.toml",
+        *(ROOT / "scripts").iterdir(),
+        *(ROOT / "recipes").iterdir(),
+    ]
     words = re.compile(r"pypi\.org|files\.pythonhosted|registry\.npmjs|/work/|/root/|/tmp/s/")
-    assert [path.name for path in tracked if path.is_file() and words.search(path.read_text(encoding="utf-8", errors="ignore"))] == []
+    assert [
+        path.name
+        for path in tracked
+        if path.is_file() and words.search(path.read_text(encoding="utf-8", errors="ignore"))
+    ] == []

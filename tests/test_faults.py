@@ -60,7 +60,13 @@ def verified(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one task, small in every way; wide margins, since timing is not what is tested here."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "recipe.toml").write_text(RECIPE)
-    done = r1export("run", folder / "recipe.toml", "--out", folder / "run", *(part for setting in SETTINGS for part in ("--set", setting)))
+    done = r1export(
+        "run",
+        folder / "recipe.toml",
+        "--out",
+        folder / "run",
+        *(part for setting in SETTINGS for part in ("--set", setting)),
+    )
     report = json.loads((folder / "run" / "report.json").read_text())
     assert done.returncode in (0, 4), done.output
     assert not [reason for reason in report["reasons"] if "L5 Time" not in reason], report["reasons"]
@@ -81,7 +87,10 @@ def run(verified: Path, tmp_path: Path) -> Path:
 def reseal(release: Path) -> None:
     """Make every digest of the manifest fit what is there now."""
     manifest = json.loads((release / "manifest.json").read_text())
-    manifest["files"] = {name: {"sha256": sha256_file(release / name), "bytes": (release / name).stat().st_size} for name in manifest["files"]}
+    manifest["files"] = {
+        name: {"sha256": sha256_file(release / name), "bytes": (release / name).stat().st_size}
+        for name in manifest["files"]
+    }
     manifest["graphs"] = {name: graph_digest(release / name) for name in manifest["graphs"]}
     for file in {entry["file"] for entry in manifest["tensors"].values()}:
         for name, tensor in read_tensors(release / file).items():
@@ -99,7 +108,12 @@ def change_weights(release: Path, name: str, change: Callable[[np.ndarray], np.n
     reseal(release)
 
 
-def change_graph(run: Path, name: str, change: Callable[[onnx.ModelProto], None], releases: tuple[str, ...] = ("00-base", "01-digits")) -> None:
+def change_graph(
+    run: Path,
+    name: str,
+    change: Callable[[onnx.ModelProto], None],
+    releases: tuple[str, ...] = ("00-base", "01-digits"),
+) -> None:
     """Change one graph; in all releases, and in the graphs that were exported once, it is as if it had been exported so."""
     folders = [run / "releases" / release for release in releases] + ([run / "graphs"] if len(releases) == 2 else [])
     for folder in folders:
@@ -129,7 +143,9 @@ OUT_PROJ = "visual.transformer.resblocks.1.attn.out_proj.weight"
 def delta(run: Path, parameter: str, expert: int | None = None) -> np.ndarray:
     """What the update adds to a parameter, or one of its experts alone."""
     update = factors(run)
-    total = np.zeros_like(ExpertUpdate(update.factors).apply({name: _zeros(update, name) for name in update.parameters})[parameter])
+    total = np.zeros_like(
+        ExpertUpdate(update.factors).apply({name: _zeros(update, name) for name in update.parameters})[parameter]
+    )
     for rows, pair in update.factors.items():
         if rows.parameter == parameter:
             chosen = slice(None) if expert is None else slice(expert, expert + 1)
@@ -165,7 +181,9 @@ def test_an_expert_merged_twice_is_found_and_named(run: Path) -> None:
 def test_an_expert_that_training_packed_twice_is_found_by_the_merge_stage(run: Path) -> None:
     """The fault is in the factors themselves, so base + factors is wrong as well; only the trained pool knows better."""
     update = factors(run)
-    doubled = {rows: type(pair)(pair.u * np.array([1, 1, 2, 1], np.float32), pair.v) for rows, pair in update.factors.items()}
+    doubled = {
+        rows: type(pair)(pair.u * np.array([1, 1, 2, 1], np.float32), pair.v) for rows, pair in update.factors.items()
+    }
     ExpertUpdate(doubled).write(run / "tasks" / "01-digits" / "factors.safetensors")
     shutil.rmtree(run / "releases")
     assert r1export("export", run).returncode == 0
@@ -178,7 +196,9 @@ def test_out_proj_merged_twice_is_found_and_named(run: Path) -> None:
 
 
 def test_q_and_k_in_the_wrong_order_are_found_and_named(run: Path) -> None:
-    change_weights(run / "releases" / "01-digits", IN_PROJ, lambda w: np.concatenate([np.split(w, 3)[i] for i in (1, 0, 2)]))
+    change_weights(
+        run / "releases" / "01-digits", IN_PROJ, lambda w: np.concatenate([np.split(w, 3)[i] for i in (1, 0, 2)])
+    )
     assert "its rows are in the order k, q, v instead of q, k, v" in found_by_verify(run)
 
 
@@ -211,7 +231,9 @@ def test_another_epsilon_is_located_and_leaves_a_case_that_shows_it(run: Path) -
 def test_a_text_tower_without_its_causal_mask_is_found(run: Path) -> None:
     def change(model: onnx.ModelProto) -> None:
         masks = [
-            tensor for tensor in model.graph.initializer if tensor.data_type == 1 and not tensor.external_data and np.isinf(numpy_helper.to_array(tensor)).any()
+            tensor
+            for tensor in model.graph.initializer
+            if tensor.data_type == 1 and not tensor.external_data and np.isinf(numpy_helper.to_array(tensor)).any()
         ]
         assert masks, "the exported text tower holds no mask"
         for mask in masks:
@@ -246,7 +268,10 @@ def test_a_release_with_one_more_node_is_found(run: Path, op: str) -> None:
 
 def test_stale_class_embeddings_are_found(run: Path) -> None:
     releases = run / "releases"
-    shutil.copyfile(releases / "00-base" / "classes" / "digits.safetensors", releases / "01-digits" / "classes" / "digits.safetensors")
+    shutil.copyfile(
+        releases / "00-base" / "classes" / "digits.safetensors",
+        releases / "01-digits" / "classes" / "digits.safetensors",
+    )
     reseal(releases / "01-digits")
     assert "classes/digits.safetensors is stale" in found_by_verify(run)
 
@@ -256,7 +281,11 @@ def test_an_edited_manifest_is_found(run: Path) -> None:
     path.write_text(path.read_text().replace('"max_abs": 5e-05', '"max_abs": 0.5'))
     assert "manifest.json was edited" in found_by_verify(run)
     alone = subprocess.run(
-        [sys.executable, "-m", "r1export", "verify", path.parent], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, timeout=120
+        [sys.executable, "-m", "r1export", "verify", path.parent],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+        timeout=120,
     )
     assert (alone.returncode, alone.stderr) == (1, "")
     assert "manifest.json was edited" in alone.stdout
@@ -274,7 +303,11 @@ def write_int8(run: Path, name: str, ranges: dict, folder: Path, spoil: str = ""
     source = run / "releases" / name
     shutil.copytree(source, folder)
     manifest = json.loads((source / "manifest.json").read_text())
-    values = {n: t.T if manifest["tensors"][n]["transposed"] else t for file in WEIGHTS for n, t in read_tensors(source / file).items()}
+    values = {
+        n: t.T if manifest["tensors"][n]["transposed"] else t
+        for file in WEIGHTS
+        for n, t in read_tensors(source / file).items()
+    }
     for graph in GRAPHS:
         (folder / graph).unlink()
     layout = quantized_graphs(run / "graphs", folder)
@@ -286,17 +319,30 @@ def write_int8(run: Path, name: str, ranges: dict, folder: Path, spoil: str = ""
     for file in WEIGHTS:
         write_tensors(folder / file, layout.stored(file, found))
         for spec in read_layout(folder / file).specs:
-            entry = {"file": file, "offset": spec.offset, "bytes": spec.nbytes, "dtype": NAMES[spec.dtype], "shape": list(spec.shape)}
+            entry = {
+                "file": file,
+                "offset": spec.offset,
+                "bytes": spec.nbytes,
+                "dtype": NAMES[spec.dtype],
+                "shape": list(spec.shape),
+            }
             manifest["tensors"][spec.name] = entry | {"transposed": False, "sha256": ""}
-    manifest |= {"precision": "int8", "golden": {"max_abs": GATES["int8"].max_abs, "min_cosine": GATES["int8"].min_cosine}}
+    manifest |= {
+        "precision": "int8",
+        "golden": {"max_abs": GATES["int8"].max_abs, "min_cosine": GATES["int8"].min_cosine},
+    }
     write_json(folder / "manifest.json", manifest)
     reseal(folder)
 
 
 @pytest.mark.parametrize(("spoil", "code"), [("", 0), (IN_PROJ, 1)])
-def test_an_int8_release_passes_and_one_with_a_doubled_scale_is_found(verified: Path, tmp_path: Path, spoil: str, code: int) -> None:
+def test_an_int8_release_passes_and_one_with_a_doubled_scale_is_found(
+    verified: Path, tmp_path: Path, spoil: str, code: int
+) -> None:
     golden = read_tensors(verified / "releases" / "00-base" / "golden.safetensors")
-    ranges = calibrate(verified / "releases" / "00-base", {name: golden[name] for name in ("pixel_values", "input_ids")})
+    ranges = calibrate(
+        verified / "releases" / "00-base", {name: golden[name] for name in ("pixel_values", "input_ids")}
+    )
     write_int8(verified, "00-base", ranges, tmp_path / "00-base")
     write_int8(verified, "01-digits", ranges, tmp_path / "01-digits", spoil)
     done = r1export("verify", tmp_path / "01-digits", "--json")
@@ -318,7 +364,9 @@ def test_a_release_by_itself_is_verified_against_the_base_beside_it(verified: Pa
     done = r1export("verify", verified / "releases" / "01-digits", "--json")
     report = json.loads(done.output[done.output.index("{\n") :])
     assert done.returncode in (0, 4), report["reasons"]
-    assert {report["proof"][rung]["verdict"] for rung in ("same_file", "graph", "optimized_graph", "executed_ops", "cost")} == {"pass"}
+    assert {
+        report["proof"][rung]["verdict"] for rung in ("same_file", "graph", "optimized_graph", "executed_ops", "cost")
+    } == {"pass"}
     assert report["latency"]["ratio"] > 0
 
 

@@ -34,11 +34,19 @@ def test_nothing_reads_or_writes_pickles() -> None:
     users = [
         p.relative_to(PACKAGE).as_posix()
         for p in PACKAGE.rglob("*.py")
-        if re.search(r"^\s*(import|from) pickle|torch\.load\(|torch\.save\(|allow_pickle=True", p.read_text(encoding="utf-8"), re.M)
+        if re.search(
+            r"^\s*(import|from) pickle|torch\.load\(|torch\.save\(|allow_pickle=True",
+            p.read_text(encoding="utf-8"),
+            re.M,
+        )
     ]
     assert users == []
 
 
 def test_only_the_console_and_the_entry_points_print() -> None:
-    printers = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if re.search(r"^\s*print\(", p.read_text(encoding="utf-8"), re.M)}
+    printers = {
+        p.relative_to(PACKAGE).as_posix()
+        for p in PACKAGE.rglob("*.py")
+        if re.search(r"^\s*print\(", p.read_text(encoding="utf-8"), re.M)
+    }
     assert printers <= {"console.py", "cli.py", "device/__main__.py"}

@@ -15,10 +15,14 @@ from r1export.update.factors import ExpertUpdate
 
 @pytest.fixture
 def recipe(tiny_files) -> Recipe:
-    return Recipe.model_validate({
-        "base": {"weights": str(tiny_files[0]), "config": str(tiny_files[1])}, "tasks": [{"name": "digits", "source": "builtin:digits"}, {"name": "arrows", "source": "builtin:arrows"}],
-        "data": {"shots": 2, "test_limit": 10}, "train": {"iterations": 2},
-    })  # fmt: skip
+    return Recipe.model_validate(
+        {
+            "base": {"weights": str(tiny_files[0]), "config": str(tiny_files[1])},
+            "tasks": [{"name": "digits", "source": "builtin:digits"}, {"name": "arrows", "source": "builtin:arrows"}],
+            "data": {"shots": 2, "test_limit": 10},
+            "train": {"iterations": 2},
+        }
+    )
 
 
 def stage_of(recipe: Recipe, path) -> Stage:

@@ -39,18 +39,38 @@ def test_the_defaults_are_the_faithful_settings(tmp_path) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL))
     pool, train = recipe.pool, recipe.train
     assert (pool.rank, pool.k_train, pool.k_merge, pool.alpha, pool.dropout) == (12, 8, 4, 1.0, 0.2)
-    assert (train.iterations, train.batch_size, train.learning_rate, train.min_learning_rate, train.weight_decay) == (500, 32, 2e-3, 1e-6, 1e-2)
+    assert (train.iterations, train.batch_size, train.learning_rate, train.min_learning_rate, train.weight_decay) == (
+        500,
+        32,
+        2e-3,
+        1e-6,
+        1e-2,
+    )
     assert (train.orthogonality_weight, train.seed) == (0.1, 42)
 
 
 def test_recipe_and_code_agree_on_the_defaults() -> None:
     assert TrainSettings(**Train().model_dump()) == TrainSettings()
-    assert PoolSettings(**{key: value for key, value in Pool().model_dump().items() if key in PoolSettings.__dataclass_fields__}) == PoolSettings()
+    assert (
+        PoolSettings(
+            **{key: value for key, value in Pool().model_dump().items() if key in PoolSettings.__dataclass_fields__}
+        )
+        == PoolSettings()
+    )
 
 
 def test_every_field_says_what_it_means() -> None:
-    sections = [Recipe, *(field.annotation for name, field in Recipe.model_fields.items() if name in ("base", "data", "pool", "train", "export", "verify"))]
-    silent = [f"{s.__name__}.{name}" for s in sections[1:] for name, field in s.model_fields.items() if not field.description]
+    sections = [
+        Recipe,
+        *(
+            field.annotation
+            for name, field in Recipe.model_fields.items()
+            if name in ("base", "data", "pool", "train", "export", "verify")
+        ),
+    ]
+    silent = [
+        f"{s.__name__}.{name}" for s in sections[1:] for name, field in s.model_fields.items() if not field.description
+    ]
     assert silent == []
 
 
@@ -86,8 +106,17 @@ def test_a_missing_recipe_is_named(tmp_path) -> None:
 
 def test_fields_can_be_overridden(tmp_path) -> None:
     path = write(tmp_path, MINIMAL)
-    recipe = load_recipe(path, ("train.iterations=7", "data.root=/some/dir", "tasks.0.name=b", 'pool.towers=["visual"]', "data.download=true"))
-    assert (recipe.train.iterations, recipe.data.root, recipe.tasks[0].name, recipe.pool.towers, recipe.data.download) == (
+    recipe = load_recipe(
+        path,
+        ("train.iterations=7", "data.root=/some/dir", "tasks.0.name=b", 'pool.towers=["visual"]', "data.download=true"),
+    )
+    assert (
+        recipe.train.iterations,
+        recipe.data.root,
+        recipe.tasks[0].name,
+        recipe.pool.towers,
+        recipe.data.download,
+    ) == (
         7,
         "/some/dir",
         "b",
@@ -96,7 +125,9 @@ def test_fields_can_be_overridden(tmp_path) -> None:
     )
 
 
-@pytest.mark.parametrize("override", ["iterations", "=5", "tasks.9.name=b", "tasks.x.name=b", "base.model.deep=1", "train.iterationz=5"])
+@pytest.mark.parametrize(
+    "override", ["iterations", "=5", "tasks.9.name=b", "tasks.x.name=b", "base.model.deep=1", "train.iterationz=5"]
+)
 def test_an_override_that_fits_nothing_is_refused(override: str, tmp_path) -> None:
     with pytest.raises(InputError, match=r"--set|unknown key"):
         load_recipe(write(tmp_path, MINIMAL), (override,))

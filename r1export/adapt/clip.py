@@ -55,7 +55,9 @@ class Preprocess:
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 (n, 3, h, w) -> float32, bit for bit what open_clip's ToTensor and Normalize give."""
-        mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (self.config.mean, self.config.std))
+        mean, std = (
+            torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (self.config.mean, self.config.std)
+        )
         return pixels.float().div_(255).sub_(mean).div_(std)
 
     def to_json(self) -> dict[str, Any]:
@@ -104,7 +106,9 @@ class Clip:
                 tensors[name].copy_(torch.from_numpy(np.array(value)))
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.model.state_dict(keep_vars=True).items() if value.is_floating_point()}
+        return {
+            name: value for name, value in self.model.state_dict(keep_vars=True).items() if value.is_floating_point()
+        }
 
 
 def digest(weights: Mapping[str, np.ndarray]) -> str:
@@ -117,7 +121,14 @@ def digest(weights: Mapping[str, np.ndarray]) -> str:
     return sha.hexdigest()
 
 
-def load_clip(model: str = "", *, pretrained: str = "", weights: Path | None = None, config: Path | None = None, device: str = "cpu") -> Clip:
+def load_clip(
+    model: str = "",
+    *,
+    pretrained: str = "",
+    weights: Path | None = None,
+    config: Path | None = None,
+    device: str = "cpu",
+) -> Clip:
     """Load an open_clip model with a pretrained tag, or local weights with, if need be, their config.
 
     Raises:
@@ -127,15 +138,23 @@ def load_clip(model: str = "", *, pretrained: str = "", weights: Path | None = N
     if config is not None:
         model = _register(config)
     if model not in open_clip.list_models():
-        raise Unsupported(f"open_clip {open_clip.__version__} knows no model {model!r}", "open_clip.list_models() names them, or give base.config")
+        raise Unsupported(
+            f"open_clip {open_clip.__version__} knows no model {model!r}",
+            "open_clip.list_models() names them, or give base.config",
+        )
     if pretrained and pretrained not in open_clip.list_pretrained_tags_by_model(model):
         known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
         raise Unsupported(f"{model} has no pretrained tag {pretrained!r}", f"known tags: {known}")
     try:
         with _quiet():
-            module = open_clip.create_model(model, pretrained=pretrained or None, load_weights=bool(pretrained), device=device)
+            module = open_clip.create_model(
+                model, pretrained=pretrained or None, load_weights=bool(pretrained), device=device
+            )
     except (OSError, RuntimeError) as error:
-        raise Unsupported(f"open_clip cannot make {model} {pretrained}: {_first_line(error)}", "fetch the weights once with network, or give base.weights") from error
+        raise Unsupported(
+            f"open_clip cannot make {model} {pretrained}: {_first_line(error)}",
+            "fetch the weights once with network, or give base.weights",
+        ) from error
     if weights is not None:
         _load_weights_(module, weights)
     module.eval().requires_grad_(False)
@@ -158,7 +177,10 @@ def _register(config: Path) -> str:
     try:
         keys = set(json.loads(config.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise InputError(f"{config}: not a readable open_clip config: {error}", "give the JSON with embed_dim, vision_cfg and text_cfg") from None
+        raise InputError(
+            f"{config}: not a readable open_clip config: {error}",
+            "give the JSON with embed_dim, vision_cfg and text_cfg",
+        ) from None
     if missing := {"embed_dim", "vision_cfg", "text_cfg"} - keys:
         raise InputError(f"{config}: no {', '.join(sorted(missing))}", "give an open_clip model config")
     open_clip.add_model_config(config)
@@ -173,9 +195,14 @@ def _load_weights_(module: nn.Module, weights: Path) -> None:
     except FileNotFoundError:
         raise InputError(f"{weights}: no such file", "check base.weights") from None
     except SafetensorError as error:
-        raise InputError(f"{weights}: not a safetensors file: {error}", "convert the checkpoint with safetensors.torch.save_file") from None
+        raise InputError(
+            f"{weights}: not a safetensors file: {error}", "convert the checkpoint with safetensors.torch.save_file"
+        ) from None
     except RuntimeError as error:
-        raise InputError(f"{weights} does not fit the model: {' '.join(str(error).split())[:200]}", "check base.model and base.config") from None
+        raise InputError(
+            f"{weights} does not fit the model: {' '.join(str(error).split())[:200]}",
+            "check base.model and base.config",
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

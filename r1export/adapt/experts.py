@@ -47,7 +47,13 @@ class RankOnePacked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.base(x).chunk(3, -1)
-        return torch.cat([part + self.pools[name](x) if name in self.pools else part for name, part in zip("qkv", parts, strict=True)], -1)
+        return torch.cat(
+            [
+                part + self.pools[name](x) if name in self.pools else part
+                for name, part in zip("qkv", parts, strict=True)
+            ],
+            -1,
+        )
 
 
 class RankOneAttention(nn.Module):
@@ -58,13 +64,21 @@ class RankOneAttention(nn.Module):
         self.base, self.pools = base, nn.ModuleDict(pools)
 
     def forward(
-        self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, *, need_weights: bool = False, attn_mask: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, None]:
         """(n, tokens, d) -> (n, tokens, d); `key` and `value` are `query`. A mask is (L, L) or (n*heads, L, L), additive."""
         base, (n, tokens, width) = self.base, query.shape
         parts = F.linear(query, base.in_proj_weight, base.in_proj_bias).chunk(3, -1)
         q, k, v = (
-            (part + self.pools[name](query) if name in self.pools else part).view(n, tokens, base.num_heads, -1).transpose(1, 2)
+            (part + self.pools[name](query) if name in self.pools else part)
+            .view(n, tokens, base.num_heads, -1)
+            .transpose(1, 2)
             for name, part in zip("qkv", parts, strict=True)
         )
         if attn_mask is not None and attn_mask.ndim == 3:
@@ -98,32 +112,51 @@ def _blocks(model: nn.Module, tower: str) -> list[tuple[str, nn.Module]]:
     found = [
         (prefix + name, block)
         for name, block in module.named_modules()
-        if hasattr(block, "attn") and hasattr(block, "mlp") and len(_linears(block.mlp)) > 1 and not (prefix == "" and name.startswith("visual."))
+        if hasattr(block, "attn")
+        and hasattr(block, "mlp")
+        and len(_linears(block.mlp)) > 1
+        and not (prefix == "" and name.startswith("visual."))
     ]
     kind = type(getattr(module, "trunk", getattr(module, "transformer", module))).__name__
     if not found:
-        raise Unsupported(f"the {tower} tower ({kind}) has no transformer blocks", "use a ViT, or leave the tower out of pool.towers")
+        raise Unsupported(
+            f"the {tower} tower ({kind}) has no transformer blocks", "use a ViT, or leave the tower out of pool.towers"
+        )
     if any(hasattr(block, "window_size") or hasattr(block.attn, "relative_position_bias_table") for _, block in found):
-        raise Unsupported(f"the {tower} tower ({kind}) attends within windows, so no token stands for the image", "leave the tower out of pool.towers")
+        raise Unsupported(
+            f"the {tower} tower ({kind}) attends within windows, so no token stands for the image",
+            "leave the tower out of pool.towers",
+        )
     return found
 
 
 def _linears(mlp: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
     """(parent, name, linear) of all linears of an MLP, in order; the last projects back, those before go forth."""
-    return [(parent, name, child) for parent in mlp.modules() for name, child in parent.named_children() if isinstance(child, nn.Linear)]
+    return [
+        (parent, name, child)
+        for parent in mlp.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear)
+    ]
 
 
 def _route_on(model: nn.Module, tower: str) -> str:
     """The first token where it stands for the input (a class token, a start token), else the mean of all."""
     _, module = _tower(model, tower)
     if tower == "text":
-        return "mean" if getattr(module, "pool_type", getattr(module, "text_pool_type", "argmax")) == "last" else "first"
+        return (
+            "mean" if getattr(module, "pool_type", getattr(module, "text_pool_type", "argmax")) == "last" else "first"
+        )
     token = getattr(getattr(module, "trunk", module), "cls_token", getattr(module, "class_embedding", None))
     return "mean" if token is None else "first"
 
 
 def inject_experts_(
-    model: nn.Module, settings: PoolSettings, *, towers: tuple[str, ...] = ("visual", "text"), targets: tuple[str, ...] = TARGETS
+    model: nn.Module,
+    settings: PoolSettings,
+    *,
+    towers: tuple[str, ...] = ("visual", "text"),
+    targets: tuple[str, ...] = TARGETS,
 ) -> dict[Rows, ExpertPool]:
     """Wrap the targeted linears of `model` in place; the new pools add nothing until they are trained.
 
@@ -147,23 +180,31 @@ def inject_experts_(
     return dict(sorted(pools.items()))
 
 
-def _inject_mlp_(mlp: nn.Module, name: str, settings: PoolSettings, targets: tuple[str, ...], pools: dict[Rows, ExpertPool]) -> None:
+def _inject_mlp_(
+    mlp: nn.Module, name: str, settings: PoolSettings, targets: tuple[str, ...], pools: dict[Rows, ExpertPool]
+) -> None:
     linears = _linears(mlp)
     names = {id(module): f"{name}.{path}".rstrip(".") for path, module in mlp.named_modules()}
     for target, wanted in (("fc", linears[:-1]), ("proj", linears[-1:])):
         if target in targets:
             for parent, child, linear in wanted:
-                pool = pools[Rows(f"{names[id(linear)]}.weight", 0, linear.out_features)] = _pool(linear.weight, settings)
+                pool = pools[Rows(f"{names[id(linear)]}.weight", 0, linear.out_features)] = _pool(
+                    linear.weight, settings
+                )
                 setattr(parent, child, RankOneLinear(linear, pool))
 
 
-def _inject_attention_(block: nn.Module, name: str, settings: PoolSettings, targets: tuple[str, ...], pools: dict[Rows, ExpertPool]) -> None:
+def _inject_attention_(
+    block: nn.Module, name: str, settings: PoolSettings, targets: tuple[str, ...], pools: dict[Rows, ExpertPool]
+) -> None:
     attention = block.attn
     if getattr(attention, "in_proj_weight", None) is not None:
         beside = _beside_packed(attention.in_proj_weight, f"{name}.in_proj_weight", settings, targets, pools)
         _refuse_unknown(attention, name)
         if "out" in targets:
-            beside["out"] = pools[Rows(f"{name}.out_proj.weight", 0, attention.out_proj.out_features)] = _pool(attention.out_proj.weight, settings)
+            beside["out"] = pools[Rows(f"{name}.out_proj.weight", 0, attention.out_proj.out_features)] = _pool(
+                attention.out_proj.weight, settings
+            )
         if beside:
             block.attn = RankOneAttention(attention, beside)
         return
@@ -171,10 +212,15 @@ def _inject_attention_(block: nn.Module, name: str, settings: PoolSettings, targ
         beside = _beside_packed(attention.qkv.weight, f"{name}.qkv.weight", settings, targets, pools)
         if beside:
             attention.qkv = RankOnePacked(attention.qkv, beside)
-            if hasattr(attention, "qkv_bias_separate"):  # else timm's EvaAttention takes the weight out of qkv and passes the pools by
+            if hasattr(
+                attention, "qkv_bias_separate"
+            ):  # else timm's EvaAttention takes the weight out of qkv and passes the pools by
                 attention.qkv.separate, attention.qkv_bias_separate = attention.qkv_bias_separate, True
     elif not all(isinstance(getattr(attention, f"{target}_proj", None), nn.Linear) for target in "qkv"):
-        raise Unsupported(f"{name} ({type(attention).__name__}) has no q, k and v to put experts beside", "leave the tower out of pool.towers")
+        raise Unsupported(
+            f"{name} ({type(attention).__name__}) has no q, k and v to put experts beside",
+            "leave the tower out of pool.towers",
+        )
     for target, child in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "proj")):
         linear = getattr(attention, child, None)
         if target in targets and isinstance(linear, nn.Linear):
@@ -189,7 +235,9 @@ def _refuse_unknown(attention: nn.Module, name: str) -> None:
         raise Unsupported(f"{name} is scaled cosine attention", "leave the tower out of pool.towers")
 
 
-def _beside_packed(weight: Tensor, name: str, settings: PoolSettings, targets: tuple[str, ...], pools: dict[Rows, ExpertPool]) -> dict[str, ExpertPool]:
+def _beside_packed(
+    weight: Tensor, name: str, settings: PoolSettings, targets: tuple[str, ...], pools: dict[Rows, ExpertPool]
+) -> dict[str, ExpertPool]:
     """A pool for each targeted third of the rows of a packed projection (3d, in)."""
     beside, height = {}, len(weight) // 3
     for i, target in enumerate("qkv"):
@@ -217,7 +265,9 @@ def pack_experts(pools: dict[Rows, ExpertPool]) -> ExpertUpdate:
     factors = {}
     for rows, pool in pools.items():
         chosen = pool.selected()
-        lora_A, lora_B = (tensor.detach().float().cpu().numpy() for tensor in (pool.lora_A[chosen], pool.lora_B[:, chosen]))
+        lora_A, lora_B = (
+            tensor.detach().float().cpu().numpy() for tensor in (pool.lora_A[chosen], pool.lora_B[:, chosen])
+        )
         factors[rows] = Factors.pack(lora_A, lora_B, pool.settings.scaling)
     return ExpertUpdate(factors)
 
@@ -231,10 +281,16 @@ def remember_(pools: dict[Rows, ExpertPool], earlier: ExpertUpdate) -> None:
 
 def pool_tensors(pools: dict[Rows, ExpertPool]) -> dict[str, np.ndarray]:
     """A, B, router and counts of all pools, named `ROWS.lora_A` and so on: the unmerged model."""
-    return {f"{rows}.{name}": tensor.detach().cpu().numpy() for rows, pool in pools.items() for name, tensor in pool.state_dict().items()}
+    return {
+        f"{rows}.{name}": tensor.detach().cpu().numpy()
+        for rows, pool in pools.items()
+        for name, tensor in pool.state_dict().items()
+    }
 
 
 def load_pool_tensors_(pools: dict[Rows, ExpertPool], tensors: dict[str, np.ndarray]) -> None:
     """Inverse of `pool_tensors`."""
     for rows, pool in pools.items():
-        pool.load_state_dict({name: torch.from_numpy(np.array(tensors[f"{rows}.{name}"])) for name in pool.state_dict()})
+        pool.load_state_dict(
+            {name: torch.from_numpy(np.array(tensors[f"{rows}.{name}"])) for name in pool.state_dict()}
+        )

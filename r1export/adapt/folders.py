@@ -28,7 +28,9 @@ def read_folder(folder: Path, seed: int, *, test_only: bool = False) -> Task:
     train, test = _given_split(folder, test_only) or _own_split(folder, seed, test_only)
     names = sorted(train | test)
     if not names:
-        raise InputError(f"{folder}: no folders in it", "put the images of each class into a folder named after the class")
+        raise InputError(
+            f"{folder}: no folders in it", "put the images of each class into a folder named after the class"
+        )
     classes = tuple(name.replace("_", " ") for name in names)
     return Task(folder.resolve().name, classes, DEFAULT_TEMPLATES, _images(train, names), _images(test, names))
 
@@ -40,7 +42,10 @@ def _given_split(folder: Path, test_only: bool) -> tuple[Files, Files] | None:
         return None
     if not test or not (train or test_only):
         here, missing = ("train", "test") if train else ("test", "train")
-        raise InputError(f"{folder}: has {here}/ but no {missing}/ with a folder per class", f"add {missing}/, or move the class folders up")
+        raise InputError(
+            f"{folder}: has {here}/ but no {missing}/ with a folder per class",
+            f"add {missing}/, or move the class folders up",
+        )
     return train, test
 
 
@@ -63,11 +68,15 @@ def _held_out(count: int, seed: int) -> set[int]:
 def _by_class(folder: Path) -> Files:
     if not folder.is_dir():
         return {}
-    return {sub.name: _image_files(sub) for sub in sorted(folder.iterdir()) if sub.is_dir() and not sub.name.startswith(".")}
+    return {
+        sub.name: _image_files(sub) for sub in sorted(folder.iterdir()) if sub.is_dir() and not sub.name.startswith(".")
+    }
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
+    return sorted(
+        file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    )
 
 
 def _images(files: Files, names: list[str]) -> ImageSet:

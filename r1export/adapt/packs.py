@@ -51,11 +51,15 @@ def _read_arrays(file: Path) -> dict[str, np.ndarray]:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             missing = [key for key in _KINDS if key not in archive]
             if missing:
-                raise InputError(f"{file}: no array {', '.join(missing)}", f"a pack of images holds {', '.join(_KINDS)}")
+                raise InputError(
+                    f"{file}: no array {', '.join(missing)}", f"a pack of images holds {', '.join(_KINDS)}"
+                )
             return {key: archive[key] for key in _KINDS}
     # A lone array has no `with`: TypeError. The others are what numpy lets through for damaged archives.
     except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{file}: not a pack of plain arrays: {error}", "write it with numpy.savez; pickled objects are never read") from error
+        raise InputError(
+            f"{file}: not a pack of plain arrays: {error}", "write it with numpy.savez; pickled objects are never read"
+        ) from error
 
 
 def _check_layout(pack: dict[str, np.ndarray], file: Path) -> None:
@@ -65,9 +69,13 @@ def _check_layout(pack: dict[str, np.ndarray], file: Path) -> None:
         if array.dtype.kind not in _KINDS[key] or array.shape != (lengths.get(key, array.size),):
             expected = {"u": "uint8", "iu": "integers", "U": "strings"}[_KINDS[key]]
             shape = f"({lengths[key]},)" if key in lengths else "one row"
-            raise InputError(f"{file}: {key} is {array.dtype} {array.shape}, expected {expected} {shape}", "write the pack again")
+            raise InputError(
+                f"{file}: {key} is {array.dtype} {array.shape}, expected {expected} {shape}", "write the pack again"
+            )
     if pack["blob"].dtype != np.uint8:
         raise InputError(f"{file}: blob is {pack['blob'].dtype}, expected uint8", "write the pack again")
     off = pack["off"].astype(np.int64)
     if off[0] < 0 or off[-1] > pack["blob"].size or (np.diff(off) < 0).any():
-        raise InputError(f"{file}: off does not rise within the {pack['blob'].size} bytes of blob", "write the pack again")
+        raise InputError(
+            f"{file}: off does not rise within the {pack['blob'].size} bytes of blob", "write the pack again"
+        )

@@ -12,7 +12,10 @@ from PIL import Image
 
 from r1export.adapt.tasks import ImageSet, Task
 
-NAMES = {"temple": "china.jpg", "flower": "flower.jpg"}  # (427, 640, 3) each, CC BY, see scikit-learn's images/README.txt
+NAMES = {
+    "temple": "china.jpg",
+    "flower": "flower.jpg",
+}  # (427, 640, 3) each, CC BY, see scikit-learn's images/README.txt
 SIDE = 128  # pixels of a piece
 CUT = 400  # column that parts training from testing
 COUNTS = {"train": 200, "test": 200}

@@ -103,4 +103,6 @@ class ExpertPool(nn.Module):
         return (self.lora_B[:, self.selected()].T @ self.past).abs().sum()
 
     def _mask(self, experts: Tensor) -> Tensor:
-        return torch.zeros(self.settings.rank, device=self.lora_A.device, dtype=self.lora_A.dtype).index_fill_(0, experts, 1)
+        return torch.zeros(self.settings.rank, device=self.lora_A.device, dtype=self.lora_A.dtype).index_fill_(
+            0, experts, 1
+        )

@@ -57,7 +57,9 @@ def load_task(
     elif kind == "builtin" and rest:
         task = load_builtin(rest)
     else:
-        raise InputError(f"source {source!r} is unknown", "write folder:DIR, npz:FILE, torchvision:NAME or builtin:NAME")
+        raise InputError(
+            f"source {source!r} is unknown", "write folder:DIR, npz:FILE, torchvision:NAME or builtin:NAME"
+        )
     task = replace(task, name=name or task.name, templates=tuple(templates) or task.templates)
     check_task(task, place, test_only=test_only)
     return task
@@ -72,7 +74,10 @@ def expand_path(path: str | Path, root: Path | None = None) -> Path:
 
     def value(match: re.Match[str]) -> str:
         if not os.environ.get(match[1]):
-            raise InputError(f"{path}: environment variable {match[1]} is not set", f"export {match[1]}=DIR, or write the path itself")
+            raise InputError(
+                f"{path}: environment variable {match[1]} is not set",
+                f"export {match[1]}=DIR, or write the path itself",
+            )
         return os.environ[match[1]]
 
     text = re.sub(r"\$\{(\w+)\}", value, str(path))

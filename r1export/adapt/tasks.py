@@ -54,7 +54,9 @@ def decode(source: Path | bytes, place: str) -> Image.Image:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             return image.convert("RGB")
     except _UNREADABLE as error:
-        raise InputError(f"{place}: cannot be read as an image ({type(error).__name__})", "replace it or take it out") from error
+        raise InputError(
+            f"{place}: cannot be read as an image ({type(error).__name__})", "replace it or take it out"
+        ) from error
 
 
 def images_from_files(files: Sequence[Path], labels: Sequence[int]) -> ImageSet:
@@ -89,7 +91,10 @@ def check_task(task: Task, place: str, *, test_only: bool = False) -> None:
     for split, images in (("train", task.train), ("test", task.test)):
         outside = images.labels[(images.labels < 0) | (images.labels >= len(task.classes))]
         if len(outside):
-            raise InputError(f"{place}: label {outside[0]} in {split}, expected 0 to {len(task.classes) - 1}", "mend the labels or the class names")
+            raise InputError(
+                f"{place}: label {outside[0]} in {split}, expected 0 to {len(task.classes) - 1}",
+                "mend the labels or the class names",
+            )
     if not len(task.test):
         raise InputError(f"{place}: no test images", "add some: without them nothing can be measured")
     if not test_only:
@@ -98,9 +103,15 @@ def check_task(task: Task, place: str, *, test_only: bool = False) -> None:
 
 def _check_classes(classes: tuple[str, ...], place: str) -> None:
     if len(classes) < 2:
-        raise InputError(f"{place}: {len(classes)} class(es), expected two or more", "a classification task needs something to tell apart")
+        raise InputError(
+            f"{place}: {len(classes)} class(es), expected two or more",
+            "a classification task needs something to tell apart",
+        )
     if not all(name.strip() for name in classes):
-        raise InputError(f"{place}: class {[name.strip() for name in classes].index('')} has an empty name", "give it a name that a prompt can hold")
+        raise InputError(
+            f"{place}: class {[name.strip() for name in classes].index('')} has an empty name",
+            "give it a name that a prompt can hold",
+        )
     if len(set(classes)) < len(classes):
         twice = next(name for name in classes if classes.count(name) > 1)
         raise InputError(f"{place}: two classes are named {twice!r}", "rename one: their prompts would be the same")
@@ -112,7 +123,9 @@ def _check_templates(templates: tuple[str, ...], place: str) -> None:
     for template in templates:
         before, hole, after = template.partition("{}")
         if not hole or set("{}") & set(before + after):
-            raise InputError(f"{place}: template {template!r}", "write exactly one {} where the class name goes, and no other braces")
+            raise InputError(
+                f"{place}: template {template!r}", "write exactly one {} where the class name goes, and no other braces"
+            )
 
 
 def _check_train(task: Task, place: str) -> None:
@@ -121,4 +134,7 @@ def _check_train(task: Task, place: str) -> None:
     empty = np.flatnonzero(np.bincount(task.train.labels, minlength=len(task.classes)) == 0)
     if len(empty):
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
-        raise InputError(f"{place}: class {task.classes[empty[0]]!r} has no training images{more}", "add images of it, or take the class out")
+        raise InputError(
+            f"{place}: class {task.classes[empty[0]]!r} has no training images{more}",
+            "add images of it, or take the class out",
+        )

@@ -60,7 +60,10 @@ class _Progress:
 
 def seed_of(seed: int, *path: int) -> int:
     """An independent 63-bit seed for each path of small integers below `seed`."""
-    return int(np.random.SeedSequence([seed, *path]).generate_state(2, np.uint32).astype(np.uint64) @ np.array([1, 1 << 31], np.uint64))
+    return int(
+        np.random.SeedSequence([seed, *path]).generate_state(2, np.uint32).astype(np.uint64)
+        @ np.array([1, 1 << 31], np.uint64)
+    )
 
 
 def reset_pools_(pools: Pools, seed: int, task: int) -> None:
@@ -74,7 +77,10 @@ def batch_indices(images: int, batch_size: int, step: int, seed: int, task: int)
     """The images of one step, int64 (batch,): shuffled epochs one after the other, a batch may span two."""
     size = min(batch_size, images)
     wanted = np.arange(step * size, (step + 1) * size)
-    epochs = {e: np.random.default_rng(seed_of(seed, task, 1, e)).permutation(images) for e in set((wanted // images).tolist())}
+    epochs = {
+        e: np.random.default_rng(seed_of(seed, task, 1, e)).permutation(images)
+        for e in set((wanted // images).tolist())
+    }
     return np.array([epochs[n // images][n % images] for n in wanted.tolist()])
 
 
@@ -85,7 +91,15 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
 
 
 def train_pools_(
-    clip: Clip, pools: Pools, task: Task, train: Pixels, settings: TrainSettings, *, number: int, checkpoint: Path | None = None, on_step: Callable[[Step], None] = lambda step: None
+    clip: Clip,
+    pools: Pools,
+    task: Task,
+    train: Pixels,
+    settings: TrainSettings,
+    *,
+    number: int,
+    checkpoint: Path | None = None,
+    on_step: Callable[[Step], None] = lambda step: None,
 ) -> list[float]:
     """Teach the pools task number `number` (from 1) and return the supervised loss of every step.
 
@@ -117,7 +131,9 @@ def train_pools_(
         optimizer.step()
         value = loss.item()
         if not math.isfinite(value):
-            raise InputError(f"task {task.name}: the loss is {value} at step {progress.step + 1}", "lower train.learning_rate")
+            raise InputError(
+                f"task {task.name}: the loss is {value} at step {progress.step + 1}", "lower train.learning_rate"
+            )
         progress.step += 1
         progress.losses.append(value)
         on_step(Step(progress.step, value, extra.item(), time.perf_counter() - started))
@@ -151,7 +167,9 @@ def _supervised_loss(clip: Clip, pixels: Tensor, labels: Tensor, prompts: Tensor
 
 def _write_checkpoint(path: Path, pools: Pools, optimizer: torch.optim.Optimizer, progress: _Progress) -> None:
     state = optimizer.state_dict()["state"]
-    tensors = {f"optimizer.{i}.{name}": value.cpu().numpy() for i, slot in state.items() for name, value in slot.items()}
+    tensors = {
+        f"optimizer.{i}.{name}": value.cpu().numpy() for i, slot in state.items() for name, value in slot.items()
+    }
     losses = np.array(progress.losses, np.float64)
     write_tensors(path, {"losses": losses, **pool_tensors(pools), **tensors})
 

@@ -26,7 +26,9 @@ def main(arguments: list[str] | None = None, program: str = "r1device") -> int:
         code, answer = options.verb(options)
     except R1ExportError as error:
         if options.json:
-            print(json.dumps({"error": {"message": error.message, "remedy": error.remedy}, "exit_code": error.exit_code}))
+            print(
+                json.dumps({"error": {"message": error.message, "remedy": error.remedy}, "exit_code": error.exit_code})
+            )
         else:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -73,7 +75,9 @@ def _inspect(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program, description="Field updates for CLIP models: signed, bit-exact, crash-safe.")
+    parser = argparse.ArgumentParser(
+        prog=program, description="Field updates for CLIP models: signed, bit-exact, crash-safe."
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, function: Any, text: str, subject: str = "store") -> argparse.ArgumentParser:
@@ -85,12 +89,21 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
     command = verb("init", _init, "make a store from a base release")
     command.add_argument("--base", type=Path, required=True, help="the folder of the base release, 00-base")
-    command.add_argument("--trust", type=Path, action="append", required=True, help="a public key; give it once for each key")
+    command.add_argument(
+        "--trust", type=Path, action="append", required=True, help="a public key; give it once for each key"
+    )
     command.add_argument("--threshold", type=int, default=1, help="how many of these keys have to sign an update")
     command.add_argument("--product", default="default", help="updates for another product are refused")
     command.add_argument("--device-class", default="default", help="updates for another class are refused")
-    command.add_argument("--mode", choices=MODES, default="slot", help="slot: files are rebuilt; overlay: kilobytes are kept, tensors rebuilt at load")
-    command.add_argument("--health", default="onnxruntime", help="onnxruntime, none, or a command that gets the new version's folder")
+    command.add_argument(
+        "--mode",
+        choices=MODES,
+        default="slot",
+        help="slot: files are rebuilt; overlay: kilobytes are kept, tensors rebuilt at load",
+    )
+    command.add_argument(
+        "--health", default="onnxruntime", help="onnxruntime, none, or a command that gets the new version's folder"
+    )
     command.add_argument("--keep", type=int, default=2, help="how many versions to keep besides the base")
     command = verb("apply", _apply, "install an update and make it current")
     command.add_argument("update", type=Path, metavar="UPDATE")

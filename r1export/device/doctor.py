@@ -65,13 +65,21 @@ def _checks(device: Store) -> Iterator[tuple[str, str, Callable[[], object]]]:
     yield "arithmetic", "run in a fresh process and check the processor's floating-point mode", known_answers_hold
     yield "trusted keys", "put the fleet's public keys into trust/ again", lambda: _check_keys(device)
     yield "base", fresh, lambda: device.base().check()
-    yield "state.json", "nothing: it is derived from the versions, and the next update writes it again", lambda: read_state(device.path / "state.json")
+    yield (
+        "state.json",
+        "nothing: it is derived from the versions, and the next update writes it again",
+        lambda: read_state(device.path / "state.json"),
+    )
     yield "current", "choose a version with `rollback --to SEQ`", lambda: _check_current(device)
     for slot in device.slots():
         yield f"slots/{slot}", again, lambda slot=slot: check_slot(device, slot)
     for path in sorted((device.path / "factors").glob("*.safetensors")):
         name = path.name.removesuffix(".safetensors")
-        yield f"factors/{path.name}", "apply an update made with --since 0", lambda path=path, name=name: check_file(path, name)
+        yield (
+            f"factors/{path.name}",
+            "apply an update made with --since 0",
+            lambda path=path, name=name: check_file(path, name),
+        )
     yield "leftovers", "nothing: the next update removes them", lambda: _check_leftovers(device)
 
 
@@ -90,6 +98,10 @@ def _check_current(device: Store) -> None:
 
 
 def _check_leftovers(device: Store) -> None:
-    found = [path.name for folder in (device.path, device.path / "slots", device.path / "factors") for path in folder.glob(".*.partial")]
+    found = [
+        path.name
+        for folder in (device.path, device.path / "slots", device.path / "factors")
+        for path in folder.glob(".*.partial")
+    ]
     if found:
         raise CheckFailed(f"an interrupted update left {', '.join(sorted(found))[:300]}")

@@ -55,7 +55,9 @@ def compare(tower: str, embeds: np.ndarray, expected: np.ndarray, classes: list[
     """Differences of embeddings (n, D), and the share of equal nearest classes over all lists of class embeddings (C, D)."""
     one, other = embeds.astype(np.float64), expected.astype(np.float64)
     if one.shape != other.shape or not np.isfinite(one).all():
-        raise CheckFailed(f"{tower}: embeddings {one.shape}, or not finite; expected {other.shape}", "the old version stays active")
+        raise CheckFailed(
+            f"{tower}: embeddings {one.shape}, or not finite; expected {other.shape}", "the old version stays active"
+        )
     cosine = (one * other).sum(1) / np.maximum(np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1), 1e-30)
     lists = [embeds_CD for embeds_CD in classes if embeds_CD.shape[1:] == one.shape[1:]]
     same = [np.mean((one @ c.T).argmax(1) == (other @ c.T).argmax(1)) for c in lists] or [1.0]
@@ -69,7 +71,9 @@ def _judge(found: Agreement, limits: Health) -> None:
         ("equal top-1", found.top1, limits.min_agreement, found.top1 >= limits.min_agreement),
     ):
         if not holds:
-            raise CheckFailed(f"health check of {found.tower}: {name} {value:.9g}, limit {limit:.9g}", "the old version stays active")
+            raise CheckFailed(
+                f"health check of {found.tower}: {name} {value:.9g}, limit {limit:.9g}", "the old version stays active"
+            )
 
 
 def _class_embeds(version: Version) -> list[np.ndarray]:

@@ -59,13 +59,17 @@ def init(
     keys = [PublicKey.read(path) for path in trust]
     if mode not in MODES or keep < 1 or not 1 <= threshold <= len(set(keys)):
         raise InputError(
-            f"mode {mode}, {threshold} of {len(set(keys))} keys, keep {keep}", f"mode is {' or '.join(MODES)}; need 1 <= threshold <= keys, keep >= 1"
+            f"mode {mode}, {threshold} of {len(set(keys))} keys, keep {keep}",
+            f"mode is {' or '.join(MODES)}; need 1 <= threshold <= keys, keep >= 1",
         )
     if health == "onnxruntime" and not worker.has_onnxruntime():
         raise Unsupported("onnxruntime is not installed", "install it, or say --health none to rely on hashes alone")
     release = Release.read(base)
     if release.updates:
-        raise InputError(f"{base} is release {release.sequence} with {len(release.updates)} updates", "give the base release, 00-base")
+        raise InputError(
+            f"{base} is release {release.sequence} with {len(release.updates)} updates",
+            "give the base release, 00-base",
+        )
     release.check()
     config = Config(product, device_class, mode, health, threshold, keep, release.manifest_sha256)
     with new_folder(store) as folder:
@@ -83,7 +87,15 @@ def init(
     return Store(store, config)
 
 
-def apply(store: Path, bundle: Path, *, now: float | None = None, retry: bool = False, wait: float = WAIT, run: Run = worker.run) -> Outcome:
+def apply(
+    store: Path,
+    bundle: Path,
+    *,
+    now: float | None = None,
+    retry: bool = False,
+    wait: float = WAIT,
+    run: Run = worker.run,
+) -> Outcome:
     """Install the update `bundle` and make it current. Nothing changes if it is current already.
 
     `now` is the time in seconds since 1970, by default the clock's; `retry` forgets earlier failures of this update.
@@ -105,7 +117,9 @@ def apply(store: Path, bundle: Path, *, now: float | None = None, retry: bool = 
         needed = offer.manifest.nbytes if device.config.mode == "slot" else 0
         free = shutil.disk_usage(device.path).free
         clock = int(time.time() if now is None else now)
-        check_offer(offer.manifest, offer.digest, device.installed(), now=clock, free=free, needed=needed + 2 * len(data))
+        check_offer(
+            offer.manifest, offer.digest, device.installed(), now=clock, free=free, needed=needed + 2 * len(data)
+        )
         _attempt(device, offer, previous, lambda verb, name: run(device, descriptor, verb, name))
         return Outcome(offer.slot, previous, True)
 
@@ -169,7 +183,10 @@ def _build(device: Store, offer: Bundle, run: Callable[[str, str], None]) -> Non
     if device.config.mode == "slot":
         for file in offer.manifest.files:
             if (found := sha256_file(partial / file.path)) != file.sha256:
-                raise CheckFailed(f"{file.path} came out with SHA-256 {found}, signed is {file.sha256}", "have the update made again for this base")
+                raise CheckFailed(
+                    f"{file.path} came out with SHA-256 {found}, signed is {file.sha256}",
+                    "have the update made again for this base",
+                )
     for folder in [partial, *partial.rglob("*")]:
         if folder.is_dir():
             sync_folder(folder)
@@ -266,7 +283,9 @@ def _choose(device: Store, current: str, to: int | None) -> str:
     if to is None:
         older = [seq for seq in versions if seq < _sequence(current)] if current else []
         if not older:
-            raise InputError(f"no version is older than {current or 'none'}", f"choose with --to among {sorted(versions)}")
+            raise InputError(
+                f"no version is older than {current or 'none'}", f"choose with --to among {sorted(versions)}"
+            )
         to = max(older)
     if to not in versions:
         raise InputError(f"version {to} is not on this device", f"choose with --to among {sorted(versions)}")
@@ -286,5 +305,6 @@ class _plain_errors:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, OSError):
             raise Unsupported(
-                f"{error.filename or 'store'}: {error.strerror or error}", "the old version stays active; see to the disk and try again"
+                f"{error.filename or 'store'}: {error.strerror or error}",
+                "the old version stays active; see to the disk and try again",
             ) from error

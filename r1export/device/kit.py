@@ -12,8 +12,32 @@ from r1export.update.files import write_file
 PACKAGE = Path(__file__).parents[1]
 MODULES = {  # what a device runs; the rest of the package stays in the lab
     "": ("__init__", "errors"),
-    "update": ("__init__", "bundle", "container", "ed25519", "envelope", "factors", "files", "manifest", "quantize", "rebuild", "release", "strict"),
-    "device": ("__init__", "__main__", "doctor", "health", "install", "policy", "selftest", "session", "store", "worker"),
+    "update": (
+        "__init__",
+        "bundle",
+        "container",
+        "ed25519",
+        "envelope",
+        "factors",
+        "files",
+        "manifest",
+        "quantize",
+        "rebuild",
+        "release",
+        "strict",
+    ),
+    "device": (
+        "__init__",
+        "__main__",
+        "doctor",
+        "health",
+        "install",
+        "policy",
+        "selftest",
+        "session",
+        "store",
+        "worker",
+    ),
 }
 MAIN = "import sys\n\nfrom r1export.device.__main__ import main\n\nsys.exit(main())\n"
 
@@ -22,11 +46,18 @@ def device_kit(out: Path, *, overwrite: bool = False) -> Path:
     """Write the kit to `out` and return it. Raises InputError if it exists and is not to be replaced."""
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists", "choose another name, or overwrite it on purpose")
-    sources = {f"r1export/{folder}/{name}.py".replace("//", "/"): PACKAGE / folder / f"{name}.py" for folder, names in MODULES.items() for name in names}
+    sources = {
+        f"r1export/{folder}/{name}.py".replace("//", "/"): PACKAGE / folder / f"{name}.py"
+        for folder, names in MODULES.items()
+        for name in names
+    }
     archive = io.BytesIO(b"")
     archive.write(b"#!/usr/bin/env python3\n")
     with zipfile.ZipFile(archive, "a", zipfile.ZIP_STORED) as pyz:  # stored: compressors differ between machines
-        for name, data in {**{name: path.read_bytes() for name, path in sources.items()}, "__main__.py": MAIN.encode()}.items():
+        for name, data in {
+            **{name: path.read_bytes() for name, path in sources.items()},
+            "__main__.py": MAIN.encode(),
+        }.items():
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             entry.create_system, entry.external_attr = 3, 0o644 << 16
             pyz.writestr(entry, data)

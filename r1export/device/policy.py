@@ -46,9 +46,14 @@ def check_offer(manifest: Manifest, digest: str, installed: Installed, *, now: i
     check_time(manifest, installed, now)
     check_held(manifest, installed)
     if installed.tries.get(digest, 0) >= MAX_TRIES:
-        raise CheckFailed(f"update {manifest.seq} failed {MAX_TRIES} times and is given up", "look at the cause, then apply it with --retry")
+        raise CheckFailed(
+            f"update {manifest.seq} failed {MAX_TRIES} times and is given up",
+            "look at the cause, then apply it with --retry",
+        )
     if free < needed + RESERVE:
-        raise Unsupported(f"{free} bytes are free, {needed + RESERVE} are needed", "free space, or use a store in overlay mode")
+        raise Unsupported(
+            f"{free} bytes are free, {needed + RESERVE} are needed", "free space, or use a store in overlay mode"
+        )
 
 
 def check_target(manifest: Manifest, installed: Installed) -> None:
@@ -60,20 +65,27 @@ def check_target(manifest: Manifest, installed: Installed) -> None:
         ("base release", manifest.base.manifest, installed.base.manifest),
     ):
         if found != expected:
-            raise CheckFailed(f"the update is for {name} {found}, this device has {expected}", "get the update for this device")
+            raise CheckFailed(
+                f"the update is for {name} {found}, this device has {expected}", "get the update for this device"
+            )
 
 
 def check_sequence(manifest: Manifest, digest: str, installed: Installed) -> None:
     """The update is newer than everything ever installed, or is the newest itself, rolled back from meanwhile."""
     if manifest.seq < installed.seq or (manifest.seq == installed.seq and digest != installed.digest):
-        raise CheckFailed(f"update {manifest.seq} is not newer than {installed.seq}", "get a newer update; going back takes `rollback`")
+        raise CheckFailed(
+            f"update {manifest.seq} is not newer than {installed.seq}",
+            "get a newer update; going back takes `rollback`",
+        )
     check_not_revoked(manifest.seq, installed.min_seq)
 
 
 def check_not_revoked(seq: int, min_seq: int) -> None:
     """A signed update has not said that versions below `min_seq` must not run any more."""
     if seq < min_seq:
-        raise CheckFailed(f"version {seq} is below {min_seq}, the lowest that is allowed to run", "choose a newer version")
+        raise CheckFailed(
+            f"version {seq} is below {min_seq}, the lowest that is allowed to run", "choose a newer version"
+        )
 
 
 def check_time(manifest: Manifest, installed: Installed, now: int) -> None:
@@ -82,16 +94,24 @@ def check_time(manifest: Manifest, installed: Installed, now: int) -> None:
         return
     known = max(manifest.created, installed.clock)
     if max(now, known) >= manifest.expires:
-        raise CheckFailed(f"the update expired at {manifest.expires}, it is {max(now, known)} (seconds since 1970)", "get a newer update")
+        raise CheckFailed(
+            f"the update expired at {manifest.expires}, it is {max(now, known)} (seconds since 1970)",
+            "get a newer update",
+        )
     if now < known - CLOCK_SLACK:
-        raise Inconclusive(f"the clock says {now}, but something signed at {known} is here", "set the clock and apply again")
+        raise Inconclusive(
+            f"the clock says {now}, but something signed at {known} is here", "set the clock and apply again"
+        )
 
 
 def check_held(manifest: Manifest, installed: Installed) -> None:
     """Every update of the version is in the bundle or on the device."""
     for update in manifest.updates:
         if not update.experts and update.sha256 not in installed.held:
-            raise CheckFailed(f"the factors of {update.task} are neither in the update nor on this device", "get a bundle made with a lower --since")
+            raise CheckFailed(
+                f"the factors of {update.task} are neither in the update nor on this device",
+                "get a bundle made with a lower --since",
+            )
 
 
 def counts_as_try(error: BaseException) -> bool:

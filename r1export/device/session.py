@@ -78,7 +78,10 @@ class Version:
         parameters = self.rebuild.merged_files.get(weights, [])
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # numpy's elementwise loops run side by side
             tensors = list(pool.map(self._checked, parameters))
-        return {names[self.rebuild.base.tensors[parameter].offset]: tensor for parameter, tensor in zip(parameters, tensors, strict=True)}
+        return {
+            names[self.rebuild.base.tensors[parameter].offset]: tensor
+            for parameter, tensor in zip(parameters, tensors, strict=True)
+        }
 
     def _checked(self, parameter: str) -> np.ndarray:
         assert self.bundle is not None
@@ -115,7 +118,10 @@ def check_tensor(parameter: str, tensor: np.ndarray, digests: dict[str, str]) ->
     """Raises CheckFailed if the stored bytes of `tensor` have not the signed digest."""
     found = hashlib.sha256(tensor.reshape(-1).view(np.uint8).data).hexdigest()
     if found != digests.get(parameter):
-        raise CheckFailed(f"{parameter} has SHA-256 {found}, signed is {digests.get(parameter)}", "run `doctor`: base or factors may be damaged")
+        raise CheckFailed(
+            f"{parameter} has SHA-256 {found}, signed is {digests.get(parameter)}",
+            "run `doctor`: base or factors may be damaged",
+        )
 
 
 def open_version(store: Path, slot: str = "") -> Version:

@@ -108,7 +108,9 @@ class Store:
         """The base release. Raises InputError if its manifest is damaged."""
         release = Release.read(self.path / BASE)
         if release.manifest_sha256 != self.config.base_manifest:
-            raise InputError(f"{release.path}/manifest.json is not the one of `init`", "make the store again from the base release")
+            raise InputError(
+                f"{release.path}/manifest.json is not the one of `init`", "make the store again from the base release"
+            )
         return release
 
     def trusted(self) -> list[PublicKey]:
@@ -152,7 +154,9 @@ class Store:
         Raises:
             InputError, CheckFailed: factors are missing or damaged.
         """
-        return ExpertUpdate.stack(bundle.carried.get(update.sha256) or self._held(update.sha256) for update in bundle.manifest.updates)
+        return ExpertUpdate.stack(
+            bundle.carried.get(update.sha256) or self._held(update.sha256) for update in bundle.manifest.updates
+        )
 
     def factors_path(self, sha256: str) -> Path:
         """Where the experts with this digest are kept."""
@@ -192,7 +196,9 @@ class Store:
             digest=state.digest,
             min_seq=state.min_seq,
             clock=state.clock,
-            held=frozenset(path.name.removesuffix(".safetensors") for path in (self.path / "factors").glob("*.safetensors")),
+            held=frozenset(
+                path.name.removesuffix(".safetensors") for path in (self.path / "factors").glob("*.safetensors")
+            ),
             tries=state.tries,
         )
 

@@ -35,9 +35,13 @@ def run(device: Store, descriptor: int, verb: str, name: str) -> None:
         return
     command = _command(device, verb, name)
     try:
-        process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS[verb], pass_fds=[descriptor])
+        process = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS[verb], pass_fds=[descriptor]
+        )
     except subprocess.TimeoutExpired:
-        raise CheckFailed(f"{verb} of {name} took more than {SECONDS[verb]} seconds", "the old version stays active") from None
+        raise CheckFailed(
+            f"{verb} of {name} took more than {SECONDS[verb]} seconds", "the old version stays active"
+        ) from None
     if process.returncode:
         raise _failure(verb, process)
 
@@ -56,7 +60,9 @@ def _failure(verb: str, process: subprocess.CompletedProcess[bytes]) -> R1Export
     except (ValueError, LookupError, TypeError):
         how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
         tail = process.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        return CheckFailed(f"{verb} ended with {how}{': ' + tail[0][:300] if tail else ''}", "the old version stays active")
+        return CheckFailed(
+            f"{verb} ended with {how}{': ' + tail[0][:300] if tail else ''}", "the old version stays active"
+        )
 
 
 def main(verb: str, store: str, name: str) -> None:
@@ -67,7 +73,14 @@ def main(verb: str, store: str, name: str) -> None:
         print(json.dumps({"message": error.message, "remedy": error.remedy}))
         sys.exit(error.exit_code)
     except OSError as error:
-        print(json.dumps({"message": f"{error.filename or store}: {error.strerror or error}", "remedy": "see to the disk and try again"}))
+        print(
+            json.dumps(
+                {
+                    "message": f"{error.filename or store}: {error.strerror or error}",
+                    "remedy": "see to the disk and try again",
+                }
+            )
+        )
         sys.exit(Unsupported.exit_code)
 
 
@@ -85,11 +98,18 @@ def build(device: Store, name: str) -> None:
     base.check()
     version = version_of(device, bundle, folder)
     assert version.rebuild is not None
-    if set(version.rebuild.changed) != set(bundle.manifest.tensors) or version.rebuild.procedure != bundle.manifest.algorithm:
-        raise CheckFailed("the manifest's tensors or algorithm are not those that the updates need", "have the update made again")
+    if (
+        set(version.rebuild.changed) != set(bundle.manifest.tensors)
+        or version.rebuild.procedure != bundle.manifest.algorithm
+    ):
+        raise CheckFailed(
+            "the manifest's tensors or algorithm are not those that the updates need", "have the update made again"
+        )
     for file in bundle.manifest.files:
         if file.parts is None and file.path not in base.files:
-            raise InputError(f"{file.path} is said to be the base's, which has no such file", "have the update made again")
+            raise InputError(
+                f"{file.path} is said to be the base's, which has no such file", "have the update made again"
+            )
         if device.config.mode == "slot":
             (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
             write_new(folder / file.path, version.chunks(file))

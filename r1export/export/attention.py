@@ -67,11 +67,16 @@ class OpenAttention(nn.Module):
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         base, shape = self.base, (-1, self.tokens)
         if getattr(base, "q_proj", None) is not None:
-            return tuple(p(x).reshape(*shape, self.heads, self.head_dim).transpose(1, 2) for p in (base.q_proj, base.k_proj, base.v_proj))
+            return tuple(
+                p(x).reshape(*shape, self.heads, self.head_dim).transpose(1, 2)
+                for p in (base.q_proj, base.k_proj, base.v_proj)
+            )
         packed = base.qkv(x) if hasattr(base, "qkv") else F.linear(x, base.in_proj_weight, base.in_proj_bias)
         q, k, v = packed.reshape(*shape, 3 * self.heads, self.head_dim).transpose(1, 2).split(self.heads, 1)
         if getattr(base, "q_bias", None) is not None:
-            q, v = (part + bias.reshape(self.heads, 1, self.head_dim) for part, bias in ((q, base.q_bias), (v, base.v_bias)))
+            q, v = (
+                part + bias.reshape(self.heads, 1, self.head_dim) for part, bias in ((q, base.q_bias), (v, base.v_bias))
+            )
         return q, k, v
 
     def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
@@ -110,18 +115,32 @@ def is_known(attention: nn.Module) -> bool:
     """Whether `attention` has the parts of an attention that OpenAttention can stand for, and no others."""
     if isinstance(attention, nn.MultiheadAttention):
         return attention.batch_first and attention.in_proj_weight is not None and attention.bias_k is None
-    children, own = {name for name, _ in attention.named_children()}, {name for name, _ in attention.named_parameters(recurse=False)}
+    children, own = (
+        {name for name, _ in attention.named_children()},
+        {name for name, _ in attention.named_parameters(recurse=False)},
+    )
     if "out_proj" in children and "in_proj_weight" in own:
         return children <= OPEN_CLIP_PARTS and own <= {"in_proj_weight", "in_proj_bias", "head_scale"}
     projected = "qkv" in children or {"q_proj", "k_proj", "v_proj"} <= children
     grouped = getattr(attention, "num_kv_groups", 1) != 1
-    return projected and "proj" in children and children <= PARTS and own <= {"q_bias", "v_bias"} and hasattr(attention, "num_heads") and not grouped
+    return (
+        projected
+        and "proj" in children
+        and children <= PARTS
+        and own <= {"q_bias", "v_bias"}
+        and hasattr(attention, "num_heads")
+        and not grouped
+    )
 
 
 def block_lists(tower: nn.Module) -> Iterator[nn.Module]:
     """The sequences of blocks of a tower: every child has a known attention and an MLP."""
     for module in tower.modules():
-        if isinstance(module, nn.Sequential | nn.ModuleList) and len(module) and all(hasattr(b, "mlp") and is_known(getattr(b, "attn", b)) for b in module):
+        if (
+            isinstance(module, nn.Sequential | nn.ModuleList)
+            and len(module)
+            and all(hasattr(b, "mlp") and is_known(getattr(b, "attn", b)) for b in module)
+        ):
             yield module
 
 

@@ -30,7 +30,9 @@ class Audit:
     nbytes: int
 
 
-def audit_reexport(model: nn.Module, image_size: tuple[int, int], context_length: int, release: Path, *, opset: int) -> Audit:
+def audit_reexport(
+    model: nn.Module, image_size: tuple[int, int], context_length: int, release: Path, *, opset: int
+) -> Audit:
     """Export `model`, which has the merged weights, and compare program and weights with the folder `release`.
 
     Raises:
@@ -68,7 +70,10 @@ def _walk(fresh: ir.Graph, fielded: ir.Graph, place: str) -> list[tuple[ir.Value
                 pairs.append((mine, theirs))
             if twin.get(mine, mine) is not theirs:
                 read = theirs.name if theirs else "nothing"
-                raise CheckFailed(f"{where}: reads {read}, the fresh export reads {mine.name}", "export the run again with --overwrite")
+                raise CheckFailed(
+                    f"{where}: reads {read}, the fresh export reads {mine.name}",
+                    "export the run again with --overwrite",
+                )
         twin.update(zip(one.outputs, other.outputs, strict=True))
     _same([twin[v] for v in fresh.outputs], list(fielded.outputs), f"{place}: outputs")
     return pairs
@@ -76,12 +81,17 @@ def _walk(fresh: ir.Graph, fielded: ir.Graph, place: str) -> list[tuple[ir.Value
 
 def _attributes(node: ir.Node) -> dict[str, str]:
     """A file holds floats in 32 bits, a fresh graph in 64."""
-    return {name: str(np.float32(a.value) if a.type == ir.AttributeType.FLOAT else a.value) for name, a in node.attributes.items()}
+    return {
+        name: str(np.float32(a.value) if a.type == ir.AttributeType.FLOAT else a.value)
+        for name, a in node.attributes.items()
+    }
 
 
 def _same(found: object, expected: object, where: str) -> None:
     if found != expected:
-        raise CheckFailed(f"{where}: {expected} in the release, {found} in a fresh export", "export the run again with --overwrite")
+        raise CheckFailed(
+            f"{where}: {expected} in the release, {found} in a fresh export", "export the run again with --overwrite"
+        )
 
 
 def _same_bytes(found: np.ndarray, expected: np.ndarray, where: str) -> None:

@@ -26,16 +26,29 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(str(folder))
         return
     if not hasattr(tokenizer, "bpe_ranks"):
-        raise Unsupported(f"tokenizer {type(tokenizer).__name__} cannot be written for clients", "use a model with CLIP's or a hub tokenizer")
+        raise Unsupported(
+            f"tokenizer {type(tokenizer).__name__} cannot be written for clients",
+            "use a model with CLIP's or a hub tokenizer",
+        )
     merges = [" ".join(pair) for pair in sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)]
-    special = {tokenizer.sot_token_id: START, tokenizer.eot_token_id: END}  # open_clip spells them otherwise, with the same ids
+    special = {
+        tokenizer.sot_token_id: START,
+        tokenizer.eot_token_id: END,
+    }  # open_clip spells them otherwise, with the same ids
     vocab = {special.get(i, token): i for token, i in tokenizer.encoder.items()}
     write_json(folder / "vocab.json", vocab)
     write_file(folder / "merges.txt", ("#version: 0.2\n" + "\n".join(merges) + "\n").encode())
     write_json(folder / "tokenizer.json", clip_tokenizer(vocab, merges, tokenizer.context_length))
     write_json(
         folder / "tokenizer_config.json",
-        {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.context_length, "bos_token": START, "eos_token": END, "pad_token_id": 0, "do_lower_case": True},
+        {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": tokenizer.context_length,
+            "bos_token": START,
+            "eos_token": END,
+            "pad_token_id": 0,
+            "do_lower_case": True,
+        },
     )
 
 
@@ -46,7 +59,15 @@ def _replace(pattern: str, content: str) -> dict[str, Any]:
 def clip_tokenizer(vocab: Mapping[str, int], merges: list[str], context_length: int) -> dict[str, Any]:
     """CLIP's byte-pair encoding in the format of the `tokenizers` library: padded with 0 and cut to `context_length`."""
     special = [
-        {"id": vocab[token], "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        {
+            "id": vocab[token],
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         for token in (START, END)
     ]
     frame = {token: {"id": token, "ids": [vocab[token]], "tokens": [token]} for token in (START, END)}

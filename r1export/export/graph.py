@@ -26,12 +26,17 @@ from r1export.export.weight_map import Placement, WeightMap, externalize_, place
 from r1export.update.files import write_file
 
 GRAPHS = ("visual.onnx", "textual.onnx", "classify.onnx")
-MIN_OPSET, MAX_OPSET = 18, 23  # LayerNormalization needs 17, torch's exporter writes 18; nothing here gains from more than 23
+MIN_OPSET, MAX_OPSET = (
+    18,
+    23,
+)  # LayerNormalization needs 17, torch's exporter writes 18; nothing here gains from more than 23
 IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}  # the oldest that carries each opset
 SENTINEL_SEED = 1
 
 
-def export_graphs(model: nn.Module, image_size: tuple[int, int], context_length: int, folder: Path, *, opset: int) -> WeightMap:
+def export_graphs(
+    model: nn.Module, image_size: tuple[int, int], context_length: int, folder: Path, *, opset: int
+) -> WeightMap:
     """Write visual.onnx, textual.onnx and classify.onnx into `folder`, and weight_map.json that says how to fill them.
 
     The graphs refer to visual.safetensors and textual.safetensors beside them; classify.onnx shares the visual weights
@@ -52,7 +57,11 @@ def export_graphs(model: nn.Module, image_size: tuple[int, int], context_length:
         location = f"{tower.name}.safetensors"
         graphs[tower.name], used = trace(tower, opset)
         placed = place_parameters(graphs[tower.name].graph, {name: sentinels[name] for name in tower.tensors}, used)
-        extra = tuple(Placement(name, sentinels[name].shape) for name in NOT_IN_A_TOWER if tower.name == "visual" and name in sentinels)
+        extra = tuple(
+            Placement(name, sentinels[name].shape)
+            for name in NOT_IN_A_TOWER
+            if tower.name == "visual" and name in sentinels
+        )
         placements[location] = (*placed, *extra)
         externalize_(placed, WeightMap(placements).layout(location), location)
     weights = WeightMap(placements)
@@ -74,14 +83,25 @@ def trace(tower: Tower, opset: int) -> tuple[ir.Model, set[str]]:
                 input_names=[tower.input_name], output_names=[tower.output_name], dynamic_shapes=({0: torch.export.Dim("batch")},),
             )  # fmt: skip
             names = {id(tensor): name for name, tensor in tower.tensors.items()}
-            inside = dict((*tower.module.named_parameters(remove_duplicate=False), *tower.module.named_buffers(remove_duplicate=False)))
+            inside = dict(
+                (
+                    *tower.module.named_parameters(remove_duplicate=False),
+                    *tower.module.named_buffers(remove_duplicate=False),
+                )
+            )
             held = {fqn: names[id(tensor)] for fqn, tensor in inside.items() if id(tensor) in names}
             used = {held[fqn] for fqn in _used(program.exported_program) if fqn in held}
             simplify_(program.model, held)
     except Exception as error:  # the exporter has no error type of its own for all that it cannot do
-        raise Unsupported(f"torch.onnx cannot export the {tower.name} tower at opset {opset}: {_last_line(error)}", "try another opset") from error
+        raise Unsupported(
+            f"torch.onnx cannot export the {tower.name} tower at opset {opset}: {_last_line(error)}",
+            "try another opset",
+        ) from error
     if program.model.opset_imports[""] != opset:
-        raise Unsupported(f"the {tower.name} tower came out at opset {program.model.opset_imports['']}, expected {opset}", "try another opset")
+        raise Unsupported(
+            f"the {tower.name} tower came out at opset {program.model.opset_imports['']}, expected {opset}",
+            "try another opset",
+        )
     return _anonymous_(program.model, opset), used
 
 
@@ -89,7 +109,11 @@ def _used(program: torch.export.ExportedProgram) -> set[str]:
     """Names of the parameters and buffers on which some node of the program depends."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return {names[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.name in names and node.users}
+    return {
+        names[node.name]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in names and node.users
+    }
 
 
 @contextmanager
@@ -133,7 +157,11 @@ def add_classifier_(model: ir.Model, weights: WeightMap, location: str) -> None:
             value = _external(graph, parameter, layout, location)
             operand = _node(graph, "Exp", value, name="scale") if op == "Mul" else value
             logits = _node(graph, op, logits, operand, name=f"logits_{op.lower()}")
-    logits.name, logits.type, logits.shape = "logits", ir.TensorType(ir.DataType.FLOAT), ir.Shape([embeds.shape[0], "classes"])
+    logits.name, logits.type, logits.shape = (
+        "logits",
+        ir.TensorType(ir.DataType.FLOAT),
+        ir.Shape([embeds.shape[0], "classes"]),
+    )
     graph.outputs[0] = logits
 
 

@@ -40,12 +40,21 @@ def half_graphs(graphs: Path, folder: Path) -> WeightMap:
     Inputs and outputs keep their types: a client changes the file and nothing else.
     """
     single = WeightMap.read(graphs / "weight_map.json")
-    weights = WeightMap({file: tuple(replace(p, dtype="F16") if p.shape else p for p in placed) for file, placed in single.files.items()}).sorted()
+    weights = WeightMap(
+        {
+            file: tuple(replace(p, dtype="F16") if p.shape else p for p in placed)
+            for file, placed in single.files.items()
+        }
+    ).sorted()
     for name in GRAPHS:
         model = ir.load(graphs / name)
         _halve_(model.graph)
         file = "textual.safetensors" if name == "textual.onnx" else "visual.safetensors"
-        placed = {p: model.graph.initializers[p.parameter] for p in weights.files[file] if p.parameter in model.graph.initializers}
+        placed = {
+            p: model.graph.initializers[p.parameter]
+            for p in weights.files[file]
+            if p.parameter in model.graph.initializers
+        }
         externalize_(placed, weights.layout(file), file)
         write_graph(model, folder / name)
     weights.write(folder / "weight_map.json")
@@ -53,7 +62,9 @@ def half_graphs(graphs: Path, folder: Path) -> WeightMap:
 
 
 def _halve_(graph: ir.Graph) -> None:
-    norm = [node for node in graph if node.op_type == "ReduceL2"][-1]  # of the embedding: the start of what stays in float32
+    norm = [node for node in graph if node.op_type == "ReduceL2"][
+        -1
+    ]  # of the embedding: the start of what stays in float32
     embedding = norm.inputs[0]
     tail = _tail(graph, embedding)
     for value in list(graph.initializers.values()):

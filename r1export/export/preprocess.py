@@ -19,7 +19,11 @@ from onnx import parser
 from r1export.errors import Unsupported
 from r1export.update.files import write_file
 
-FILTERS = {"bicubic": 'mode="cubic", cubic_coeff_a=-0.5', "random": 'mode="cubic", cubic_coeff_a=-0.5', "bilinear": 'mode="linear"'}  # a = -0.5 is Pillow's
+FILTERS = {
+    "bicubic": 'mode="cubic", cubic_coeff_a=-0.5',
+    "random": 'mode="cubic", cubic_coeff_a=-0.5',
+    "bilinear": 'mode="linear"',
+}  # a = -0.5 is Pillow's
 
 SHORTEST = """
     sides = Shape <start=0, end=2> (image)
@@ -70,7 +74,11 @@ def write_preprocess(config: Mapping[str, Any], path: Path, *, opset: int, ir_ve
     """
     height, width = config["size"]
     resize_mode = config["resize_mode"]
-    faithful = config["mode"] == "RGB" and config["interpolation"] in FILTERS and (resize_mode == "squash" or (resize_mode == "shortest" and height == width))
+    faithful = (
+        config["mode"] == "RGB"
+        and config["interpolation"] in FILTERS
+        and (resize_mode == "squash" or (resize_mode == "shortest" and height == width))
+    )
     if not faithful:
         raise Unsupported(
             f"no preprocess.onnx for {config['mode']} {resize_mode} {config['interpolation']} {height}x{width}",

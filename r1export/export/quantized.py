@@ -25,7 +25,9 @@ SMALL = 1 << 12  # elements: a smaller weight costs more in extra nodes than it 
 Ranges = Mapping[str, tuple[float, float]]
 
 
-def calibrate(release: Path, inputs: Mapping[str, np.ndarray], *, batch: int = 8, share: float = 1.0) -> dict[str, tuple[float, float]]:
+def calibrate(
+    release: Path, inputs: Mapping[str, np.ndarray], *, batch: int = 8, share: float = 1.0
+) -> dict[str, tuple[float, float]]:
     """Smallest and largest value at the input of every linear that will be quantised, by the name of its weight.
 
     `release` is a float32 folder of graphs with the base's weights; `inputs` are pixel_values (n, 3, H, W) and input_ids
@@ -41,9 +43,15 @@ def calibrate(release: Path, inputs: Mapping[str, np.ndarray], *, batch: int = 8
         session = _session_with_outputs(model, distinct, release)
         seen = {value.name: [] for value in distinct}
         for start in range(0, len(inputs[name]), batch):
-            for value, found in zip(distinct, session.run([v.name for v in distinct], {name: inputs[name][start : start + batch]}), strict=True):
+            for value, found in zip(
+                distinct,
+                session.run([v.name for v in distinct], {name: inputs[name][start : start + batch]}),
+                strict=True,
+            ):
                 tails = (1 - share) / 2
-                seen[value.name].append((found.min(), found.max()) if share == 1 else np.quantile(found, [tails, 1 - tails]))
+                seen[value.name].append(
+                    (found.min(), found.max()) if share == 1 else np.quantile(found, [tails, 1 - tails])
+                )
         for weight, value in watched.items():
             low, high = np.array(seen[value.name], np.float64).T
             ranges[weight] = float(low.min()), float(high.max())
@@ -53,7 +61,9 @@ def calibrate(release: Path, inputs: Mapping[str, np.ndarray], *, batch: int = 8
 def _session_with_outputs(model: ir.Model, values: list[ir.Value], folder: Path) -> ort.InferenceSession:
     model = model.clone()
     by_name = {value.name: value for node in model.graph for value in node.outputs}
-    model.graph.outputs.extend(by_name[value.name] for value in values if by_name[value.name] not in model.graph.outputs)
+    model.graph.outputs.extend(
+        by_name[value.name] for value in values if by_name[value.name] not in model.graph.outputs
+    )
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -95,7 +105,11 @@ def quantized_graphs(graphs: Path, folder: Path) -> WeightMap:
     for name, model in models.items():
         file = "textual.safetensors" if name == "textual.onnx" else "visual.safetensors"
         _quantize_(model.graph, {p.parameter: p for p in weights.files[file]})
-        placed = {p: model.graph.initializers[p.parameter] for p in weights.files[file] if p.parameter in model.graph.initializers}
+        placed = {
+            p: model.graph.initializers[p.parameter]
+            for p in weights.files[file]
+            if p.parameter in model.graph.initializers
+        }
         externalize_(placed, weights.layout(file), file)
         write_graph(model, folder / name)
     weights.write(folder / "weight_map.json")
@@ -104,7 +118,14 @@ def quantized_graphs(graphs: Path, folder: Path) -> WeightMap:
 
 def _linears(graph: ir.Graph) -> list[ir.Node]:
     """The Gemms by a large weight that is stored as torch has it, rows first."""
-    return [n for n in graph if n.op_type == "Gemm" and n.attributes["transB"].value == 1 and _is_weight(n.inputs[1]) and n.inputs[1].const_value.size >= SMALL]
+    return [
+        n
+        for n in graph
+        if n.op_type == "Gemm"
+        and n.attributes["transB"].value == 1
+        and _is_weight(n.inputs[1])
+        and n.inputs[1].const_value.size >= SMALL
+    ]
 
 
 def _is_weight(value: ir.Value | None) -> bool:
@@ -114,10 +135,20 @@ def _is_weight(value: ir.Value | None) -> bool:
 def _placements(placement: Placement, graph: ir.Graph) -> list[Placement]:
     name, shape = placement.parameter, placement.shape
     if any(node.inputs[1].name == name for node in _linears(graph)):
-        extra = [Placement(name + SCALE, shape[:1]), Placement(name + INPUT_SCALE, ()), Placement(name + INPUT_ZERO, (), dtype="U8")]
+        extra = [
+            Placement(name + SCALE, shape[:1]),
+            Placement(name + INPUT_SCALE, ()),
+            Placement(name + INPUT_ZERO, (), dtype="U8"),
+        ]
         return [Placement(name, shape[::-1], transposed=True, dtype="I8"), *extra]
-    embedding = name in graph.initializers and any(node.op_type in ("Conv", "Gather", "MatMul", "Gemm") for node in graph.initializers[name].consumers())
-    return [Placement(name, shape, placement.transposed, "F16")] if embedding and len(shape) > 1 and np.prod(shape) >= SMALL else [placement]
+    embedding = name in graph.initializers and any(
+        node.op_type in ("Conv", "Gather", "MatMul", "Gemm") for node in graph.initializers[name].consumers()
+    )
+    return (
+        [Placement(name, shape, placement.transposed, "F16")]
+        if embedding and len(shape) > 1 and np.prod(shape) >= SMALL
+        else [placement]
+    )
 
 
 def _quantize_(graph: ir.Graph, placements: Mapping[str, Placement]) -> None:
@@ -169,14 +200,18 @@ def _widen_(graph: ir.Graph, value: ir.Value) -> None:
             for user, place in users:
                 user.replace_input_with(place, wide)
         else:
-            wide = _new(fresh, "Cast", [value], f"{value.name}.wide", ir.DataType.FLOAT, value.shape, to=ir.DataType.FLOAT)
+            wide = _new(
+                fresh, "Cast", [value], f"{value.name}.wide", ir.DataType.FLOAT, value.shape, to=ir.DataType.FLOAT
+            )
             graph.insert_before(node, fresh)
             node.replace_input_with(index, wide)
 
 
 def _initializer(graph: ir.Graph, name: str, shape: object, kind: ir.DataType) -> ir.Value:
     value = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
-    value.const_value = ir.tensor(np.zeros(tuple(shape), kind.numpy()), name=name)  # replaced by a place in the weights file
+    value.const_value = ir.tensor(
+        np.zeros(tuple(shape), kind.numpy()), name=name
+    )  # replaced by a place in the weights file
     graph.register_initializer(value)
     return value
 
@@ -188,7 +223,15 @@ def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
-def _new(nodes: list[ir.Node], op: str, inputs: list[ir.Value], name: str, kind: ir.DataType, shape: ir.Shape | None, **attributes: int) -> ir.Value:
+def _new(
+    nodes: list[ir.Node],
+    op: str,
+    inputs: list[ir.Value],
+    name: str,
+    kind: ir.DataType,
+    shape: ir.Shape | None,
+    **attributes: int,
+) -> ir.Value:
     node = ir.node(op, inputs, attributes=attributes)
     node.name = node.outputs[0].name = name
     node.outputs[0].dtype, node.outputs[0].shape = kind, shape

@@ -26,7 +26,15 @@ from r1export.update.release import sealed
 
 FORMAT = "r1export.release/1"
 PREPROCESS = "preprocess.onnx"
-UNLISTED = ("manifest.json", "README.md", "report.json", "report.md", "report.html", "report.xml", "update.r1u")  # made from the manifest, or after it
+UNLISTED = (
+    "manifest.json",
+    "README.md",
+    "report.json",
+    "report.md",
+    "report.html",
+    "report.xml",
+    "update.r1u",
+)  # made from the manifest, or after it
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,10 @@ def write_release(content: ReleaseContent, graphs: Path, path: Path) -> dict[str
         _write_classes(content.tasks, folder / "classes")
         write_json(folder / "preprocess.json", content.preprocess)
         write_tokenizer(content.tokenizer, folder / "tokenizer")
-        write_tensors(folder / "golden.safetensors", {n: getattr(content.golden, n) for n in ("input_ids", "pixel_values", "image_embeds", "text_embeds")})
+        write_tensors(
+            folder / "golden.safetensors",
+            {n: getattr(content.golden, n) for n in ("input_ids", "pixel_values", "image_embeds", "text_embeds")},
+        )
         manifest = sealed(_manifest(content, folder, weights, tensors))
         write_json(folder / "manifest.json", manifest)
         write_file(folder / "README.md", model_card(manifest).encode())
@@ -98,17 +109,30 @@ def refused_writes(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path} could not be written: {error.strerror or error}", "make room or choose another --out; what was there is unchanged") from error
+        raise InputError(
+            f"{path} could not be written: {error.strerror or error}",
+            "make room or choose another --out; what was there is unchanged",
+        ) from error
 
 
 def _write_classes(tasks: tuple[TaskClasses, ...], folder: Path) -> None:
     folder.mkdir()
     for task in tasks:
         write_tensors(folder / f"{task.name}.safetensors", {"class_embeds": task.embeddings})
-        write_json(folder / f"{task.name}.json", {"task": task.name, "classes": list(task.classes), "templates": list(task.templates), "learned": task.learned})
+        write_json(
+            folder / f"{task.name}.json",
+            {
+                "task": task.name,
+                "classes": list(task.classes),
+                "templates": list(task.templates),
+                "learned": task.learned,
+            },
+        )
 
 
-def _manifest(content: ReleaseContent, folder: Path, weights: WeightMap, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+def _manifest(
+    content: ReleaseContent, folder: Path, weights: WeightMap, tensors: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, Any]:
     listed = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNLISTED)
     return {
         "format": FORMAT,
@@ -118,10 +142,16 @@ def _manifest(content: ReleaseContent, folder: Path, weights: WeightMap, tensors
         "precision": "fp32",
         "base": dict(content.base),
         "updates": [dict(update) for update in content.updates],
-        "tasks": [{"name": t.name, "classes": len(t.classes), "learned": t.learned, "accuracy": content.accuracy.get(t.name)} for t in content.tasks],
+        "tasks": [
+            {"name": t.name, "classes": len(t.classes), "learned": t.learned, "accuracy": content.accuracy.get(t.name)}
+            for t in content.tasks
+        ],
         "graphs": dict(content.graph_digests),
         "golden": dict(content.tolerance),
-        "files": {path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in listed},
+        "files": {
+            path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+            for path in listed
+        },
         "tensors": _tensor_map(weights, tensors),
         "versions": dict(content.versions),
     }
@@ -150,17 +180,35 @@ def read_manifest(release: Path) -> dict[str, Any]:
             raise ValueError(f"format {manifest['format']}, expected {FORMAT}")
         return manifest
     except FileNotFoundError:
-        raise InputError(f"{release}: no manifest.json", "give a release folder, for example RUN/releases/01-NAME") from None
+        raise InputError(
+            f"{release}: no manifest.json", "give a release folder, for example RUN/releases/01-NAME"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a release manifest: {error}", "write the release again with r1export export") from error
+        raise InputError(
+            f"{path}: not a release manifest: {error}", "write the release again with r1export export"
+        ) from error
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:
     """README.md of the release."""
     learned = [task for task in manifest["tasks"] if task["learned"]]
-    rows = "\n".join(f"| {t['name']} | {t['classes']} | {_percent(t['accuracy'])} | {'yes' if t['learned'] else 'no'} |" for t in manifest["tasks"])
-    digests = "\n".join(f"    {entry['sha256']}  {name}" for name, entry in manifest["files"].items() if name.endswith((".onnx", ".safetensors")))
-    return CARD.format(name=manifest["name"], base=manifest["base"]["name"], count=len(learned), rows=rows, digests=digests, version=manifest["versions"].get("r1export", "?"))
+    rows = "\n".join(
+        f"| {t['name']} | {t['classes']} | {_percent(t['accuracy'])} | {'yes' if t['learned'] else 'no'} |"
+        for t in manifest["tasks"]
+    )
+    digests = "\n".join(
+        f"    {entry['sha256']}  {name}"
+        for name, entry in manifest["files"].items()
+        if name.endswith((".onnx", ".safetensors"))
+    )
+    return CARD.format(
+        name=manifest["name"],
+        base=manifest["base"]["name"],
+        count=len(learned),
+        rows=rows,
+        digests=digests,
+        version=manifest["versions"].get("r1export", "?"),
+    )
 
 
 def _percent(value: float | None) -> str:
@@ -200,4 +248,3 @@ for a self-test; `manifest.json` lists every file's SHA-256 and where each param
 
 {digests}
 """
-

@@ -24,12 +24,16 @@ from r1export.update.container import write_layout
 def fill_with_sentinels_(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
     """Overwrite all parameters and buffers with random tensors, scaled so that activations stay finite; returns them by name."""
     generator = torch.Generator().manual_seed(seed)
-    variances = {id(module.running_var) for module in model.modules() if getattr(module, "running_var", None) is not None}
+    variances = {
+        id(module.running_var) for module in model.modules() if getattr(module, "running_var", None) is not None
+    }
     sentinels = {}
     with torch.no_grad():
         for name, tensor in float_tensors(model).items():
             fan_in = max(1, tensor[0].numel()) if tensor.ndim > 1 else 1
-            tensor.copy_((torch.rand(tensor.shape, generator=generator) - 0.5) / fan_in**0.5 + (id(tensor) in variances))
+            tensor.copy_(
+                (torch.rand(tensor.shape, generator=generator) - 0.5) / fan_in**0.5 + (id(tensor) in variances)
+            )
             sentinels[name] = tensor.detach().cpu().numpy().copy()
     return sentinels
 
@@ -61,6 +65,9 @@ def _difference(tower: Tower, path: Path) -> float:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         found = session.run(None, {tower.input_name: torch.cat([tower.example, tower.example[:1]]).numpy()})[0]
     except Exception as error:  # onnxruntime raises its own classes straight from C++, without a common base
-        raise Unsupported(f"onnxruntime refuses the exported {tower.name} tower: {str(error).splitlines()[0][:200]}", "try another opset") from error
+        raise Unsupported(
+            f"onnxruntime refuses the exported {tower.name} tower: {str(error).splitlines()[0][:200]}",
+            "try another opset",
+        ) from error
     expected = torch.cat([tower.expected, tower.expected[:1]]).numpy()
     return float(np.abs(found - expected).max()) if np.isfinite(found).all() else float("nan")

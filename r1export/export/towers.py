@@ -1,7 +1,7 @@
 """The two towers of a CLIP as modules made for export: one input, one unit-norm output, attention in the open.
 
-    visual   pixel_values float (n, 3, H, W) -> image_embeds (n, D)
-    textual  input_ids    int64 (n, L)       -> text_embeds  (n, D)
+visual   pixel_values float (n, 3, H, W) -> image_embeds (n, D)
+textual  input_ids    int64 (n, L)       -> text_embeds  (n, D)
 """
 
 from __future__ import annotations
@@ -78,14 +78,20 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _tower(name: str, module: nn.Module, example: Tensor, input_name: str, output_name: str, tensors: dict[str, Tensor]) -> Tower:
+def _tower(
+    name: str, module: nn.Module, example: Tensor, input_name: str, output_name: str, tensors: dict[str, Tensor]
+) -> Tower:
     module.eval()
     try:
         with recorded_tokens(module) as tokens:
             expected = module(example)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise Unsupported(f"the {name} tower does not run: {str(error).splitlines()[0][:200]}", "check base.model and its config") from error
-    return Tower(name, _opened(name, module, example, expected, tokens), example, expected, input_name, output_name, tensors)
+        raise Unsupported(
+            f"the {name} tower does not run: {str(error).splitlines()[0][:200]}", "check base.model and its config"
+        ) from error
+    return Tower(
+        name, _opened(name, module, example, expected, tokens), example, expected, input_name, output_name, tensors
+    )
 
 
 @contextmanager
@@ -94,7 +100,11 @@ def recorded_tokens(module: nn.Module) -> Iterator[dict[int, int]]:
     tokens: dict[int, int] = {}
     hooks = []
     for i, blocks in enumerate(block_lists(module)):
-        hooks.append(blocks[0].register_forward_pre_hook(lambda _, args, i=i: tokens.update({i: args[0].shape[1]} if args[0].ndim == 3 else {})))
+        hooks.append(
+            blocks[0].register_forward_pre_hook(
+                lambda _, args, i=i: tokens.update({i: args[0].shape[1]} if args[0].ndim == 3 else {})
+            )
+        )
     try:
         yield tokens
     finally:

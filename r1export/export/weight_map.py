@@ -49,7 +49,12 @@ class WeightMap:
 
     def sorted(self) -> WeightMap:
         """The same with the widest types first, so that every tensor is aligned."""
-        return WeightMap({f: tuple(sorted(placed, key=lambda p: -np.dtype(DTYPES[p.dtype]).itemsize)) for f, placed in self.files.items()})
+        return WeightMap(
+            {
+                f: tuple(sorted(placed, key=lambda p: -np.dtype(DTYPES[p.dtype]).itemsize))
+                for f, placed in self.files.items()
+            }
+        )
 
     def stored(self, file: str, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All tensors of `file` in their stored form."""
@@ -67,12 +72,19 @@ class WeightMap:
         """Inverse of `write`. Raises InputError."""
         try:
             files = json.loads(path.read_text(encoding="utf-8"))
-            return cls({file: tuple(Placement(**p | {"shape": tuple(p["shape"])}) for p in placed) for file, placed in files.items()})
+            return cls(
+                {
+                    file: tuple(Placement(**p | {"shape": tuple(p["shape"])}) for p in placed)
+                    for file, placed in files.items()
+                }
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a weight map: {error}", "export the run again with --overwrite") from error
 
 
-def place_parameters(graph: ir.Graph, parameters: Mapping[str, np.ndarray], used: Collection[str]) -> dict[Placement, ir.Value]:
+def place_parameters(
+    graph: ir.Graph, parameters: Mapping[str, np.ndarray], used: Collection[str]
+) -> dict[Placement, ir.Value]:
     """Find every parameter among the initializers by content; those on which the graph depends (`used`) must be there.
 
     Raises:
@@ -84,7 +96,10 @@ def place_parameters(graph: ir.Graph, parameters: Mapping[str, np.ndarray], used
             initializers.setdefault(_digest(value.const_value.numpy()), []).append(value)
     placed: dict[Placement, ir.Value] = {}
     for name, parameter in parameters.items():
-        straight, turned = initializers.get(_digest(parameter), []), initializers.get(_digest(parameter.T), []) if parameter.ndim == 2 else []
+        straight, turned = (
+            initializers.get(_digest(parameter), []),
+            initializers.get(_digest(parameter.T), []) if parameter.ndim == 2 else [],
+        )
         found = {id(value): value for value in straight + turned}
         if len(found) != 1 and (found or name in used):
             raise Unsupported(
@@ -106,7 +121,14 @@ def externalize_(placed: Mapping[Placement, ir.Value], layout: Layout, location:
 
 def _point(value: ir.Value, spec: TensorSpec, location: str) -> None:
     value.name = spec.name
-    value.const_value = ir.ExternalTensor(location, spec.offset, spec.nbytes, ir.DataType.from_numpy(spec.dtype), shape=ir.Shape(spec.shape), name=spec.name)
+    value.const_value = ir.ExternalTensor(
+        location,
+        spec.offset,
+        spec.nbytes,
+        ir.DataType.from_numpy(spec.dtype),
+        shape=ir.Shape(spec.shape),
+        name=spec.name,
+    )
 
 
 def _digest(array: np.ndarray) -> str:

@@ -13,4 +13,16 @@ from r1export.pipeline.training import train
 from r1export.pipeline.updating import bundle
 from r1export.pipeline.verifying import default_providers, verify
 
-__all__ = ["Silent", "Stage", "Watcher", "bundle", "check_inputs", "choose_device", "default_providers", "export", "train", "verify", "verify_release"]
+__all__ = [
+    "Silent",
+    "Stage",
+    "Watcher",
+    "bundle",
+    "check_inputs",
+    "choose_device",
+    "default_providers",
+    "export",
+    "train",
+    "verify",
+    "verify_release",
+]

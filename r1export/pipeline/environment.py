@@ -25,7 +25,12 @@ def versions() -> dict[str, str]:
 def environment() -> dict[str, Any]:
     """Versions and the machine, for reports."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return versions() | {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "os": f"{platform.system()} {platform.machine()}", "gpu": gpu}
+    return versions() | {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "os": f"{platform.system()} {platform.machine()}",
+        "gpu": gpu,
+    }
 
 
 def _cpu_name() -> str:

@@ -28,7 +28,9 @@ def identity(stage: Stage, number: int, path: Path, manifest: Mapping[str, Any])
     return own_identity(path, manifest, expected_manifest(stage, number))
 
 
-def own_identity(path: Path, manifest: Mapping[str, Any], expected: Mapping[str, Any] | None = None) -> dict[str, dict[str, str]]:
+def own_identity(
+    path: Path, manifest: Mapping[str, Any], expected: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, str]]:
     """The same for a release by itself, without the facts that only its run knows."""
     try:
         Release.read(path)
@@ -36,11 +38,21 @@ def own_identity(path: Path, manifest: Mapping[str, Any], expected: Mapping[str,
         files = selftest.changed_files(path, manifest, UNLISTED)
     except R1ExportError as error:
         problems, files = [error.message], []
-    found = {"manifest": contents.part(problems, "its digest of itself fits" + (", and it says what the run says" if expected else ""))}
-    return found if problems else found | {"files": contents.part(files, f"{len(manifest['files'])} files as they were released, no other")}
+    found = {
+        "manifest": contents.part(
+            problems, "its digest of itself fits" + (", and it says what the run says" if expected else "")
+        )
+    }
+    return (
+        found
+        if problems
+        else found | {"files": contents.part(files, f"{len(manifest['files'])} files as they were released, no other")}
+    )
 
 
-def holdings(stage: Stage, number: int, path: Path, manifest: Mapping[str, Any], updates: list[ExpertUpdate]) -> dict[str, dict[str, str]]:
+def holdings(
+    stage: Stage, number: int, path: Path, manifest: Mapping[str, Any], updates: list[ExpertUpdate]
+) -> dict[str, dict[str, str]]:
     """Does it hold what it has to: weights, the map of tensors, class embeddings, golden samples."""
     names = [task.name for task in stage.tasks[:number]]
     expected = stage.merged(updates)
@@ -48,10 +60,21 @@ def holdings(stage: Stage, number: int, path: Path, manifest: Mapping[str, Any],
     weights = contents.weight_problems(path, manifest, expected, list(zip(names, updates, strict=True)))
     weights += contents.tensor_map_problems(path, manifest)
     tasks = [(task.name, task.classes, task.templates) for task in stage.tasks]
-    classes = _tried(lambda: contents.class_problems(path, tasks, _embedder(stage, path), 2 * gate.max_abs) + _listed_classes(stage, path))
+    classes = _tried(
+        lambda: (
+            contents.class_problems(path, tasks, _embedder(stage, path), 2 * gate.max_abs)
+            + _listed_classes(stage, path)
+        )
+    )
     golden = _tried(lambda: selftest.golden_problems(path, manifest))
     epsilons = {name: module.eps for name, module in stage.clip.model.named_modules() if isinstance(module, LayerNorm)}
-    norms = _tried(lambda: [problem for graph in ("visual.onnx", "textual.onnx") for problem in contents.epsilon_problems(path / graph, epsilons)])
+    norms = _tried(
+        lambda: [
+            problem
+            for graph in ("visual.onnx", "textual.onnx")
+            for problem in contents.epsilon_problems(path / graph, epsilons)
+        ]
+    )
     return {
         "graphs": contents.part(norms, f"{len(epsilons)} norms have their epsilon"),
         "weights": contents.part(weights, f"{len(expected)} parameters are base + factors, bit for bit"),
@@ -71,7 +94,9 @@ def _tried(look: Callable[[], list[str]]) -> list[str]:
 def expected_manifest(stage: Stage, number: int) -> dict[str, Any]:
     """The facts of a manifest that follow from the run."""
     run, recipe, metrics = stage.run, stage.recipe, stage.run.metrics()
-    accuracies = dict(zip(metrics["tasks"], metrics["accuracy"][number - 1] if number else metrics["zero_shot"], strict=True))
+    accuracies = dict(
+        zip(metrics["tasks"], metrics["accuracy"][number - 1] if number else metrics["zero_shot"], strict=True)
+    )
     folders = [(task.name, run.task(i, task.name)) for i, task in enumerate(recipe.stream[:number], 1)]
     learned = {name for name, _ in folders}
     return {

@@ -28,8 +28,14 @@ BATCH = 32
 
 def exactness(frozen: Outputs, merged: Outputs, scale: float) -> dict[str, float]:
     """G1 on the parity samples; `scale` = exp(logit_scale)."""
-    one, other = (scale * outputs.visual[0].astype(np.float64) @ outputs.textual[0].astype(np.float64).T for outputs in (frozen, merged))
-    return {"G1": float(np.abs(one - other).max()), "G1_top1_agreement": float((one.argmax(1) == other.argmax(1)).mean())}
+    one, other = (
+        scale * outputs.visual[0].astype(np.float64) @ outputs.textual[0].astype(np.float64).T
+        for outputs in (frozen, merged)
+    )
+    return {
+        "G1": float(np.abs(one - other).max()),
+        "G1_top1_agreement": float((one.argmax(1) == other.argmax(1)).mean()),
+    }
 
 
 def freezing(clip: Clip, pools: Pools, task: Task, pixels: Tensor, labels: np.ndarray) -> dict[str, Any]:
@@ -50,7 +56,11 @@ def freezing(clip: Clip, pools: Pools, task: Task, pixels: Tensor, labels: np.nd
         for pool in pools.values():
             pool.freeze_()
     same = found[f"frozen_{settings.k_train}"]
-    gaps = {"G2": found["routed_batch_1"] - same, "G2_batch_32": found["routed_batch_32"] - same, "G3": same - found[f"frozen_{settings.k_merge}"]}
+    gaps = {
+        "G2": found["routed_batch_1"] - same,
+        "G2_batch_32": found["routed_batch_32"] - same,
+        "G3": same - found[f"frozen_{settings.k_merge}"],
+    }
     return gaps | {"images": len(labels), "accuracies": found}
 
 

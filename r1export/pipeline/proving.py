@@ -23,7 +23,13 @@ from r1export.verify.runtime import PROVIDERS, job, open_session
 
 
 def ladder(
-    stage: Stage, number: int, releases: list[Path], inputs: parity.Inputs, updates: list[ExpertUpdate], seen: dict[str, Execution], providers: tuple[str, ...]
+    stage: Stage,
+    number: int,
+    releases: list[Path],
+    inputs: parity.Inputs,
+    updates: list[ExpertUpdate],
+    seen: dict[str, Execution],
+    providers: tuple[str, ...],
 ) -> dict[str, Any]:
     """Rungs L0 to L4 of a release and the control. `seen` holds what the base ran; the base fills it."""
     path, folders = releases[number], (releases[0], releases[number])
@@ -37,7 +43,11 @@ def ladder(
     try:
         if not number:
             seen |= proof.executions(graphs[0], feeds, providers)
-        found |= proof.rungs(seen, lambda: proof.executions(graphs[1], feeds, providers)) if seen else proof.unclimbed("the base cannot be run")
+        found |= (
+            proof.rungs(seen, lambda: proof.executions(graphs[1], feeds, providers))
+            if seen
+            else proof.unclimbed("the base cannot be run")
+        )
         if number and seen:
             with _unmerged(stage, number, releases, updates) as unmerged:
                 found["control"] = proof.proof_control(path / "visual.onnx", unmerged, feeds["visual.onnx"])
@@ -57,12 +67,22 @@ def _unmerged(stage: Stage, number: int, releases: list[Path], updates: list[Exp
 
 
 def added_latency(
-    stage: Stage, number: int, releases: list[Path], inputs: parity.Inputs, models: TorchModels, updates: list[ExpertUpdate], providers: tuple[str, ...]
+    stage: Stage,
+    number: int,
+    releases: list[Path],
+    inputs: parity.Inputs,
+    models: TorchModels,
+    updates: list[ExpertUpdate],
+    providers: tuple[str, ...],
 ) -> dict[str, Any]:
     """Rung L5 on every provider: one image, base and release interleaved, the unmerged model and torch beside them."""
     settings, feeds = stage.recipe.verify, {"pixel_values": inputs.visual[:1]}
     base, release = releases[0] / "visual.onnx", releases[number] / "visual.onnx"
-    runs = {"routed_torch": _routed(models), "unmerged_torch": encoders(models.unmerged.model).visual, "merged_torch": encoders(models.merged.model).visual}
+    runs = {
+        "routed_torch": _routed(models),
+        "unmerged_torch": encoders(models.unmerged.model).visual,
+        "merged_torch": encoders(models.merged.model).visual,
+    }
     torch_jobs = {name: (lambda run=run: run(inputs.visual[:1])) for name, run in runs.items()}
     found = []
     with _branches_if_any(stage, number, releases, updates) as branches:
@@ -77,7 +97,9 @@ def added_latency(
 
 
 @contextmanager
-def _branches_if_any(stage: Stage, number: int, releases: list[Path], updates: list[ExpertUpdate]) -> Iterator[Path | None]:
+def _branches_if_any(
+    stage: Stage, number: int, releases: list[Path], updates: list[ExpertUpdate]
+) -> Iterator[Path | None]:
     with ExitStack() as stack:
         try:
             path = stack.enter_context(_unmerged(stage, number, releases, updates))

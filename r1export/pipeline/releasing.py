@@ -27,8 +27,6 @@ from r1export.verify import proof
 GOLDEN_IMAGES = 8  # images in golden.safetensors, spread over the tasks: 4.8 MB at 224 px
 
 
-
-
 def export(stage: Stage, *, overwrite: bool = False, audit: bool = False) -> list[Path]:
     """Write the graphs, if they are not there, and every release that is not there; returns the release folders.
 
@@ -45,7 +43,13 @@ def export(stage: Stage, *, overwrite: bool = False, audit: bool = False) -> lis
         if not run.graphs.exists():
             stage.watch.stage("Exporting the graphs, once")
             with new_folder(run.graphs) as folder:
-                export_graphs(stage.clip.model, stage.clip.preprocess.size, _context_length(stage), folder, opset=recipe.export.opset)
+                export_graphs(
+                    stage.clip.model,
+                    stage.clip.preprocess.size,
+                    _context_length(stage),
+                    folder,
+                    opset=recipe.export.opset,
+                )
                 _write_preprocess(stage, folder)
         releases = run.releases(recipe)[: len(updates) + 1]
         with stage.watch.track("Writing releases", len(releases)) as advance:
@@ -56,7 +60,13 @@ def export(stage: Stage, *, overwrite: bool = False, audit: bool = False) -> lis
     if audit:
         stage.watch.stage(f"Exporting {releases[-1].name} afresh to compare")
         stage.clip.load_(stage.merged(updates))
-        audit_reexport(stage.clip.model, stage.clip.preprocess.size, _context_length(stage), releases[-1], opset=recipe.export.opset)
+        audit_reexport(
+            stage.clip.model,
+            stage.clip.preprocess.size,
+            _context_length(stage),
+            releases[-1],
+            opset=recipe.export.opset,
+        )
         stage.clip.load_(stage.base)
     return releases
 
@@ -76,14 +86,22 @@ def _release(stage: Stage, number: int, path: Path, updates: list[ExpertUpdate],
     weights = stage.merged(updates)
     clip.load_(weights)
     learned = {task.name for task in stage.tasks[:number]}
-    accuracies = dict(zip(metrics["tasks"], metrics["accuracy"][number - 1] if number else metrics["zero_shot"], strict=True))
+    accuracies = dict(
+        zip(metrics["tasks"], metrics["accuracy"][number - 1] if number else metrics["zero_shot"], strict=True)
+    )
     content = ReleaseContent(
         name=path.name,
         sequence=number,
         base=read_json(run.path / "run.json", "train the run first")["base"],
-        updates=tuple({"task": t.name, "sha256": sha256_file(run.task(i, t.name) / "factors.safetensors")} for i, t in enumerate(recipe.stream[:number], 1)),
+        updates=tuple(
+            {"task": t.name, "sha256": sha256_file(run.task(i, t.name) / "factors.safetensors")}
+            for i, t in enumerate(recipe.stream[:number], 1)
+        ),
         weights=weights,
-        tasks=tuple(TaskClasses(t.name, t.classes, t.templates, class_embeddings(clip, t), t.name in learned) for t in stage.tasks),
+        tasks=tuple(
+            TaskClasses(t.name, t.classes, t.templates, class_embeddings(clip, t), t.name in learned)
+            for t in stage.tasks
+        ),
         golden=_golden(stage),
         preprocess=clip.preprocess.to_json(),
         tokenizer=clip.tokenizer,
@@ -104,4 +122,9 @@ def _golden(stage: Stage) -> Golden:
     pixels = torch.cat([stage.tests[task.name].batch(np.array([place % len(task.test)])) for task, place in picks])
     tokens = clip.tokenize([task.templates[0].format(task.classes[place % len(task.classes)]) for task, place in picks])
     values = clip.preprocess.normalize(pixels)
-    return Golden(values.numpy(), clip.encode_image(pixels).float().cpu().numpy(), tokens.cpu().numpy(), clip.encode_text(tokens).float().cpu().numpy())
+    return Golden(
+        values.numpy(),
+        clip.encode_image(pixels).float().cpu().numpy(),
+        tokens.cpu().numpy(),
+        clip.encode_text(tokens).float().cpu().numpy(),
+    )

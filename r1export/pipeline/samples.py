@@ -26,7 +26,9 @@ def parity_inputs(stage: Stage, task: Task) -> Inputs:
 
 def test_images(stage: Stage, task: Task) -> tuple[Tensor, np.ndarray]:
     """`verify.images` test images of the task, uint8 (n, 3, h, w), and their labels."""
-    chosen = np.sort(np.random.default_rng(stage.recipe.train.seed).permutation(len(task.test))[: stage.recipe.verify.images])
+    chosen = np.sort(
+        np.random.default_rng(stage.recipe.train.seed).permutation(len(task.test))[: stage.recipe.verify.images]
+    )
     return stage.tests[task.name].batch(chosen), task.test.labels[chosen]
 
 

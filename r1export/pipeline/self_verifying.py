@@ -28,13 +28,24 @@ def verify_release(path: Path, providers: Sequence[str] = ()) -> dict[str, Any]:
     Nothing is trained or run in torch. Raises InputError if `path` is no release, Unsupported for a missing provider.
     """
     manifest, providers = read_manifest(path), tuple(providers) or ("cpu",)
-    found: dict[str, Any] = {"verdict": "pass", "reasons": [], "created": now(), "r1export": __version__, "environment": environment()}
-    found |= {"release": {"index": manifest.get("sequence"), "name": manifest.get("name") or path.name}, "contents": own_identity(path, manifest)}
+    found: dict[str, Any] = {
+        "verdict": "pass",
+        "reasons": [],
+        "created": now(),
+        "r1export": __version__,
+        "environment": environment(),
+    }
+    found |= {
+        "release": {"index": manifest.get("sequence"), "name": manifest.get("name") or path.name},
+        "contents": own_identity(path, manifest),
+    }
     if _failed(found["contents"]):
         return settled(found)
     found["release"] |= {"base": manifest["base"]["name"], "base_sha256": manifest["base"]["sha256"]}
     problems = contents.tensor_map_problems(path, manifest)
-    found["contents"]["weights"] = contents.part(problems, f"{len(manifest['tensors'])} tensors lie where the manifest says")
+    found["contents"]["weights"] = contents.part(
+        problems, f"{len(manifest['tensors'])} tensors lie where the manifest says"
+    )
     base = path.parent / "00-base"
     beside = base if base.is_dir() and base.resolve() != path.resolve() else None
     found["parity"] = {"export": _parity(path, manifest, beside, providers)}
@@ -73,7 +84,11 @@ def _beside(path: Path, base: Path, manifest: Mapping[str, Any], providers: Sequ
     golden = read_tensors(path / "golden.safetensors")
     width = golden["image_embeds"].shape[1]
     image, text = {"pixel_values": golden["pixel_values"][:1]}, {"input_ids": golden["input_ids"][:1]}
-    feeds = {"visual.onnx": image, "textual.onnx": text, "classify.onnx": image | {"class_embeds": np.zeros((2, width), image["pixel_values"].dtype)}}
+    feeds = {
+        "visual.onnx": image,
+        "textual.onnx": text,
+        "classify.onnx": image | {"class_embeds": np.zeros((2, width), image["pixel_values"].dtype)},
+    }
     found = {"same_file": proof.same_files(*graphs), "graph": proof.same_graphs(*graphs)}
     try:
         ran = proof.executions(graphs[0], feeds, providers)
@@ -84,7 +99,11 @@ def _beside(path: Path, base: Path, manifest: Mapping[str, Any], providers: Sequ
         return {"proof": found}
     timed = [
         latency.added_latency(
-            opener(base / "visual.onnx", image, name), opener(path / "visual.onnx", image, name), pairs=PAIRS, margin=MARGIN, provider=PROVIDERS[name]
+            opener(base / "visual.onnx", image, name),
+            opener(path / "visual.onnx", image, name),
+            pairs=PAIRS,
+            margin=MARGIN,
+            provider=PROVIDERS[name],
         )
         for name in providers
     ]

@@ -26,6 +26,7 @@ from r1export.update.factors import ExpertUpdate
 
 Track = Callable[..., None]
 
+
 class Watcher(Protocol):
     """Somebody who looks on."""
 
@@ -78,7 +79,10 @@ class Stage:
     @cached_property
     def tests(self) -> dict[str, Pixels]:
         """Decoded test images by task name, the probe's included."""
-        return {task.name: Pixels(task.test, self.clip.preprocess) for task in (*self.tasks, *((self.probe,) if self.probe else ()))}
+        return {
+            task.name: Pixels(task.test, self.clip.preprocess)
+            for task in (*self.tasks, *((self.probe,) if self.probe else ()))
+        }
 
     @cached_property
     def trains(self) -> dict[str, Pixels]:
@@ -92,7 +96,14 @@ class Stage:
     def _task(self, source: TaskSource, *, test_only: bool = False) -> Task:
         data, seed = self.recipe.data, self.recipe.train.seed
         root = expand_path(data.root) if data.root else None
-        task = load_task(source.source, name=source.name, root=root, templates=source.templates, download=data.download, test_only=test_only)
+        task = load_task(
+            source.source,
+            name=source.name,
+            root=root,
+            templates=source.templates,
+            download=data.download,
+            test_only=test_only,
+        )
         train = task.train if test_only else few_shot(task.train, data.shots, seed)
         test = task.test
         if data.test_limit and len(test) > data.test_limit:
@@ -108,7 +119,10 @@ def load_base(recipe: Recipe, device: str = "cpu") -> Clip:
         if name not in BUILTIN_MODELS:
             raise InputError(f"base.model: no builtin model {name!r}", f"known: {', '.join(BUILTIN_MODELS)}")
         return load_clip(weights=BUILTIN_MODELS[name].weights, config=BUILTIN_MODELS[name].config, device=device)
-    paths = {name: expand_path(value) if value else None for name, value in (("weights", base.weights), ("config", base.config))}
+    paths = {
+        name: expand_path(value) if value else None
+        for name, value in (("weights", base.weights), ("config", base.config))
+    }
     return load_clip(base.model, pretrained=base.pretrained, device=device, **paths)
 
 

@@ -46,7 +46,9 @@ def torch_models(stage: Stage, number: int, updates: list[ExpertUpdate]) -> Iter
             return
         clip.load_(stage.merged(updates[:-1]))
         pools = inject_pools_(clip, stage.recipe)
-        load_pool_tensors_(pools, read_tensors(stage.run.task(number, stage.tasks[number - 1].name) / "pool.safetensors"))
+        load_pool_tensors_(
+            pools, read_tensors(stage.run.task(number, stage.tasks[number - 1].name) / "pool.safetensors")
+        )
         for pool in pools.values():
             pool.freeze_()
         clip.model.eval()
@@ -98,15 +100,24 @@ def _hook(name: str, found: list[Boundary]) -> Callable[..., None]:
 def _attention_hook(name: str, found: list[Boundary]) -> Callable[..., None]:
     """nn.MultiheadAttention computes in one call; its projections are computed again here to look between them."""
 
-    def record(attention: nn.MultiheadAttention, inputs: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: tuple[Tensor, ...]) -> None:
+    def record(
+        attention: nn.MultiheadAttention,
+        inputs: tuple[Tensor, ...],
+        kwargs: dict[str, Tensor],
+        output: tuple[Tensor, ...],
+    ) -> None:
         if not inputs or attention.in_proj_weight is None or not attention.batch_first:
             return
         x, mask = inputs[0], kwargs.get("attn_mask")
         projected = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
         q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projected.chunk(3, -1))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2)
-        found.extend((Boundary(f"{name}.in_proj", "in", _array(x)), Boundary(f"{name}.in_proj", "out", _array(projected))))
-        found.extend((Boundary(f"{name}.out_proj", "in", _array(mixed)), Boundary(f"{name}.out_proj", "out", _array(output[0]))))
+        found.extend(
+            (Boundary(f"{name}.in_proj", "in", _array(x)), Boundary(f"{name}.in_proj", "out", _array(projected)))
+        )
+        found.extend(
+            (Boundary(f"{name}.out_proj", "in", _array(mixed)), Boundary(f"{name}.out_proj", "out", _array(output[0])))
+        )
 
     return record
 

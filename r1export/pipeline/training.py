@@ -59,9 +59,21 @@ def _write_run_json(stage: Stage) -> None:
     path = stage.run.path / "run.json"
     base = {"name": stage.recipe.base.model or stage.clip.name, "sha256": digest(stage.base)}
     if path.exists() and read_json(path, "start anew with --overwrite")["base"] != base:
-        raise InputError(f"{path}: the run was started from another base model", "give back the weights it was started with, or --overwrite")
+        raise InputError(
+            f"{path}: the run was started from another base model",
+            "give back the weights it was started with, or --overwrite",
+        )
     if not path.exists():
-        write_json(path, {"r1export": __version__, "seed": stage.recipe.train.seed, "base": base, "versions": versions(), "started": now()})
+        write_json(
+            path,
+            {
+                "r1export": __version__,
+                "seed": stage.recipe.train.seed,
+                "base": base,
+                "versions": versions(),
+                "started": now(),
+            },
+        )
 
 
 def _evaluate(stage: Stage, title: str) -> dict[str, float]:

@@ -16,14 +16,32 @@ from r1export.update.publish import Terms, make_bundle
 
 
 def bundle(
-    stage: Stage, release: int, since: int, keys: Sequence[SecretKey], out: Path, *, drop: Sequence[str] = (), seq: int = 0, terms: Terms | None = None, overwrite: bool = False
+    stage: Stage,
+    release: int,
+    since: int,
+    keys: Sequence[SecretKey],
+    out: Path,
+    *,
+    drop: Sequence[str] = (),
+    seq: int = 0,
+    terms: Terms | None = None,
+    overwrite: bool = False,
 ) -> Bundle:
     """Write to `out` what a device at release `since` needs for `release`, without the tasks in `drop`.
 
     Raises what `make_bundle` raises.
     """
     return make_bundle(
-        stage.run.path, release, since, keys, out, drop=drop, seq=seq, terms=terms, overwrite=overwrite, refresh=lambda folder: _refresh(stage, release, drop, folder)
+        stage.run.path,
+        release,
+        since,
+        keys,
+        out,
+        drop=drop,
+        seq=seq,
+        terms=terms,
+        overwrite=overwrite,
+        refresh=lambda folder: _refresh(stage, release, drop, folder),
     )
 
 

@@ -46,7 +46,11 @@ class _Base:
 
 def default_providers() -> tuple[str, ...]:
     """cpu, and cuda where torch and onnxruntime can use it."""
-    return ("cpu", "cuda") if torch.cuda.is_available() and PROVIDERS["cuda"] in ort.get_available_providers() else ("cpu",)
+    return (
+        ("cpu", "cuda")
+        if torch.cuda.is_available() and PROVIDERS["cuda"] in ort.get_available_providers()
+        else ("cpu",)
+    )
 
 
 def verify(stage: Stage, providers: Sequence[str] = ()) -> dict[str, Any]:
@@ -75,11 +79,22 @@ def verify(stage: Stage, providers: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _verify_release(
-    stage: Stage, number: int, releases: list[Path], updates: list[ExpertUpdate], base: _Base, providers: tuple[str, ...]
+    stage: Stage,
+    number: int,
+    releases: list[Path],
+    updates: list[ExpertUpdate],
+    base: _Base,
+    providers: tuple[str, ...],
 ) -> dict[str, Any]:
     """One release. Each step is left out where the one before failed: what is not the release is not measured."""
     path = releases[number]
-    found: dict[str, Any] = {"verdict": "pass", "reasons": [], "created": now(), "r1export": __version__, "environment": environment()}
+    found: dict[str, Any] = {
+        "verdict": "pass",
+        "reasons": [],
+        "created": now(),
+        "r1export": __version__,
+        "environment": environment(),
+    }
     found["release"] = {"index": number, "name": path.name}
     try:
         manifest = read_manifest(path)
@@ -89,7 +104,10 @@ def _verify_release(
         found["release"] = _release_facts(stage, number, path)
         found["contents"] |= expected.holdings(stage, number, path, manifest, updates)
     except R1ExportError as error:
-        return found | {"verdict": "fail", "reasons": [f"{error.message} (write it again: delete {path} and run r1export export)"]}
+        return found | {
+            "verdict": "fail",
+            "reasons": [f"{error.message} (write it again: delete {path} and run r1export export)"],
+        }
     inputs = parity_inputs(stage, stage.tasks[max(0, number - 1)])
     with torch_models(stage, number, updates) as models:
         found["parity"] = _parity(stage, number, path, inputs, models, base, providers)
@@ -108,18 +126,32 @@ def _failed(parts: Mapping[str, Any]) -> bool:
 
 
 def _parity(
-    stage: Stage, number: int, path: Path, inputs: parity.Inputs, models: TorchModels, base: _Base, providers: tuple[str, ...]
+    stage: Stage,
+    number: int,
+    path: Path,
+    inputs: parity.Inputs,
+    models: TorchModels,
+    base: _Base,
+    providers: tuple[str, ...],
 ) -> dict[str, Any]:
     """The three stages; the base has only its export. What cannot be run has failed."""
     settings = stage.recipe.verify
     gate = parity.Gate(settings.max_abs, settings.min_cosine)
     batches = tuple(dict.fromkeys((*settings.batches, 0)))  # 0: all samples at once
-    facts = {"batches": [size or len(inputs.visual) for size in batches], "levels": list(LEVELS), "providers": list(providers)}
+    facts = {
+        "batches": [size or len(inputs.visual) for size in batches],
+        "levels": list(LEVELS),
+        "providers": list(providers),
+    }
     reference = parity.run_in_batches(encoders(models.merged.model), inputs, (0,))
     stages: dict[str, Any] = {}
     trained = parity.run_in_batches(encoders(models.unmerged.model), inputs, (0,)) if models.unmerged else None
     try:
-        candidate = parity.Outputs.join(parity.run_in_batches(_onnx(path, level, provider), inputs, batches) for provider in providers for level in LEVELS)
+        candidate = parity.Outputs.join(
+            parity.run_in_batches(_onnx(path, level, provider), inputs, batches)
+            for provider in providers
+            for level in LEVELS
+        )
         stages["export"] = parity.compare(reference, candidate, gate, base.control) | facts
         if trained:
             stages["total"] = parity.compare(trained, candidate, gate, base.control) | facts
@@ -136,7 +168,9 @@ def _parity(
 
 def _gaps(stage: Stage, task: Task, inputs: parity.Inputs, models: TorchModels) -> dict[str, Any]:
     """G1 to G3 of one task."""
-    frozen, merged = (parity.run_in_batches(encoders(clip.model), inputs, (0,)) for clip in (models.unmerged, models.merged))
+    frozen, merged = (
+        parity.run_in_batches(encoders(clip.model), inputs, (0,)) for clip in (models.unmerged, models.merged)
+    )
     gap = gaps.exactness(frozen, merged, float(models.merged.model.logit_scale.exp()))
     return gap | gaps.freezing(models.unmerged, models.pools, task, *test_images(stage, task))
 
@@ -147,7 +181,9 @@ def _located(stage: Stage, path: Path, inputs: parity.Inputs, models: TorchModel
     encode, few = encoders(models.merged.model), parity.Inputs(inputs.visual[:2], inputs.textual[:2])
     for tower, name in (("visual", "pixel_values"), ("textual", "input_ids")):
         outputs: list[np.ndarray] = []
-        boundaries = module_boundaries(models.merged.model, lambda tower=tower, out=outputs: out.append(encode.tower(tower)(few.tower(tower))))
+        boundaries = module_boundaries(
+            models.merged.model, lambda tower=tower, out=outputs: out.append(encode.tower(tower)(few.tower(tower)))
+        )
         case = stage.run.path / "failures" / path.name / tower
         try:
             at = locate(path / f"{tower}.onnx", {name: few.tower(tower)}, boundaries, outputs[0], case)
@@ -168,7 +204,9 @@ def _drift(stage: Stage, path: Path, base: _Base) -> dict[str, Any] | None:
 
 
 def _onnx(path: Path, level: str, provider: str) -> parity.Model:
-    visual, textual = (runner(open_session(path / f"{tower}.onnx", level=level, provider=provider)) for tower in parity.TOWERS)
+    visual, textual = (
+        runner(open_session(path / f"{tower}.onnx", level=level, provider=provider)) for tower in parity.TOWERS
+    )
     return parity.Model(lambda values: visual({"pixel_values": values}), lambda values: textual({"input_ids": values}))
 
 
@@ -177,7 +215,9 @@ def _release_facts(stage: Stage, number: int, path: Path) -> dict[str, Any]:
     names = ("visual.safetensors", "textual.safetensors")
     sizes = {name: (path / name).stat().st_size for name in names}
     if number:
-        sizes["factors.safetensors"] = (stage.run.task(number, stage.tasks[number - 1].name) / "factors.safetensors").stat().st_size
+        sizes["factors.safetensors"] = (
+            (stage.run.task(number, stage.tasks[number - 1].name) / "factors.safetensors").stat().st_size
+        )
     return {
         "index": number, "name": path.name, "task": stage.tasks[number - 1].name if number else None, "base": base["name"], "base_sha256": base["sha256"],
         "graph": {name: sha256_file(path / name) for name in GRAPHS}, "weights": {name: sha256_file(path / name) for name in names}, "bytes": sizes,

@@ -93,11 +93,15 @@ class Bundle:
         for experts in update.experts:
             rows = experts.rows.stop - experts.rows.start
             u = np.frombuffer(self.payload, dtype, rows * experts.k, experts.u).reshape(rows, experts.k)
-            v = np.frombuffer(self.payload, dtype, experts.k * experts.in_features, experts.v).reshape(experts.k, experts.in_features)
+            v = np.frombuffer(self.payload, dtype, experts.k * experts.in_features, experts.v).reshape(
+                experts.k, experts.in_features
+            )
             pairs[experts.rows] = Factors(u, v)
         factors = ExpertUpdate(pairs)
         if (found := hashlib.sha256(factors_bytes(factors)).hexdigest()) != update.sha256:
-            raise CheckFailed(f"the factors of {update.task} have SHA-256 {found}, the manifest says {update.sha256}", REMEDY)
+            raise CheckFailed(
+                f"the factors of {update.task} have SHA-256 {found}, the manifest says {update.sha256}", REMEDY
+            )
         return factors
 
 
@@ -125,7 +129,10 @@ def split(data: bytes) -> tuple[bytes, bytes, memoryview]:
         length = int.from_bytes(data[position : position + 4], "little")
         position += 4
         if length > limit or position + length > len(data):
-            raise InputError(f"the {name} claims {length} bytes, at most {min(limit, max(0, len(data) - position))} are possible", REMEDY)
+            raise InputError(
+                f"the {name} claims {length} bytes, at most {min(limit, max(0, len(data) - position))} are possible",
+                REMEDY,
+            )
         parts.append(data[position : position + length])
         position += length
     start = position + -position % HEAD_ALIGN
@@ -162,7 +169,10 @@ def inspect(path: Path) -> dict[str, Any]:
     manifest = Manifest.parse(manifest_bytes)
     _check_payload(manifest, payload)
     bundle = Bundle(envelope, manifest_bytes, payload, manifest, ())
-    updates = [{"task": u.task, "sha256": u.sha256, "carried": bool(u.experts), "experts": sum(e.k for e in u.experts)} for u in manifest.updates]
+    updates = [
+        {"task": u.task, "sha256": u.sha256, "carried": bool(u.experts), "experts": sum(e.k for e in u.experts)}
+        for u in manifest.updates
+    ]
     return {
         "path": str(path),
         "bytes": len(data),

@@ -22,7 +22,17 @@ import numpy as np
 from r1export.errors import InputError
 from r1export.update.files import write_file
 
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U8": "|u1", "BOOL": "|b1"}
+DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "|i1",
+    "U8": "|u1",
+    "BOOL": "|b1",
+}
 NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
@@ -86,7 +96,9 @@ def write_layout(path: Path, layout: Layout, tensor_of: Callable[[TensorSpec], n
         for spec in layout.specs:
             tensor = tensor_of(spec)
             if tensor.dtype != spec.dtype or tensor.shape != spec.shape:
-                raise ValueError(f"{spec.name}: {tensor.dtype}{list(tensor.shape)}, expected {spec.dtype}{list(spec.shape)}")
+                raise ValueError(
+                    f"{spec.name}: {tensor.dtype}{list(tensor.shape)}, expected {spec.dtype}{list(spec.shape)}"
+                )
             yield np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
 
     write_file(path, chunks())
@@ -117,13 +129,17 @@ def read_layout(path: Path) -> Layout:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", "check the path") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: not a well-formed safetensors file: {error}", "write or fetch the file again") from error
+        raise InputError(
+            f"{path}: not a well-formed safetensors file: {error}", "write or fetch the file again"
+        ) from error
 
 
 def _parse(header: bytes, size: int) -> Layout:
     entries = json.loads(header[8:].decode(), object_pairs_hook=_no_duplicates)
     entries.pop("__metadata__", None)
-    specs = sorted((_spec(name, entry, len(header)) for name, entry in entries.items()), key=lambda s: (s.offset, s.nbytes))
+    specs = sorted(
+        (_spec(name, entry, len(header)) for name, entry in entries.items()), key=lambda s: (s.offset, s.nbytes)
+    )
     end = len(header)
     for spec in specs:
         if any(type(n) is not int or n < 0 for n in spec.shape):
@@ -148,7 +164,9 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     if not layout.specs or layout.nbytes == len(layout.header):  # an empty file region cannot be mapped
         return {spec.name: np.zeros(spec.shape, spec.dtype) for spec in layout.specs}
     data = np.memmap(path, np.uint8, "r")
-    return {s.name: np.asarray(data[s.offset : s.offset + s.nbytes].view(s.dtype)).reshape(s.shape) for s in layout.specs}
+    return {
+        s.name: np.asarray(data[s.offset : s.offset + s.nbytes].view(s.dtype)).reshape(s.shape) for s in layout.specs
+    }
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:

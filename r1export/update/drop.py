@@ -25,12 +25,18 @@ from r1export.update.release import MANIFEST, Release, sealed
 
 GOLDEN = "golden.safetensors"
 TOWERS = (("visual.onnx", "pixel_values", "image_embeds"), ("textual.onnx", "input_ids", "text_embeds"))
-Refresh = Callable[[Path], None]  # rewrites in a release folder what follows from its weights: class embeddings, golden outputs
+Refresh = Callable[
+    [Path], None
+]  # rewrites in a release folder what follows from its weights: class embeddings, golden outputs
 
 
 @contextmanager
 def release_without(
-    base: Release, target: Release, factors: Mapping[str, ExpertUpdate], dropped: Sequence[str], refresh: Refresh | None = None
+    base: Release,
+    target: Release,
+    factors: Mapping[str, ExpertUpdate],
+    dropped: Sequence[str],
+    refresh: Refresh | None = None,
 ) -> Iterator[Release]:
     """`target` without the tasks `dropped`, as a release folder that lives as long as the block.
 
@@ -58,8 +64,15 @@ def release_without(
             else:
                 shutil.copyfile((base if path in unlearned else target).path / path, folder / path)
         (refresh or _refresh_golden)(folder)
-        if refresh is None and _text_changed(target, folder) and any(path.startswith("classes/") for path in target.files.keys() - gone):
-            raise InputError("the text tower changes, so class embeddings have to be computed anew", "pass `refresh`, or drop at the next training run")
+        if (
+            refresh is None
+            and _text_changed(target, folder)
+            and any(path.startswith("classes/") for path in target.files.keys() - gone)
+        ):
+            raise InputError(
+                "the text tower changes, so class embeddings have to be computed anew",
+                "pass `refresh`, or drop at the next training run",
+            )
         _write_manifest(folder, target, rebuild, before, kept, dropped)
         yield Release.read(folder)
 
@@ -88,15 +101,28 @@ def _unmeasured(task: Mapping[str, Any], dropped: Sequence[str]) -> dict[str, An
     return {**task, "learned": task["learned"] and task["name"] not in dropped, "accuracy": None}
 
 
-def _write_manifest(folder: Path, target: Release, rebuild: Rebuild, before: Rebuild, kept: Sequence[tuple[str, str]], dropped: Sequence[str]) -> None:
+def _write_manifest(
+    folder: Path,
+    target: Release,
+    rebuild: Rebuild,
+    before: Rebuild,
+    kept: Sequence[tuple[str, str]],
+    dropped: Sequence[str],
+) -> None:
     document = json.loads((target.path / MANIFEST).read_bytes())
     document["name"] = f"{target.name}-without-{'-'.join(dropped)}"
     document["updates"] = [{"task": task, "sha256": digest} for task, digest in kept]
     document["tasks"] = [_unmeasured(task, dropped) for task in document["tasks"]]
     paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    document["files"] = {path: {"sha256": sha256_file(folder / path), "bytes": (folder / path).stat().st_size} for path in paths}
+    document["files"] = {
+        path: {"sha256": sha256_file(folder / path), "bytes": (folder / path).stat().st_size} for path in paths
+    }
     for parameter in before.changed:
         merged = parameter in rebuild.changed
-        digest = hashlib.sha256(rebuild.tensor(parameter).tobytes()).hexdigest() if merged else rebuild.base.tensors[parameter].sha256
+        digest = (
+            hashlib.sha256(rebuild.tensor(parameter).tobytes()).hexdigest()
+            if merged
+            else rebuild.base.tensors[parameter].sha256
+        )
         document["tensors"][parameter]["sha256"] = digest
     write_json(folder / MANIFEST, sealed(document))

@@ -27,7 +27,9 @@ from r1export.update.strict import parse_json, places
 PAYLOAD_TYPE = "application/vnd.r1export.manifest+json"
 MAX_ENVELOPE = 64 << 10  # bytes
 MAX_SIGNATURES = 64
-_SECRET_PREFIX = bytes.fromhex("302e020100300506032b657004220420")  # PKCS #8 of RFC 8410: the 32 bytes of the seed follow
+_SECRET_PREFIX = bytes.fromhex(
+    "302e020100300506032b657004220420"
+)  # PKCS #8 of RFC 8410: the 32 bytes of the seed follow
 _PUBLIC_PREFIX = bytes.fromhex("302a300506032b6570032100")  # SubjectPublicKeyInfo of RFC 8410: 32 bytes follow
 _KEYID = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE = re.compile(r"[A-Za-z0-9+/]{86}==")
@@ -89,7 +91,10 @@ def keygen(prefix: Path) -> PublicKey:
         Unsupported: neither cryptography nor PyNaCl is installed.
     """
     secret = SecretKey(os.urandom(32))
-    files = {prefix.with_name(prefix.name + ".key"): (secret.to_pem(), 0o600), prefix.with_name(prefix.name + ".pub"): (secret.public.to_pem(), 0o644)}
+    files = {
+        prefix.with_name(prefix.name + ".key"): (secret.to_pem(), 0o600),
+        prefix.with_name(prefix.name + ".pub"): (secret.public.to_pem(), 0o644),
+    }
     for path in files:
         if path.exists():
             raise InputError(f"{path} exists", "choose another prefix: a key that is in use must not be replaced")
@@ -130,10 +135,16 @@ def verify(envelope: bytes, manifest: bytes, trusted: Sequence[PublicKey], thres
     check = verifier()
     signers = []
     for key in dict.fromkeys(trusted):  # each key counts once, whatever ids the envelope claims
-        if any(keyid == key.keyid and ed25519.is_strict(key.raw, sig) and check(key.raw, message, sig) for keyid, sig in signatures):
+        if any(
+            keyid == key.keyid and ed25519.is_strict(key.raw, sig) and check(key.raw, message, sig)
+            for keyid, sig in signatures
+        ):
             signers.append(key.keyid)
     if len(signers) < threshold:
-        raise CheckFailed(f"signed by {len(signers)} trusted keys, expected {threshold}", "have it signed with keys that this device trusts")
+        raise CheckFailed(
+            f"signed by {len(signers)} trusted keys, expected {threshold}",
+            "have it signed with keys that this device trusts",
+        )
     return tuple(signers)
 
 

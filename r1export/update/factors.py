@@ -68,7 +68,9 @@ class Factors:
         self.v.setflags(write=False)
 
     @classmethod
-    def pack(cls, lora_A: np.ndarray, lora_B: np.ndarray, scaling: float, dtype: np.typing.DTypeLike = np.float32) -> Factors:
+    def pack(
+        cls, lora_A: np.ndarray, lora_B: np.ndarray, scaling: float, dtype: np.typing.DTypeLike = np.float32
+    ) -> Factors:
         """Fold `scaling` into u = scaling * lora_B (rows, k), keep v = lora_A (k, in), round both to `dtype`.
 
         Subnormals become zero, since processors and compilers disagree about them.
@@ -145,7 +147,9 @@ class ExpertUpdate:
                 stop = min(start + block_rows, rows.stop)
                 _merge_(matrix[start:stop], pair.u[start - rows.start : stop - rows.start], pair.v)
             if not np.isfinite(matrix[rows.start : rows.stop]).all():
-                raise InputError(f"{rows}: the merged weight is not finite", "the update is damaged or made for another base")
+                raise InputError(
+                    f"{rows}: the merged weight is not finite", "the update is damaged or made for another base"
+                )
         return merged
 
     def write(self, path: Path) -> None:
@@ -175,7 +179,9 @@ def _parameter(base: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 def _join(parts: list[Factors]) -> Factors:
     """Experts of several updates side by side. Mixed precisions widen to float32, which is exact."""
-    return Factors(np.concatenate([part.u for part in parts], axis=1), np.concatenate([part.v for part in parts], axis=0))
+    return Factors(
+        np.concatenate([part.u for part in parts], axis=1), np.concatenate([part.v for part in parts], axis=0)
+    )
 
 
 def _merge_(block: np.ndarray, u: np.ndarray, v: np.ndarray) -> None:

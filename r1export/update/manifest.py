@@ -138,7 +138,11 @@ class Manifest:
             "updates": [_update_json(update) for update in self.updates],
             "tensors": self.tensors,
             "files": [_file_json(file) for file in self.files],
-            "health": {"max_abs": self.health.max_abs, "min_cosine": self.health.min_cosine, "min_agreement": self.health.min_agreement},
+            "health": {
+                "max_abs": self.health.max_abs,
+                "min_cosine": self.health.min_cosine,
+                "min_agreement": self.health.min_agreement,
+            },
             "evidence": self.evidence,
         }
         return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
@@ -169,7 +173,11 @@ class Manifest:
             updates=tuple(_update(item) for item in places(fields.array("updates", 1024))),
             tensors=fields.digests("tensors", _PARAMETER, 65536),
             files=tuple(_file(item) for item in places(fields.array("files", 4096))),
-            health=Health(health.number("max_abs", 0, 10), health.number("min_cosine", -1, 1), health.number("min_agreement", 0, 1)),
+            health=Health(
+                health.number("max_abs", 0, 10),
+                health.number("min_cosine", -1, 1),
+                health.number("min_agreement", 0, 1),
+            ),
             evidence=fields.digests("evidence", _PATH, 16),
             algorithm=algorithm,
         )
@@ -182,7 +190,11 @@ class Manifest:
 
 
 def _known_algorithm(fields: Fields) -> str:
-    form, updater, algorithm = fields.text("format", _TEXT), fields.integer("min_updater", 1), fields.text("algorithm", _TEXT)
+    form, updater, algorithm = (
+        fields.text("format", _TEXT),
+        fields.integer("min_updater", 1),
+        fields.text("algorithm", _TEXT),
+    )
     if form != FORMAT or updater > UPDATER or algorithm not in PROCEDURES:
         raise Unsupported(
             f"the update is {form}, for updater {updater}, algorithm {algorithm}; this one knows {FORMAT}, {UPDATER}, {', '.join(PROCEDURES)}",
@@ -196,13 +208,22 @@ def _update(fields: Fields) -> Update:
     if "experts" not in fields:
         fields.done()
         return Update(task, sha256)
-    update = Update(task, sha256, fields.text("dtype", _DTYPE), tuple(_experts(item) for item in places(fields.array("experts", 16384))))
+    update = Update(
+        task,
+        sha256,
+        fields.text("dtype", _DTYPE),
+        tuple(_experts(item) for item in places(fields.array("experts", 16384))),
+    )
     fields.done()
     if not update.experts:
         raise wrong(f"{fields.place}.experts", [], "at least one, or no such member")
     for one, other in zip(update.experts, update.experts[1:], strict=False):
-        if not one.rows < other.rows or (one.rows.parameter == other.rows.parameter and other.rows.start < one.rows.stop):
-            raise InputError(f"{fields.place}: {other.rows} after {one.rows}", "experts have to be sorted and must not overlap")
+        if not one.rows < other.rows or (
+            one.rows.parameter == other.rows.parameter and other.rows.start < one.rows.stop
+        ):
+            raise InputError(
+                f"{fields.place}: {other.rows} after {one.rows}", "experts have to be sorted and must not overlap"
+            )
     return update
 
 
@@ -212,7 +233,13 @@ def _experts(fields: Fields) -> Experts:
     if len(rows) != 2 or rows[0] >= rows[1]:
         raise wrong(f"{fields.place}.rows", rows, "start and stop, with start < stop")
     size = {"low": 1, "high": MAX_PAYLOAD}
-    experts = Experts(Rows(parameter, *rows), fields.integer("in", **size), fields.integer("k", **size), fields.integer("u"), fields.integer("v"))
+    experts = Experts(
+        Rows(parameter, *rows),
+        fields.integer("in", **size),
+        fields.integer("k", **size),
+        fields.integer("u"),
+        fields.integer("v"),
+    )
     fields.done()
     return experts
 
@@ -240,7 +267,11 @@ def _check_paths(files: tuple[File, ...]) -> None:
     for name in names:
         segments = name.split("/")
         parents = {"/".join(segments[:depth]) for depth in range(1, len(segments))}
-        if parents & taken or name in OWN_FILES or any(_RESERVED.fullmatch(part) or part.endswith(".") for part in segments):
+        if (
+            parents & taken
+            or name in OWN_FILES
+            or any(_RESERVED.fullmatch(part) or part.endswith(".") for part in segments)
+        ):
             raise InputError(f"manifest.files: {name} is not allowed or stands in the way of another", REMEDY)
     if len(taken) != len(files) or "manifest.json" not in taken:
         raise InputError("manifest.files: a file occurs twice, or manifest.json is missing", REMEDY)
@@ -283,7 +314,17 @@ def payload_regions(manifest: Manifest) -> Iterator[tuple[int, int, bool]]:
 def _update_json(update: Update) -> dict[str, Any]:
     document: dict[str, Any] = {"task": update.task, "sha256": update.sha256}
     if update.experts:
-        experts = [{"tensor": e.rows.parameter, "rows": [e.rows.start, e.rows.stop], "in": e.in_features, "k": e.k, "u": e.u, "v": e.v} for e in update.experts]
+        experts = [
+            {
+                "tensor": e.rows.parameter,
+                "rows": [e.rows.start, e.rows.stop],
+                "in": e.in_features,
+                "k": e.k,
+                "u": e.u,
+                "v": e.v,
+            }
+            for e in update.experts
+        ]
         document |= {"dtype": update.dtype, "experts": experts}
     return document
 

@@ -67,18 +67,25 @@ def make_bundle(
     """
     releases = read_releases(run)
     if release not in releases or since not in releases or 0 not in releases:
-        raise InputError(f"{run} has the releases {sorted(releases)}, wanted were 0, {since} and {release}", "choose among them")
+        raise InputError(
+            f"{run} has the releases {sorted(releases)}, wanted were 0, {since} and {release}", "choose among them"
+        )
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists", "choose another name, or overwrite it on purpose")
     target, dropped = releases[release], tuple(drop)
     if (dropped or release < since) and not seq:
-        raise InputError("a rollback or a version without a task needs a sequence number of its own", "give one above all that the fleet has seen")
+        raise InputError(
+            "a rollback or a version without a task needs a sequence number of its own",
+            "give one above all that the fleet has seen",
+        )
     factors = read_factors(run)
     if dropped:
         with release_without(releases[0], target, factors, dropped, refresh) as smaller:
             bundle = bundle_release(releases[0], smaller, factors, releases[since].updates, keys, seq, terms)
     else:
-        bundle = bundle_release(releases[0], target, factors, releases[since].updates, keys, seq or target.sequence, terms)
+        bundle = bundle_release(
+            releases[0], target, factors, releases[since].updates, keys, seq or target.sequence, terms
+        )
     write_file(out, bundle.to_bytes())
     return bundle
 
@@ -88,7 +95,10 @@ def read_releases(run: Path) -> dict[int, Release]:
     found = [Release.read(path.parent) for path in sorted((run / "releases").glob(f"*/{MANIFEST}"))]
     releases = {release.sequence: release for release in found}
     if not found or len(releases) != len(found):
-        raise InputError(f"{run}/releases has {len(found)} releases with {len(releases)} different numbers", "run `r1export run` first")
+        raise InputError(
+            f"{run}/releases has {len(found)} releases with {len(releases)} different numbers",
+            "run `r1export run` first",
+        )
     return releases
 
 
@@ -119,12 +129,18 @@ def bundle_release(
     terms = terms or Terms("default", "default")
     lacking = [sha256 for _, sha256 in target.updates if sha256 not in factors]
     if lacking:
-        raise InputError(f"{target.path}: no factors.safetensors with SHA-256 {lacking[0]}", "bundle from the run that made the release")
+        raise InputError(
+            f"{target.path}: no factors.safetensors with SHA-256 {lacking[0]}",
+            "bundle from the run that made the release",
+        )
     rebuild = Rebuild(base, ExpertUpdate.stack(factors[sha256] for _, sha256 in target.updates))
     _check_tensors(rebuild, target)
     payload = _Payload()
     held_digests = {sha256 for _, sha256 in held}
-    updates = tuple(Update(task, sha256) if sha256 in held_digests else _carry(payload, task, sha256, factors[sha256]) for task, sha256 in target.updates)
+    updates = tuple(
+        Update(task, sha256) if sha256 in held_digests else _carry(payload, task, sha256, factors[sha256])
+        for task, sha256 in target.updates
+    )
     files = tuple(_file(payload, rebuild, target, path) for path in [*sorted(target.files), MANIFEST])
     manifest = Manifest(
         name=target.name,
@@ -152,7 +168,9 @@ def _signed(manifest: Manifest, payload: bytes, keys: Sequence[SecretKey]) -> Bu
     text = manifest.to_bytes()
     data = assemble(sign(text, keys), text, payload)
     if len(data) > MAX_BUNDLE:
-        raise InputError(f"the update has {len(data)} bytes, devices read {MAX_BUNDLE}", "bundle from a later release with --since")
+        raise InputError(
+            f"the update has {len(data)} bytes, devices read {MAX_BUNDLE}", "bundle from a later release with --since"
+        )
     return Bundle.parse(data, [key.public for key in keys], len(keys))
 
 
@@ -173,7 +191,9 @@ class _Payload:
 def _carry(payload: _Payload, task: str, sha256: str, factors: ExpertUpdate) -> Update:
     dtypes = {NAMES[pair.u.dtype] for pair in factors.factors.values()}
     if len(dtypes) != 1:
-        raise InputError(f"the factors of {task} have the types {sorted(dtypes)}", "pack all experts of a task in one type")
+        raise InputError(
+            f"the factors of {task} have the types {sorted(dtypes)}", "pack all experts of a task in one type"
+        )
     payload.align()
     experts = []
     for rows, pair in factors.factors.items():
@@ -187,9 +207,13 @@ def _check_tensors(rebuild: Rebuild, target: Release) -> None:
     base, named = rebuild.base, set(rebuild.changed)
     for name in sorted(base.tensors.keys() | target.tensors.keys()):
         old, new = base.tensors.get(name), target.tensors.get(name)
-        same_place = old and new and (old.file, old.offset, old.dtype, old.shape) == (new.file, new.offset, new.dtype, new.shape)
+        same_place = (
+            old and new and (old.file, old.offset, old.dtype, old.shape) == (new.file, new.offset, new.dtype, new.shape)
+        )
         if not old or not new or not same_place or (name not in named and old.sha256 != new.sha256):
-            raise CheckFailed(f"{name} differs between {base.path} and {target.path}, but no update changes it", "export both again")
+            raise CheckFailed(
+                f"{name} differs between {base.path} and {target.path}, but no update changes it", "export both again"
+            )
 
 
 def _file(payload: _Payload, rebuild: Rebuild, target: Release, path: str) -> File:
@@ -197,7 +221,9 @@ def _file(payload: _Payload, rebuild: Rebuild, target: Release, path: str) -> Fi
     base, source = rebuild.base, target.path / path
     digest, nbytes = sha256_file(source), source.stat().st_size
     if path in target.files and digest != target.files[path].sha256:
-        raise CheckFailed(f"{source} is damaged: SHA-256 {digest}, expected {target.files[path].sha256}", "export the release again")
+        raise CheckFailed(
+            f"{source} is damaged: SHA-256 {digest}, expected {target.files[path].sha256}", "export the release again"
+        )
     if path in base.files and (path in rebuild.merged_files or digest == base.files[path].sha256):
         derived = hashlib.sha256()
         for chunk in rebuild.chunks(path):

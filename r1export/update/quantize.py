@@ -35,7 +35,8 @@ def dequantize(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """
     if q.dtype != np.int8 or scale.dtype != np.float32 or scale.shape != q.shape[:1] or not np.isfinite(scale).all():
         raise InputError(
-            f"quantised weight {q.dtype}{list(q.shape)} with scale {scale.dtype}{list(scale.shape)}", "expected int8 (rows, in) and float32 (rows)"
+            f"quantised weight {q.dtype}{list(q.shape)} with scale {scale.dtype}{list(scale.shape)}",
+            "expected int8 (rows, in) and float32 (rows)",
         )
     exact = q.astype(np.float64) * scale.astype(np.float64).reshape(-1, *[1] * (q.ndim - 1))
     return exact.astype(np.float32)

@@ -81,7 +81,9 @@ class Rebuild:
 
     def _stored(self, parameter: str) -> Stored:
         if parameter not in self.base.tensors:
-            raise InputError(f"the base release has no parameter {parameter}", "use the base that the update was made for")
+            raise InputError(
+                f"the base release has no parameter {parameter}", "use the base that the update was made for"
+            )
         return self.base.tensors[parameter]
 
 

@@ -78,7 +78,9 @@ class Release:
             raise InputError(f"{path} is no release: it has no {MANIFEST}", "give a folder of RUN/releases") from None
         fields = parse_json(data, str(path / MANIFEST), MAX_MANIFEST)
         if (form := fields.text("format", _ANY)) != FORMAT:
-            raise InputError(f"{path / MANIFEST}: format {form!r}, expected {FORMAT!r}", "export it again with this version")
+            raise InputError(
+                f"{path / MANIFEST}: format {form!r}, expected {FORMAT!r}", "export it again with this version"
+            )
         base, golden = fields.object("base"), fields.object("golden")
         return cls(
             path=path,
@@ -89,7 +91,10 @@ class Release:
             base_name=base.text("name", _ANY),
             base_sha256=base.digest("sha256"),
             updates=tuple((item.text("task", _ANY), item.digest("sha256")) for item in _objects(fields, "updates")),
-            files={name: FileEntry(item.digest("sha256"), item.integer("bytes")) for name, item in _members(fields, "files")},
+            files={
+                name: FileEntry(item.digest("sha256"), item.integer("bytes"))
+                for name, item in _members(fields, "files")
+            },
             tensors={name: _stored(item) for name, item in _members(fields, "tensors")},
             golden={name: golden.number(name, -1, 10) for name in ("max_abs", "min_cosine")},
         )
@@ -110,7 +115,9 @@ def check_file(path: Path, sha256: str) -> None:
     if not path.is_file():
         raise CheckFailed(f"{path} is missing", "copy it from the release it belongs to")
     if (found := sha256_file(path)) != sha256:
-        raise CheckFailed(f"{path} is damaged: SHA-256 {found}, expected {sha256}", "copy it from the release it belongs to")
+        raise CheckFailed(
+            f"{path} is damaged: SHA-256 {found}, expected {sha256}", "copy it from the release it belongs to"
+        )
 
 
 def _members(fields: Fields, name: str) -> list[tuple[str, Fields]]:

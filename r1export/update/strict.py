@@ -28,7 +28,13 @@ def parse_json(data: bytes, place: str, limit: int) -> Fields:
     if len(data) > limit:
         raise InputError(f"{place}: {len(data)} bytes, at most {limit} are read", REMEDY)
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_integer, parse_float=_number)
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            parse_float=_number,
+        )
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not strict JSON: {str(error) or type(error).__name__}"[:300], REMEDY) from None
     return Fields(value, place)

@@ -13,7 +13,10 @@ PASS, FAIL, INCONCLUSIVE, NOT_MEASURED = "pass", "fail", "inconclusive", "not me
 VERDICTS = (PASS, INCONCLUSIVE, FAIL, NOT_MEASURED)
 
 PARITY = {
-    "merge": ("Merge", "The experts as trained, unmerged, against the merged model, both in torch: the merge is right."),
+    "merge": (
+        "Merge",
+        "The experts as trained, unmerged, against the merged model, both in torch: the merge is right.",
+    ),
     "export": ("Export", "The merged model in torch against ONNX: the export is right."),
     "total": ("Total", "The unmerged experts in torch against ONNX: the device runs what was trained."),
 }
@@ -33,7 +36,10 @@ CONTENTS = {
     "golden": ("Golden samples", "The stored inputs give the stored outputs."),
 }
 TIME = ("L5 Time", "In interleaved pairs the merged model takes as long as the base model.")
-CONTROL = ("Control: unmerged", "The model with its low-rank branches left in must be told apart, or the proof is blind.")
+CONTROL = (
+    "Control: unmerged",
+    "The model with its low-rank branches left in must be told apart, or the proof is blind.",
+)
 
 
 @dataclass(frozen=True)

@@ -31,20 +31,29 @@ def compare_runs(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any
         raise InputError(f"{len(runs)} run(s) to compare", "give two or more")
     names = [name for name, _ in runs]
     if len(set(names)) < len(names):
-        raise InputError(f"two runs are called {next(name for name in names if names.count(name) > 1)}", "rename a folder")
+        raise InputError(
+            f"two runs are called {next(name for name in names if names.count(name) > 1)}", "rename a folder"
+        )
     for name, report in runs:
         if not (report.get("accuracy") or {}).get("tasks"):
             raise InputError(f"{name}: no accuracy in its report", "give the folder of a verified run")
     tasks = runs[0][1]["accuracy"]["tasks"]
     for name, report in runs:
         if report["accuracy"]["tasks"] != tasks:
-            raise InputError(f"{name} learned {', '.join(report['accuracy']['tasks'])}, {names[0]} learned {', '.join(tasks)}", "compare runs of one stream")
+            raise InputError(
+                f"{name} learned {', '.join(report['accuracy']['tasks'])}, {names[0]} learned {', '.join(tasks)}",
+                "compare runs of one stream",
+            )
     return {"schema": SCHEMA, "tasks": tasks, "runs": [_facts(name, report) for name, report in runs]}
 
 
 def _facts(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
     accuracy, releases = report["accuracy"], report.get("releases") or []
-    errors = [total["max_abs"] for r in releases if (total := (r.get("parity") or {}).get("total") or {}).get("max_abs") is not None]
+    errors = [
+        total["max_abs"]
+        for r in releases
+        if (total := (r.get("parity") or {}).get("total") or {}).get("max_abs") is not None
+    ]
     ratios = [time["ratio"] for r in releases if (time := r.get("latency") or {}).get("ratio") is not None]
     updates = [count for r in releases if (count := update_bytes(r.get("release"))) is not None]
     lost = [value for value in accuracy.get("forgetting") or [] if value is not None]
@@ -61,7 +70,18 @@ def _facts(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
 
 def table(comparison: Mapping[str, Any]) -> Table:
     """One row per run."""
-    columns = ["Run", "Verdict", "Transfer", "Average", "Last", "Worst forgetting", "Probe", "Updates", "Largest difference", "Time, to base"]
+    columns = [
+        "Run",
+        "Verdict",
+        "Transfer",
+        "Average",
+        "Last",
+        "Worst forgetting",
+        "Probe",
+        "Updates",
+        "Largest difference",
+        "Time, to base",
+    ]
     rows = [
         [
             run["name"], Verdict(run["verdict"]), percent(run["transfer"]), percent(run["avg"]), percent(run["last"]), points(run["worst_forgetting"]),
@@ -75,7 +95,10 @@ def table(comparison: Mapping[str, Any]) -> Table:
 def cells(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The same table as text, for the terminal; what was not measured is a dash."""
     found = table(comparison)
-    return list(found.columns), [[cell.verdict if isinstance(cell, Verdict) else "-" if cell == MISSING else cell for cell in row] for row in found.rows]
+    return list(found.columns), [
+        [cell.verdict if isinstance(cell, Verdict) else "-" if cell == MISSING else cell for cell in row]
+        for row in found.rows
+    ]
 
 
 def picture(comparison: Mapping[str, Any]) -> str:
@@ -98,7 +121,9 @@ def picture(comparison: Mapping[str, Any]) -> str:
 def render(comparison: Mapping[str, Any]) -> str:
     """One page that needs nothing else."""
     return (
-        environment("html").get_template("comparison.html.j2").render(table=table(comparison), tasks=comparison["tasks"], picture=Markup(picture(comparison)))
+        environment("html")
+        .get_template("comparison.html.j2")
+        .render(table=table(comparison), tasks=comparison["tasks"], picture=Markup(picture(comparison)))
     )
 
 
@@ -107,5 +132,7 @@ def write_comparison(comparison: Mapping[str, Any], folder: Path, *, overwrite: 
     if folder.exists() and not overwrite:
         raise InputError(f"{folder} is already there", "choose another --out, or --overwrite")
     with new_folder(folder) as place:
-        (place / "comparison.json").write_text(json.dumps(comparison, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        (place / "comparison.json").write_text(
+            json.dumps(comparison, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
         (place / "comparison.html").write_text(render(comparison), encoding="utf-8", newline="\n")

@@ -19,7 +19,9 @@ from r1export.update.files import sha256_bytes
 from r1export.verify.diagnosis import diagnose
 from r1export.verify.digest import read_graph
 
-PROMPTS = 256  # prompts per task that are embedded again: enough for every class of a small task, spread over a large one
+PROMPTS = (
+    256  # prompts per task that are embedded again: enough for every class of a small task, spread over a large one
+)
 Embed = Callable[[list[str]], np.ndarray]
 
 
@@ -32,9 +34,14 @@ def part(problems: Iterable[str], fine: str) -> dict[str, str]:
 
 def manifest_problems(manifest: Mapping[str, Any], expected: Mapping[str, Any], digest: str) -> list[str]:
     """`digest` is what the manifest's own digest should be; `expected` are facts that follow from the run."""
-    problems = [] if manifest.get("sha256") == digest else ["manifest.json was edited: its digest of itself does not fit"]
+    problems = (
+        [] if manifest.get("sha256") == digest else ["manifest.json was edited: its digest of itself does not fit"]
+    )
     other = {name: value for name, value in expected.items() if manifest.get(name) != value}
-    return problems + [f"manifest.json: {name} is {_short(manifest.get(name))}, expected {_short(value)}" for name, value in other.items()]
+    return problems + [
+        f"manifest.json: {name} is {_short(manifest.get(name))}, expected {_short(value)}"
+        for name, value in other.items()
+    ]
 
 
 def _short(value: Any) -> str:
@@ -58,13 +65,20 @@ def tensor_map_problems(release: Path, manifest: Mapping[str, Any]) -> list[str]
         found = {"offset": spec.offset, "bytes": spec.nbytes, "dtype": NAMES[spec.dtype], "shape": list(spec.shape)}
         wrong = [key for key, value in found.items() if entry[key] != value]
         if wrong:
-            problems.append(f"manifest.json: {wrong[0]} of {name} is {entry[wrong[0]]}, in {file} it is {found[wrong[0]]}")
+            problems.append(
+                f"manifest.json: {wrong[0]} of {name} is {entry[wrong[0]]}, in {file} it is {found[wrong[0]]}"
+            )
         elif sha256_bytes(np.ascontiguousarray(tensors[name])) != entry["sha256"]:
             problems.append(f"{name} in {file} has another digest than the manifest says")
     return problems
 
 
-def weight_problems(release: Path, manifest: Mapping[str, Any], expected: Mapping[str, np.ndarray], updates: Sequence[tuple[str, ExpertUpdate]]) -> list[str]:
+def weight_problems(
+    release: Path,
+    manifest: Mapping[str, Any],
+    expected: Mapping[str, np.ndarray],
+    updates: Sequence[tuple[str, ExpertUpdate]],
+) -> list[str]:
     """Every parameter, bit for bit, against `expected` = base + factors; `updates` (task, factors) help to say what went wrong."""
     files = sorted({entry["file"] for entry in manifest["tensors"].values()})
     stored = {name: tensor for file in files for name, tensor in map_tensors(release / file).items()}
@@ -76,7 +90,9 @@ def weight_problems(release: Path, manifest: Mapping[str, Any], expected: Mappin
         if found.size != wanted.size or found.dtype != wanted.dtype:
             problems.append(f"{name} is {found.dtype}{list(found.shape)}, expected {wanted.dtype}{list(wanted.shape)}")
         elif np.ascontiguousarray(found).tobytes() != np.ascontiguousarray(wanted).tobytes():
-            problems.append(f"{name} is not base + factors: {diagnose(name, np.reshape(found, wanted.shape), wanted, updates)}")
+            problems.append(
+                f"{name} is not base + factors: {diagnose(name, np.reshape(found, wanted.shape), wanted, updates)}"
+            )
     return sorted(problems)
 
 
@@ -94,7 +110,9 @@ def epsilon_problems(graph: Path, epsilons: Mapping[str, float]) -> list[str]:
     return problems
 
 
-def class_problems(release: Path, tasks: Iterable[tuple[str, Sequence[str], Sequence[str]]], embed: Embed, tolerance: float) -> list[str]:
+def class_problems(
+    release: Path, tasks: Iterable[tuple[str, Sequence[str], Sequence[str]]], embed: Embed, tolerance: float
+) -> list[str]:
     """Each task's (name, classes, templates) and its class embeddings against what the release's own text tower gives now.
 
     `embed` takes prompts to unit-norm (n, D). A class embedding is the normalised mean over the templates.
@@ -108,7 +126,9 @@ def class_problems(release: Path, tasks: Iterable[tuple[str, Sequence[str], Sequ
     return problems
 
 
-def _task_problems(folder: Path, name: str, classes: Sequence[str], templates: Sequence[str], embed: Embed, tolerance: float) -> list[str]:
+def _task_problems(
+    folder: Path, name: str, classes: Sequence[str], templates: Sequence[str], embed: Embed, tolerance: float
+) -> list[str]:
     stored = read_tensors(folder / f"{name}.safetensors")["class_embeds"]
     if len(stored) != len(classes):
         return [f"classes/{name}.safetensors has {len(stored)} classes, expected {len(classes)}"]
@@ -123,4 +143,6 @@ def _task_problems(folder: Path, name: str, classes: Sequence[str], templates: S
     if error.max() <= tolerance:
         return []
     worst = classes[chosen[int(error.argmax())]]
-    return [f"classes/{name}.safetensors is stale: the text tower gives another embedding, by {error.max():.2g} for {worst!r}, allowed {tolerance:.2g}"]
+    return [
+        f"classes/{name}.safetensors is stale: the text tower gives another embedding, by {error.max():.2g} for {worst!r}, allowed {tolerance:.2g}"
+    ]

@@ -41,7 +41,9 @@ def add_branches(graph: Path, update: ExpertUpdate, out: Path) -> Path:
         touched.add(parameter)
         nodes += _branched(node, parameter, groups[parameter], tensors)
     if not touched:
-        raise Unsupported(f"{graph.name} has no linear that the update changes", "the control needs a tower with experts")
+        raise Unsupported(
+            f"{graph.name} has no linear that the update changes", "the control needs a tower with experts"
+        )
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     model.graph.initializer.extend(tensors)
@@ -49,7 +51,9 @@ def add_branches(graph: Path, update: ExpertUpdate, out: Path) -> Path:
     return out
 
 
-def _branched(node: NodeProto, parameter: str, groups: Sequence[tuple[Rows, Factors]], tensors: list[TensorProto]) -> list[NodeProto]:
+def _branched(
+    node: NodeProto, parameter: str, groups: Sequence[tuple[Rows, Factors]], tensors: list[TensorProto]
+) -> list[NodeProto]:
     """The linear, its branches, and the sum under the linear's old name."""
     name, found = node.output[0], NodeProto()
     found.CopyFrom(node)
@@ -72,7 +76,12 @@ def _joined(name: str, parts: Sequence[tuple[Rows, str]]) -> tuple[str, list[Nod
     """The branches side by side. Rows between them that have no expert would need padding, which no recipe asks for."""
     starts, stops = [rows.start for rows, _ in parts], [rows.stop for rows, _ in parts]
     if starts != [0, *stops[:-1]]:
-        raise Unsupported(f"experts beside {', '.join(str(rows) for rows, _ in parts)} only", "the control needs experts beside q, k and v")
+        raise Unsupported(
+            f"experts beside {', '.join(str(rows) for rows, _ in parts)} only",
+            "the control needs experts beside q, k and v",
+        )
     if len(parts) == 1:
         return parts[0][1], []
-    return f"{name}.side", [helper.make_node("Concat", [edge for _, edge in parts], [f"{name}.side"], name=f"{name}.side", axis=-1)]
+    return f"{name}.side", [
+        helper.make_node("Concat", [edge for _, edge in parts], [f"{name}.side"], name=f"{name}.side", axis=-1)
+    ]

@@ -11,13 +11,17 @@ from r1export.update.factors import ExpertUpdate, Factors, Rows
 RESIDUAL = 1e-2  # share of the difference that a cause may leave unexplained: rounding of float32 weights
 
 
-def diagnose(parameter: str, found: np.ndarray, expected: np.ndarray, updates: Sequence[tuple[str, ExpertUpdate]]) -> str:
+def diagnose(
+    parameter: str, found: np.ndarray, expected: np.ndarray, updates: Sequence[tuple[str, ExpertUpdate]]
+) -> str:
     """One line on how `found` differs from `expected` (same shape), and why if the cause is known.
 
     Known causes: an update or one of its experts merged more than once or not at all, and q, k, v out of order.
     """
     with np.errstate(invalid="ignore"):
-        difference = (found.astype(np.float64) - expected.astype(np.float64)).reshape(len(expected) if expected.ndim else 1, -1)
+        difference = (found.astype(np.float64) - expected.astype(np.float64)).reshape(
+            len(expected) if expected.ndim else 1, -1
+        )
     if not np.isfinite(difference).all():
         return "it has NaN or Inf"
     changed = np.argwhere(difference)
@@ -32,8 +36,15 @@ def _swapped(parameter: str, found: np.ndarray, expected: np.ndarray) -> str:
     if not parameter.endswith(("in_proj_weight", "in_proj_bias")) or len(expected) % 3:
         return ""
     have, want = np.split(found, 3), np.split(expected, 3)
-    order = [next((name for name, block in zip("qkv", want, strict=True) if np.array_equal(part, block)), "?") for part in have]
-    return f"its rows are in the order {', '.join(order)} instead of q, k, v" if sorted(order) == ["k", "q", "v"] and order != ["q", "k", "v"] else ""
+    order = [
+        next((name for name, block in zip("qkv", want, strict=True) if np.array_equal(part, block)), "?")
+        for part in have
+    ]
+    return (
+        f"its rows are in the order {', '.join(order)} instead of q, k, v"
+        if sorted(order) == ["k", "q", "v"] and order != ["q", "k", "v"]
+        else ""
+    )
 
 
 def _remerged(parameter: str, difference: np.ndarray, updates: Sequence[tuple[str, ExpertUpdate]]) -> Iterator[str]:
@@ -72,4 +83,10 @@ def _multiple(difference: np.ndarray, cause: np.ndarray) -> int:
 
 
 def _told(times: int) -> str:
-    return "is missing" if times == -1 else f"is merged {1 + times} times" if times > 0 else f"is taken off {-1 - times} times"
+    return (
+        "is missing"
+        if times == -1
+        else f"is merged {1 + times} times"
+        if times > 0
+        else f"is taken off {-1 - times} times"
+    )

@@ -82,7 +82,9 @@ class _Digest:
         return [opsets, self._graph(model.graph, None), [self._function(f) for f in model.functions]]
 
     def _graph(self, graph: onnx.GraphProto, outer: _Scope | None) -> list[Any]:
-        tensors = {t.name: self._tensor(t) for t in graph.initializer} | {t.values.name: self._tensor(t) for t in graph.sparse_initializer}
+        tensors = {t.name: self._tensor(t) for t in graph.initializer} | {
+            t.values.name: self._tensor(t) for t in graph.sparse_initializer
+        }
         scope = _Scope(tensors, outer)
         inputs = [[self._value(v), "overrides" if v.name in tensors else scope.new(v.name)] for v in graph.input]
         nodes = [self._node(node, scope) for node in graph.node]
@@ -92,14 +94,23 @@ class _Digest:
     def _node(self, node: onnx.NodeProto, scope: _Scope) -> list[Any]:
         operands = [scope.find(name) for name in node.input]
         attributes = sorted(([a.name, self._attribute(a, scope)] for a in node.attribute), key=lambda pair: pair[0])
-        return [node.domain, node.op_type, node.overload, operands, [scope.new(name) for name in node.output], attributes]
+        return [
+            node.domain,
+            node.op_type,
+            node.overload,
+            operands,
+            [scope.new(name) for name in node.output],
+            attributes,
+        ]
 
     def _attribute(self, attribute: AttributeProto, scope: _Scope) -> Any:
         if attribute.ref_attr_name:
             return ["reference", attribute.ref_attr_name]
         value = onnx.helper.get_attribute_value(attribute)
         if attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
-            return [self._graph(graph, scope) for graph in ([value] if attribute.type == AttributeProto.GRAPH else value)]
+            return [
+                self._graph(graph, scope) for graph in ([value] if attribute.type == AttributeProto.GRAPH else value)
+            ]
         if attribute.type in (AttributeProto.TENSOR, AttributeProto.TENSORS):
             return [self._tensor(tensor) for tensor in ([value] if attribute.type == AttributeProto.TENSOR else value)]
         return [attribute.type, repr(value if isinstance(value, int | float | bytes) else list(value))]
@@ -140,7 +151,10 @@ class _Digest:
         if not value.type.HasField("tensor_type"):
             return value.type.SerializeToString(deterministic=True).hex()
         tensor = value.type.tensor_type
-        return [tensor.elem_type, [d.dim_value if d.HasField("dim_value") else self._dimension(d.dim_param) for d in tensor.shape.dim]]
+        return [
+            tensor.elem_type,
+            [d.dim_value if d.HasField("dim_value") else self._dimension(d.dim_param) for d in tensor.shape.dim],
+        ]
 
     def _dimension(self, name: str) -> str:
         return self.dimensions.setdefault(name, f"dynamic {len(self.dimensions)}") if name else "unknown"

@@ -24,12 +24,21 @@ def embedding_drift(old: np.ndarray, new: np.ndarray, *, against: str) -> dict[s
     recalls = {f"recall_at_{k}": _recall(old, new, k) for k in (1, 10) if len(old) > k}
     kept = min(recalls.values(), default=0.0) if len(old) <= 10 else recalls["recall_at_10"]
     verdict = next((word for word, share in KEPT.items() if kept >= share), REQUIRED)
-    return {"against": against, "images": len(old), "mean_cosine": float(cosines.mean()), "min_cosine": float(cosines.min()), **recalls, "reindex": verdict}
+    return {
+        "against": against,
+        "images": len(old),
+        "mean_cosine": float(cosines.mean()),
+        "min_cosine": float(cosines.min()),
+        **recalls,
+        "reindex": verdict,
+    }
 
 
 def _recall(old: np.ndarray, new: np.ndarray, k: int) -> float:
     before, after = _nearest(old, old, k), _nearest(new, old, k)
-    return float(np.mean([len(set(one) & set(other)) / k for one, other in zip(before.tolist(), after.tolist(), strict=True)]))
+    return float(
+        np.mean([len(set(one) & set(other)) / k for one, other in zip(before.tolist(), after.tolist(), strict=True)])
+    )
 
 
 def _nearest(queries: np.ndarray, gallery: np.ndarray, k: int) -> np.ndarray:

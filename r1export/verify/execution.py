@@ -88,18 +88,31 @@ def execute(graph: Path, feeds: Mapping[str, np.ndarray], provider: str = "cpu")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
-        options.log_severity_level = 4  # it warns that the optimised graph fits this machine only, which is what we ask for
+        options.log_severity_level = (
+            4  # it warns that the optimised graph fits this machine only, which is what we ask for
+        )
         session = start(graph, options, provider)
         runner(session)(dict(feeds))
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         model = onnx.load(optimized, load_external_data=False)
     nodes = [event["args"] for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
     peaks = [int(node["mem_in_use_peak"]) for node in nodes if "mem_in_use_peak" in node]
-    return Execution(graph_digest(model, structural=True), len(model.graph.node), tuple(map(_kernel, nodes)), _weight_bytes(model), max(peaks, default=None))
+    return Execution(
+        graph_digest(model, structural=True),
+        len(model.graph.node),
+        tuple(map(_kernel, nodes)),
+        _weight_bytes(model),
+        max(peaks, default=None),
+    )
 
 
 def _kernel(args: Mapping[str, Any]) -> Kernel:
-    return Kernel(args["op_name"], args["provider"], _typed(args.get("input_type_shape", [])), _typed(args.get("output_type_shape", [])))
+    return Kernel(
+        args["op_name"],
+        args["provider"],
+        _typed(args.get("input_type_shape", [])),
+        _typed(args.get("output_type_shape", [])),
+    )
 
 
 def _typed(values: list[Mapping[str, list[int]]]) -> tuple[tuple[str, Shape], ...]:
@@ -107,4 +120,6 @@ def _typed(values: list[Mapping[str, list[int]]]) -> tuple[tuple[str, Shape], ..
 
 
 def _weight_bytes(model: onnx.ModelProto) -> int:
-    return sum(prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in model.graph.initializer)
+    return sum(
+        prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in model.graph.initializer
+    )

@@ -23,7 +23,9 @@ PRECISION = 3  # intervals are narrowed to this part of the margin: an equal pai
 Job = Callable[[], object]
 
 
-def time_rounds(jobs: Mapping[str, Job], rounds: int, rng: np.random.Generator, clock: Callable[[], float] | None = None) -> dict[str, np.ndarray]:
+def time_rounds(
+    jobs: Mapping[str, Job], rounds: int, rng: np.random.Generator, clock: Callable[[], float] | None = None
+) -> dict[str, np.ndarray]:
     """Seconds per round (rounds,) of each job, the mean of its two runs in the round; `clock` is the wall clock if not given."""
     clock = clock or time.perf_counter
     for job in jobs.values():
@@ -40,7 +42,11 @@ def time_rounds(jobs: Mapping[str, Job], rounds: int, rng: np.random.Generator, 
 
 
 def measure(
-    openers: Mapping[str, Callable[[], Job]], pairs: int, halfwidth: float, seed: int = 0, on_block: Callable[[], None] = lambda: None
+    openers: Mapping[str, Callable[[], Job]],
+    pairs: int,
+    halfwidth: float,
+    seed: int = 0,
+    on_block: Callable[[], None] = lambda: None,
 ) -> dict[str, np.ndarray]:
     """Seconds (blocks, rounds) of base, again, merged and whatever else is to be timed, all opened afresh in every block.
 
@@ -69,7 +75,12 @@ def added_latency(
 
     `open_unmerged` opens the base graph with its branches, `torch_jobs` are named as in the report's table of runners.
     """
-    openers = {"base": open_base, "again": open_base, "merged": open_release, **({"unmerged": open_unmerged} if open_unmerged else {})}
+    openers = {
+        "base": open_base,
+        "again": open_base,
+        "merged": open_release,
+        **({"unmerged": open_unmerged} if open_unmerged else {}),
+    }
     seconds = measure(openers, pairs, margin / PRECISION, on_block=on_block)
     ratio, noise = paired_ratio(seconds["merged"], seconds["base"]), paired_ratio(seconds["again"], seconds["base"])
     verdict, advice = latency_verdict(ratio, noise, margin)
@@ -102,5 +113,8 @@ def _ratio(ratio: Ratio) -> dict[str, Any]:
 
 def _times(seconds: np.ndarray) -> dict[str, Any]:
     values = 1000 * seconds.ravel()
-    quantiles = {f"p{q}_ms": float(np.quantile(values, q / 100)) if len(values) >= count else None for q, count in ((90, P90_COUNT), (99, P99_COUNT))}
+    quantiles = {
+        f"p{q}_ms": float(np.quantile(values, q / 100)) if len(values) >= count else None
+        for q, count in ((90, P90_COUNT), (99, P99_COUNT))
+    }
     return {"median_ms": float(np.median(values)), **quantiles, "n": int(2 * len(values))}

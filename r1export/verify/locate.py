@@ -50,13 +50,21 @@ class Divergence:
 
     def __str__(self) -> str:
         name, op = self.nodes[-1]
-        others = f" (or the {len(self.nodes) - 1} nodes before it, from {self.nodes[0][0]} on)" if len(self.nodes) > 1 else ""
+        others = (
+            f" (or the {len(self.nodes) - 1} nodes before it, from {self.nodes[0][0]} on)"
+            if len(self.nodes) > 1
+            else ""
+        )
         parameters = f", parameters {', '.join(self.parameters)}" if self.parameters else ", no parameters"
         return f"first diverging node: {op} {name}{others} at {self.place}{parameters}; relative error {self.before:.1g} before it, {self.error:.1g} after it"
 
 
 def locate(
-    graph: Path, feeds: Mapping[str, np.ndarray], boundaries: Sequence[Boundary], expected: np.ndarray, reproducer: Path | None = None
+    graph: Path,
+    feeds: Mapping[str, np.ndarray],
+    boundaries: Sequence[Boundary],
+    expected: np.ndarray,
+    reproducer: Path | None = None,
 ) -> Divergence | None:
     """The first divergence of `graph` from torch on `feeds`, None if there is none that can be seen.
 
@@ -77,11 +85,17 @@ def locate(
     weights = {t.name for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL}
     parameters = tuple(dict.fromkeys(name for node in nodes for name in node.input if name in weights))
     where = known[bad]
-    place = "the output" if where.module == "output" else f"the {'input' if where.side == 'in' else 'output'} of {where.module}"
+    place = (
+        "the output"
+        if where.module == "output"
+        else f"the {'input' if where.side == 'in' else 'output'} of {where.module}"
+    )
     before = max((errors[name] for name in edges if name in errors), default=0.0)
     if reproducer is not None:
         inputs = {name: good[name].astype(found[name].dtype) if name in good else feeds[name] for name in edges}
-        _write_case(model.graph, graph.parent, nodes, inputs, known[bad].value.reshape(found[bad].shape), bad, model, reproducer)
+        _write_case(
+            model.graph, graph.parent, nodes, inputs, known[bad].value.reshape(found[bad].shape), bad, model, reproducer
+        )
     return Divergence(bad, place, errors[bad], before, tuple((node.name, node.op_type) for node in nodes), parameters)
 
 
@@ -109,7 +123,9 @@ def _owner(parameter: str) -> str:
     return parameter
 
 
-def _intermediates(model: onnx.ModelProto, folder: Path, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+def _intermediates(
+    model: onnx.ModelProto, folder: Path, feeds: Mapping[str, np.ndarray], names: Sequence[str]
+) -> dict[str, np.ndarray]:
     """The named values, unoptimised, so that every one of them exists."""
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
@@ -121,7 +137,9 @@ def _intermediates(model: onnx.ModelProto, folder: Path, feeds: Mapping[str, np.
         session = ort.InferenceSession(opened.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return dict(zip(names, session.run(list(names), dict(feeds)), strict=True))
     except Exception as error:  # onnxruntime raises its own classes straight from C++, without a common base
-        raise CheckFailed(f"the graph's intermediate values cannot be computed: {spoken(error)}", "export the graphs again") from error
+        raise CheckFailed(
+            f"the graph's intermediate values cannot be computed: {spoken(error)}", "export the graphs again"
+        ) from error
 
 
 def _relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -168,7 +186,10 @@ def _write_case(
     """case.onnx (only these nodes, their weights inside), case.npz (inputs and expected) and reproduce.py."""
     used = {name for node in nodes for name in node.input}
     weights = [_inlined(tensor, folder) for tensor in graph.initializer if tensor.name in used]
-    ends = [onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape) for name, array in inputs.items()]
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in inputs.items()
+    ]
     case = onnx.helper.make_graph(list(nodes), "case", ends, [onnx.ValueInfoProto(name=value)], weights)
     case.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
     whole = onnx.helper.make_model(case, opset_imports=model.opset_import, ir_version=model.ir_version)

@@ -65,7 +65,10 @@ class Gate:
         """The gate for a merged model, given the same comparison on the base. A control that failed calibrates nothing."""
         if not control or control.get("verdict") != "pass":
             return self
-        allowed, lowest = self.control_factor * control["max_abs"], 1 - self.control_factor * (1 - control["min_cosine"])
+        allowed, lowest = (
+            self.control_factor * control["max_abs"],
+            1 - self.control_factor * (1 - control["min_cosine"]),
+        )
         if self.relative:
             return replace(self, max_abs=min(self.max_abs, allowed), min_cosine=max(self.min_cosine, lowest))
         return replace(self, max_abs=max(self.max_abs, allowed), min_cosine=min(self.min_cosine, lowest))
@@ -104,15 +107,24 @@ def run_in_batches(model: Model, inputs: Inputs, batches: Iterable[int]) -> Outp
 def _encode(model: Model, tower: str, values: np.ndarray, size: int) -> np.ndarray:
     size = size or len(values)
     try:
-        found = np.concatenate([np.asarray(model.tower(tower)(values[i : i + size])) for i in range(0, len(values), size)])
+        found = np.concatenate(
+            [np.asarray(model.tower(tower)(values[i : i + size])) for i in range(0, len(values), size)]
+        )
     except CheckFailed as error:
-        raise CheckFailed(f"the {tower} tower fails at batch size {min(size, len(values))}: {error.message}", error.remedy) from error
+        raise CheckFailed(
+            f"the {tower} tower fails at batch size {min(size, len(values))}: {error.message}", error.remedy
+        ) from error
     if len(found) != len(values):
-        raise CheckFailed(f"the {tower} tower gives {len(found)} embeddings for {len(values)} inputs at batch size {size}", "export the graphs again")
+        raise CheckFailed(
+            f"the {tower} tower gives {len(found)} embeddings for {len(values)} inputs at batch size {size}",
+            "export the graphs again",
+        )
     return found
 
 
-def compare(reference: Outputs, candidate: Outputs, gate: Gate, control: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def compare(
+    reference: Outputs, candidate: Outputs, gate: Gate, control: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """One stage of parity as it stands in the report: the worst over all ways of running, and the verdict.
 
     `least_tolerance` is the smallest max_abs that would pass. Differences with NaN or Inf fail whatever the tolerance.
@@ -156,7 +168,14 @@ def _problems(towers: Mapping[str, Any], flips: Sequence[Mapping[str, Any]], gat
 
 def failed(detail: str) -> dict[str, Any]:
     """The stage of a model that cannot even be run: a failed check, not a crash."""
-    return {"verdict": "fail", "detail": detail, "max_abs": None, "min_cosine": None, "top1_agreement": None, "samples": 0}
+    return {
+        "verdict": "fail",
+        "detail": detail,
+        "max_abs": None,
+        "min_cosine": None,
+        "top1_agreement": None,
+        "samples": 0,
+    }
 
 
 def _tower(reference: np.ndarray, candidates: Sequence[np.ndarray]) -> dict[str, float]:
@@ -168,7 +187,11 @@ def _tower(reference: np.ndarray, candidates: Sequence[np.ndarray]) -> dict[str,
     if not np.isfinite(differences).all():
         return broken
     cosines = np.concatenate([_cosine(_f64(reference), _f64(c)) for c in candidates])
-    return {"max_abs": float(differences.max()), "p99_abs": float(np.quantile(differences, 0.99)), "min_cosine": float(np.nan_to_num(cosines, nan=-1).min())}
+    return {
+        "max_abs": float(differences.max()),
+        "p99_abs": float(np.quantile(differences, 0.99)),
+        "min_cosine": float(np.nan_to_num(cosines, nan=-1).min()),
+    }
 
 
 def _f64(values: np.ndarray) -> np.ndarray:
@@ -192,7 +215,12 @@ def _flips(reference: Outputs, candidate: Outputs) -> tuple[list[dict[str, Any]]
         found = np.nan_to_num(np.nan_to_num(_f64(images)) @ np.nan_to_num(_f64(texts)).T).argmax(1)
         seen += len(found)
         flips += [
-            {"sample": int(i), "margin": float(scores[i, wanted[i]] - scores[i, found[i]]), "from": int(wanted[i]), "to": int(found[i])}
+            {
+                "sample": int(i),
+                "margin": float(scores[i, wanted[i]] - scores[i, found[i]]),
+                "from": int(wanted[i]),
+                "to": int(found[i]),
+            }
             for i in np.flatnonzero(found != wanted)
         ]
     return flips, 1 - len(flips) / seen

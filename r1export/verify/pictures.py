@@ -110,7 +110,10 @@ def error_histogram(parity: Mapping[str, Any] | None, key: str) -> str:
             _strip(axes, name, stage)
         strips[-1].set_xlabel("absolute difference")
         strips[-1].xaxis.set_major_formatter(lambda tick, _: f"1e{tick:g}")
-        facts = "; ".join(f"{name}: largest {scientific(stage.get('max_abs'))}, tolerance {scientific(stage.get('tolerance'))}" for name, stage in stages)
+        facts = "; ".join(
+            f"{name}: largest {scientific(stage.get('max_abs'))}, tolerance {scientific(stage.get('tolerance'))}"
+            for name, stage in stages
+        )
         return page_svg(figure, key, f"Histograms of absolute differences. {facts}.")
 
 
@@ -128,7 +131,15 @@ def _strip(axes: Axes, name: str, stage: Mapping[str, Any]) -> None:
     axes.spines["left"].set_visible(False)
     if stage.get("tolerance"):
         axes.axvline(math.log10(stage["tolerance"]), color=ALARM, linewidth=1.3, linestyle=(0, (4, 2)))
-        axes.text(1.01, 0.5, f"tolerance\n{scientific(stage['tolerance'])}", transform=axes.transAxes, va="center", color=ALARM, fontsize=9)
+        axes.text(
+            1.01,
+            0.5,
+            f"tolerance\n{scientific(stage['tolerance'])}",
+            transform=axes.transAxes,
+            va="center",
+            color=ALARM,
+            fontsize=9,
+        )
 
 
 def log_edges(edges: Sequence[float]) -> list[float]:
@@ -184,7 +195,9 @@ def _reach(ratios: Sequence[float], margin: float) -> float:
     return 1.15 * max([2 * margin, *distances[: math.ceil(0.95 * len(distances))][-1:]])
 
 
-def _interval(axes: Axes, y: int, middle: float, interval: Sequence[float], dots: Sequence[float], reach: float) -> None:
+def _interval(
+    axes: Axes, y: int, middle: float, interval: Sequence[float], dots: Sequence[float], reach: float
+) -> None:
     if abs(middle - 1) > reach:
         side = math.copysign(1, middle - 1)
         axes.annotate(f"{middle:.2f}", (1 + side * reach, y), xytext=(-side * 34, 0), textcoords="offset points",

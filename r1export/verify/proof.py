@@ -23,7 +23,16 @@ from r1export.verify.digest import graph_digest
 from r1export.verify.execution import Execution, execute
 from r1export.verify.figures import size
 
-__all__ = ["executions", "graph_digest", "not_measured", "proof_control", "rungs", "same_files", "same_graphs", "unclimbed"]
+__all__ = [
+    "executions",
+    "graph_digest",
+    "not_measured",
+    "proof_control",
+    "rungs",
+    "same_files",
+    "same_graphs",
+    "unclimbed",
+]
 
 OPAQUE = ("tensorrt", "openvino")  # they compile the graph into engines that onnxruntime cannot write out
 PEAK_TOLERANCE = 0.01  # where threads take turns, the allocator's peak moves by a block
@@ -32,7 +41,9 @@ Feeds = Mapping[str, np.ndarray]
 
 def same_files(base: Mapping[str, Path], release: Mapping[str, Path]) -> dict[str, Any]:
     """Rung L0. A missing file is a failed rung."""
-    digests = {name: tuple(sha256_file(p) if p.exists() else "-" for p in (path, release[name])) for name, path in base.items()}
+    digests = {
+        name: tuple(sha256_file(p) if p.exists() else "-" for p in (path, release[name])) for name, path in base.items()
+    }
     return _rung(digests, f"{', '.join(base)} are byte-identical", "differs: {}")
 
 
@@ -49,13 +60,19 @@ def _digest(path: Path) -> str:
         return error.message
 
 
-def executions(graphs: Mapping[str, Path], feeds: Mapping[str, Feeds], providers: Iterable[str]) -> dict[str, Execution]:
+def executions(
+    graphs: Mapping[str, Path], feeds: Mapping[str, Feeds], providers: Iterable[str]
+) -> dict[str, Execution]:
     """Run every graph once on every provider that shows its program (if none does, on cpu), keyed "GRAPH on PROVIDER".
 
     Raises CheckFailed and Unsupported as `execute` does.
     """
     shown = [provider for provider in providers if provider not in OPAQUE] or ["cpu"]
-    return {f"{name} on {provider}": execute(path, feeds[name], provider) for provider in shown for name, path in graphs.items()}
+    return {
+        f"{name} on {provider}": execute(path, feeds[name], provider)
+        for provider in shown
+        for name, path in graphs.items()
+    }
 
 
 def rungs(base: Mapping[str, Execution], release: Callable[[], Mapping[str, Execution]]) -> dict[str, dict[str, Any]]:
@@ -63,8 +80,15 @@ def rungs(base: Mapping[str, Execution], release: Callable[[], Mapping[str, Exec
     try:
         found = release()
     except CheckFailed as error:
-        return {name: {"verdict": "fail", "digest": None, "expected": None, "detail": str(error)} for name in ("optimized_graph", "executed_ops", "cost")}
-    return {"optimized_graph": _same_optimized(base, found), "executed_ops": _same_ops(base, found), "cost": _same_cost(base, found)}
+        return {
+            name: {"verdict": "fail", "digest": None, "expected": None, "detail": str(error)}
+            for name in ("optimized_graph", "executed_ops", "cost")
+        }
+    return {
+        "optimized_graph": _same_optimized(base, found),
+        "executed_ops": _same_ops(base, found),
+        "cost": _same_cost(base, found),
+    }
 
 
 def unclimbed(reason: str) -> dict[str, dict[str, Any]]:
@@ -75,12 +99,16 @@ def unclimbed(reason: str) -> dict[str, dict[str, Any]]:
 def _same_optimized(base: Mapping[str, Execution], release: Mapping[str, Execution]) -> dict[str, Any]:
     digests = {name: (e.optimized_digest, release[name].optimized_digest) for name, e in base.items()}
     nodes = ", ".join(f"{name}: {e.optimized_nodes} nodes" for name, e in release.items())
-    return _rung(digests, f"the same after all of the optimiser's passes ({nodes})", "optimised into another program: {}")
+    return _rung(
+        digests, f"the same after all of the optimiser's passes ({nodes})", "optimised into another program: {}"
+    )
 
 
 def _same_ops(base: Mapping[str, Execution], release: Mapping[str, Execution]) -> dict[str, Any]:
     digests = {name: (e.ops_digest, release[name].ops_digest) for name, e in base.items()}
-    differing = [f"{name} ({_more_ops(base[name], release[name])})" for name in base if digests[name][0] != digests[name][1]]
+    differing = [
+        f"{name} ({_more_ops(base[name], release[name])})" for name in base if digests[name][0] != digests[name][1]
+    ]
     count = ", ".join(f"{name}: {len(e.kernels)}" for name, e in release.items())
     return _rung(digests, f"the same kernels in the same order ({count})", f"other kernels: {'; '.join(differing)}")
 
@@ -102,7 +130,12 @@ def _same_cost(base: Mapping[str, Execution], release: Mapping[str, Execution]) 
         if one.peak_bytes and other.peak_bytes and abs(other.peak_bytes / one.peak_bytes - 1) > PEAK_TOLERANCE:
             problems.append(f"{name}: {other.peak_bytes} bytes at its peak, the base {one.peak_bytes}")
     facts = "; ".join(_cost(name, e) for name, e in release.items())
-    return {"verdict": "fail" if problems else "pass", "digest": None, "expected": None, "detail": "; ".join(problems) or facts}
+    return {
+        "verdict": "fail" if problems else "pass",
+        "digest": None,
+        "expected": None,
+        "detail": "; ".join(problems) or facts,
+    }
 
 
 def _cost(name: str, e: Execution) -> str:
@@ -117,10 +150,18 @@ def proof_control(base: Path, unmerged: Path, feeds: Feeds, provider: str = "cpu
     """
     graphs = [graph_digest(path, structural=True) for path in (base, unmerged)]
     runs = [execute(path, feeds, provider) for path in (base, unmerged)]
-    seen = {"L1": graphs[0] != graphs[1], "L2": runs[0].optimized_digest != runs[1].optimized_digest, "L3": runs[0].ops_digest != runs[1].ops_digest}
+    seen = {
+        "L1": graphs[0] != graphs[1],
+        "L2": runs[0].optimized_digest != runs[1].optimized_digest,
+        "L3": runs[0].ops_digest != runs[1].ops_digest,
+    }
     blind = [rung for rung, told in seen.items() if not told]
     more = f"the exported branches run {_more_ops(*runs)}: {runs[1].flops / runs[0].flops:.3f} times the FLOPs"
-    detail = f"{', '.join(blind)} cannot tell the unmerged model from the base" if blind else f"told apart by {', '.join(seen)}; {more}"
+    detail = (
+        f"{', '.join(blind)} cannot tell the unmerged model from the base"
+        if blind
+        else f"told apart by {', '.join(seen)}; {more}"
+    )
     return {"unmerged": {"detected": not blind, "detail": detail}}
 
 
@@ -132,6 +173,8 @@ def not_measured(detail: str) -> dict[str, Any]:
 def _rung(digests: Mapping[str, tuple[str, str]], same: str, other: str) -> dict[str, Any]:
     """One rung from (base, release) digests by name."""
     differing = [name for name, (one, two) in digests.items() if one != two]
-    expected, found = (hashlib.sha256("".join(pair[i] for pair in digests.values()).encode()).hexdigest() for i in (0, 1))
+    expected, found = (
+        hashlib.sha256("".join(pair[i] for pair in digests.values()).encode()).hexdigest() for i in (0, 1)
+    )
     detail = other.format(", ".join(differing)) if differing else same
     return {"verdict": "fail" if differing else "pass", "digest": found, "expected": expected, "detail": detail}

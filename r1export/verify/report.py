@@ -150,7 +150,12 @@ def _heading(report: Mapping[str, Any]) -> str:
 def _origin(report: Mapping[str, Any]) -> str:
     """What the release is of, where that is known."""
     release = report.get("release") or {}
-    known = {"Task": release.get("task"), "Base model": release.get("base"), "Written": report.get("created"), "r1export": report.get("r1export")}
+    known = {
+        "Task": release.get("task"),
+        "Base model": release.get("base"),
+        "Written": report.get("created"),
+        "r1export": report.get("r1export"),
+    }
     return " \N{MIDDLE DOT} ".join(f"{title} {value}" for title, value in known.items() if value)
 
 

@@ -17,7 +17,12 @@ LEVELS = {
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider", "openvino": "OpenVINOExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
 EXACT = {"cuda": {"use_tf32": "0"}}  # TF32 keeps ten bits of each factor: its error hides what parity looks for
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 
@@ -37,7 +42,10 @@ def check_provider(provider: str) -> None:
     if provider not in PROVIDERS:
         raise Unsupported(f"no provider {provider!r}", f"known: {', '.join(PROVIDERS)}")
     if PROVIDERS[provider] not in ort.get_available_providers():
-        raise Unsupported(f"onnxruntime {ort.__version__} has no {PROVIDERS[provider]} here", f"available: {', '.join(ort.get_available_providers())}")
+        raise Unsupported(
+            f"onnxruntime {ort.__version__} has no {PROVIDERS[provider]} here",
+            f"available: {', '.join(ort.get_available_providers())}",
+        )
 
 
 def provider_options(provider: str, weights_digest: str, cache: Path | None) -> dict[str, Any]:
@@ -51,7 +59,13 @@ def provider_options(provider: str, weights_digest: str, cache: Path | None) -> 
 
 
 def open_session(
-    graph: Path, *, level: str = "all", provider: str = "cpu", threads: int = 0, weights_digest: str = "", cache: Path | None = None
+    graph: Path,
+    *,
+    level: str = "all",
+    provider: str = "cpu",
+    threads: int = 0,
+    weights_digest: str = "",
+    cache: Path | None = None,
 ) -> ort.InferenceSession:
     """A session on exactly this provider.
 
@@ -62,16 +76,23 @@ def open_session(
     return start(graph, session_options(level, threads), provider, provider_options(provider, weights_digest, cache))
 
 
-def start(graph: Path, options: ort.SessionOptions, provider: str, details: dict[str, Any] | None = None) -> ort.InferenceSession:
+def start(
+    graph: Path, options: ort.SessionOptions, provider: str, details: dict[str, Any] | None = None
+) -> ort.InferenceSession:
     """A session on exactly this provider, by default with its plain options. Raises as `open_session` does."""
     check_provider(provider)
     chosen = (PROVIDERS[provider], provider_options(provider, "", None) if details is None else details)
     try:
         session = ort.InferenceSession(str(graph), options, providers=[chosen])
     except Exception as error:  # onnxruntime raises its own classes straight from C++, without a common base
-        raise CheckFailed(f"{graph}: onnxruntime refuses the model: {spoken(error)}", "write the release again") from error
+        raise CheckFailed(
+            f"{graph}: onnxruntime refuses the model: {spoken(error)}", "write the release again"
+        ) from error
     if session.get_providers()[0] != PROVIDERS[provider]:
-        raise Unsupported(f"onnxruntime fell back from {PROVIDERS[provider]} to {session.get_providers()[0]}", "mend the driver or leave the provider out")
+        raise Unsupported(
+            f"onnxruntime fell back from {PROVIDERS[provider]} to {session.get_providers()[0]}",
+            "mend the driver or leave the provider out",
+        )
     return session
 
 
@@ -83,7 +104,10 @@ def runner(session: ort.InferenceSession) -> Run:
             return session.run(None, feeds)[0]
         except Exception as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
-            raise CheckFailed(f"onnxruntime cannot run {shapes}: {spoken(error)}", "export the graphs again with r1export export --overwrite") from error
+            raise CheckFailed(
+                f"onnxruntime cannot run {shapes}: {spoken(error)}",
+                "export the graphs again with r1export export --overwrite",
+            ) from error
 
     return run
 

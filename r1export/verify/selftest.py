@@ -32,17 +32,28 @@ def changed_files(release: Path, manifest: Mapping[str, Any], unlisted: tuple[st
 
 def changed_graphs(release: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Graphs whose program is not the one that was released."""
-    return [f"{name} computes something else than what was released" for name, digest in manifest["graphs"].items() if graph_digest(release / name) != digest]
+    return [
+        f"{name} computes something else than what was released"
+        for name, digest in manifest["graphs"].items()
+        if graph_digest(release / name) != digest
+    ]
 
 
-def golden_parity(release: Path, manifest: Mapping[str, Any], provider: str = "cpu", control: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def golden_parity(
+    release: Path, manifest: Mapping[str, Any], provider: str = "cpu", control: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Stored outputs of torch against this release in onnxruntime on this machine: one stage of parity.
 
     `control` is the same stage of the base release. Raises CheckFailed if the release cannot be run.
     """
     golden = read_tensors(release / "golden.safetensors")
-    sessions = {name: runner(open_session(release / f"{name}.onnx", provider=provider)) for name in ("visual", "textual")}
-    model = Model(lambda values: sessions["visual"]({"pixel_values": values}), lambda values: sessions["textual"]({"input_ids": values}))
+    sessions = {
+        name: runner(open_session(release / f"{name}.onnx", provider=provider)) for name in ("visual", "textual")
+    }
+    model = Model(
+        lambda values: sessions["visual"]({"pixel_values": values}),
+        lambda values: sessions["textual"]({"input_ids": values}),
+    )
     inputs = Inputs(golden["pixel_values"], golden["input_ids"])
     expected = Outputs((golden["image_embeds"],), (golden["text_embeds"],))
     found = compare(expected, run_in_batches(model, inputs, BATCHES), manifest_gate(manifest), control)

@@ -53,9 +53,15 @@ def latency_verdict(merged: Ratio, noise: Ratio, margin: float) -> tuple[str, st
     A noise floor (base against base) outside the margin decides nothing, whatever the merged model did.
     """
     if not noise.within(margin):
-        return "inconclusive", f"base against itself spreads over {noise.low:.3f} to {noise.high:.3f}: close other programs, pin threads, or raise verify.pairs"
+        return (
+            "inconclusive",
+            f"base against itself spreads over {noise.low:.3f} to {noise.high:.3f}: close other programs, pin threads, or raise verify.pairs",
+        )
     if merged.low > 1 + margin:
         return "fail", f"the merged model is at least {merged.low:.3f} times as slow as the base model"
     if not merged.within(margin):
-        return "inconclusive", f"the interval {merged.low:.3f} to {merged.high:.3f} is wider than the margin: raise verify.pairs"
+        return (
+            "inconclusive",
+            f"the interval {merged.low:.3f} to {merged.high:.3f} is wider than the margin: raise verify.pairs",
+        )
     return "pass", ""

@@ -59,7 +59,9 @@ def _together(part: Sequence[Check]) -> Verdict:
     missing = sum(check.verdict == MISSING for check in part)
     if missing == len(part):
         return Verdict(MISSING)
-    return Verdict(overall(check.verdict for check in part), f"{missing} of {len(part)} not measured" if missing else "")
+    return Verdict(
+        overall(check.verdict for check in part), f"{missing} of {len(part)} not measured" if missing else ""
+    )
 
 
 def ladder(report: Mapping[str, Any]) -> Table:
@@ -75,7 +77,11 @@ def ladder(report: Mapping[str, Any]) -> Table:
 
 def contents(report: Mapping[str, Any]) -> Table | None:
     """What was looked at inside the release, one row per part."""
-    rows = [[check.title, check.shows, Verdict(check.verdict, check.evidence)] for check in checks(report) if check.group == "contents"]
+    rows = [
+        [check.title, check.shows, Verdict(check.verdict, check.evidence)]
+        for check in checks(report)
+        if check.group == "contents"
+    ]
     return Table(["Part", "Shows", "Verdict and evidence"], rows) if rows else None
 
 
@@ -84,9 +90,18 @@ def drift(report: Mapping[str, Any]) -> Table | None:
     found = report.get("drift") or {}
     if not found:
         return None
-    recalls = [[f"Of the {k} nearest, still found", percent(found[key])] for k in (1, 10) if (key := f"recall_at_{k}") in found]
-    rows = [["Index again", found.get("reindex") or MISSING], ["Images", str(found.get("images"))], ["Mean cosine", cosine(found.get("mean_cosine"))]]
-    return Table([f"Against {found.get('against')}", "Found"], [*rows, ["Lowest cosine", cosine(found.get("min_cosine"))], *recalls])
+    recalls = [
+        [f"Of the {k} nearest, still found", percent(found[key])] for k in (1, 10) if (key := f"recall_at_{k}") in found
+    ]
+    rows = [
+        ["Index again", found.get("reindex") or MISSING],
+        ["Images", str(found.get("images"))],
+        ["Mean cosine", cosine(found.get("mean_cosine"))],
+    ]
+    return Table(
+        [f"Against {found.get('against')}", "Found"],
+        [*rows, ["Lowest cosine", cosine(found.get("min_cosine"))], *recalls],
+    )
 
 
 def _digest(rung: Mapping[str, Any] | None) -> str:
@@ -132,7 +147,10 @@ _PARITY_ROWS = {
 def _towers(stages: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     names = list(dict.fromkeys(name for stage in stages for name in stage.get("towers") or {}))
     towers = [[(stage.get("towers") or {}).get(name) or {} for stage in stages] for name in names]
-    return [[f"Largest difference, {name} tower", *(scientific(tower.get("max_abs")) for tower in row)] for name, row in zip(names, towers, strict=True)]
+    return [
+        [f"Largest difference, {name} tower", *(scientific(tower.get("max_abs")) for tower in row)]
+        for name, row in zip(names, towers, strict=True)
+    ]
 
 
 def flips(report: Mapping[str, Any]) -> Table | None:
@@ -141,7 +159,15 @@ def flips(report: Mapping[str, Any]) -> Table | None:
     for key, (title, _) in PARITY.items():
         found = ((report.get("parity") or {}).get(key) or {}).get("flips") or []
         for flip in sorted(found, key=lambda flip: -(flip.get("margin") or 0))[:10]:
-            rows.append([title, str(flip.get("sample")), str(flip.get("from")), str(flip.get("to")), scientific(flip.get("margin"))])
+            rows.append(
+                [
+                    title,
+                    str(flip.get("sample")),
+                    str(flip.get("from")),
+                    str(flip.get("to")),
+                    scientific(flip.get("margin")),
+                ]
+            )
     return Table(["Stage", "Sample", "From", "To", "Margin"], rows) if rows else None
 
 
@@ -172,7 +198,9 @@ def accuracies(accuracy: Mapping[str, Any] | None) -> Table | None:
     names, columns, values = matrix_table(accuracy)
     if not names:
         return None
-    rows = [[name, *(percent(value).removesuffix(" %") for value in row)] for name, row in zip(names, values, strict=True)]
+    rows = [
+        [name, *(percent(value).removesuffix(" %") for value in row)] for name, row in zip(names, values, strict=True)
+    ]
     return Table(["Accuracy, %", *columns], rows)
 
 
@@ -198,13 +226,17 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     weights, update = weight_bytes(release), update_bytes(release)
     found = []
     if total.get("max_abs") is not None:
-        found.append(("Largest difference", scientific(total["max_abs"]), f"tolerance {scientific(total.get('tolerance'))}"))
+        found.append(
+            ("Largest difference", scientific(total["max_abs"]), f"tolerance {scientific(total.get('tolerance'))}")
+        )
     if latency.get("ratio") is not None:
         found.append(("Time, to base", ratio(latency["ratio"]), f"95 % interval {band(latency.get('ci95'))}"))
     if update is not None:
         found.append(("Update", size(update), f"{share(update, weights)} of {size(weights)}" if weights else ""))
     if accuracy.get("last") is not None:
-        found.append(("Accuracy, last", percent(accuracy["last"]), f"zero-shot {percent(accuracy.get('zero_shot_avg'))}"))
+        found.append(
+            ("Accuracy, last", percent(accuracy["last"]), f"zero-shot {percent(accuracy.get('zero_shot_avg'))}")
+        )
     return found
 
 
@@ -251,7 +283,11 @@ def settings(value: Any, path: str = "") -> list[tuple[str, str]]:
 def worst(run: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of a run as if it were one release: the largest difference, the slowest ratio, the last update."""
     reports = run["releases"]
-    totals = [total for report in reports if (total := (report.get("parity") or {}).get("total") or {}).get("max_abs") is not None]
+    totals = [
+        total
+        for report in reports
+        if (total := (report.get("parity") or {}).get("total") or {}).get("max_abs") is not None
+    ]
     times = [time for report in reports if (time := report.get("latency") or {}).get("ratio") is not None]
     return {
         "parity": {"total": max(totals, key=lambda total: total["max_abs"], default=None)},

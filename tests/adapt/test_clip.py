@@ -69,7 +69,7 @@ def test_weights_of_another_model_are_refused_by_the_first_difference(tmp_path, 
     config = json.loads(tiny_files[1].read_text())
     config["vision_cfg"]["width"] = 48
     (tmp_path / "wider.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="does not fit the model: .*visual"):
+    with pytest.raises(InputError, match=r"does not fit the model: .*visual"):
         load_clip(weights=tiny_files[0], config=tmp_path / "wider.json")
 
 

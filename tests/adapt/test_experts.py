@@ -5,7 +5,14 @@ import open_clip
 import pytest
 import torch
 
-from r1export.adapt.experts import eject_experts_, inject_experts_, load_pool_tensors_, pack_experts, pool_tensors, remember_
+from r1export.adapt.experts import (
+    eject_experts_,
+    inject_experts_,
+    load_pool_tensors_,
+    pack_experts,
+    pool_tensors,
+    remember_,
+)
 from r1export.adapt.pool import PoolSettings
 from r1export.errors import Unsupported
 from r1export.update.factors import Rows
@@ -64,7 +71,7 @@ def test_towers_and_targets_can_be_chosen(tiny_clip) -> None:
 def test_vit_b16_has_144_pools_and_4978368_trainable_parameters() -> None:
     """The count that the paper's "96.7 % fewer" stands for; meta tensors hold no values."""
     with torch.device("meta"):
-        model = open_clip.CLIP(**{key: value for key, value in open_clip.get_model_config("ViT-B-16").items()})
+        model = open_clip.CLIP(**dict(open_clip.get_model_config("ViT-B-16").items()))
         pools = inject_experts_(model, PoolSettings())
     assert len(pools) == 144
     assert sum(p.numel() for pool in pools.values() for p in pool.parameters()) == 4_978_368

@@ -37,7 +37,9 @@ def with_trunk(name: str, **options: object) -> nn.Module:
 FAMILIES = {
     "plain": lambda: open_clip.CLIP(24, VIT, TEXT),
     "custom text": lambda: open_clip.CustomTextCLIP(24, VIT, TEXT),
-    "open_clip's attention": lambda: open_clip.CLIP(24, VIT | {"qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_fc": True}, TEXT),
+    "open_clip's attention": lambda: open_clip.CLIP(
+        24, VIT | {"qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_fc": True}, TEXT
+    ),
     "layer scale": lambda: open_clip.CLIP(24, VIT | {"ls_init_value": 0.5}, TEXT),
     "CoCa": lambda: open_clip.CoCa(
         24,
@@ -46,9 +48,15 @@ FAMILIES = {
         VIT | {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
     ),
     "timm, class token": lambda: with_trunk("vit_tiny_patch16_224", depth=1, embed_dim=32, num_heads=2),
-    "timm, no class token": lambda: with_trunk("vit_tiny_patch16_224", depth=1, embed_dim=32, num_heads=2, class_token=False, global_pool="avg"),
-    "EVA, fused": lambda: with_trunk("eva02_tiny_patch14_224", depth=1, embed_dim=32, num_heads=2, patch_size=8, qkv_fused=True, qkv_bias=True),
-    "EVA, gated MLP": lambda: with_trunk("eva02_tiny_patch14_224", depth=1, embed_dim=32, num_heads=2, patch_size=8, qkv_fused=False),
+    "timm, no class token": lambda: with_trunk(
+        "vit_tiny_patch16_224", depth=1, embed_dim=32, num_heads=2, class_token=False, global_pool="avg"
+    ),
+    "EVA, fused": lambda: with_trunk(
+        "eva02_tiny_patch14_224", depth=1, embed_dim=32, num_heads=2, patch_size=8, qkv_fused=True, qkv_bias=True
+    ),
+    "EVA, gated MLP": lambda: with_trunk(
+        "eva02_tiny_patch14_224", depth=1, embed_dim=32, num_heads=2, patch_size=8, qkv_fused=False
+    ),
 }
 
 
@@ -60,7 +68,12 @@ def model(request) -> nn.Module:
 
 def encode(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    pixels = torch.rand(3, 3, *(model.visual.image_size if isinstance(model.visual.image_size, tuple) else (16, 16)), generator=generator)
+    pixels = torch.rand(
+        3,
+        3,
+        *(model.visual.image_size if isinstance(model.visual.image_size, tuple) else (16, 16)),
+        generator=generator,
+    )
     tokens = torch.randint(1, 50, (3, 8), generator=generator)
     return model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
 
@@ -114,7 +127,10 @@ def test_ejecting_restores_the_very_model(model) -> None:
 
 def test_a_tower_without_a_class_token_routes_on_the_mean() -> None:
     pools = inject_experts_(FAMILIES["timm, no class token"](), PoolSettings())
-    assert {r.parameter.split(".")[0]: p.settings.route_on for r, p in pools.items()} == {"visual": "mean", "text": "first"}
+    assert {r.parameter.split(".")[0]: p.settings.route_on for r, p in pools.items()} == {
+        "visual": "mean",
+        "text": "first",
+    }
     pool = ExpertPool(2, 2, PoolSettings(rank=2, k_train=1, k_merge=1, route_on="mean"))
     with torch.no_grad():
         pool.router.weight.copy_(torch.eye(2))
@@ -137,7 +153,12 @@ def test_the_decoder_of_coca_is_left_alone() -> None:
     ("visual", "reason"),
     [
         (lambda: timm.create_model("resnet10t", num_classes=24), "has no transformer blocks"),
-        (lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=56, num_classes=24, depths=(1,), num_heads=(3,)), "attends within windows"),
+        (
+            lambda: timm.create_model(
+                "swin_tiny_patch4_window7_224", img_size=56, num_classes=24, depths=(1,), num_heads=(3,)
+            ),
+            "attends within windows",
+        ),
     ],
 )
 def test_a_tower_that_is_no_vit_is_refused_with_the_reason_and_left_as_it_was(visual, reason) -> None:

@@ -23,7 +23,18 @@ from r1export.recipe import load_recipe
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHARED = Path(__file__).parents[2].parent / "shared"
 
-EUROSAT = ("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop", "Residential", "River", "SeaLake")
+EUROSAT = (
+    "AnnualCrop",
+    "Forest",
+    "HerbaceousVegetation",
+    "Highway",
+    "Industrial",
+    "Pasture",
+    "PermanentCrop",
+    "Residential",
+    "River",
+    "SeaLake",
+)
 
 
 def put(file: Path, red: int = 0) -> Path:
@@ -69,7 +80,9 @@ def test_order_two_has_the_same_sets():
 @pytest.mark.parametrize("key", [*mtil.ORDER_I, "cifar10"])
 def test_names_and_templates_of_a_set_are_distinct_and_whole(key):
     names, templates = mtil.class_names(key), mtil.templates(key)
-    assert len({"".join(filter(str.isalnum, name.casefold())) for name in names}) == len(names), "names are matched by letters and digits"
+    assert len({"".join(filter(str.isalnum, name.casefold())) for name in names}) == len(names), (
+        "names are matched by letters and digits"
+    )
     assert all(name == " ".join(name.split()) and "_" not in name for name in names)
     assert len(set(templates)) == len(templates)
     assert all(template.count("{}") == 1 for template in templates)
@@ -140,7 +153,13 @@ def test_caltech101(tmp_path):
     task = mtil.load("Caltech101", tmp_path)
     assert task.classes == mtil.class_names("caltech101")
     assert {task.classes[label] for label in (*task.train.labels, *task.test.labels)} == {"airplane"}
-    assert sorted(round(red(images, i), -1) for images in (task.train, task.test) for i in range(len(images))) == [10, 20, 30, 40, 50]
+    assert sorted(round(red(images, i), -1) for images in (task.train, task.test) for i in range(len(images))) == [
+        10,
+        20,
+        30,
+        40,
+        50,
+    ]
 
 
 @pytest.mark.parametrize(("key", "torchvision"), [("cifar10", datasets.CIFAR10), ("cifar100", datasets.CIFAR100)])
@@ -156,7 +175,9 @@ def test_cifar(tmp_path, monkeypatch, key, torchvision):
     pixels[1, 0, 4, 4] = 200
     for listing, own in (("train_list", [4, 5]), ("test_list", [3, 7])):
         batch = {"data": pixels.reshape(2, -1), labels: own}
-        monkeypatch.setattr(torchvision, listing, [[name, dump(name, batch)] for name, _ in getattr(torchvision, listing)])
+        monkeypatch.setattr(
+            torchvision, listing, [[name, dump(name, batch)] for name, _ in getattr(torchvision, listing)]
+        )
     meta = torchvision.meta | {"md5": dump(torchvision.meta["filename"], {torchvision.meta["key"]: underscored(key)})}
     monkeypatch.setattr(torchvision, "meta", meta)
 
@@ -212,7 +233,9 @@ def test_eurosat(eurosat):
 
 
 def test_a_set_without_official_split_is_split_as_random_split_does(eurosat):
-    train, test = torch.utils.data.random_split(datasets.EuroSAT(eurosat), [40, 10], generator=torch.Generator().manual_seed(42))
+    train, test = torch.utils.data.random_split(
+        datasets.EuroSAT(eurosat), [40, 10], generator=torch.Generator().manual_seed(42)
+    )
     task = mtil.load("EuroSAT", eurosat)
     assert task.train.labels.tolist() == [train.dataset.targets[i] for i in train.indices]
     assert task.test.labels.tolist() == [test.dataset.targets[i] for i in test.indices]
@@ -240,7 +263,9 @@ def test_food101(tmp_path):
     data = tmp_path / "food-101"
     (data / "meta").mkdir(parents=True)
     for split in ("train", "test"):
-        (data / "meta" / f"{split}.json").write_text(json.dumps({name: [f"{name}/{split}7"] for name in underscored("food101")}))
+        (data / "meta" / f"{split}.json").write_text(
+            json.dumps({name: [f"{name}/{split}7"] for name in underscored("food101")})
+        )
     put(data / "images" / "waffles" / "train7.jpg", 30)
     put(data / "images" / "waffles" / "test7.jpg", 50)
     task = mtil.load("Food101", tmp_path)
@@ -282,14 +307,21 @@ def test_oxfordiiitpet(tmp_path):
 def test_stanfordcars(tmp_path):
     data = tmp_path / "stanford_cars"
     (data / "devkit").mkdir(parents=True)
-    annotations = np.array([("00001.jpg", 14), ("00002.jpg", 196), ("00003.jpg", 2)], [("fname", object), ("class", object)])
+    annotations = np.array(
+        [("00001.jpg", 14), ("00002.jpg", 196), ("00003.jpg", 2)], [("fname", object), ("class", object)]
+    )
     scipy.io.savemat(data / "devkit" / "cars_train_annos.mat", {"annotations": annotations[:2]})
     scipy.io.savemat(data / "cars_test_annos_withlabels.mat", {"annotations": annotations[1:]})
-    scipy.io.savemat(data / "devkit" / "cars_meta.mat", {"class_names": np.array(mtil.class_names("stanfordcars"), object)})
+    scipy.io.savemat(
+        data / "devkit" / "cars_meta.mat", {"class_names": np.array(mtil.class_names("stanfordcars"), object)}
+    )
     put(data / "cars_train" / "00002.jpg", 40)
     (data / "cars_test").mkdir()
     task = mtil.load("StanfordCars", tmp_path)
-    assert [task.classes[label] for label in task.train.labels] == ["Audi TTS Coupe 2012", "smart fortwo Convertible 2012"]
+    assert [task.classes[label] for label in task.train.labels] == [
+        "Audi TTS Coupe 2012",
+        "smart fortwo Convertible 2012",
+    ]
     assert task.test.labels.tolist() == [195, 1]
     assert red(task.train, 1) == pytest.approx(40, abs=1)
 
@@ -312,7 +344,10 @@ def test_sun397(tmp_path):
     assert task.classes == mtil.class_names("sun397")
     assert (len(task.train), len(task.test)) == (8, 2)
     for images in (task.train, task.test):
-        assert {task.classes[label]: round(red(images, i), -1) for i, label in enumerate(images.labels)}.items() <= {"abbey": 10, "jail cell": 90}.items()
+        assert {task.classes[label]: round(red(images, i), -1) for i, label in enumerate(images.labels)}.items() <= {
+            "abbey": 10,
+            "jail cell": 90,
+        }.items()
 
 
 def test_the_order_of_the_file_system_does_not_move_images_between_train_and_test(tmp_path, monkeypatch):

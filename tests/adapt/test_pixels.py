@@ -30,7 +30,9 @@ def test_what_does_not_fit_is_decoded_again_with_the_same_result(tiny_clip, stri
     reads: list[int] = []
     small = Pixels(counting(stripes, reads), tiny_clip.preprocess, budget=10)
     for _ in range(2):
-        assert np.array_equal(small.batch(np.array([5])), Pixels(stripes.train, tiny_clip.preprocess).batch(np.array([5])))
+        assert np.array_equal(
+            small.batch(np.array([5])), Pixels(stripes.train, tiny_clip.preprocess).batch(np.array([5]))
+        )
     assert reads == [5, 5]
 
 

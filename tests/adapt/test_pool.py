@@ -12,7 +12,9 @@ from r1export.adapt.pool import ExpertPool, PoolSettings, top_experts
 
 def make_pool(**changes) -> ExpertPool:
     torch.manual_seed(0)
-    pool = ExpertPool(6, 5, PoolSettings(**({"rank": 4, "k_train": 2, "k_merge": 1, "dropout": 0.0} | changes)), dtype=torch.float64)
+    pool = ExpertPool(
+        6, 5, PoolSettings(**({"rank": 4, "k_train": 2, "k_merge": 1, "dropout": 0.0} | changes)), dtype=torch.float64
+    )
     pool.reset_(torch.Generator().manual_seed(1))
     torch.nn.init.normal_(pool.lora_B)
     return pool

@@ -84,7 +84,14 @@ def test_a_task_is_checked_and_the_message_names_its_folder(pets):
 
 def test_a_pack_without_training_images_is_a_probe_and_nothing_else(pets):
     label = np.array([0, 1])
-    np.savez(pets / "probe.npz", blob=np.zeros(2, np.uint8), off=np.arange(3), label=label, split=np.full(2, 2), names=np.array(["cat", "dog"]))
+    np.savez(
+        pets / "probe.npz",
+        blob=np.zeros(2, np.uint8),
+        off=np.arange(3),
+        label=label,
+        split=np.full(2, 2),
+        names=np.array(["cat", "dog"]),
+    )
     assert len(load_task("npz:probe.npz", root=pets, test_only=True).test) == 2
     with pytest.raises(InputError, match="no training images"):
         load_task("npz:probe.npz", root=pets)

@@ -32,7 +32,16 @@ def train(clip, task, settings=SETTINGS, *, number=1, earlier=None, checkpoint=N
             raise Killed
 
     try:
-        losses = train_pools_(clip, pools, task, Pixels(task.train, clip.preprocess), settings, number=number, checkpoint=checkpoint, on_step=on_step)
+        losses = train_pools_(
+            clip,
+            pools,
+            task,
+            Pixels(task.train, clip.preprocess),
+            settings,
+            number=number,
+            checkpoint=checkpoint,
+            on_step=on_step,
+        )
     finally:
         eject_experts_(clip.model)
     return pools, losses
@@ -63,7 +72,9 @@ def test_only_the_pools_change(tiny_clip, stripes) -> None:
 
 
 def test_the_same_seed_gives_the_same_experts_bit_for_bit_and_another_seed_others(tiny_clip, stripes) -> None:
-    one, other, different = (train(tiny_clip, stripes, TrainSettings(iterations=4, batch_size=8, seed=seed))[0] for seed in (1, 1, 2))
+    one, other, different = (
+        train(tiny_clip, stripes, TrainSettings(iterations=4, batch_size=8, seed=seed))[0] for seed in (1, 1, 2)
+    )
     assert same(pool_tensors(one), pool_tensors(other))
     assert not same(pool_tensors(one), pool_tensors(different))
 
@@ -77,7 +88,9 @@ def test_the_random_state_of_the_program_does_not_matter(tiny_clip, stripes) -> 
 
 
 @pytest.mark.parametrize("kill_at", [2, 3, 5, 6, 8])
-def test_a_run_killed_inside_a_task_and_resumed_is_the_uninterrupted_run(tiny_clip, stripes, tmp_path, kill_at: int) -> None:
+def test_a_run_killed_inside_a_task_and_resumed_is_the_uninterrupted_run(
+    tiny_clip, stripes, tmp_path, kill_at: int
+) -> None:
     whole, losses = train(tiny_clip, stripes)
     checkpoint = tmp_path / "checkpoint.safetensors"
     with pytest.raises(Killed):
@@ -100,7 +113,9 @@ def test_orthogonality_keeps_a_task_off_what_earlier_tasks_merged(tiny_clip, str
 
 
 def test_after_consolidation_only_the_experts_that_will_be_merged_are_trained(tiny_clip, stripes) -> None:
-    pools, _ = train(tiny_clip, stripes, TrainSettings(iterations=8, batch_size=8, learning_rate=5e-3, consolidate=0.5, seed=1))
+    pools, _ = train(
+        tiny_clip, stripes, TrainSettings(iterations=8, batch_size=8, learning_rate=5e-3, consolidate=0.5, seed=1)
+    )
     for pool in pools.values():
         assert int(pool.gate.sum()) == pool.settings.k_merge
         assert pool.gate.nonzero()[:, 0].tolist() == pool.selected().tolist()
@@ -110,7 +125,9 @@ def test_after_consolidation_only_the_experts_that_will_be_merged_are_trained(ti
 
 @pytest.mark.parametrize("kill_at", [4, 6])
 def test_a_consolidated_run_resumes_exactly(tiny_clip, stripes, tmp_path, kill_at: int) -> None:
-    settings = TrainSettings(iterations=8, batch_size=8, learning_rate=5e-3, consolidate=0.5, checkpoint_every=1, seed=1)
+    settings = TrainSettings(
+        iterations=8, batch_size=8, learning_rate=5e-3, consolidate=0.5, checkpoint_every=1, seed=1
+    )
     whole, _ = train(tiny_clip, stripes, settings)
     with pytest.raises(Killed):
         train(tiny_clip, stripes, settings, checkpoint=tmp_path / "c.safetensors", kill_at=kill_at)

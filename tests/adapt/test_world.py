@@ -117,5 +117,7 @@ def test_pieces_of_photographs_are_real_and_none_is_both_trained_and_tested() ->
     for images, columns in ((photos.train, china[:, :400]), (photos.test, china[:, 400:])):
         piece = np.asarray(images.read(2))
         windows = np.lib.stride_tricks.sliding_window_view(columns[:, :, 0], (1, 128))[:, :, 0]
-        assert (windows == piece[0, :, 0]).all(-1).any(), "the first row of the piece stands somewhere in its half of the photograph"
+        assert (windows == piece[0, :, 0]).all(-1).any(), (
+            "the first row of the piece stands somewhere in its half of the photograph"
+        )
         assert np.bincount(images.labels).tolist() == [100, 100]

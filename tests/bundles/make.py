@@ -33,13 +33,25 @@ def main(out: Path, precision: str) -> None:
         releases = sorted((run / "releases").iterdir())
         shutil.copytree(releases[0], out / "base", ignore=shutil.ignore_patterns("README.md"))
         (out / "key.pub").write_text(KEY.public.to_pem())
-        accepted = [("1-digits.r1u", 1, 0, 0), ("2-shapes-since-1.r1u", 2, 1, 0), ("3-colours-since-2.r1u", 3, 2, 0), ("4-back-to-1.r1u", 1, 3, 4)]
+        accepted = [
+            ("1-digits.r1u", 1, 0, 0),
+            ("2-shapes-since-1.r1u", 2, 1, 0),
+            ("3-colours-since-2.r1u", 3, 2, 0),
+            ("4-back-to-1.r1u", 1, 3, 4),
+        ]
         steps = []
         for name, release, since, seq in accepted:
             bundle = make_bundle(run, release, since, [KEY], out / name, seq=seq, terms=TERMS)
-            steps.append({"update": name, "exit_code": 0, "slot": bundle.slot, "files": fleet.hashes(releases[release])})
+            steps.append(
+                {"update": name, "exit_code": 0, "slot": bundle.slot, "files": fleet.hashes(releases[release])}
+            )
         refused = list(refusals(run, out))
-    expected = {"product": TERMS.product, "device_class": TERMS.device_class, "accepted": steps, "refused_at_1": refused}
+    expected = {
+        "product": TERMS.product,
+        "device_class": TERMS.device_class,
+        "accepted": steps,
+        "refused_at_1": refused,
+    }
     (out / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     (out / "arithmetic.json").write_text(json.dumps(arithmetic(), indent=1) + "\n")
 
@@ -71,7 +83,11 @@ def refusals(run: Path, out: Path):
         "expired": (1, "expired in 2020", changed(created=1_500_000_000, expires=1_600_000_000)),
         "lacking": (1, "needs factors that the device has not", third.to_bytes()),
         "swapped": (1, "the experts in another order: one bit differs", signed(swapped.to_bytes())),
-        "result": (1, "a wrong digest of a result", changed(tensors={**good.manifest.tensors, "visual.head.weight": "0" * 64}, files=wrong(good))),
+        "result": (
+            1,
+            "a wrong digest of a result",
+            changed(tensors={**good.manifest.tensors, "visual.head.weight": "0" * 64}, files=wrong(good)),
+        ),
         "traversal": (2, "a path with ..", signed(text.replace(b'"preprocess.json"', b'"../process.json"'))),
         "duplicate": (2, "a member twice", signed(text.replace(b'"seq":2', b'"seq":2,"seq":3'))),
         "float": (2, "2.0 for 2", signed(text.replace(b'"seq":2', b'"seq":2.0'))),
@@ -80,7 +96,11 @@ def refusals(run: Path, out: Path):
         "gap": (
             2,
             "a gap in the payload",
-            signed(text.replace(b'"payload":{"bytes":%d' % len(good.payload), b'"payload":{"bytes":%d' % (len(good.payload) + 8))),
+            signed(
+                text.replace(
+                    b'"payload":{"bytes":%d' % len(good.payload), b'"payload":{"bytes":%d' % (len(good.payload) + 8)
+                )
+            ),
         ),
     }
     if good.manifest.algorithm.endswith("+q8"):
@@ -92,7 +112,10 @@ def refusals(run: Path, out: Path):
 
 
 def wrong(bundle: Bundle):
-    return tuple(dataclasses.replace(file, sha256="0" * 64) if file.path == "visual.safetensors" else file for file in bundle.manifest.files)
+    return tuple(
+        dataclasses.replace(file, sha256="0" * 64) if file.path == "visual.safetensors" else file
+        for file in bundle.manifest.files
+    )
 
 
 def nonzero_padding(data: bytes, payload: int) -> bytes:

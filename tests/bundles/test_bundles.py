@@ -86,6 +86,9 @@ def test_the_merge_gives_the_known_bits(vectors):
     for case in json.loads((vectors / "arithmetic.json").read_text()):
         dtype = {"F32": ">f4", "F16": ">f2"}[case["type"]]
         weight = np.frombuffer(bytes.fromhex(case["weight"]), dtype).reshape(1, 1)
-        u, v = (np.array([struct.unpack(">f", bytes.fromhex(pair[side]))[0] for pair in case["products"]], "f4") for side in (0, 1))
+        u, v = (
+            np.array([struct.unpack(">f", bytes.fromhex(pair[side]))[0] for pair in case["products"]], "f4")
+            for side in (0, 1)
+        )
         update = ExpertUpdate({Rows("w", 0, 1): Factors(u.reshape(1, -1), v.reshape(-1, 1))})
         assert update.apply({"w": weight.astype(dtype[1:])})["w"].astype(dtype).tobytes().hex() == case["result"]

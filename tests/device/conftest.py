@@ -50,7 +50,17 @@ class Lab:
         if name not in self.made:
             path = self.folder / f"update-{len(self.made)}.r1u"
             terms = Terms(**{"product": "camera", "device_class": "v1", "created": CREATED, **terms})
-            make_bundle(self.run, release, since, keys or [self.key], path, seq=seq, drop=drop, terms=terms, refresh=self.fleet.refresh)
+            make_bundle(
+                self.run,
+                release,
+                since,
+                keys or [self.key],
+                path,
+                seq=seq,
+                drop=drop,
+                terms=terms,
+                refresh=self.fleet.refresh,
+            )
             self.made[name] = path
         return self.made[name]
 
@@ -86,13 +96,17 @@ class Device:
         found = {}
         for path in sorted(self.path.rglob("*")):
             name = str(path.relative_to(self.path))
-            found[name] = str(path.readlink()) if path.is_symlink() else sha256_file(path) if path.is_file() else "folder"
+            found[name] = (
+                str(path.readlink()) if path.is_symlink() else sha256_file(path) if path.is_file() else "folder"
+            )
         found.pop("lock", None)
         return found
 
     def facts(self) -> dict[str, str]:
         """`everything` but the record of tries, which a failed update may write."""
-        return {name: value for name, value in self.everything().items() if name != "state.json"} | {"seq": str(self.store.state().seq)}
+        return {name: value for name, value in self.everything().items() if name != "state.json"} | {
+            "seq": str(self.store.state().seq)
+        }
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +140,9 @@ def other_lab(fleet, tmp_path_factory, precision, factors) -> Lab:
 def new_devices(lab, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("factory")
     for mode in ("slot", "overlay"):
-        install.init(folder / mode, lab.release(0), [lab.public], product="camera", device_class="v1", mode=mode, health="none")
+        install.init(
+            folder / mode, lab.release(0), [lab.public], product="camera", device_class="v1", mode=mode, health="none"
+        )
     return {mode: folder / mode for mode in ("slot", "overlay")}
 
 

@@ -26,7 +26,12 @@ SHAPES = {  # parameter: logical shape, file, whether it is stored as (in, out)
 ORDER_WEIGHT = -1.25 * 2.0**-54
 ORDER_PRODUCTS = ((1 + 2.0**-23, 1.0), (2.0**-12 * (1 + 2.0**-15), 2.0**-12 * (1 - 2.0**-15)))
 QUANTISED = ("visual.proj.weight", "visual.head.weight", "text.head.weight")  # in the int8 run
-ADAPTED = (Rows("visual.proj.weight", 0, 8), Rows("visual.proj.weight", 8, 16), Rows("visual.head.weight", 0, 8), Rows("text.head.weight", 0, 8))
+ADAPTED = (
+    Rows("visual.proj.weight", 0, 8),
+    Rows("visual.proj.weight", 8, 16),
+    Rows("visual.head.weight", 0, 8),
+    Rows("text.head.weight", 0, 8),
+)
 
 
 def make_run(run: Path, precision: str = "fp32", factors: str = "float32") -> Path:
@@ -35,7 +40,10 @@ def make_run(run: Path, precision: str = "fp32", factors: str = "float32") -> Pa
     dtype = np.float16 if precision == "fp16" else np.float32
     base = {name: (rng.standard_normal(shape) * 0.3).astype(dtype) for name, (shape, _, _) in SHAPES.items()}
     base["visual.head.weight"][0, 0] = ORDER_WEIGHT
-    golden = {"pixel_values": rng.standard_normal((6, 3, 8, 8)).astype(np.float32), "input_ids": rng.integers(0, 32, (4, 5))}
+    golden = {
+        "pixel_values": rng.standard_normal((6, 3, 8, 8)).astype(np.float32),
+        "input_ids": rng.integers(0, 32, (4, 5)),
+    }
     updates: list[tuple[str, str, ExpertUpdate]] = []
     write_release(run / "releases" / "00-base", base, base, golden, updates, precision)
     for number, task in enumerate(TASKS, 1):
@@ -55,7 +63,10 @@ def random_update(rng: np.random.Generator, experts: int, dtype: str, corner: tu
     pairs = {}
     for rows in ADAPTED:
         shape = SHAPES[rows.parameter][0]
-        lora_A, lora_B = rng.standard_normal((experts, shape[1])), rng.standard_normal((rows.stop - rows.start, experts)) * 0.05
+        lora_A, lora_B = (
+            rng.standard_normal((experts, shape[1])),
+            rng.standard_normal((rows.stop - rows.start, experts)) * 0.05,
+        )
         if rows.parameter == "visual.head.weight":
             lora_B[0], lora_B[0, 0], lora_A[0] = 0, corner[0], 0
             lora_A[0, 0] = corner[1]
@@ -90,7 +101,10 @@ def write_release(folder: Path, base: dict, weights: dict, golden: dict, updates
                 tensors[spec.name]["scale"] = f"{spec.name}.scale"
     for name, model in _graphs(folder, precision).items():
         onnx.save(model, folder / name)
-    write_tensors(folder / "golden.safetensors", golden | {"image_embeds": np.zeros((6, 8), "f4"), "text_embeds": np.zeros((4, 8), "f4")})
+    write_tensors(
+        folder / "golden.safetensors",
+        golden | {"image_embeds": np.zeros((6, 8), "f4"), "text_embeds": np.zeros((4, 8), "f4")},
+    )
     answers = expected(folder)
     write_tensors(folder / "golden.safetensors", golden | answers)
     for task, _, _ in updates:
@@ -107,7 +121,9 @@ def write_release(folder: Path, base: dict, weights: dict, golden: dict, updates
         "precision": precision,
         "base": {"name": "tiny", "sha256": base_digest},
         "updates": [{"task": task, "sha256": digest} for task, digest, _ in updates],
-        "files": {path: {"sha256": sha256_file(folder / path), "bytes": (folder / path).stat().st_size} for path in paths},
+        "files": {
+            path: {"sha256": sha256_file(folder / path), "bytes": (folder / path).stat().st_size} for path in paths
+        },
         "tensors": tensors,
         "golden": {"max_abs": 5e-5, "min_cosine": 0.999999},
         "tasks": [{"name": task, "classes": 3, "learned": True, "accuracy": 0.5} for task, _, _ in updates],
@@ -134,7 +150,10 @@ def expected(folder: Path) -> dict[str, np.ndarray]:
     """What onnxruntime answers to the golden inputs."""
     golden = read_tensors(folder / "golden.safetensors")
     answers = {}
-    for graph, given, answer in (("visual.onnx", "pixel_values", "image_embeds"), ("textual.onnx", "input_ids", "text_embeds")):
+    for graph, given, answer in (
+        ("visual.onnx", "pixel_values", "image_embeds"),
+        ("textual.onnx", "input_ids", "text_embeds"),
+    ):
         session = ort.InferenceSession(folder / graph, providers=["CPUExecutionProvider"])
         (answers[answer],) = session.run([answer], {given: golden[given]})
     return answers
@@ -143,7 +162,11 @@ def expected(folder: Path) -> dict[str, np.ndarray]:
 def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file that a release's manifest lists, and of the manifest."""
     skipped = {"README.md", "report.json", "update.r1u"}
-    return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in skipped}
+    return {
+        str(path.relative_to(folder)): sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in skipped
+    }
 
 
 def _stored(weight: np.ndarray, transposed: bool) -> np.ndarray:
@@ -154,7 +177,10 @@ def _graphs(folder: Path, precision: str) -> dict[str, onnx.ModelProto]:
     pixels = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["n", 3, 8, 8])
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["m", 5])
     classes = helper.make_tensor_value_info("class_embeds", TensorProto.FLOAT, ["c", 8])
-    image, text, logits = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("image_embeds", "text_embeds", "logits"))
+    image, text, logits = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        for name in ("image_embeds", "text_embeds", "logits")
+    )
     node = helper.make_node
     visual = [
         *(_as_float(name, precision) for name in SHAPES if name.startswith("visual")),
@@ -172,7 +198,11 @@ def _graphs(folder: Path, precision: str) -> dict[str, onnx.ModelProto]:
         node("MatMul", ["y", "text.head.weight.f"], ["e"]),
         node("LpNormalization", ["e"], ["text_embeds"], axis=-1, p=2),
     ]
-    classify = [*visual, node("Transpose", ["class_embeds"], ["t"], perm=[1, 0]), node("MatMul", ["image_embeds", "t"], ["logits"])]
+    classify = [
+        *visual,
+        node("Transpose", ["class_embeds"], ["t"], perm=[1, 0]),
+        node("MatMul", ["image_embeds", "t"], ["logits"]),
+    ]
     return {
         "visual.onnx": _model(folder, visual, [pixels], image, "visual.safetensors"),
         "textual.onnx": _model(folder, textual, [ids], text, "textual.safetensors"),

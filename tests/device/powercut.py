@@ -19,7 +19,11 @@ class File:
     durable: bytes = b""
 
     def outcomes(self) -> list[bytes]:
-        return [self.content] if self.content == self.durable else [self.durable, self.content, self.content[: len(self.content) // 2]]
+        return (
+            [self.content]
+            if self.content == self.durable
+            else [self.durable, self.content, self.content[: len(self.content) // 2]]
+        )
 
 
 @dataclass(eq=False)
@@ -31,7 +35,9 @@ class Link:
 class Folder:
     now: dict[str, File | Link | Folder] = field(default_factory=dict)
     durable: dict[str, File | Link | Folder] = field(default_factory=dict)
-    pending: list[Mapping[str, File | Link | Folder | None]] = field(default_factory=list)  # each one atomic: name -> node or gone
+    pending: list[Mapping[str, File | Link | Folder | None]] = field(
+        default_factory=list
+    )  # each one atomic: name -> node or gone
 
     def do(self, operation: Mapping[str, File | Link | Folder | None]) -> None:
         self.now = _after(self.now, operation)

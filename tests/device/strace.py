@@ -20,7 +20,21 @@ except R1ExportError as error:
     sys.exit(error.exit_code)
 """
 MUTATING = ("openat", "write", "fsync", "rename", "mkdir", "symlink", "unlink", "unlinkat", "rmdir", "chmod")
-OTHERS = ("writev", "pwrite64", "fdatasync", "renameat", "renameat2", "mkdirat", "symlinkat", "link", "linkat", "fchmod", "fchmodat", "ftruncate", "truncate")
+OTHERS = (
+    "writev",
+    "pwrite64",
+    "fdatasync",
+    "renameat",
+    "renameat2",
+    "mkdirat",
+    "symlinkat",
+    "link",
+    "linkat",
+    "fchmod",
+    "fchmodat",
+    "ftruncate",
+    "truncate",
+)
 _LINE = re.compile(r"(\w+)\((.*)\)\s+= (-?\d+|\?)(?:<((?:\\x[0-9a-f]{2})*)>)?.*")
 
 
@@ -53,7 +67,19 @@ def environment() -> dict[str, str]:
 def record(store: Path, bundle: Path, log: Path) -> list[Call]:
     """Apply `bundle` and list every call that could change the store, in order."""
     names = ",".join(MUTATING + OTHERS)
-    line = ["strace", "-f", "-y", "-xx", "-s", "1000000", "-e", f"trace={names}", "-o", str(log), *command(store, bundle)]
+    line = [
+        "strace",
+        "-f",
+        "-y",
+        "-xx",
+        "-s",
+        "1000000",
+        "-e",
+        f"trace={names}",
+        "-o",
+        str(log),
+        *command(store, bundle),
+    ]
     subprocess.run(line, check=True, env=environment())
     return list(parse(log.read_text(), str(store)))
 
@@ -81,5 +107,15 @@ def _unhex(text: str) -> bytes:
 
 def inject(store: Path, bundle: Path, call: Call, fault: str) -> int:
     """Apply `bundle` while the call fails: `fault` is signal=SIGKILL, error=ENOSPC or error=EIO. Returns the exit code."""
-    line = ["strace", "-f", "-o", "/dev/null", "-e", f"trace={call.name}", "-e", f"inject={call.name}:{fault}:when={call.number}", *command(store, bundle)]
+    line = [
+        "strace",
+        "-f",
+        "-o",
+        "/dev/null",
+        "-e",
+        f"trace={call.name}",
+        "-e",
+        f"inject={call.name}:{fault}:when={call.number}",
+        *command(store, bundle),
+    ]
     return subprocess.run(line, capture_output=True, env=environment()).returncode

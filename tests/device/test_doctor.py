@@ -31,7 +31,11 @@ def test_a_sound_store_has_no_faults(used):
 
 
 def test_rot_in_every_file_of_the_store_is_found(used):
-    files = [path for path in used.path.rglob("*") if path.is_file() and path.name not in ("lock", "store.json") and "current" not in path.parts]
+    files = [
+        path
+        for path in used.path.rglob("*")
+        if path.is_file() and path.name not in ("lock", "store.json") and "current" not in path.parts
+    ]
     for path in files:
         original = path.read_bytes()
         flip(path, len(original) // 2)
@@ -78,7 +82,12 @@ def test_an_arithmetic_that_is_not_the_labs_is_found(used, monkeypatch):
 
 def test_status_says_what_is_current(used):
     found = status(used.path)
-    assert (found["name"], found["seq"], found["tasks"], found["highest_seq"]) == ("02-shapes", 2, ["digits", "shapes"], 2)
+    assert (found["name"], found["seq"], found["tasks"], found["highest_seq"]) == (
+        "02-shapes",
+        2,
+        ["digits", "shapes"],
+        2,
+    )
     used.rollback(0)
     found = status(used.path)
     assert (found["current"], found["seq"], found["highest_seq"]) == ("base", 0, 2)

@@ -32,7 +32,9 @@ def load(name):
 
 
 strace, powercut = load("strace"), load("powercut")
-pytestmark = pytest.mark.skipif(not strace.available(), reason="strace is not installed or may not trace (apt-get install strace)")
+pytestmark = pytest.mark.skipif(
+    not strace.available(), reason="strace is not installed or may not trace (apt-get install strace)"
+)
 
 
 @pytest.fixture
@@ -85,7 +87,10 @@ def test_every_call_may_fail_or_be_the_last(lab, updated, tmp_path, capsys):
     with ThreadPoolExecutor(2) as pool:
         found = [text for texts in pool.map(violations, range(len(cases))) for text in texts]
     with capsys.disabled():
-        print(f"[{len(cases)} of {len(calls) * len(FAULTS)} faults in {len(calls)} calls, {len(found)} violations]", end=" ")
+        print(
+            f"[{len(cases)} of {len(calls) * len(FAULTS)} faults in {len(calls)} calls, {len(found)} violations]",
+            end=" ",
+        )
     assert found == []
     assert len(cases) >= 8
 
@@ -99,7 +104,10 @@ class Rules:
     def __init__(self, old, new, scratch):
         self.scratch, self.records = scratch, {}
         self.trees = {name: tree(device.path) for name, device in (("old", old), ("new", new))}
-        self.factors = {1: {path.name for path in (old.path / "factors").iterdir()}, 2: {path.name for path in (new.path / "factors").iterdir()}}
+        self.factors = {
+            1: {path.name for path in (old.path / "factors").iterdir()},
+            2: {path.name for path in (new.path / "factors").iterdir()},
+        }
 
     def violation(self, state, tried, done) -> str:
         """The first rule that does not hold, or nothing. `tried`: the try was recorded; `done`: success was reported."""

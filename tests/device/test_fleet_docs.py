@@ -30,9 +30,16 @@ def kit(tmp_path_factory):
 
 
 def run(script: Path, kit: Path, store: Path, *arguments, **environment):
-    text = script.read_text().replace("/usr/lib/r1device.pyz", str(kit)).replace("/data/model", str(store)).replace("python3", sys.executable)
+    text = (
+        script.read_text()
+        .replace("/usr/lib/r1device.pyz", str(kit))
+        .replace("/data/model", str(store))
+        .replace("python3", sys.executable)
+    )
     script.write_text(text)
-    return subprocess.run(["sh", script, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run(
+        ["sh", script, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, **environment}
+    )
 
 
 def test_the_mender_module_installs_and_rolls_back(lab, slot_device, kit, tmp_path):
@@ -69,8 +76,14 @@ def test_a_device_takes_the_smallest_fitting_update_from_a_plain_folder(lab, slo
     handler = functools.partial(Quiet, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        code = example("python", "channel.json").replace("https://models.example/camera/v1", f"http://127.0.0.1:{server.server_port}")
-        code = code.replace('"r1device.pyz"', repr(str(kit))).replace("/data/model", str(slot_device.path)).replace("/tmp/update.r1u", str(tmp_path / "u"))
+        code = example("python", "channel.json").replace(
+            "https://models.example/camera/v1", f"http://127.0.0.1:{server.server_port}"
+        )
+        code = (
+            code.replace('"r1device.pyz"', repr(str(kit)))
+            .replace("/data/model", str(slot_device.path))
+            .replace("/tmp/update.r1u", str(tmp_path / "u"))
+        )
         subprocess.run([sys.executable, "-c", code], check=True)
         server.shutdown()
     assert slot_device.files() == lab.fleet.hashes(lab.release(3))

@@ -36,7 +36,11 @@ def test_a_sound_version_is_healthy_in_both_towers(lab, device):
 def test_what_is_beyond_a_limit_is_named(lab, device, monkeypatch, limits, name):
     device.apply(lab.bundle(1, 0))
     original = health.compare
-    monkeypatch.setattr(health, "compare", lambda tower, embeds, expected, classes: original(tower, embeds + np.float32(1e-5), expected, classes))
+    monkeypatch.setattr(
+        health,
+        "compare",
+        lambda tower, embeds, expected, classes: original(tower, embeds + np.float32(1e-5), expected, classes),
+    )
     with pytest.raises(CheckFailed, match=name):
         check_health(open_version(device.path), limits)
 

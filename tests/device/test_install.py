@@ -76,7 +76,9 @@ def test_a_dropped_task_leaves_the_bytes_of_never_having_learned_it(lab, device)
     device.apply(lab.bundle(3, 3, seq=8, drop=("shapes",)))
     manifest = device.store.bundle(device.store.current).manifest
     assert [update.task for update in manifest.updates] == ["digits", "colours"]
-    other = install.init(device.path.with_name("other"), lab.release(0), [lab.public], product="camera", device_class="v1", health="none")
+    other = install.init(
+        device.path.with_name("other"), lab.release(0), [lab.public], product="camera", device_class="v1", health="none"
+    )
     fresh = dataclasses.replace(device, path=other.path)
     fresh.apply(lab.bundle(3, 0, seq=8, drop=("shapes",)))
     assert fresh.files() == device.files()
@@ -111,7 +113,11 @@ def test_a_fresh_process_builds_and_checks_the_same_bytes(lab, tmp_path):
 @pytest.mark.parametrize("switches", ["", "AVX512F AVX512CD AVX512_SKX", "AVX2 FMA3"])
 def test_processor_features_and_threads_change_no_bit(lab, slot_device, monkeypatch, switches):
     available = np._core._multiarray_umath.__cpu_features__
-    names = [name for name in switches.split() if available.get(name) and name not in np._core._multiarray_umath.__cpu_baseline__]
+    names = [
+        name
+        for name in switches.split()
+        if available.get(name) and name not in np._core._multiarray_umath.__cpu_baseline__
+    ]
     monkeypatch.setenv("NPY_DISABLE_CPU_FEATURES", " ".join(names))
     monkeypatch.setenv("OMP_NUM_THREADS", "1" if names else "2")
     slot_device.apply(lab.bundle(3, 0), run=worker.run)
@@ -190,14 +196,26 @@ def test_a_strangers_update_is_refused(lab, device):
 def test_two_keys_are_needed_where_two_are_required(lab, tmp_path, device):
     (tmp_path / "second.pub").write_text(STRANGER.public.to_pem())
     shutil.rmtree(device.path)
-    install.init(device.path, lab.release(0), [lab.public, tmp_path / "second.pub"], product="camera", device_class="v1", health="none", threshold=2)
+    install.init(
+        device.path,
+        lab.release(0),
+        [lab.public, tmp_path / "second.pub"],
+        product="camera",
+        device_class="v1",
+        health="none",
+        threshold=2,
+    )
     refused(device, CheckFailed, lab.bundle(1, 0), "signed by 1")
     assert device.apply(lab.bundle(1, 0, keys=[lab.key, STRANGER])).changed
 
 
 def test_one_updates_manifest_with_anothers_payload_is_refused(lab, device, tmp_path):
     first, second = (split(lab.bundle(number, number - 1).read_bytes()) for number in (1, 2))
-    for envelope, manifest, payload in ((first[0], first[1], second[2]), (first[0], second[1], second[2]), (second[0], first[1], first[2])):
+    for envelope, manifest, payload in (
+        (first[0], first[1], second[2]),
+        (first[0], second[1], second[2]),
+        (second[0], first[1], first[2]),
+    ):
         (tmp_path / "spliced.r1u").write_bytes(assemble(envelope, manifest, payload))
         refused(device, CheckFailed, tmp_path / "spliced.r1u")
 
@@ -257,7 +275,10 @@ def test_an_unhealthy_update_is_reverted_and_given_up_after_three_tries(lab, tmp
     assert device.files() == lab.fleet.hashes(lab.release(2))
 
 
-@pytest.mark.parametrize(("command", "healthy"), [("test -d", True), ("false", False), ("no-such-program", False), ("sh -c 'kill -9 $$'", False)])
+@pytest.mark.parametrize(
+    ("command", "healthy"),
+    [("test -d", True), ("false", False), ("no-such-program", False), ("sh -c 'kill -9 $$'", False)],
+)
 def test_a_health_command_gets_the_new_version_and_decides(lab, device, command, healthy):
     shutil.rmtree(device.path)
     install.init(device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health=command)
@@ -269,7 +290,9 @@ def test_a_health_command_gets_the_new_version_and_decides(lab, device, command,
 
 def test_a_hanging_health_check_is_ended(lab, device, monkeypatch):
     shutil.rmtree(device.path)
-    install.init(device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health="sh -c 'sleep 60'")
+    install.init(
+        device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health="sh -c 'sleep 60'"
+    )
     monkeypatch.setitem(worker.SECONDS, "health", 0.2)
     refused(device, CheckFailed, lab.bundle(1, 0), "more than 0.2 seconds", run=worker.run)
 
@@ -389,7 +412,15 @@ def test_init_refuses_what_could_not_work(lab, tmp_path, monkeypatch):
     def init(store="new", base=0, trust=(lab.public,), **options):
         return install.init(tmp_path / store, lab.release(base), list(trust), **options)
 
-    for options in ({"base": 1}, {"mode": "both"}, {"threshold": 2}, {"threshold": 0}, {"keep": 0}, {"trust": ()}, {"trust": (lab.run,)}):
+    for options in (
+        {"base": 1},
+        {"mode": "both"},
+        {"threshold": 2},
+        {"threshold": 0},
+        {"keep": 0},
+        {"trust": ()},
+        {"trust": (lab.run,)},
+    ):
         with pytest.raises((InputError, IsADirectoryError)):
             init(**options)
     monkeypatch.setattr(worker, "has_onnxruntime", lambda: False)
@@ -422,7 +453,9 @@ def test_a_tensor_beyond_four_gibibytes_is_merged_where_it_lies(tmp_path):
         file.seek(offset)
         file.write(weight.tobytes())
     stored = Stored("w.safetensors", offset, weight.dtype, weight.shape, False, "")
-    release = Release(tmp_path, "", 0, "", "", "", "", (), {"w.safetensors": FileEntry("", offset + weight.nbytes)}, {"w": stored}, {})
+    release = Release(
+        tmp_path, "", 0, "", "", "", "", (), {"w.safetensors": FileEntry("", offset + weight.nbytes)}, {"w": stored}, {}
+    )
     update = ExpertUpdate({Rows("w", 0, 3): Factors(np.ones((3, 1), "f4"), np.ones((1, 4), "f4"))})
     assert np.array_equal(Rebuild(release, update).tensor("w"), weight + 1)
 

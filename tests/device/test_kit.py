@@ -44,7 +44,9 @@ def test_the_kit_is_small_and_the_same_every_time(kit, tmp_path):
 
 def test_the_kit_holds_all_that_runs_on_a_device_and_nothing_of_the_lab(kit):
     names = {name for name in zipfile.ZipFile(kit).namelist() if name.startswith("r1export/")}
-    assert names == {f"r1export/{folder}/{name}.py".replace("//", "/") for folder, modules in MODULES.items() for name in modules}
+    assert names == {
+        f"r1export/{folder}/{name}.py".replace("//", "/") for folder, modules in MODULES.items() for name in modules
+    }
     device = {path.stem for path in (PACKAGE / "device").glob("*.py")} - {"kit"}
     assert device == set(MODULES["device"])
     assert not {"publish", "drop"} & set(MODULES["update"])
@@ -54,7 +56,10 @@ def test_the_kit_updates_a_device_with_a_fresh_process_of_its_own(kit, lab, tmp_
     store = tmp_path / "store"
     options = ["--base", lab.release(0), "--trust", lab.public, "--product", "camera", "--device-class", "v1"]
     assert r1device(kit, "init", store, *options)[0] == 0
-    assert r1device(kit, "apply", store, lab.bundle(2, 0))[:2] == (0, {"slot": lab.read(lab.bundle(2, 0)).slot, "previous": "base", "changed": True})
+    assert r1device(kit, "apply", store, lab.bundle(2, 0))[:2] == (
+        0,
+        {"slot": lab.read(lab.bundle(2, 0)).slot, "previous": "base", "changed": True},
+    )
     assert lab.fleet.hashes(store / "current") == lab.fleet.hashes(lab.release(2))
     assert r1device(kit, "doctor", store)[1]["faults"] == 0
 
@@ -68,7 +73,9 @@ def test_the_kit_runs_where_only_numpy_is_installed(kit, lab, slot_device, numpy
 
 
 def test_the_kit_says_that_onnxruntime_is_missing(kit, lab, tmp_path, numpy_only):
-    code, answer, _ = r1device(kit, "init", tmp_path / "store", "--base", lab.release(0), "--trust", lab.public, python=numpy_only)
+    code, answer, _ = r1device(
+        kit, "init", tmp_path / "store", "--base", lab.release(0), "--trust", lab.public, python=numpy_only
+    )
     assert code == 3
     assert answer["error"]["message"] == "onnxruntime is not installed"
     assert not (tmp_path / "store").exists()
@@ -76,5 +83,9 @@ def test_the_kit_says_that_onnxruntime_is_missing(kit, lab, tmp_path, numpy_only
 
 def test_the_package_on_a_device_loads_none_of_the_labs_libraries():
     code = "import sys, r1export.device.__main__; print(*{name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names))"
-    process = subprocess.run([sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}; {code}"], capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}; {code}"],
+        capture_output=True,
+        text=True,
+    )
     assert set(process.stdout.split()) <= {"numpy", "r1export", "__main__", "__mp_main__"}, process.stderr

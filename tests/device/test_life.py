@@ -112,5 +112,12 @@ def test_a_devices_life(lab, new_devices, slot_device, mode):
                 shutil.rmtree(self.folder)
 
     run_state_machine_as_test(
-        Life, settings=settings(max_examples=10, stateful_step_count=10, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        Life,
+        settings=settings(
+            max_examples=10,
+            stateful_step_count=10,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            database=None,
+        ),
     )

@@ -78,7 +78,19 @@ def test_doctor_ends_with_one_if_something_is_wrong(lab, device, run):
 
 
 def test_init_then_status(lab, tmp_path, run):
-    options = ["--base", lab.release(0), "--trust", lab.public, "--product", "camera", "--health", "none", "--mode", "overlay", "--json"]
+    options = [
+        "--base",
+        lab.release(0),
+        "--trust",
+        lab.public,
+        "--product",
+        "camera",
+        "--health",
+        "none",
+        "--mode",
+        "overlay",
+        "--json",
+    ]
     code, out, _ = run("init", tmp_path / "store", *options)
     assert (code, json.loads(out)["current"], json.loads(out)["mode"]) == (0, "base", "overlay")
     assert run("init", tmp_path / "store", *options)[0] == 2

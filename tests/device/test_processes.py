@@ -8,9 +8,13 @@ from r1export.device.session import open_version
 
 
 def updater(device, bundle):
-    line = "import sys, pathlib; from r1export.device import install, worker; p = [pathlib.Path(a) for a in sys.argv[1:]];"
+    line = (
+        "import sys, pathlib; from r1export.device import install, worker; p = [pathlib.Path(a) for a in sys.argv[1:]];"
+    )
     line += "print(install.apply(p[0], p[1], now=1_800_000_000, run=worker.in_this_process).changed)"
-    return subprocess.Popen([sys.executable, "-c", line, device.path, bundle], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", line, device.path, bundle], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_of_many_updaters_at_once_one_installs_and_the_others_see_it(lab, slot_device):

@@ -16,7 +16,9 @@ def answers(version, lab, graph):
     session = version.session(graph)
     names = {item.name for item in session.get_inputs()}
     classes = np.ones((3, 8), "f4")
-    return session.run(None, {name: value for name, value in {**golden, "class_embeds": classes}.items() if name in names})[0]
+    return session.run(
+        None, {name: value for name, value in {**golden, "class_embeds": classes}.items() if name in names}
+    )[0]
 
 
 @pytest.mark.parametrize("graph", ["visual.onnx", "textual.onnx", "classify.onnx"])

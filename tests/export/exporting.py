@@ -27,14 +27,22 @@ class Exported:
     model: nn.Module
 
     def run(self, graph: str, **feeds: np.ndarray) -> np.ndarray:
-        return ort.InferenceSession(self.folder / f"{graph}.onnx", providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+        return ort.InferenceSession(self.folder / f"{graph}.onnx", providers=["CPUExecutionProvider"]).run(None, feeds)[
+            0
+        ]
 
     def error(self, n: int) -> float:
         """max-abs between onnxruntime and torch over both towers for a batch of n."""
         with torch.no_grad():
             pixels, tokens = inputs(self.model, n)
-            images = np.abs(self.run("visual", pixel_values=pixels) - self.model.encode_image(torch.from_numpy(pixels), normalize=True).numpy())
-            texts = np.abs(self.run("textual", input_ids=tokens) - self.model.encode_text(torch.from_numpy(tokens), normalize=True).numpy())
+            images = np.abs(
+                self.run("visual", pixel_values=pixels)
+                - self.model.encode_image(torch.from_numpy(pixels), normalize=True).numpy()
+            )
+            texts = np.abs(
+                self.run("textual", input_ids=tokens)
+                - self.model.encode_text(torch.from_numpy(tokens), normalize=True).numpy()
+            )
         return float(max(images.max(), texts.max()))
 
 

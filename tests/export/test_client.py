@@ -8,9 +8,16 @@ from r1export.errors import Unsupported
 from r1export.export.client import write_tokenizer
 
 TEXTS = [
-    "a photo of a cat.", "A  Photo\tof  THREE   dogs!", "", "it's we'll don't 42 1234", "naïve café – “quoted” 😀 日本語", "hyphen-ated_words/and.dots", "x" * 200,
-    "a photo of the number: \"7\".", "one two three four five six seven eight nine ten eleven twelve thirteen",
-]  # fmt: skip
+    "a photo of a cat.",
+    "A  Photo\tof  THREE   dogs!",
+    "",
+    "it's we'll don't 42 1234",
+    "naïve café – “quoted” 😀 日本語",
+    "hyphen-ated_words/and.dots",
+    "x" * 200,
+    'a photo of the number: "7".',
+    "one two three four five six seven eight nine ten eleven twelve thirteen",
+]
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,10 @@ def test_another_set_of_weights_needs_no_export(exported, exporting, tmp_path) -
 def test_nothing_in_a_graph_says_where_or_when_it_was_made(exported, exporting) -> None:
     for file in GRAPHS:
         data = (exported.folder / file).read_bytes()
-        assert not any(word in data for word in (b".py", b"site-packages", str(exported.folder).encode(), torch.__version__.encode()))
+        assert not any(
+            word in data
+            for word in (b".py", b"site-packages", str(exported.folder).encode(), torch.__version__.encode())
+        )
 
 
 def test_initializers_have_the_names_of_the_state_dict(exported) -> None:
@@ -92,7 +95,9 @@ def test_classify_gives_scaled_cosines_for_any_class_list(exported, exporting) -
     for classes in (1, 4):
         class_embeds = np.random.default_rng(classes).standard_normal((classes, 24)).astype(np.float32)
         logits = exported.run("classify", pixel_values=pixels, class_embeds=class_embeds)
-        np.testing.assert_allclose(logits, exported.model.logit_scale.exp().item() * embeds @ class_embeds.T, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            logits, exported.model.logit_scale.exp().item() * embeds @ class_embeds.T, rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("opset", [MIN_OPSET - 1, MAX_OPSET + 1])
@@ -103,7 +108,9 @@ def test_an_opset_out_of_range_is_refused(exported, tmp_path, opset) -> None:
 
 def test_the_oldest_opset_works_too(exported, exporting, tmp_path) -> None:
     assert exporting.export(exported.model, tmp_path, MIN_OPSET).error(2) < FP32
-    assert {o.version for o in onnx.load(tmp_path / "visual.onnx", load_external_data=False).opset_import} == {MIN_OPSET}
+    assert {o.version for o in onnx.load(tmp_path / "visual.onnx", load_external_data=False).opset_import} == {
+        MIN_OPSET
+    }
 
 
 class Doubled(torch.nn.Module):
@@ -138,7 +145,10 @@ def test_a_graph_that_computes_something_else_is_not_written(exported, tmp_path,
 
     def _swapped(placed):
         keys, values = list(placed), list(placed.values())
-        i, j = (next(n for n, p in enumerate(keys) if p.parameter.endswith(f"resblocks.{layer}.mlp.c_fc.weight")) for layer in (0, 1))
+        i, j = (
+            next(n for n, p in enumerate(keys) if p.parameter.endswith(f"resblocks.{layer}.mlp.c_fc.weight"))
+            for layer in (0, 1)
+        )
         values[i], values[j] = values[j], values[i]
         return keys, values
 
@@ -151,7 +161,9 @@ def test_a_graph_that_computes_something_else_is_not_written(exported, tmp_path,
 
 def test_a_fresh_export_of_the_merged_model_is_the_release(exported) -> None:
     audit = audit_reexport(exported.model, (16, 16), 12, exported.folder, opset=20)
-    assert audit.parameters == len(exported.model.state_dict()) - 1  # all but logit_scale, which only classify.onnx reads
+    assert (
+        audit.parameters == len(exported.model.state_dict()) - 1
+    )  # all but logit_scale, which only classify.onnx reads
     assert audit.nbytes == sum(t.nbytes for n, t in exported.model.state_dict().items() if n != "logit_scale")
 
 

@@ -21,7 +21,9 @@ def photograph(height: int, width: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (47, 31), (200, 333), (9, 50)])
-@pytest.mark.parametrize(("resize_mode", "interpolation"), [("shortest", "bicubic"), ("squash", "bicubic"), ("shortest", "bilinear")])
+@pytest.mark.parametrize(
+    ("resize_mode", "interpolation"), [("shortest", "bicubic"), ("squash", "bicubic"), ("shortest", "bilinear")]
+)
 def test_images_of_any_size_come_out_as_open_clip_makes_them(tmp_path, shape, resize_mode, interpolation) -> None:
     config = PreprocessCfg(size=16, resize_mode=resize_mode, interpolation=interpolation)
     write_preprocess(Preprocess(config).to_json(), tmp_path / "preprocess.onnx", opset=18)
@@ -37,5 +39,7 @@ def test_images_of_any_size_come_out_as_open_clip_makes_them(tmp_path, shape, re
 
 def test_what_has_no_faithful_graph_is_refused(tmp_path) -> None:
     with pytest.raises(Unsupported, match=r"no preprocess\.onnx for RGB longest"):
-        write_preprocess(Preprocess(PreprocessCfg(size=16, resize_mode="longest")).to_json(), tmp_path / "preprocess.onnx", opset=20)
+        write_preprocess(
+            Preprocess(PreprocessCfg(size=16, resize_mode="longest")).to_json(), tmp_path / "preprocess.onnx", opset=20
+        )
     assert not list(tmp_path.iterdir())

@@ -38,11 +38,20 @@ def content_of(clip, **changes) -> ReleaseContent:
     with torch.no_grad():
         images, texts = clip.encode_image(pixels).numpy(), clip.encode_text(tokens).numpy()
     values = {
-        "name": "01-colours", "sequence": 1, "base": {"name": "tiny", "sha256": "0" * 64}, "updates": ({"task": "colours", "sha256": "1" * 64},), "weights": clip.parameters(),
-        "tasks": (TaskClasses("colours", ("red", "blue"), ("a {} dot",), texts, True),), "golden": Golden(clip.preprocess.normalize(pixels).numpy(), images, tokens.numpy(), texts),
-        "preprocess": clip.preprocess.to_json(), "tokenizer": clip.tokenizer, "graph_digests": dict.fromkeys(GRAPHS, "2" * 64), "accuracy": {"colours": 0.0},
-        "versions": {"r1export": "0"}, "tolerance": {"max_abs": 5e-5, "min_cosine": 0.999999},
-    }  # fmt: skip
+        "name": "01-colours",
+        "sequence": 1,
+        "base": {"name": "tiny", "sha256": "0" * 64},
+        "updates": ({"task": "colours", "sha256": "1" * 64},),
+        "weights": clip.parameters(),
+        "tasks": (TaskClasses("colours", ("red", "blue"), ("a {} dot",), texts, True),),
+        "golden": Golden(clip.preprocess.normalize(pixels).numpy(), images, tokens.numpy(), texts),
+        "preprocess": clip.preprocess.to_json(),
+        "tokenizer": clip.tokenizer,
+        "graph_digests": dict.fromkeys(GRAPHS, "2" * 64),
+        "accuracy": {"colours": 0.0},
+        "versions": {"r1export": "0"},
+        "tolerance": {"max_abs": 5e-5, "min_cosine": 0.999999},
+    }
     return ReleaseContent(**(values | changes))
 
 
@@ -72,7 +81,9 @@ def test_the_tensor_map_says_where_every_parameter_lies_byte_by_byte(release, cl
 
 
 def test_weights_are_read_by_the_safetensors_library_under_their_own_names(release, clip) -> None:
-    names = {name for file in ("visual", "textual") for name in safetensors.numpy.load_file(release / f"{file}.safetensors")}
+    names = {
+        name for file in ("visual", "textual") for name in safetensors.numpy.load_file(release / f"{file}.safetensors")
+    }
     assert names == set(clip.parameters())
 
 
@@ -89,9 +100,19 @@ def test_the_ten_lines_of_the_model_card_classify_an_image(release, clip, tmp_pa
     image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (16, 16, 3), np.uint8))
     image.save(tmp_path / "image.png")
     monkeypatch.chdir(release)
-    exec(compile(code.replace("TASK", "colours").replace('"image.png"', repr(str(tmp_path / "image.png"))), "README.md", "exec"), {})
+    exec(
+        compile(
+            code.replace("TASK", "colours").replace('"image.png"', repr(str(tmp_path / "image.png"))),
+            "README.md",
+            "exec",
+        ),
+        {},
+    )
     with torch.no_grad():
-        scores = clip.encode_image(torch.from_numpy(clip.preprocess.crop(image))[None]) @ clip.encode_text(clip.tokenize(["red", "blue"])).T
+        scores = (
+            clip.encode_image(torch.from_numpy(clip.preprocess.crop(image))[None])
+            @ clip.encode_text(clip.tokenize(["red", "blue"])).T
+        )
     assert capsys.readouterr().out.strip() == ("red", "blue")[scores.argmax()]
     assert len(code.strip().splitlines()) <= 12
 
@@ -106,13 +127,18 @@ def test_a_folder_without_permission_is_refused_and_left_as_it_was(clip, graphs,
     else:
         (tmp_path / "locked").mkdir(mode=0o500)
         target = tmp_path / "locked" / "release"
-    with pytest.raises(InputError, match="could not be written.*choose another --out"):
+    with pytest.raises(InputError, match=r"could not be written.*choose another --out"):
         write_release(content_of(clip), graphs, target)
     assert not target.exists()
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "no manifest.json"), ("{", "not a release manifest"), ('{"format": "other/1"}', "expected r1export.release/1")]
+    ("text", "message"),
+    [
+        (None, "no manifest.json"),
+        ("{", "not a release manifest"),
+        ('{"format": "other/1"}', "expected r1export.release/1"),
+    ],
 )
 def test_what_is_no_release_is_refused(text, message: str, tmp_path) -> None:
     if text is not None:

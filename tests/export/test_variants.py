@@ -63,7 +63,11 @@ def test_float16_files_have_half_the_size(exported, half) -> None:
 
 def test_the_linears_of_blocks_are_int8_and_multiplied_as_integers(quantized) -> None:
     placed = {p.parameter: p.dtype for _, p in quantized.weights.placements().values()}
-    linears = [name for name in placed if name.startswith("visual.transformer") and name.endswith(("c_fc.weight", "c_proj.weight"))]
+    linears = [
+        name
+        for name in placed
+        if name.startswith("visual.transformer") and name.endswith(("c_fc.weight", "c_proj.weight"))
+    ]
     assert linears
     assert all(placed[name] == "I8" and placed[f"{name}.scale"] == "F32" for name in linears)
     assert placed["visual.positional_embedding"] == "F32"
@@ -88,7 +92,9 @@ def test_variants_of_two_models_have_the_same_graphs(exported, exporting, half, 
             assert (folder / file).read_bytes() == (variant.folder / file).read_bytes(), file
 
 
-def test_quantised_weights_are_within_half_a_step_of_the_rows_that_torch_has(exported, exporting, quantized, ranges) -> None:
+def test_quantised_weights_are_within_half_a_step_of_the_rows_that_torch_has(
+    exported, exporting, quantized, ranges
+) -> None:
     values = exporting.values_of(exported.model)
     stored = quantized_weights(values, quantized.weights, ranges)
     name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
@@ -99,7 +105,9 @@ def test_quantised_weights_are_within_half_a_step_of_the_rows_that_torch_has(exp
 def test_merging_changes_weights_and_scales_and_no_range_of_an_input(exported, exporting, quantized, ranges) -> None:
     values, name = exporting.values_of(exported.model), "visual.transformer.resblocks.0.mlp.c_fc.weight"
     rng = np.random.default_rng(0)
-    update = ExpertUpdate({Rows(name, 0, 128): Factors.pack(rng.standard_normal((2, 32)), rng.standard_normal((128, 2)), 1.0)})
+    update = ExpertUpdate(
+        {Rows(name, 0, 128): Factors.pack(rng.standard_normal((2, 32)), rng.standard_normal((128, 2)), 1.0)}
+    )
     before, after = (quantized_weights(w, quantized.weights, ranges) for w in (values, values | update.apply(values)))
     assert {key for key in before if not np.array_equal(before[key], after[key])} == {name, f"{name}.scale"}
 

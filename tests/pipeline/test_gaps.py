@@ -67,7 +67,9 @@ def test_routing_each_sample_by_itself_is_routing_in_batches_of_one(tiny_clip: C
     assert torch.equal(together, again)
 
 
-def test_gaps_are_differences_of_accuracies_and_leave_the_pools_frozen(tiny_clip: Clip, stripes, pixels: torch.Tensor) -> None:
+def test_gaps_are_differences_of_accuracies_and_leave_the_pools_frozen(
+    tiny_clip: Clip, stripes, pixels: torch.Tensor
+) -> None:
     pools = taught(tiny_clip)
     gates = {rows: pool.gate.clone() for rows, pool in pools.items()}
     counts = {rows: pool.counts.clone() for rows, pool in pools.items()}
@@ -76,7 +78,9 @@ def test_gaps_are_differences_of_accuracies_and_leave_the_pools_frozen(tiny_clip
     assert set(accuracies) == {"frozen_4", "frozen_8", "frozen_12", "routed_batch_1", "routed_batch_32"}
     assert found["G2"] == accuracies["routed_batch_1"] - accuracies["frozen_8"]
     assert found["G3"] == accuracies["frozen_8"] - accuracies["frozen_4"]
-    assert all(torch.equal(pool.gate, gates[rows]) and torch.equal(pool.counts, counts[rows]) for rows, pool in pools.items())
+    assert all(
+        torch.equal(pool.gate, gates[rows]) and torch.equal(pool.counts, counts[rows]) for rows, pool in pools.items()
+    )
 
 
 def test_the_gaps_of_a_run_are_the_worst_g1_and_the_mean_of_the_others() -> None:
@@ -93,7 +97,10 @@ def test_boundaries_name_the_modules_that_own_parameters(tiny_clip: Clip, pixels
     block = "visual.transformer.resblocks.0"
     assert by_place[f"{block}.ln_1", "out"].shape == by_place[f"{block}.attn.in_proj", "in"].shape == (2, 5, 32)
     weights = tiny_clip.parameters()
-    again = by_place[f"{block}.attn.out_proj", "in"] @ weights[f"{block}.attn.out_proj.weight"].T + weights[f"{block}.attn.out_proj.bias"]
+    again = (
+        by_place[f"{block}.attn.out_proj", "in"] @ weights[f"{block}.attn.out_proj.weight"].T
+        + weights[f"{block}.attn.out_proj.bias"]
+    )
     assert np.abs(again - by_place[f"{block}.attn.out_proj", "out"]).max() < 1e-6
     count = len(found)
     encoders(tiny_clip.model).visual(values)

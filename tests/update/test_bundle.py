@@ -7,7 +7,17 @@ import random
 import pytest
 
 from r1export.errors import CheckFailed, InputError, R1ExportError
-from r1export.update.bundle import HEAD_ALIGN, MAGIC, MAX_BUNDLE, Bundle, assemble, factors_bytes, inspect, read_bundle, split
+from r1export.update.bundle import (
+    HEAD_ALIGN,
+    MAGIC,
+    MAX_BUNDLE,
+    Bundle,
+    assemble,
+    factors_bytes,
+    inspect,
+    read_bundle,
+    split,
+)
 from r1export.update.envelope import SecretKey, sign
 from r1export.update.factors import ExpertUpdate
 from r1export.update.manifest import Base, File, Health, Manifest, Part
@@ -97,7 +107,12 @@ def test_lengths_beyond_the_file_or_the_limits_are_refused(small):
 def test_a_fill_between_parts_that_is_not_zero_is_refused(bundle, key):
     import dataclasses
 
-    regions = [part for file in bundle.manifest.files for part in file.parts or () if part.source == "payload" and part.nbytes % 8]
+    regions = [
+        part
+        for file in bundle.manifest.files
+        for part in file.parts or ()
+        if part.source == "payload" and part.nbytes % 8
+    ]
     payload = bytearray(bundle.payload)
     payload[regions[0].offset + regions[0].nbytes] = 1
     text = dataclasses.replace(bundle.manifest, payload_sha256=hashlib.sha256(payload).hexdigest()).to_bytes()

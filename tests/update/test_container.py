@@ -18,7 +18,9 @@ TENSORS = {
 
 
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
-    return set(one) == set(other) and all(one[n].dtype == other[n].dtype and np.array_equal(one[n], other[n]) for n in one)
+    return set(one) == set(other) and all(
+        one[n].dtype == other[n].dtype and np.array_equal(one[n], other[n]) for n in one
+    )
 
 
 def test_the_library_reads_what_we_write(tmp_path) -> None:
@@ -33,7 +35,11 @@ def test_we_read_what_the_library_writes(tmp_path) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.dictionaries(st.text(min_size=1, max_size=8), st.tuples(st.sampled_from(sorted(NAMES, key=str)), st.lists(st.integers(0, 3), max_size=3)), max_size=5)
+    st.dictionaries(
+        st.text(min_size=1, max_size=8),
+        st.tuples(st.sampled_from(sorted(NAMES, key=str)), st.lists(st.integers(0, 3), max_size=3)),
+        max_size=5,
+    )
 )
 def test_any_tensors_survive_the_round_trip(tmp_path_factory, specs) -> None:
     path = tmp_path_factory.mktemp("c") / "f.safetensors"

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.update import ed25519
-from r1export.update.envelope import PAYLOAD_TYPE, PublicKey, SecretKey, keygen, pre_authentication_encoding, sign, verifier, verify
+from r1export.update.envelope import (
+    PAYLOAD_TYPE,
+    PublicKey,
+    SecretKey,
+    keygen,
+    pre_authentication_encoding,
+    sign,
+    verifier,
+    verify,
+)
 
 ALICE, BOB, CAROL = (SecretKey(bytes([n]) * 32) for n in (1, 2, 3))
 BODY = b'{"any": "bytes"}'
@@ -37,11 +46,26 @@ RFC_8032 = [
 # Wycheproof ed25519_test.json (C2SP/wycheproof, Apache-2.0), valid cases of its first key: message, signature.
 WYCHEPROOF_KEY = "7d4d0e7f6153a69b6242b522abbee685fda4420f8834b108c3bdae369ef549fa"
 WYCHEPROOF_VALID = [
-    ("", "d4fbdb52bfa726b44d1786a8c0d171c3e62ca83c9e5bbe63de0bb2483f8fd6cc1429ab72cafc41ab56af02ff8fcc43b99bfe4c7ae940f60f38ebaa9d311c4007"),
-    ("78", "d80737358ede548acb173ef7e0399f83392fe8125b2ce877de7975d8b726ef5b1e76632280ee38afad12125ea44b961bf92f1178c9fa819d020869975bcbe109"),
-    ("54657374", "7c38e026f29e14aabd059a0f2db8b0cd783040609a8be684db12f82a27774ab07a9155711ecfaf7f99f277bad0c6ae7e39d4eef676573336a5c51eb6f946b30d"),
-    ("313233343030", "657c1492402ab5ce03e2c3a7f0384d051b9cf3570f1207fc78c1bcc98c281c2bf0cf5b3a289976458a1be6277a5055545253b45b07dcc1abd96c8b989c00f301"),
-    ("f" * 32, "5dbd7360e55aa38e855d6ad48c34bd35b7871628508906861a7c4776765ed7d1e13d910faabd689ec8618b78295c8ab8f0e19c8b4b43eb8685778499e943ae04"),
+    (
+        "",
+        "d4fbdb52bfa726b44d1786a8c0d171c3e62ca83c9e5bbe63de0bb2483f8fd6cc1429ab72cafc41ab56af02ff8fcc43b99bfe4c7ae940f60f38ebaa9d311c4007",
+    ),
+    (
+        "78",
+        "d80737358ede548acb173ef7e0399f83392fe8125b2ce877de7975d8b726ef5b1e76632280ee38afad12125ea44b961bf92f1178c9fa819d020869975bcbe109",
+    ),
+    (
+        "54657374",
+        "7c38e026f29e14aabd059a0f2db8b0cd783040609a8be684db12f82a27774ab07a9155711ecfaf7f99f277bad0c6ae7e39d4eef676573336a5c51eb6f946b30d",
+    ),
+    (
+        "313233343030",
+        "657c1492402ab5ce03e2c3a7f0384d051b9cf3570f1207fc78c1bcc98c281c2bf0cf5b3a289976458a1be6277a5055545253b45b07dcc1abd96c8b989c00f301",
+    ),
+    (
+        "f" * 32,
+        "5dbd7360e55aa38e855d6ad48c34bd35b7871628508906861a7c4776765ed7d1e13d910faabd689ec8618b78295c8ab8f0e19c8b4b43eb8685778499e943ae04",
+    ),
 ]
 # Its cases 10 to 29: every pair of these halves as R and S over the message 3f is invalid.
 EDGES = [
@@ -62,7 +86,9 @@ def check(request):
         backend = verifier(request.param)
     except Unsupported as error:
         pytest.skip(str(error))
-    return lambda public, message, signature: ed25519.is_strict(public, signature) and backend(public, message, signature)
+    return lambda public, message, signature: (
+        ed25519.is_strict(public, signature) and backend(public, message, signature)
+    )
 
 
 def test_published_signatures_verify_in_every_backend(check):
@@ -108,7 +134,10 @@ def test_plain_python_accepts_what_a_library_signed(message, seed):
 
 
 def test_the_signed_bytes_are_those_of_dsse():
-    assert pre_authentication_encoding("http://example.com/HelloWorld", b"hello world") == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
+    assert (
+        pre_authentication_encoding("http://example.com/HelloWorld", b"hello world")
+        == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
+    )
 
 
 def test_a_trusted_signature_is_accepted_and_named():
@@ -205,7 +234,10 @@ def test_key_files_are_those_of_other_tools(tmp_path):
     keygen(tmp_path / "fleet")
     secret = load_pem_private_key((tmp_path / "fleet.key").read_bytes(), None)
     assert secret.private_bytes_raw() == SecretKey.read(tmp_path / "fleet.key").seed
-    assert load_pem_public_key((tmp_path / "fleet.pub").read_bytes()).public_bytes_raw() == PublicKey.read(tmp_path / "fleet.pub").raw
+    assert (
+        load_pem_public_key((tmp_path / "fleet.pub").read_bytes()).public_bytes_raw()
+        == PublicKey.read(tmp_path / "fleet.pub").raw
+    )
 
 
 def test_a_secret_key_is_no_public_key_and_the_other_way_round(tmp_path):

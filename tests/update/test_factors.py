@@ -15,7 +15,9 @@ WEIGHT, OTHER = Rows("a.weight", 0, 6), Rows("b.in_proj_weight", 4, 8)
 
 def random_factors(rows: Rows, k: int, seed: int, inputs: int = 5, dtype=np.float32) -> Factors:
     rng = np.random.default_rng(seed)
-    return Factors(rng.standard_normal((rows.stop - rows.start, k)).astype(dtype), rng.standard_normal((k, inputs)).astype(dtype))
+    return Factors(
+        rng.standard_normal((rows.stop - rows.start, k)).astype(dtype), rng.standard_normal((k, inputs)).astype(dtype)
+    )
 
 
 def random_update(seed: int, k: int = 3) -> ExpertUpdate:
@@ -24,7 +26,10 @@ def random_update(seed: int, k: int = 3) -> ExpertUpdate:
 
 def random_base(dtype=np.float32) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(7)
-    return {name: rng.standard_normal((rows, 5)).astype(dtype) for name, rows in (("a.weight", 6), ("b.in_proj_weight", 12), ("c.weight", 3))}
+    return {
+        name: rng.standard_normal((rows, 5)).astype(dtype)
+        for name, rows in (("a.weight", 6), ("b.in_proj_weight", 12), ("c.weight", 3))
+    }
 
 
 def merge_in_python(base: np.ndarray, pair: Factors) -> np.ndarray:
@@ -42,7 +47,9 @@ def test_the_merge_is_the_procedure_bit_for_bit() -> None:
     base, update = random_base(), random_update(1)
     merged = update.apply(base)
     assert np.array_equal(merged["a.weight"], merge_in_python(base["a.weight"], update.factors[WEIGHT]))
-    assert np.array_equal(merged["b.in_proj_weight"][4:8], merge_in_python(base["b.in_proj_weight"][4:8], update.factors[OTHER]))
+    assert np.array_equal(
+        merged["b.in_proj_weight"][4:8], merge_in_python(base["b.in_proj_weight"][4:8], update.factors[OTHER])
+    )
 
 
 def test_only_the_named_rows_and_parameters_change_and_the_base_never_does() -> None:
@@ -59,7 +66,9 @@ def test_only_the_named_rows_and_parameters_change_and_the_base_never_does() -> 
 def test_the_size_of_row_blocks_changes_no_bit(block_rows: int) -> None:
     base, update = random_base(), random_update(2)
     expected = update.apply(base)
-    assert all(np.array_equal(value, expected[name]) for name, value in update.apply(base, block_rows=block_rows).items())
+    assert all(
+        np.array_equal(value, expected[name]) for name, value in update.apply(base, block_rows=block_rows).items()
+    )
 
 
 def test_the_memory_order_of_the_base_changes_no_bit() -> None:
@@ -118,7 +127,10 @@ def test_writing_and_reading_gives_the_same_update_and_the_same_bytes(tmp_path) 
     read.write(tmp_path / "two.safetensors")
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
     assert list(read.factors) == list(update.factors)
-    assert all(np.array_equal(read.factors[r].u, p.u) and np.array_equal(read.factors[r].v, p.v) for r, p in update.factors.items())
+    assert all(
+        np.array_equal(read.factors[r].u, p.u) and np.array_equal(read.factors[r].v, p.v)
+        for r, p in update.factors.items()
+    )
 
 
 @given(st.text(min_size=1), st.integers(0, 10**8), st.integers(1, 10**8))
@@ -127,7 +139,9 @@ def test_the_name_of_rows_can_be_read_back(parameter: str, start: int, length: i
     assert Rows.parse(str(rows)) == rows
 
 
-@pytest.mark.parametrize("text", ["w", "w[0:0]", "w[3:1]", "w[01:2]", "w[-1:2]", "[0:1]", "w[0:1] ", "w[0:99999999999]"])
+@pytest.mark.parametrize(
+    "text", ["w", "w[0:0]", "w[3:1]", "w[01:2]", "w[-1:2]", "[0:1]", "w[0:1] ", "w[0:99999999999]"]
+)
 def test_a_name_that_names_no_rows_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="names no rows"):
         Rows.parse(text)
@@ -169,7 +183,10 @@ def test_an_update_for_another_base_is_refused() -> None:
 
 
 def test_rows_that_overlap_are_refused() -> None:
-    overlapping = {Rows("w", 0, 4): random_factors(Rows("w", 0, 4), 1, 0), Rows("w", 2, 6): random_factors(Rows("w", 2, 6), 1, 0)}
+    overlapping = {
+        Rows("w", 0, 4): random_factors(Rows("w", 0, 4), 1, 0),
+        Rows("w", 2, 6): random_factors(Rows("w", 2, 6), 1, 0),
+    }
     with pytest.raises(InputError, match="overlap"):
         ExpertUpdate(overlapping)
 

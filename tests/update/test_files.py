@@ -55,9 +55,14 @@ def test_json_refuses_what_json_cannot_say(tmp_path) -> None:
 def test_a_folder_whose_making_fails_never_appears_and_the_old_one_stays(tmp_path) -> None:
     (tmp_path / "release").mkdir()
     (tmp_path / "release" / "old").write_text("old")
-    with pytest.raises(RuntimeError, match="cut"), new_folder(tmp_path / "release") as folder:
-        (folder / "new").write_text("new")
-        raise RuntimeError("cut")
+
+    def make() -> None:
+        with new_folder(tmp_path / "release") as folder:
+            (folder / "new").write_text("new")
+            raise RuntimeError("cut")
+
+    with pytest.raises(RuntimeError, match="cut"):
+        make()
     assert os.listdir(tmp_path) == ["release"]
     assert os.listdir(tmp_path / "release") == ["old"]
 

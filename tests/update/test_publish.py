@@ -78,7 +78,9 @@ def test_a_release_that_cannot_be_derived_is_refused(run, key, tmp_path):
     document = json.loads((folder / "manifest.json").read_text())
     import hashlib
 
-    document["files"]["visual.safetensors"]["sha256"] = hashlib.sha256((folder / "visual.safetensors").read_bytes()).hexdigest()
+    document["files"]["visual.safetensors"]["sha256"] = hashlib.sha256(
+        (folder / "visual.safetensors").read_bytes()
+    ).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(document))
     with pytest.raises(CheckFailed, match="not the base with the factors merged"):
         make_bundle(tmp_path / "run", 1, 0, [key], tmp_path / "u.r1u")
@@ -108,7 +110,12 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         read_releases(tmp_path)
 
 
-lines = st.lists(st.sampled_from([b"a line of text that is long enough to be worth keeping, and so it is kept\n", b"b\n", b"c" * 80 + b"\n"]), max_size=8)
+lines = st.lists(
+    st.sampled_from(
+        [b"a line of text that is long enough to be worth keeping, and so it is kept\n", b"b\n", b"c" * 80 + b"\n"]
+    ),
+    max_size=8,
+)
 
 
 @given(lines, lines)

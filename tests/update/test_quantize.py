@@ -49,7 +49,9 @@ def test_it_is_dequantize_linear_of_onnx():
     q, scale = quantize(rng.standard_normal((5, 7)).astype("f4"))
     node = onnx.helper.make_node("DequantizeLinear", ["q", "s"], ["w"], axis=0)
     info = [onnx.helper.make_tensor_value_info(name, kind, None) for name, kind in (("q", 3), ("s", 1), ("w", 1))]
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", info[:2], info[2:]), opset_imports=[onnx.helper.make_opsetid("", 21)])
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", info[:2], info[2:]), opset_imports=[onnx.helper.make_opsetid("", 21)]
+    )
     assert np.array_equal(ReferenceEvaluator(model).run(None, {"q": q, "s": scale})[0], dequantize(q, scale))
 
 

@@ -18,7 +18,10 @@ WIDTH = 6
 
 def weights_of(seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {"fc.weight": rng.normal(size=(WIDTH, WIDTH)).astype(np.float32), "fc.bias": rng.normal(size=WIDTH).astype(np.float32)}
+    return {
+        "fc.weight": rng.normal(size=(WIDTH, WIDTH)).astype(np.float32),
+        "fc.bias": rng.normal(size=WIDTH).astype(np.float32),
+    }
 
 
 def external(name: str, layout: Layout) -> TensorProto:
@@ -29,18 +32,30 @@ def external(name: str, layout: Layout) -> TensorProto:
     return tensor
 
 
-def small_graph(batch: str | int = "batch", extra: tuple[onnx.NodeProto, ...] = (), epsilon: float = 1e-5) -> onnx.ModelProto:
+def small_graph(
+    batch: str | int = "batch", extra: tuple[onnx.NodeProto, ...] = (), epsilon: float = 1e-5
+) -> onnx.ModelProto:
     """embeds = LayerNorm(relu(x W^T + b)), and `extra` nodes from `normed` to `embeds`."""
     layout = plan((name, value.dtype, value.shape) for name, value in weights_of().items())
     nodes = [
         helper.make_node("Gemm", ["x", "fc.weight", "fc.bias"], ["fc"], name="node_fc", transB=1),
         helper.make_node("Relu", ["fc"], ["act"], name="node_relu"),
-        helper.make_node("LayerNormalization", ["act", "ones", "zeros"], ["normed" if extra else "embeds"], name="node_norm", epsilon=epsilon),
+        helper.make_node(
+            "LayerNormalization",
+            ["act", "ones", "zeros"],
+            ["normed" if extra else "embeds"],
+            name="node_norm",
+            epsilon=epsilon,
+        ),
         *extra,
     ]
-    constants = [numpy_helper.from_array(np.full(WIDTH, value, np.float32), name) for name, value in (("ones", 1), ("zeros", 0))]
+    constants = [
+        numpy_helper.from_array(np.full(WIDTH, value, np.float32), name) for name, value in (("ones", 1), ("zeros", 0))
+    ]
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, WIDTH]) for name in ("x", "embeds")]
-    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [external(name, layout) for name in weights_of()] + constants)
+    graph = helper.make_graph(
+        nodes, "g", ends[:1], ends[1:], [external(name, layout) for name in weights_of()] + constants
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
@@ -67,5 +82,7 @@ def x() -> dict[str, np.ndarray]:
 @pytest.fixture
 def update() -> ExpertUpdate:
     rng = np.random.default_rng(2)
-    factors = Factors((0.1 * rng.normal(size=(WIDTH, 3))).astype(np.float32), rng.normal(size=(3, WIDTH)).astype(np.float32))
+    factors = Factors(
+        (0.1 * rng.normal(size=(WIDTH, 3))).astype(np.float32), rng.normal(size=(3, WIDTH)).astype(np.float32)
+    )
     return ExpertUpdate({Rows("fc.weight", 0, WIDTH): factors})

@@ -21,7 +21,9 @@ def external(name: str, shape: tuple[int, ...], offset: int = 0, kind: int = Ten
     return weight
 
 
-def attention(*, q: str = "q", k: str = "k", batch: str = "batch", opset: int = 20, scale: float = 0.5) -> onnx.ModelProto:
+def attention(
+    *, q: str = "q", k: str = "k", batch: str = "batch", opset: int = 20, scale: float = 0.5
+) -> onnx.ModelProto:
     """scores = (x Wq) (x Wk)^T scale, normalised: the smallest graph in which q and k can be swapped."""
     nodes = [
         helper.make_node("MatMul", ["x", "wq"], ["q"], name="project_q"),
@@ -114,7 +116,16 @@ def let_a_weight_be_overridden(graph: onnx.GraphProto) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [insert_identity, insert_cast, change_epsilon, change_weight_dtype, change_weight_shape, share_one_weight, add_unused_weight, let_a_weight_be_overridden],
+    [
+        insert_identity,
+        insert_cast,
+        change_epsilon,
+        change_weight_dtype,
+        change_weight_shape,
+        share_one_weight,
+        add_unused_weight,
+        let_a_weight_be_overridden,
+    ],
 )
 @pytest.mark.parametrize("structural", [False, True])
 def test_another_program_has_another_digest(change, structural: bool) -> None:
@@ -139,7 +150,9 @@ def mask(value: float) -> onnx.ModelProto:
     """A mask is too large for a small constant and still decides what is computed."""
     nodes = [helper.make_node("Add", ["x", "mask"], ["y"])]
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [77, 77]) for name in "xy"]
-    return helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], [tensor("mask", np.full((77, 77), value))]))
+    return helper.make_model(
+        helper.make_graph(nodes, "g", ends[:1], ends[1:], [tensor("mask", np.full((77, 77), value))])
+    )
 
 
 def test_a_large_mask_counts_by_value() -> None:
@@ -162,9 +175,14 @@ def branching(inner: str, outer_weight: str = "w") -> onnx.ModelProto:
     then = helper.make_graph([helper.make_node(inner, ["x", outer_weight], ["r"])], "then", [], [value])
     other = helper.make_graph([helper.make_node("Sub", ["x", "w"], ["r"])], "else", [], [value])
     node = helper.make_node("If", ["c"], ["y"], then_branch=then, else_branch=other)
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4]), helper.make_tensor_value_info("c", TensorProto.BOOL, [])]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [4]),
+        helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+    ]
     weights = [external("w", (4,)), external("v", (4,), 16)]
-    return helper.make_model(helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])], weights))
+    return helper.make_model(
+        helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])], weights)
+    )
 
 
 def test_subgraphs_are_read_with_the_values_of_the_graph_around_them() -> None:
@@ -174,10 +192,14 @@ def test_subgraphs_are_read_with_the_values_of_the_graph_around_them() -> None:
 
 
 def with_function(op: str, argument: str = "a") -> onnx.ModelProto:
-    body = helper.make_function("local", "F", [argument], ["b"], [helper.make_node(op, [argument], ["b"])], [helper.make_opsetid("", 20)])
+    body = helper.make_function(
+        "local", "F", [argument], ["b"], [helper.make_node(op, [argument], ["b"])], [helper.make_opsetid("", 20)]
+    )
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("F", ["x"], ["y"], domain="local")], "g", ends[:1], ends[1:])
-    return helper.make_model(graph, functions=[body], opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("local", 1)])
+    return helper.make_model(
+        graph, functions=[body], opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("local", 1)]
+    )
 
 
 def test_local_functions_are_read_without_their_names_of_values() -> None:

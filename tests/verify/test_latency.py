@@ -44,7 +44,9 @@ def test_a_round_runs_each_job_twice_forth_and_back() -> None:
 
 def test_a_steady_drift_of_the_machine_cancels_out() -> None:
     clock = Clock(drift=1e-4)
-    seconds = latency.time_rounds({"base": clock.job(1.0), "merged": clock.job(1.0)}, 50, np.random.default_rng(1), clock)
+    seconds = latency.time_rounds(
+        {"base": clock.job(1.0), "merged": clock.job(1.0)}, 50, np.random.default_rng(1), clock
+    )
     assert np.abs(seconds["merged"] / seconds["base"] - 1).max() < 1e-12
 
 
@@ -62,14 +64,21 @@ def test_a_merged_model_that_takes_three_percent_longer_fails(clock) -> None:
 def test_a_base_that_differs_from_itself_decides_nothing(clock) -> None:
     """Every other time it is opened, the base is a tenth slower: where its weights lie in memory, for example."""
     opened = iter(range(10**6))
-    found = latency.added_latency(lambda: clock.job(1.0 + 0.2 * (next(opened) % 2)), lambda: clock.job(1.0), pairs=40, margin=0.02)
+    found = latency.added_latency(
+        lambda: clock.job(1.0 + 0.2 * (next(opened) % 2)), lambda: clock.job(1.0), pairs=40, margin=0.02
+    )
     assert found["verdict"] == "inconclusive"
     assert "base against itself" in found["advice"]
 
 
 def test_every_block_opens_its_sessions_afresh(clock) -> None:
     opened = []
-    latency.added_latency(lambda: opened.append("base") or clock.job(1.0), lambda: opened.append("merged") or clock.job(1.0), pairs=40, margin=0.02)
+    latency.added_latency(
+        lambda: opened.append("base") or clock.job(1.0),
+        lambda: opened.append("merged") or clock.job(1.0),
+        pairs=40,
+        margin=0.02,
+    )
     assert opened.count("base") == 2 * opened.count("merged") >= 2 * latency.BLOCKS
 
 
@@ -88,7 +97,12 @@ def test_measuring_goes_on_while_intervals_are_wide_until_patience_ends(clock, u
 
 def test_the_unmerged_model_and_torch_stand_beside_the_base(clock) -> None:
     found = latency.added_latency(
-        lambda: clock.job(1.0), lambda: clock.job(1.0), pairs=40, margin=0.02, open_unmerged=lambda: clock.job(1.3), torch_jobs={"unmerged_torch": clock.job(2.5)}
+        lambda: clock.job(1.0),
+        lambda: clock.job(1.0),
+        pairs=40,
+        margin=0.02,
+        open_unmerged=lambda: clock.job(1.3),
+        torch_jobs={"unmerged_torch": clock.job(2.5)},
     )
     assert found["unmerged_ratio"] == pytest.approx(1.3)
     table = found["providers"]["CPUExecutionProvider"]["1"]

@@ -51,7 +51,9 @@ def test_a_wrong_epsilon_is_located_after_the_linear_and_reproduced(write_graph,
     found = locate(wrong, x, boundaries, expected, tmp_path / "case")
     assert [op for _, op in found.nodes] == ["Relu", "LayerNormalization"]
     assert "or the 1 nodes before it, from node_relu on" in str(found)
-    done = subprocess.run([sys.executable, "reproduce.py"], cwd=tmp_path / "case", capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "reproduce.py"], cwd=tmp_path / "case", capture_output=True, text=True, timeout=60
+    )
     shown = float(done.stdout.removeprefix("max abs difference "))
     assert shown == pytest.approx(np.abs(runner(open_session(wrong))(x) - expected).max(), rel=1e-3)
 

@@ -103,7 +103,10 @@ def test_the_control_widens_the_gate_fourfold_and_only_if_it_passed_itself() -> 
     assert compare(REFERENCE, moved(1e-4), Gate(), control)["tolerance"] == pytest.approx(1.6e-4)
     assert compare(REFERENCE, moved(1e-4), Gate(), control)["verdict"] == "pass"
     assert compare(REFERENCE, moved(1e-4), Gate(), control | {"verdict": "fail"})["verdict"] == "fail"
-    assert compare(REFERENCE, moved(1e-4), Gate(), {"max_abs": 1e-9, "min_cosine": 1.0, "verdict": "pass"})["tolerance"] == Gate().max_abs
+    assert (
+        compare(REFERENCE, moved(1e-4), Gate(), {"max_abs": 1e-9, "min_cosine": 1.0, "verdict": "pass"})["tolerance"]
+        == Gate().max_abs
+    )
 
 
 def test_a_control_that_could_not_be_run_calibrates_nothing() -> None:

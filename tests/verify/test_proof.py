@@ -28,7 +28,9 @@ CAST = (helper.make_node("Cast", ["normed"], ["half"], to=10), helper.make_node(
 def climbed(base: Path, release: Path, x: dict) -> dict[str, str]:
     graphs = [{"visual.onnx": path} for path in (base, release)]
     found = {"same_file": same_files(*graphs), "graph": same_graphs(*graphs)}
-    found |= rungs(executions(graphs[0], {"visual.onnx": x}, ["cpu"]), lambda: executions(graphs[1], {"visual.onnx": x}, ["cpu"]))
+    found |= rungs(
+        executions(graphs[0], {"visual.onnx": x}, ["cpu"]), lambda: executions(graphs[1], {"visual.onnx": x}, ["cpu"])
+    )
     json.dumps(found, allow_nan=False)
     return {name: rung["verdict"] for name, rung in found.items()} | {"detail": found["executed_ops"]["detail"]}
 
@@ -45,7 +47,9 @@ def test_an_extra_cast_fails_every_rung_it_touches_and_is_named(write_graph, x) 
 
 
 def test_an_extra_identity_fails_the_first_rungs_though_the_optimiser_takes_it_out(write_graph, x) -> None:
-    found = climbed(write_graph("base"), write_graph("release", extra=(helper.make_node("Identity", ["normed"], ["embeds"]),)), x)
+    found = climbed(
+        write_graph("base"), write_graph("release", extra=(helper.make_node("Identity", ["normed"], ["embeds"]),)), x
+    )
     assert (found["same_file"], found["graph"], found["optimized_graph"]) == ("fail", "fail", "pass")
 
 
@@ -70,15 +74,22 @@ def test_the_peak_of_memory_and_all_digests_are_the_same_every_time(write_graph,
 
 def test_flops_follow_from_shapes() -> None:
     def kernel(op: str, inputs: list[tuple[int, ...]], output: tuple[int, ...]) -> int:
-        return Kernel(op, "CPUExecutionProvider", tuple(("float", shape) for shape in inputs), (("float", output),)).flops
+        return Kernel(
+            op, "CPUExecutionProvider", tuple(("float", shape) for shape in inputs), (("float", output),)
+        ).flops
 
     assert kernel("MatMul", [(2, 17, 128), (128, 384)], (2, 17, 384)) == 2 * 2 * 17 * 128 * 384
-    assert kernel("MatMul", [(2, 17, 128)], (2, 17, 384)) == 2 * 2 * 17 * 128 * 384  # packed when the session was opened
+    assert (
+        kernel("MatMul", [(2, 17, 128)], (2, 17, 384)) == 2 * 2 * 17 * 128 * 384
+    )  # packed when the session was opened
     assert kernel("Gemm", [(34, 128), (384, 128), (384,)], (34, 384)) == 2 * 34 * 128 * 384
     assert kernel("Gemm", [(34, 128), (384,)], (34, 384)) == 2 * 34 * 128 * 384  # packed, with its bias
     assert kernel("FusedMatMul", [(3, 5, 7), (3, 5, 11)], (3, 7, 11)) == 2 * 3 * 7 * 5 * 11
     assert kernel("Conv", [(2, 3, 32, 32), (128, 3, 8, 8)], (2, 128, 4, 4)) == 2 * 2 * 128 * 16 * 3 * 64
-    assert kernel("Attention", [(2, 4, 17, 32), (2, 4, 17, 32), (2, 4, 17, 32)], (2, 4, 17, 32)) == 4 * 2 * 4 * 17 * 32 * 17
+    assert (
+        kernel("Attention", [(2, 4, 17, 32), (2, 4, 17, 32), (2, 4, 17, 32)], (2, 4, 17, 32))
+        == 4 * 2 * 4 * 17 * 32 * 17
+    )
     assert kernel("Add", [(2, 3), (2, 3)], (2, 3)) == 6
     assert kernel("Reshape", [(2, 3), (1,)], (6,)) == 0
 
@@ -105,7 +116,9 @@ def test_a_control_without_branches_is_not_told_apart(write_graph, x) -> None:
     assert "cannot tell the unmerged model from the base" in found["detail"]
 
 
-def test_the_control_with_its_branches_computes_what_the_merged_model_computes(write_graph, x, update: ExpertUpdate) -> None:
+def test_the_control_with_its_branches_computes_what_the_merged_model_computes(
+    write_graph, x, update: ExpertUpdate
+) -> None:
     base = write_graph("base")
     merged = write_graph("merged", weights_of() | update.apply(weights_of()))
     unmerged = add_branches(base, update, write_graph("unmerged").with_name("visual.onnx"))
@@ -114,8 +127,12 @@ def test_the_control_with_its_branches_computes_what_the_merged_model_computes(w
     assert np.abs(one - runner(open_session(base))(x)).max() > 1e-2
 
 
-def test_a_control_for_a_graph_that_the_update_does_not_touch_is_refused(write_graph, update: ExpertUpdate, tmp_path) -> None:
-    other = ExpertUpdate({type(rows)("elsewhere.weight", rows.start, rows.stop): pair for rows, pair in update.factors.items()})
+def test_a_control_for_a_graph_that_the_update_does_not_touch_is_refused(
+    write_graph, update: ExpertUpdate, tmp_path
+) -> None:
+    other = ExpertUpdate(
+        {type(rows)("elsewhere.weight", rows.start, rows.stop): pair for rows, pair in update.factors.items()}
+    )
     with pytest.raises(Unsupported, match="no linear that the update changes"):
         add_branches(write_graph("base"), other, tmp_path / "out.onnx")
 
@@ -141,7 +158,10 @@ def test_a_graph_that_is_none_is_a_failed_check(tmp_path) -> None:
 
 
 def test_engine_caches_have_a_folder_for_each_digest_of_weights(tmp_path) -> None:
-    one, other = (provider_options("tensorrt", weights_digest({"visual.safetensors": sha}), tmp_path) for sha in ("a" * 64, "b" * 64))
+    one, other = (
+        provider_options("tensorrt", weights_digest({"visual.safetensors": sha}), tmp_path)
+        for sha in ("a" * 64, "b" * 64)
+    )
     assert one["trt_engine_cache_path"] != other["trt_engine_cache_path"]
     assert provider_options("tensorrt", "", None) == provider_options("cpu", "", tmp_path) == {}
     assert provider_options("cuda", "", None) == {"use_tf32": "0"}
@@ -153,4 +173,6 @@ def test_a_job_runs_the_session_on_fixed_inputs(write_graph, x) -> None:
 
 
 def test_optimised_nodes_are_counted_from_the_graph_that_runs(write_graph, x) -> None:
-    assert execute(write_graph("base"), x).optimized_nodes <= len(onnx.load(write_graph("again"), load_external_data=False).graph.node)
+    assert execute(write_graph("base"), x).optimized_nodes <= len(
+        onnx.load(write_graph("again"), load_external_data=False).graph.node
+    )

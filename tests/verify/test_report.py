@@ -23,7 +23,11 @@ RUNGS = {
     "executed_ops": "L3 Executed ops",
     "cost": "L4 Cost",
 }
-PARTS = [*(("parity", stage) for stage in ("merge", "export", "total")), *(("proof", rung) for rung in RUNGS), ("latency",)]
+PARTS = [
+    *(("parity", stage) for stage in ("merge", "export", "total")),
+    *(("proof", rung) for rung in RUNGS),
+    ("latency",),
+]
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=y> ]]> & | `a` *b* [c](http://d) $\\frac{1}{2}$ 花卉 \x00\x1b\u202e\ud800 url(#x)"
 
 
@@ -37,7 +41,13 @@ def run(report: dict) -> dict:
     second = copy.deepcopy(report)
     second["release"]["name"] = "04-oxford_pets"
     shared = {key: report[key] for key in ("schema", "created", "r1export", "accuracy", "environment")}
-    return {**shared, "verdict": "pass", "reasons": [], "recipe": {"train": {"iterations": 50}}, "releases": [report, second]}
+    return {
+        **shared,
+        "verdict": "pass",
+        "reasons": [],
+        "recipe": {"train": {"iterations": 50}},
+        "releases": [report, second],
+    }
 
 
 class Page(HTMLParser):
@@ -114,12 +124,18 @@ def test_a_failed_report_gives_its_reason_before_anything_else(report: dict) -> 
     assert lines[2] == "- Top-1 flipped. Run `r1export verify` again."
     html = render_html(report)
     body = html[html.index("<body>") :]
-    assert body.index("Failed") < body.index("Top-1 flipped. Run <code>r1export verify</code> again.") < body.index("Largest difference")
+    assert (
+        body.index("Failed")
+        < body.index("Top-1 flipped. Run <code>r1export verify</code> again.")
+        < body.index("Largest difference")
+    )
 
 
 @pytest.mark.parametrize("verdict", ["fail", "inconclusive"])
 @pytest.mark.parametrize("path", PARTS, ids=".".join)
-def test_a_pass_that_one_part_contradicts_becomes_the_verdict_of_that_part(report: dict, path: tuple[str, ...], verdict: str) -> None:
+def test_a_pass_that_one_part_contradicts_becomes_the_verdict_of_that_part(
+    report: dict, path: tuple[str, ...], verdict: str
+) -> None:
     part_of(report, path)["verdict"] = verdict
     result = settled(report)
     assert result["verdict"] == verdict
@@ -298,7 +314,11 @@ def test_junit_counts_what_failed_and_skips_what_nobody_knows(report: dict) -> N
 
 def test_junit_of_a_run_has_one_suite_per_release_and_one_for_the_run(run: dict) -> None:
     root = ElementTree.fromstring(render_junit(run).encode())
-    assert [(suite.get("name"), len(suite)) for suite in root] == [("03-flowers-17", 11), ("04-oxford_pets", 11), ("run", 1)]
+    assert [(suite.get("name"), len(suite)) for suite in root] == [
+        ("03-flowers-17", 11),
+        ("04-oxford_pets", 11),
+        ("run", 1),
+    ]
     assert root.get("tests") == "23"
     assert root.get("failures") == "0"
 
@@ -314,7 +334,10 @@ def test_a_run_lists_its_releases_and_its_recipe(run: dict) -> None:
 def test_parity_is_shown_beside_its_control_and_the_least_tolerance(report: dict) -> None:
     assert markdown_row(report, "Largest difference") == "| Largest difference | 4.2e-7 | 2.9e-6 | 3.1e-6 |"
     assert markdown_row(report, "Tolerance") == "| Tolerance | 5.0e-5 | 5.0e-5 | 5.0e-5 |"
-    assert markdown_row(report, "Least tolerance that would pass") == "| Least tolerance that would pass | 4.2e-7 | 2.9e-6 | 3.1e-6 |"
+    assert (
+        markdown_row(report, "Least tolerance that would pass")
+        == "| Least tolerance that would pass | 4.2e-7 | 2.9e-6 | 3.1e-6 |"
+    )
     assert markdown_row(report, "Control: base model") == "| Control: base model | 3.8e-7 | 2.6e-6 | 2.8e-6 |"
 
 

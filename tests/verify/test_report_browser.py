@@ -44,7 +44,14 @@ def measured(page: str, width: int, folder: Path) -> dict:
     """What the browser measures of a page of this width, in CSS pixels; an entry on the console fails."""
     path = folder / "frame.html"
     path.write_text(FRAME.format(width=width, page=escape(page)), "utf-8")
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", "--dump-dom", path.as_uri()]
+    command = [
+        str(CHROMIUM),
+        *FLAGS,
+        f"--user-data-dir={folder / 'profile'}",
+        "--window-size=1400,1000",
+        "--dump-dom",
+        path.as_uri(),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert not [line for line in result.stderr.splitlines() if "CONSOLE" in line]
     found = re.search(r"<pre>(\{.*?\})</pre>", result.stdout, re.S)
@@ -54,14 +61,30 @@ def measured(page: str, width: int, folder: Path) -> dict:
 
 def pages() -> dict[str, str]:
     failed = copy.deepcopy(EXAMPLE)
-    failed |= {"verdict": "fail", "reasons": [f"parity.total: found 3.4e-4, expected 5.0e-5 at /visual/{'block/' * 20}out_proj. Run `r1export verify`."]}
-    failed["parity"]["total"] |= {"verdict": "fail", "flips": [{"sample": 3, "margin": 0.02, "from": "a" * 60, "to": "pug"}]}
-    run = {"verdict": "fail", "reasons": [], "accuracy": EXAMPLE["accuracy"], "recipe": {"note": "x" * 200}, "releases": [EXAMPLE, failed]}
+    failed |= {
+        "verdict": "fail",
+        "reasons": [
+            f"parity.total: found 3.4e-4, expected 5.0e-5 at /visual/{'block/' * 20}out_proj. Run `r1export verify`."
+        ],
+    }
+    failed["parity"]["total"] |= {
+        "verdict": "fail",
+        "flips": [{"sample": 3, "margin": 0.02, "from": "a" * 60, "to": "pug"}],
+    }
+    run = {
+        "verdict": "fail",
+        "reasons": [],
+        "accuracy": EXAMPLE["accuracy"],
+        "recipe": {"note": "x" * 200},
+        "releases": [EXAMPLE, failed],
+    }
     return {"passed": render_html(EXAMPLE), "failed": render_html(failed), "run": render_html(run)}
 
 
 @pytest.mark.parametrize("width", [400, 1200])
-@pytest.mark.parametrize(("name", "verdict", "pictures"), [("passed", "Passed", 5), ("failed", "Failed", 5), ("run", "Failed", 8)])
+@pytest.mark.parametrize(
+    ("name", "verdict", "pictures"), [("passed", "Passed", 5), ("failed", "Failed", 5), ("run", "Failed", 8)]
+)
 def test_the_page_is_readable_at_this_width(name: str, verdict: str, pictures: int, width: int, tmp_path: Path) -> None:
     seen = measured(pages()[name], width, tmp_path)
     assert seen["width"] == width

@@ -28,14 +28,30 @@ def release(write_graph) -> tuple[Path, dict]:
         (path / f"{name}.onnx").write_bytes(model.SerializeToString())
     inputs = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
     outputs = [runner(open_session(path / f"{name}.onnx"))({entry: inputs}) for name, entry in ENTRIES.items()]
-    write_tensors(path / "golden.safetensors", {"input_ids": inputs, "pixel_values": inputs, "image_embeds": outputs[0], "text_embeds": outputs[1]})
-    files = {name: {"sha256": sha256_file(path / name)} for name in ("visual.onnx", "textual.onnx", "visual.safetensors", "golden.safetensors")}
-    return path, {"files": files, "graphs": {"visual.onnx": graph_digest(path / "visual.onnx")}, "precision": "fp32", "golden": GOLDEN}
+    write_tensors(
+        path / "golden.safetensors",
+        {"input_ids": inputs, "pixel_values": inputs, "image_embeds": outputs[0], "text_embeds": outputs[1]},
+    )
+    files = {
+        name: {"sha256": sha256_file(path / name)}
+        for name in ("visual.onnx", "textual.onnx", "visual.safetensors", "golden.safetensors")
+    }
+    return path, {
+        "files": files,
+        "graphs": {"visual.onnx": graph_digest(path / "visual.onnx")},
+        "precision": "fp32",
+        "golden": GOLDEN,
+    }
 
 
 def test_a_release_that_is_as_it_was_written_passes(release) -> None:
     path, manifest = release
-    assert changed_files(path, manifest, ("manifest.json",)) == changed_graphs(path, manifest) == golden_problems(path, manifest) == []
+    assert (
+        changed_files(path, manifest, ("manifest.json",))
+        == changed_graphs(path, manifest)
+        == golden_problems(path, manifest)
+        == []
+    )
     found = golden_parity(path, manifest)
     assert (found["verdict"], found["batches"]) == ("pass", [1, 2, 5, 8])
 

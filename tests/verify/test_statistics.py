@@ -10,7 +10,14 @@ MARGIN = 0.02
 
 
 def series(
-    ratio: float, *, seed: int, blocks: int = 12, rounds: int = 20, drift: float = 0.1, placement: float = 0.003, noise: float = 0.02
+    ratio: float,
+    *,
+    seed: int,
+    blocks: int = 12,
+    rounds: int = 20,
+    drift: float = 0.1,
+    placement: float = 0.003,
+    noise: float = 0.02,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(merged, base) times: a true ratio under common drift, a shift of each session for its life, and noise with outliers."""
     rng = np.random.default_rng(seed)
@@ -18,7 +25,9 @@ def series(
     times = []
     for true in (ratio, 1.0):
         shift = np.exp(rng.normal(0, placement, (blocks, 1)))
-        jitter = np.exp(rng.normal(0, noise, (blocks, rounds))) * np.where(rng.random((blocks, rounds)) < 0.03, 1.5, 1.0)
+        jitter = np.exp(rng.normal(0, noise, (blocks, rounds))) * np.where(
+            rng.random((blocks, rounds)) < 0.03, 1.5, 1.0
+        )
         times.append(0.01 * true * common * shift * jitter)
     return times[0], times[1]
 
@@ -53,13 +62,17 @@ def test_twice_as_slow_and_twice_as_fast_weigh_the_same() -> None:
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     """95 % of 200, less three standard deviations of a binomial."""
-    inside = [ratio.low <= 1.01 <= ratio.high for ratio in (paired_ratio(*series(1.01, seed=seed)) for seed in range(200))]
+    inside = [
+        ratio.low <= 1.01 <= ratio.high for ratio in (paired_ratio(*series(1.01, seed=seed)) for seed in range(200))
+    ]
     assert sum(inside) >= 180
 
 
 def test_blocks_are_drawn_whole() -> None:
     """Rounds of one block share its sessions: a hundred times as many rounds must not make the interval ten times narrower."""
-    few, many = (paired_ratio(*series(1.0, seed=5, rounds=rounds, placement=0.02, noise=0.001)) for rounds in (10, 1000))
+    few, many = (
+        paired_ratio(*series(1.0, seed=5, rounds=rounds, placement=0.02, noise=0.001)) for rounds in (10, 1000)
+    )
     assert many.halfwidth > 0.5 * few.halfwidth
 
 
@@ -110,13 +123,19 @@ def test_every_round_runs_the_contenders_in_an_order_and_its_reverse(monkeypatch
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1.05, 1.5])
-def test_when_to_stop_depends_on_the_width_of_the_interval_and_not_on_where_it_lies(monkeypatch: pytest.MonkeyPatch, ratio: float) -> None:
+def test_when_to_stop_depends_on_the_width_of_the_interval_and_not_on_where_it_lies(
+    monkeypatch: pytest.MonkeyPatch, ratio: float
+) -> None:
     """The same noise with another true ratio takes the same number of blocks."""
 
     def blocks(true: float) -> int:
         clock = Clock(monkeypatch, seed=4)
         times = {"base": 1e-3, "again": 1e-3, "merged": true * 1e-3}
-        return len(measure({name: (lambda seconds=seconds: clock.job(seconds, 0.05)) for name, seconds in times.items()}, 40, 0.012)["base"])
+        return len(
+            measure(
+                {name: (lambda seconds=seconds: clock.job(seconds, 0.05)) for name, seconds in times.items()}, 40, 0.012
+            )["base"]
+        )
 
     assert blocks(ratio) == blocks(1.0) > 10
 
@@ -124,7 +143,11 @@ def test_when_to_stop_depends_on_the_width_of_the_interval_and_not_on_where_it_l
 def test_a_release_with_a_true_slow_down_fails_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     found = added_latency(
-        lambda: clock.job(1e-3, 0.01), lambda: clock.job(1.04e-3, 0.01), pairs=400, margin=MARGIN, open_unmerged=lambda: clock.job(1.3e-3, 0.01)
+        lambda: clock.job(1e-3, 0.01),
+        lambda: clock.job(1.04e-3, 0.01),
+        pairs=400,
+        margin=MARGIN,
+        open_unmerged=lambda: clock.job(1.3e-3, 0.01),
     )
     assert found["verdict"] == "fail"
     assert found["ratio"] == pytest.approx(1.04, abs=0.01)
@@ -134,7 +157,11 @@ def test_a_release_with_a_true_slow_down_fails_end_to_end(monkeypatch: pytest.Mo
 def test_quantiles_are_given_only_with_the_runs_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     found = added_latency(
-        lambda: clock.job(1e-3, 0.01), lambda: clock.job(1e-3, 0.01), pairs=400, margin=MARGIN, torch_jobs={"merged_torch": clock.job(2e-3, 0.01)}
+        lambda: clock.job(1e-3, 0.01),
+        lambda: clock.job(1e-3, 0.01),
+        pairs=400,
+        margin=MARGIN,
+        torch_jobs={"merged_torch": clock.job(2e-3, 0.01)},
     )
     table = found["providers"]["CPUExecutionProvider"]["1"]
     assert table["base"]["p90_ms"] is not None

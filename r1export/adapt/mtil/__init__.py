@@ -25,8 +25,32 @@ from PIL import Image
 from r1export.adapt.tasks import ImageSet, Task, images_from_files
 from r1export.errors import InputError
 
-ORDER_I = ("aircraft", "caltech101", "cifar100", "dtd", "eurosat", "flowers102", "food101", "mnist", "oxfordiiitpet", "stanfordcars", "sun397")
-ORDER_II = ("stanfordcars", "food101", "mnist", "oxfordiiitpet", "flowers102", "sun397", "aircraft", "caltech101", "dtd", "eurosat", "cifar100")
+ORDER_I = (
+    "aircraft",
+    "caltech101",
+    "cifar100",
+    "dtd",
+    "eurosat",
+    "flowers102",
+    "food101",
+    "mnist",
+    "oxfordiiitpet",
+    "stanfordcars",
+    "sun397",
+)
+ORDER_II = (
+    "stanfordcars",
+    "food101",
+    "mnist",
+    "oxfordiiitpet",
+    "flowers102",
+    "sun397",
+    "aircraft",
+    "caltech101",
+    "dtd",
+    "eurosat",
+    "cifar100",
+)
 
 SPLIT_SEED = 42  # of the benchmark: another training seed must not move images between train and test
 
@@ -41,7 +65,9 @@ def load(name: str, root: Path, *, download: bool = False) -> Task:
     """
     key = name.lower().removeprefix("fgvc")
     if key not in _SETS:
-        raise InputError(f"torchvision:{name} is unknown", f"known are {', '.join(entry.torchvision for entry in _SETS.values())}")
+        raise InputError(
+            f"torchvision:{name} is unknown", f"known are {', '.join(entry.torchvision for entry in _SETS.values())}"
+        )
     entry = _SETS[key]
     parts = [_open(entry, root, split, download) for split in entry.splits]
     classes = _name_classes(key, _own_names(parts[0]), root)
@@ -84,12 +110,17 @@ def _name_classes(key: str, own: Sequence[str], root: Path) -> tuple[str, ...]:
     """
     ours = class_names(key)
     if len(own) != len(ours):
-        raise InputError(f"{root}: {key} has {len(own)} classes, expected {len(ours)}", "this copy is not complete; fetch it again")
+        raise InputError(
+            f"{root}: {key} has {len(own)} classes, expected {len(ours)}", "this copy is not complete; fetch it again"
+        )
     known = {_letters(name): name for name in ours}
     named = tuple(known.get(_letters(name), ours[label]) for label, name in enumerate(own))
     if len(set(named)) < len(named):
         label = next(i for i, name in enumerate(named) if name in named[:i])
-        raise InputError(f"{root}: {key} has class {own[label]!r} at label {label}, expected {ours[label]!r}", "this is another version; fetch it again")
+        raise InputError(
+            f"{root}: {key} has class {own[label]!r} at label {label}, expected {ours[label]!r}",
+            "this is another version; fetch it again",
+        )
     return named
 
 
@@ -105,7 +136,11 @@ def _open(entry: _Set, root: Path, split: dict[str, Any], download: bool) -> Any
     try:
         return getattr(datasets, entry.torchvision)(str(root), download=download, **split)
     except (RuntimeError, OSError, ValueError, LookupError) as error:
-        remedy = "check the network, or fetch it by hand" if download else "fetch it there (data.download = true), or give another data.root"
+        remedy = (
+            "check the network, or fetch it by hand"
+            if download
+            else "fetch it there (data.download = true), or give another data.root"
+        )
         raise InputError(f"{root}: cannot open {entry.torchvision}: {error}", remedy) from error
 
 
@@ -117,7 +152,9 @@ def _files(dataset: Any) -> ImageSet:
 def _caltech_files(dataset: Any) -> ImageSet:
     folder = Path(dataset.root) / "101_ObjectCategories"
     names = (f"image_{number:04d}.jpg" for number in dataset.index)
-    return _by_path([(folder / dataset.categories[label] / name, label) for name, label in zip(names, dataset.y, strict=True)])
+    return _by_path(
+        [(folder / dataset.categories[label] / name, label) for name, label in zip(names, dataset.y, strict=True)]
+    )
 
 
 def _pet_files(dataset: Any) -> ImageSet:
