@@ -102,7 +102,7 @@ class Terminal:
         """Verdicts of all releases and the reasons for what is not a pass."""
         rows = [self._release_row(release) for release in report.get("releases") or [report]]
         self.table(
-            "Verification: largest difference of embeddings, same program, latency / base",
+            "Verification: largest difference, same program, latency / base",
             ["release", "merge", "export", "total", "program", "latency", "unmerged", "verdict"],
             rows,
         )
