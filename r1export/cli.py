@@ -37,6 +37,12 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Precision(StrEnum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe in TOML; see recipes/.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Folder for the run.")]
@@ -44,13 +50,13 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what is there and start anew.")]
 Where = Annotated[Device, typer.Option("--device", help="Where to train and to run torch.")]
 Set = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--set", metavar="FIELD=VALUE", help="Override a recipe field, for example train.iterations=50; repeatable."
     ),
 ]
 Providers = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--provider",
         metavar="NAME",
@@ -82,13 +88,13 @@ def _open(
     resume: bool,
     overwrite: bool,
     device: Device,
-    overrides: list[str],
+    overrides: list[str] | None,
     terminal: Terminal,
 ) -> Stage:
     from r1export.recipe import load_recipe
     from r1export.run_folder import RunFolder, check_run, open_run
 
-    recipe = load_recipe(recipe_file, tuple(overrides))
+    recipe = load_recipe(recipe_file, tuple(overrides or ()))
     check_run(out, recipe, resume=resume, overwrite=overwrite)
     from r1export.pipeline import Stage, check_inputs, choose_device
 
@@ -123,8 +129,6 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Train a stream of tasks, merge and export after each, and verify every release."""
-    if set is None:
-        set = []
     with _terminal(as_json) as terminal:
         stage = _open(recipe, out, resume, overwrite, device, set, terminal)
         from r1export import pipeline
@@ -150,8 +154,6 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a stream of tasks; writes factors, pools and metrics, exports nothing."""
-    if set is None:
-        set = []
     with _terminal(as_json) as terminal:
         stage = _open(recipe, out, resume, overwrite, device, set, terminal)
         from r1export import pipeline
@@ -186,7 +188,7 @@ def export(
 @app.command()
 def verify(
     path: Annotated[Path, typer.Argument(metavar="RUN|RELEASE", help="A run, or one release folder.")],
-    provider: Providers = [],  # noqa: B006
+    provider: Providers = None,
     device: Where = Device.auto,
     as_json: Json = False,
 ) -> None:
@@ -195,12 +197,12 @@ def verify(
         if (path / "manifest.json").exists():
             from r1export import pipeline
 
-            report = pipeline.verify_release(path, provider)
+            report = pipeline.verify_release(path, provider or ())
         else:
             stage = _reopen(path, device, terminal)
             from r1export import pipeline
 
-            report = pipeline.verify(stage, provider)
+            report = pipeline.verify(stage, provider or ())
         terminal.report(report)
         terminal.document(report)
         _finish(report)
@@ -311,9 +313,12 @@ def bundle(
     key: Annotated[list[Path], typer.Option("--key", help="Secret key from keygen; give it once for each signature.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The update, for example update.r1u.")],
     since: Annotated[int, typer.Option("--since", help="Number of the release that the device has.")] = 0,
+    precision: Annotated[
+        Precision, typer.Option("--precision", help="Which releases: those of fp32 or of a variant of the recipe.")
+    ] = Precision.fp32,
     drop: Annotated[
-        list[str], typer.Option("--drop", metavar="TASK", help="Leave a task out; needs --seq; repeatable.")
-    ] = [],  # noqa: B006
+        list[str] | None, typer.Option("--drop", metavar="TASK", help="Leave a task out; needs --seq; repeatable.")
+    ] = None,
     seq: Annotated[
         int,
         typer.Option(
@@ -346,7 +351,18 @@ def bundle(
         from r1export import pipeline
 
         terms = Terms(product, device_class, min_seq=min_seq, created=int(time.time()), expires=expires)
-        pipeline.bundle(stage, release, since, keys, out, drop=drop, seq=seq, terms=terms, overwrite=overwrite)
+        pipeline.bundle(
+            stage,
+            release,
+            since,
+            keys,
+            out,
+            drop=drop or (),
+            seq=seq,
+            terms=terms,
+            overwrite=overwrite,
+            precision=precision,
+        )
         size = out.stat().st_size
         terminal.say(f"{out}: {size / 1000:.1f} kB, from release {since} to {release}")
         terminal.document({"bundle": str(out), "bytes": size, "release": release, "since": since})

@@ -117,6 +117,8 @@ class Export(_Section):
 
     opset: int = Field(20, ge=18, le=24)
     """ONNX opset of the graphs."""
+    variants: tuple[Literal["fp16", "int8"], ...] = ()
+    """Precisions in which every release is written besides fp32, each with its own graphs, gates and accuracy."""
 
 
 class Verify(_Section):

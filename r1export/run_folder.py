@@ -15,10 +15,30 @@ from r1export.update.files import write_file
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """Paths inside RUN. Whether a step is done is read from the files themselves, which appear whole or not at all."""
+class Exports:
+    """The graphs and the releases of a run in one precision."""
 
     path: Path
+
+    @property
+    def graphs(self) -> Path:
+        return self.path / "graphs"
+
+    def release(self, number: int, name: str) -> Path:
+        """Folder of the release after task `number`; 0 is the base."""
+        return self.path / "releases" / f"{number:02d}-{name}"
+
+    def releases(self, recipe: Recipe) -> list[Path]:
+        """All releases, the base first, whether they exist yet or not."""
+        return [self.release(i, name) for i, name in enumerate(("base", *(task.name for task in recipe.stream)))]
+
+
+@dataclass(frozen=True)
+class RunFolder(Exports):
+    """Paths inside RUN. Whether a step is done is read from the files themselves, which appear whole or not at all.
+
+    RUN itself holds the exports in fp32, RUN/variants/PRECISION the others.
+    """
 
     @property
     def recipe_file(self) -> Path:
@@ -28,9 +48,9 @@ class RunFolder:
     def metrics_file(self) -> Path:
         return self.path / "metrics.json"
 
-    @property
-    def graphs(self) -> Path:
-        return self.path / "graphs"
+    def exports(self, precision: str = "fp32") -> Exports:
+        """The graphs and releases in one precision."""
+        return self if precision == "fp32" else Exports(self.path / "variants" / precision)
 
     def recipe(self) -> Recipe:
         """Raises InputError if this is not a run."""
@@ -44,14 +64,6 @@ class RunFolder:
     def task(self, number: int, name: str) -> Path:
         """Folder of task `number` (from 1)."""
         return self.path / "tasks" / f"{number:02d}-{name}"
-
-    def release(self, number: int, name: str) -> Path:
-        """Folder of the release after task `number`; 0 is the base."""
-        return self.path / "releases" / f"{number:02d}-{name}"
-
-    def releases(self, recipe: Recipe) -> list[Path]:
-        """All releases of the run, the base first, whether they exist yet or not."""
-        return [self.release(i, name) for i, name in enumerate(("base", *(task.name for task in recipe.stream)))]
 
     def updates(self, recipe: Recipe) -> list[ExpertUpdate]:
         """The factors of all tasks learned so far, in order."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import resource
@@ -11,15 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from running import Result, r1export
 
-from r1export.cli import app
 from r1export.update.container import read_tensors
 from r1export.update.files import sha256_file
 
@@ -41,25 +38,6 @@ FAST = [
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-
-
-@dataclass(frozen=True)
-class Result:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def r1export(*arguments: object) -> Result:
-    """The real command line in this process: starting torch anew for each of fifty commands would take minutes."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setenv("COLUMNS", "200")
-        try:
-            app([str(argument) for argument in arguments], prog_name="r1export")
-        except SystemExit as stop:
-            code = stop.code or 0
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 def in_a_process(*arguments: object, **options) -> subprocess.CompletedProcess[str]:

@@ -4,55 +4,25 @@ Every fault is planted as a faulty pipeline would leave it: with the digests of 
 of itself, made to fit. What remains to tell it is what was trained.
 """
 
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from running import RECIPE, SETTINGS, r1export, reseal
 
-from r1export.cli import app
 from r1export.export.graph import GRAPHS
-from r1export.export.quantized import calibrate, quantized_graphs, quantized_weights
-from r1export.update.container import NAMES, read_layout, read_tensors, write_tensors
+from r1export.update.container import read_tensors, write_tensors
 from r1export.update.factors import ExpertUpdate
-from r1export.update.files import sha256_bytes, sha256_file, write_json
+from r1export.update.files import write_json
 from r1export.update.release import sealed
-from r1export.verify.digest import graph_digest
-from r1export.verify.parity import GATES
-
-SETTINGS = (
-    "tasks.0.source=builtin:digits", "tasks.0.name=digits", "train.iterations=6", "data.test_limit=60", "data.shots=4",
-    "verify.samples=8", "verify.images=12", "verify.pairs=20", "verify.margin=0.9",
-)  # fmt: skip
-RECIPE = '[base]\nmodel = "builtin:world"\n[[tasks]]\nname = "digits"\nsource = "builtin:digits"\n[train]\nlearning_rate = 5e-3\n[pool]\nalpha = 12.0\n'
-
-
-@dataclass(frozen=True)
-class Result:
-    returncode: int
-    output: str
-
-
-def r1export(*arguments: object) -> Result:
-    """The real command line in this process: a crash fails the test, and torch is not started anew for every fault."""
-    out, code = io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(out):
-        patch.setenv("COLUMNS", "200")
-        try:
-            app([str(argument) for argument in arguments], prog_name="r1export")
-        except SystemExit as stop:
-            code = stop.code or 0
-    return Result(code, out.getvalue())
 
 
 @pytest.fixture(scope="session")
@@ -82,20 +52,6 @@ def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(verified: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(verified, tmp_path / "run"))
-
-
-def reseal(release: Path) -> None:
-    """Make every digest of the manifest fit what is there now."""
-    manifest = json.loads((release / "manifest.json").read_text())
-    manifest["files"] = {
-        name: {"sha256": sha256_file(release / name), "bytes": (release / name).stat().st_size}
-        for name in manifest["files"]
-    }
-    manifest["graphs"] = {name: graph_digest(release / name) for name in manifest["graphs"]}
-    for file in {entry["file"] for entry in manifest["tensors"].values()}:
-        for name, tensor in read_tensors(release / file).items():
-            manifest["tensors"][name]["sha256"] = sha256_bytes(np.ascontiguousarray(tensor))
-    write_json(release / "manifest.json", sealed(manifest))
 
 
 def change_weights(release: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -298,62 +254,6 @@ def test_a_manifest_that_was_edited_and_sealed_again_is_found_by_the_run(run: Pa
     assert "manifest.json: golden is {'max_abs': 0.5, 'min_cosine': 0.1}" in found_by_verify(run)
 
 
-def write_int8(run: Path, name: str, ranges: dict, folder: Path, spoil: str = "") -> None:
-    """The release in int8, self-consistent; with `spoil`, the scale of that parameter is doubled."""
-    source = run / "releases" / name
-    shutil.copytree(source, folder)
-    manifest = json.loads((source / "manifest.json").read_text())
-    values = {
-        n: t.T if manifest["tensors"][n]["transposed"] else t
-        for file in WEIGHTS
-        for n, t in read_tensors(source / file).items()
-    }
-    for graph in GRAPHS:
-        (folder / graph).unlink()
-    layout = quantized_graphs(run / "graphs", folder)
-    (folder / "weight_map.json").unlink(missing_ok=True)
-    found = quantized_weights(values, layout, ranges)
-    if spoil:
-        found[f"{spoil}.scale"] = found[f"{spoil}.scale"] * 2
-    manifest["tensors"] = {}
-    for file in WEIGHTS:
-        write_tensors(folder / file, layout.stored(file, found))
-        for spec in read_layout(folder / file).specs:
-            entry = {
-                "file": file,
-                "offset": spec.offset,
-                "bytes": spec.nbytes,
-                "dtype": NAMES[spec.dtype],
-                "shape": list(spec.shape),
-            }
-            manifest["tensors"][spec.name] = entry | {"transposed": False, "sha256": ""}
-    manifest |= {
-        "precision": "int8",
-        "golden": {"max_abs": GATES["int8"].max_abs, "min_cosine": GATES["int8"].min_cosine},
-    }
-    write_json(folder / "manifest.json", manifest)
-    reseal(folder)
-
-
-@pytest.mark.parametrize(("spoil", "code"), [("", 0), (IN_PROJ, 1)])
-def test_an_int8_release_passes_and_one_with_a_doubled_scale_is_found(
-    verified: Path, tmp_path: Path, spoil: str, code: int
-) -> None:
-    golden = read_tensors(verified / "releases" / "00-base" / "golden.safetensors")
-    ranges = calibrate(
-        verified / "releases" / "00-base", {name: golden[name] for name in ("pixel_values", "input_ids")}
-    )
-    write_int8(verified, "00-base", ranges, tmp_path / "00-base")
-    write_int8(verified, "01-digits", ranges, tmp_path / "01-digits", spoil)
-    done = r1export("verify", tmp_path / "01-digits", "--json")
-    report = json.loads(done.output[done.output.index("{\n") :])
-    assert {part["verdict"] for part in report["contents"].values()} == {"pass"}, report["reasons"]
-    assert report["parity"]["export"]["verdict"] == ("fail" if code else "pass"), report["reasons"]
-    assert done.returncode in ((1,) if code else (0, 4))
-    if code:
-        assert "the visual tower errs by" in report["reasons"][0]
-
-
 @pytest.mark.parametrize("provider", ["openvino", "abacus"])
 def test_a_provider_that_this_machine_has_not_is_refused_and_never_replaced(verified: Path, provider: str) -> None:
     done = r1export("verify", verified / "releases" / "01-digits", "--provider", provider)
@@ -362,7 +262,7 @@ def test_a_provider_that_this_machine_has_not_is_refused_and_never_replaced(veri
 
 def test_a_release_by_itself_is_verified_against_the_base_beside_it(verified: Path) -> None:
     done = r1export("verify", verified / "releases" / "01-digits", "--json")
-    report = json.loads(done.output[done.output.index("{\n") :])
+    report = json.loads(done.stdout)
     assert done.returncode in (0, 4), report["reasons"]
     assert {
         report["proof"][rung]["verdict"] for rung in ("same_file", "graph", "optimized_graph", "executed_ops", "cost")

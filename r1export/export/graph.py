@@ -25,7 +25,12 @@ from r1export.export.towers import NOT_IN_A_TOWER, Tower, make_towers
 from r1export.export.weight_map import Placement, WeightMap, externalize_, place_parameters
 from r1export.update.files import write_file
 
-GRAPHS = ("visual.onnx", "textual.onnx", "classify.onnx")
+WEIGHTS = {
+    "visual.onnx": "visual.safetensors",
+    "textual.onnx": "textual.safetensors",
+    "classify.onnx": "visual.safetensors",
+}  # graph -> the file that holds its weights
+GRAPHS = tuple(WEIGHTS)
 MIN_OPSET, MAX_OPSET = (
     18,
     23,

@@ -6,32 +6,16 @@ Normalisation and logits stay in float32, where 1e-12 and 100 * cosine have room
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from r1export.errors import Unsupported
-from r1export.export.graph import GRAPHS, write_graph
-from r1export.export.weight_map import WeightMap, externalize_
+from r1export.export.graph import GRAPHS, WEIGHTS, write_graph
+from r1export.export.weight_map import WeightMap, place_
 
 HALF = ir.DataType.FLOAT16
-
-
-def half_weights(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The base in float16, rounded half to even; the scalars of the logits stay in float32.
-
-    Raises Unsupported: a weight is too large for float16.
-    """
-    halves = {}
-    for name, value in weights.items():
-        with np.errstate(over="ignore", under="ignore"):  # overflow is refused below, underflow is what fp16 means
-            halves[name] = value.astype(np.float16) if value.ndim else value
-        if not np.isfinite(halves[name]).all():
-            raise Unsupported(f"{name} has values beyond float16 (65504)", "use the fp32 variant")
-    return halves
 
 
 def half_graphs(graphs: Path, folder: Path) -> WeightMap:
@@ -49,13 +33,7 @@ def half_graphs(graphs: Path, folder: Path) -> WeightMap:
     for name in GRAPHS:
         model = ir.load(graphs / name)
         _halve_(model.graph)
-        file = "textual.safetensors" if name == "textual.onnx" else "visual.safetensors"
-        placed = {
-            p: model.graph.initializers[p.parameter]
-            for p in weights.files[file]
-            if p.parameter in model.graph.initializers
-        }
-        externalize_(placed, weights.layout(file), file)
+        place_(model.graph, weights, WEIGHTS[name])
         write_graph(model, folder / name)
     weights.write(folder / "weight_map.json")
     return weights

@@ -16,9 +16,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from r1export.export.graph import GRAPHS, write_graph
-from r1export.export.weight_map import Placement, WeightMap, externalize_
-from r1export.update.quantize import quantize
+from r1export.export.graph import GRAPHS, WEIGHTS, write_graph
+from r1export.export.weight_map import Placement, WeightMap, place_
 
 SCALE, INPUT_SCALE, INPUT_ZERO = ".scale", ".input_scale", ".input_zero_point"
 SMALL = 1 << 12  # elements: a smaller weight costs more in extra nodes than it saves in bytes
@@ -71,21 +70,6 @@ def _session_with_outputs(model: ir.Model, values: list[ir.Value], folder: Path)
     return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def quantized_weights(weights: Mapping[str, np.ndarray], layout: WeightMap, ranges: Ranges) -> dict[str, np.ndarray]:
-    """Everything that the files of the int8 variant hold, from float32 weights and the ranges of the base.
-
-    The same bits everywhere: numpy, float64, half to even.
-    """
-    stored: dict[str, np.ndarray] = {}
-    for name, (_, placement) in layout.placements().items():
-        if placement.dtype == "I8":
-            stored[name], stored[name + SCALE] = quantize(weights[name])
-            stored[name + INPUT_SCALE], stored[name + INPUT_ZERO] = input_scale(*ranges[name])
-        elif name in weights:
-            stored[name] = weights[name].astype(np.float16) if placement.dtype == "F16" else weights[name]
-    return stored
-
-
 def input_scale(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
     """Scale (float32) and zero point (uint8) of a range that is widened to hold zero, both scalars."""
     low, high = min(low, 0.0), max(high, 0.0)
@@ -99,18 +83,12 @@ def quantized_graphs(graphs: Path, folder: Path) -> WeightMap:
     models = {name: ir.load(graphs / name) for name in GRAPHS}
     files: dict[str, tuple[Placement, ...]] = {}
     for name in ("visual.onnx", "textual.onnx"):
-        file = name.replace(".onnx", ".safetensors")
-        files[file] = tuple(q for p in single.files[file] for q in _placements(p, models[name].graph))
+        placed = single.files[WEIGHTS[name]]
+        files[WEIGHTS[name]] = tuple(q for p in placed for q in _placements(p, models[name].graph))
     weights = WeightMap(files).sorted()
     for name, model in models.items():
-        file = "textual.safetensors" if name == "textual.onnx" else "visual.safetensors"
-        _quantize_(model.graph, {p.parameter: p for p in weights.files[file]})
-        placed = {
-            p: model.graph.initializers[p.parameter]
-            for p in weights.files[file]
-            if p.parameter in model.graph.initializers
-        }
-        externalize_(placed, weights.layout(file), file)
+        _quantize_(model.graph, {p.parameter: p for p in weights.files[WEIGHTS[name]]})
+        place_(model.graph, weights, WEIGHTS[name])
         write_graph(model, folder / name)
     weights.write(folder / "weight_map.json")
     return weights

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,10 @@ import numpy as np
 from r1export.errors import InputError
 from r1export.export.client import write_tokenizer
 from r1export.export.graph import GRAPHS
+from r1export.export.quantized import SCALE
+from r1export.export.variants import PROCEDURES
 from r1export.export.weight_map import WeightMap
 from r1export.update.container import NAMES, write_layout, write_tensors
-from r1export.update.factors import PROCEDURE
 from r1export.update.files import new_folder, sha256_bytes, sha256_file, write_file, write_json
 from r1export.update.release import sealed
 
@@ -60,10 +61,11 @@ class Golden:
 
 @dataclass(frozen=True)
 class ReleaseContent:
-    """Everything that makes one release, as values."""
+    """Everything that makes one release. `accuracy` is asked for the folder once its graphs and weights are there."""
 
     name: str
     sequence: int
+    precision: str
     base: Mapping[str, str]
     updates: tuple[Mapping[str, str], ...]
     weights: Mapping[str, np.ndarray]
@@ -72,7 +74,7 @@ class ReleaseContent:
     preprocess: Mapping[str, Any]
     tokenizer: Any
     graph_digests: Mapping[str, str]
-    accuracy: Mapping[str, float]
+    accuracy: Callable[[Path], Mapping[str, float]]
     versions: Mapping[str, str]
     tolerance: Mapping[str, float]
 
@@ -97,7 +99,8 @@ def write_release(content: ReleaseContent, graphs: Path, path: Path) -> dict[str
             folder / "golden.safetensors",
             {n: getattr(content.golden, n) for n in ("input_ids", "pixel_values", "image_embeds", "text_embeds")},
         )
-        manifest = sealed(_manifest(content, folder, weights, tensors))
+        accuracy = content.accuracy(folder)
+        manifest = sealed(_manifest(content, folder, accuracy, weights, tensors))
         write_json(folder / "manifest.json", manifest)
         write_file(folder / "README.md", model_card(manifest).encode())
     return manifest
@@ -131,19 +134,23 @@ def _write_classes(tasks: tuple[TaskClasses, ...], folder: Path) -> None:
 
 
 def _manifest(
-    content: ReleaseContent, folder: Path, weights: WeightMap, tensors: Mapping[str, Mapping[str, np.ndarray]]
+    content: ReleaseContent,
+    folder: Path,
+    accuracy: Mapping[str, float],
+    weights: WeightMap,
+    tensors: Mapping[str, Mapping[str, np.ndarray]],
 ) -> dict[str, Any]:
     listed = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNLISTED)
     return {
         "format": FORMAT,
         "name": content.name,
         "sequence": content.sequence,
-        "procedure": PROCEDURE,
-        "precision": "fp32",
+        "procedure": PROCEDURES[content.precision],
+        "precision": content.precision,
         "base": dict(content.base),
         "updates": [dict(update) for update in content.updates],
         "tasks": [
-            {"name": t.name, "classes": len(t.classes), "learned": t.learned, "accuracy": content.accuracy.get(t.name)}
+            {"name": t.name, "classes": len(t.classes), "learned": t.learned, "accuracy": accuracy.get(t.name)}
             for t in content.tasks
         ],
         "graphs": dict(content.graph_digests),
@@ -168,6 +175,8 @@ def _tensor_map(weights: WeightMap, tensors: Mapping[str, Mapping[str, np.ndarra
                 "file": file, "offset": spec.offset, "bytes": spec.nbytes, "dtype": NAMES[spec.dtype], "shape": list(spec.shape),
                 "transposed": placement.transposed, "sha256": sha256_bytes(stored),
             }  # fmt: skip
+            if placement.dtype == "I8":
+                entries[spec.name]["scale"] = spec.name + SCALE
     return entries
 
 
@@ -204,6 +213,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     return CARD.format(
         name=manifest["name"],
         base=manifest["base"]["name"],
+        precision=manifest["precision"],
         count=len(learned),
         rows=rows,
         digests=digests,
@@ -217,7 +227,7 @@ def _percent(value: float | None) -> str:
 
 CARD = """# {name}
 
-CLIP as ONNX, made by r1export {version} from base model `{base}`, with {count} learned task(s) merged into its weights.
+CLIP as ONNX in {precision}, made by r1export {version} from base model `{base}`, with {count} learned task(s) merged into its weights.
 The graphs are those of the base model, byte for byte; only the weights differ.
 
 | task | classes | top-1 | learned |

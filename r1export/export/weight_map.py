@@ -119,6 +119,13 @@ def externalize_(placed: Mapping[Placement, ir.Value], layout: Layout, location:
         _point(value, layout.by_name[placement.parameter], location)
 
 
+def place_(graph: ir.Graph, weights: WeightMap, location: str) -> None:
+    """Point all initializers of `graph` that the weights file holds at their bytes in it."""
+    held = graph.initializers
+    placed = {p: held[p.parameter] for p in weights.files[location] if p.parameter in held}
+    externalize_(placed, weights.layout(location), location)
+
+
 def _point(value: ir.Value, spec: TensorSpec, location: str) -> None:
     value.name = spec.name
     value.const_value = ir.ExternalTensor(

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from r1export import __version__
+
 
 def versions() -> dict[str, str]:
     import onnx
@@ -31,6 +33,11 @@ def environment() -> dict[str, Any]:
         "os": f"{platform.system()} {platform.machine()}",
         "gpu": gpu,
     }
+
+
+def report_head() -> dict[str, Any]:
+    """What every report begins with."""
+    return {"verdict": "pass", "reasons": [], "created": now(), "r1export": __version__, "environment": environment()}
 
 
 def _cpu_name() -> str:

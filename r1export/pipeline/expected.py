@@ -12,20 +12,22 @@ from torch.nn import LayerNorm
 from r1export.errors import R1ExportError
 from r1export.export.graph import GRAPHS
 from r1export.export.release import UNLISTED
+from r1export.export.variants import PROCEDURES
+from r1export.pipeline.forms import Form
 from r1export.pipeline.stage import Stage
 from r1export.run_folder import read_json
-from r1export.update.factors import PROCEDURE, ExpertUpdate
+from r1export.update.factors import ExpertUpdate
 from r1export.update.files import sha256_file
 from r1export.update.release import Release, manifest_digest
-from r1export.verify import contents, digest, parity, selftest
+from r1export.verify import contents, digest, selftest
 from r1export.verify.runtime import open_session, runner
 
 BATCH = 64  # prompts embedded at a time
 
 
-def identity(stage: Stage, number: int, path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def identity(form: Form, number: int, path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Is it the release that the run wrote: manifest and files. What fails here is not worth measuring."""
-    return own_identity(path, manifest, expected_manifest(stage, number))
+    return own_identity(path, manifest, expected_manifest(form, number))
 
 
 def own_identity(
@@ -51,21 +53,14 @@ def own_identity(
 
 
 def holdings(
-    stage: Stage, number: int, path: Path, manifest: Mapping[str, Any], updates: list[ExpertUpdate]
+    form: Form, number: int, path: Path, manifest: Mapping[str, Any], updates: list[ExpertUpdate]
 ) -> dict[str, dict[str, str]]:
     """Does it hold what it has to: weights, the map of tensors, class embeddings, golden samples."""
-    names = [task.name for task in stage.tasks[:number]]
-    expected = stage.merged(updates)
-    gate = _gate(stage)
+    stage, names = form.stage, [task.name for task in form.stage.tasks[:number]]
+    expected = form.tensors(updates)
     weights = contents.weight_problems(path, manifest, expected, list(zip(names, updates, strict=True)))
     weights += contents.tensor_map_problems(path, manifest)
-    tasks = [(task.name, task.classes, task.templates) for task in stage.tasks]
-    classes = _tried(
-        lambda: (
-            contents.class_problems(path, tasks, _embedder(stage, path), 2 * gate.max_abs)
-            + _listed_classes(stage, path)
-        )
-    )
+    classes = _tried(lambda: _class_problems(form, number, path))
     golden = _tried(lambda: selftest.golden_problems(path, manifest))
     epsilons = {name: module.eps for name, module in stage.clip.model.named_modules() if isinstance(module, LayerNorm)}
     norms = _tried(
@@ -77,10 +72,26 @@ def holdings(
     )
     return {
         "graphs": contents.part(norms, f"{len(epsilons)} norms have their epsilon"),
-        "weights": contents.part(weights, f"{len(expected)} parameters are base + factors, bit for bit"),
-        "classes": contents.part(classes, f"the embeddings of {len(tasks)} tasks are what this text tower gives"),
+        "weights": contents.part(weights, f"{len(expected)} tensors are base + factors, bit for bit"),
+        "classes": contents.part(classes, _CLASSES[form.precision == "fp32"].format(len(stage.tasks))),
         "golden": contents.part(golden, "the stored samples are reproduced"),
     }
+
+
+_CLASSES = ("the embeddings of {} tasks are those of the fp32 release", "the embeddings of {} tasks are what this text tower gives")  # fmt: skip
+
+
+def _class_problems(form: Form, number: int, path: Path) -> list[str]:
+    """Class embeddings follow from the text tower in fp32; the other precisions carry the same files."""
+    stage = form.stage
+    if form.precision != "fp32":
+        single = stage.run.releases(stage.recipe)[number]
+        files = [f"classes/{task.name}.{kind}" for task in stage.tasks for kind in ("safetensors", "json")]
+        other = [name for name in files if sha256_file(path / name) != sha256_file(single / name)]
+        return [f"{name} is not that of the fp32 release" for name in other]
+    tasks = [(task.name, task.classes, task.templates) for task in stage.tasks]
+    stale = contents.class_problems(path, tasks, _embedder(stage, path), 2 * form.gate.max_abs)
+    return stale + _listed_classes(stage, path)
 
 
 def _tried(look: Callable[[], list[str]]) -> list[str]:
@@ -91,26 +102,31 @@ def _tried(look: Callable[[], list[str]]) -> list[str]:
         return [str(error)]
 
 
-def expected_manifest(stage: Stage, number: int) -> dict[str, Any]:
-    """The facts of a manifest that follow from the run."""
-    run, recipe, metrics = stage.run, stage.recipe, stage.run.metrics()
-    accuracies = dict(
-        zip(metrics["tasks"], metrics["accuracy"][number - 1] if number else metrics["zero_shot"], strict=True)
-    )
+def expected_manifest(form: Form, number: int) -> dict[str, Any]:
+    """The facts of a manifest that follow from the run. Accuracies of variants are measured when they are written."""
+    stage, run, recipe, metrics = form.stage, form.stage.run, form.stage.recipe, form.stage.run.metrics()
     folders = [(task.name, run.task(i, task.name)) for i, task in enumerate(recipe.stream[:number], 1)]
     learned = {name for name, _ in folders}
-    return {
-        "name": run.releases(recipe)[number].name, "sequence": number, "procedure": PROCEDURE, "precision": "fp32",
+    facts = {
+        "name": run.releases(recipe)[number].name, "sequence": number, "procedure": PROCEDURES[form.precision], "precision": form.precision,
         "base": read_json(run.path / "run.json", "train the run first")["base"],
         "updates": [{"task": name, "sha256": sha256_file(folder / "factors.safetensors")} for name, folder in folders],
-        "tasks": [{"name": t.name, "classes": len(t.classes), "learned": t.name in learned, "accuracy": accuracies.get(t.name)} for t in stage.tasks],
-        "graphs": {graph: digest.graph_digest(run.graphs / graph) for graph in GRAPHS},
-        "golden": {"max_abs": recipe.verify.max_abs, "min_cosine": recipe.verify.min_cosine},
+        "graphs": {graph: digest.graph_digest(form.exports.graphs / graph) for graph in GRAPHS},
+        "golden": form.tolerance,
     }  # fmt: skip
-
-
-def _gate(stage: Stage) -> parity.Gate:
-    return parity.Gate(stage.recipe.verify.max_abs, stage.recipe.verify.min_cosine)
+    if form.precision == "fp32":
+        values = metrics["accuracy"][number - 1] if number else metrics["zero_shot"]
+        accuracies = dict(zip(metrics["tasks"], values, strict=True))
+        facts["tasks"] = [
+            {
+                "name": t.name,
+                "classes": len(t.classes),
+                "learned": t.name in learned,
+                "accuracy": accuracies.get(t.name),
+            }
+            for t in stage.tasks
+        ]
+    return facts
 
 
 def _embedder(stage: Stage, path: Path) -> contents.Embed:

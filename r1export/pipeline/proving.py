@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 
 from r1export.errors import CheckFailed, Unsupported
 from r1export.export.graph import GRAPHS
+from r1export.pipeline.forms import Form
 from r1export.pipeline.stage import Stage
 from r1export.pipeline.torch_models import TorchModels, encoders
 from r1export.update.factors import ExpertUpdate
@@ -23,15 +24,15 @@ from r1export.verify.runtime import PROVIDERS, job, open_session
 
 
 def ladder(
-    stage: Stage,
+    form: Form,
     number: int,
-    releases: list[Path],
     inputs: parity.Inputs,
     updates: list[ExpertUpdate],
     seen: dict[str, Execution],
     providers: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Rungs L0 to L4 of a release and the control. `seen` holds what the base ran; the base fills it."""
+    """Rungs L0 to L4 of a release and, in fp32, the control. `seen` holds what the base ran; the base fills it."""
+    stage, releases = form.stage, form.exports.releases(form.stage.recipe)
     path, folders = releases[number], (releases[0], releases[number])
     graphs = [{name: folder / name for name in GRAPHS} for folder in folders]
     embeds = np.zeros((2, stage.clip.encode_text(stage.clip.tokenize([""])).shape[1]), np.float32)
@@ -48,7 +49,7 @@ def ladder(
             if seen
             else proof.unclimbed("the base cannot be run")
         )
-        if number and seen:
+        if number and seen and form.precision == "fp32":
             with _unmerged(stage, number, releases, updates) as unmerged:
                 found["control"] = proof.proof_control(path / "visual.onnx", unmerged, feeds["visual.onnx"])
     except CheckFailed as error:
@@ -67,25 +68,20 @@ def _unmerged(stage: Stage, number: int, releases: list[Path], updates: list[Exp
 
 
 def added_latency(
-    stage: Stage,
+    form: Form,
     number: int,
-    releases: list[Path],
     inputs: parity.Inputs,
     models: TorchModels,
     updates: list[ExpertUpdate],
     providers: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Rung L5 on every provider: one image, base and release interleaved, the unmerged model and torch beside them."""
+    """Rung L5 on every provider: one image, base and release interleaved; in fp32 the unmerged model and torch beside them."""
+    stage, releases = form.stage, form.exports.releases(form.stage.recipe)
     settings, feeds = stage.recipe.verify, {"pixel_values": inputs.visual[:1]}
     base, release = releases[0] / "visual.onnx", releases[number] / "visual.onnx"
-    runs = {
-        "routed_torch": _routed(models),
-        "unmerged_torch": encoders(models.unmerged.model).visual,
-        "merged_torch": encoders(models.merged.model).visual,
-    }
-    torch_jobs = {name: (lambda run=run: run(inputs.visual[:1])) for name, run in runs.items()}
+    torch_jobs = _torch_jobs(models, inputs.visual[:1]) if form.precision == "fp32" else None
     found = []
-    with _branches_if_any(stage, number, releases, updates) as branches:
+    with _branches_if_any(form, number, releases, updates) as branches:
         for provider in providers:
             with stage.watch.track(f"Latency on {provider}, base and release interleaved", latency.BLOCKS) as advance:
                 found.append(latency.added_latency(
@@ -96,15 +92,33 @@ def added_latency(
     return latency.slowest(found)
 
 
+def speed(form: Form, inputs: parity.Inputs, providers: tuple[str, ...]) -> dict[str, Any]:
+    """Time of the base in this precision to the base in fp32, on every provider: weights play no part."""
+    feeds, recipe = {"pixel_values": inputs.visual[:1]}, form.stage.recipe
+    graphs = [exports.releases(recipe)[0] / "visual.onnx" for exports in (form.stage.run, form.exports)]
+    return {
+        provider: latency.relative_time(*(opener(graph, feeds, provider) for graph in graphs)) for provider in providers
+    }
+
+
+def _torch_jobs(models: TorchModels, values: np.ndarray) -> dict[str, latency.Job]:
+    runs = {
+        "routed_torch": _routed(models),
+        "unmerged_torch": encoders(models.unmerged.model).visual,
+        "merged_torch": encoders(models.merged.model).visual,
+    }
+    return {name: (lambda run=run: run(values)) for name, run in runs.items()}
+
+
 @contextmanager
 def _branches_if_any(
-    stage: Stage, number: int, releases: list[Path], updates: list[ExpertUpdate]
+    form: Form, number: int, releases: list[Path], updates: list[ExpertUpdate]
 ) -> Iterator[Path | None]:
     with ExitStack() as stack:
-        try:
-            path = stack.enter_context(_unmerged(stage, number, releases, updates))
-        except Unsupported:
-            path = None
+        path = None
+        with suppress(Unsupported):
+            if form.precision == "fp32":
+                path = stack.enter_context(_unmerged(form.stage, number, releases, updates))
         yield path
 
 

@@ -12,23 +12,29 @@ import torch
 
 from r1export import __version__
 from r1export.adapt.evaluate import class_embeddings
+from r1export.adapt.metrics import top1
 from r1export.errors import Unsupported
 from r1export.export.audit import audit_reexport
 from r1export.export.graph import GRAPHS, export_graphs
 from r1export.export.preprocess import write_preprocess
+from r1export.export.quantized import calibrate
 from r1export.export.release import PREPROCESS, Golden, ReleaseContent, TaskClasses, refused_writes, write_release
+from r1export.export.variants import WRITERS
 from r1export.pipeline.environment import versions
+from r1export.pipeline.forms import RANGES, Form
+from r1export.pipeline.samples import BATCH, calibration
 from r1export.pipeline.stage import Stage
 from r1export.run_folder import read_json
 from r1export.update.factors import ExpertUpdate
-from r1export.update.files import new_folder, sha256_file
-from r1export.verify import proof
+from r1export.update.files import new_folder, sha256_file, write_json
+from r1export.verify.digest import graph_digest
+from r1export.verify.runtime import open_session, runner
 
 GOLDEN_IMAGES = 8  # images in golden.safetensors, spread over the tasks: 4.8 MB at 224 px
 
 
 def export(stage: Stage, *, overwrite: bool = False, audit: bool = False) -> list[Path]:
-    """Write the graphs, if they are not there, and every release that is not there; returns the release folders.
+    """Write the graphs and releases that are not there, in every precision of the recipe; returns the release folders.
 
     With `audit` the merged model of the last release is exported afresh and compared with it, node by node and byte by byte.
 
@@ -36,82 +42,109 @@ def export(stage: Stage, *, overwrite: bool = False, audit: bool = False) -> lis
     """
     run, recipe = stage.run, stage.recipe
     if overwrite:
-        for folder in (run.graphs, run.path / "releases"):
+        for folder in (run.graphs, run.path / "releases", run.path / "variants"):
             shutil.rmtree(folder, ignore_errors=True)
-    metrics, updates = run.metrics(), run.updates(recipe)
+    updates, releases = run.updates(recipe), []
     with refused_writes(run.path):
-        if not run.graphs.exists():
-            stage.watch.stage("Exporting the graphs, once")
-            with new_folder(run.graphs) as folder:
-                export_graphs(
-                    stage.clip.model,
-                    stage.clip.preprocess.size,
-                    _context_length(stage),
-                    folder,
-                    opset=recipe.export.opset,
-                )
-                _write_preprocess(stage, folder)
-        releases = run.releases(recipe)[: len(updates) + 1]
-        with stage.watch.track("Writing releases", len(releases)) as advance:
-            for number, path in enumerate(releases):
-                if not path.exists():
-                    _release(stage, number, path, updates[:number], metrics)
-                advance(path.name)
+        for precision in ("fp32", *recipe.export.variants):
+            form = Form(stage, precision)
+            if not form.exports.graphs.exists():
+                stage.watch.stage(f"Exporting the graphs in {precision}, once")
+                with new_folder(form.exports.graphs) as folder:
+                    _write_graphs(form, folder)
+            releases += _write_releases(form, updates)
     if audit:
-        stage.watch.stage(f"Exporting {releases[-1].name} afresh to compare")
-        stage.clip.load_(stage.merged(updates))
-        audit_reexport(
+        _audit(stage, updates)
+    return releases
+
+
+def _write_graphs(form: Form, folder: Path) -> None:
+    stage, single = form.stage, form.stage.run.graphs
+    if form.precision == "fp32":
+        export_graphs(
             stage.clip.model,
             stage.clip.preprocess.size,
             _context_length(stage),
-            releases[-1],
-            opset=recipe.export.opset,
+            folder,
+            opset=stage.recipe.export.opset,
         )
-        stage.clip.load_(stage.base)
+        with suppress(Unsupported):  # some preprocessing has no faithful graph: preprocess.json alone describes it
+            write_preprocess(stage.clip.preprocess.to_json(), folder / PREPROCESS, opset=stage.recipe.export.opset)
+        return
+    WRITERS[form.precision](single, folder)
+    if (single / PREPROCESS).exists():
+        shutil.copyfile(single / PREPROCESS, folder / PREPROCESS)
+    if form.precision == "int8":
+        base = stage.run.releases(stage.recipe)[0]
+        write_json(folder / RANGES, {name: list(ends) for name, ends in calibrate(base, calibration(stage)).items()})
+
+
+def _write_releases(form: Form, updates: list[ExpertUpdate]) -> list[Path]:
+    stage, metrics = form.stage, form.stage.run.metrics()
+    releases = form.exports.releases(stage.recipe)[: len(updates) + 1]
+    with stage.watch.track(f"Writing releases in {form.precision}", len(releases)) as advance:
+        for number, path in enumerate(releases):
+            if not path.exists():
+                _release(form, number, path, updates[:number], metrics)
+            advance(path.name)
     return releases
+
+
+def _audit(stage: Stage, updates: list[ExpertUpdate]) -> None:
+    last = stage.run.releases(stage.recipe)[len(updates)]
+    stage.watch.stage(f"Exporting {last.name} afresh to compare")
+    stage.clip.load_(stage.merged(updates))
+    audit_reexport(
+        stage.clip.model, stage.clip.preprocess.size, _context_length(stage), last, opset=stage.recipe.export.opset
+    )
+    stage.clip.load_(stage.base)
 
 
 def _context_length(stage: Stage) -> int:
     return stage.clip.tokenize([""]).shape[1]
 
 
-def _write_preprocess(stage: Stage, folder: Path) -> None:
-    """preprocess.onnx, for models whose preprocessing has a faithful graph; the others have preprocess.json alone."""
-    with suppress(Unsupported):
-        write_preprocess(stage.clip.preprocess.to_json(), folder / PREPROCESS, opset=stage.recipe.export.opset)
-
-
-def _release(stage: Stage, number: int, path: Path, updates: list[ExpertUpdate], metrics: dict[str, Any]) -> None:
-    run, recipe, clip = stage.run, stage.recipe, stage.clip
-    weights = stage.merged(updates)
-    clip.load_(weights)
+def _release(form: Form, number: int, path: Path, updates: list[ExpertUpdate], metrics: dict[str, Any]) -> None:
+    stage, recipe, clip = form.stage, form.stage.recipe, form.stage.clip
+    clip.load_(stage.merged(updates))
     learned = {task.name for task in stage.tasks[:number]}
-    accuracies = dict(
-        zip(metrics["tasks"], metrics["accuracy"][number - 1] if number else metrics["zero_shot"], strict=True)
+    tasks = tuple(
+        TaskClasses(t.name, t.classes, t.templates, class_embeddings(clip, t), t.name in learned) for t in stage.tasks
     )
+    values = metrics["accuracy"][number - 1] if number else metrics["zero_shot"]
+    trained = dict(zip(metrics["tasks"], values, strict=True))
     content = ReleaseContent(
         name=path.name,
         sequence=number,
-        base=read_json(run.path / "run.json", "train the run first")["base"],
+        precision=form.precision,
+        base=read_json(stage.run.path / "run.json", "train the run first")["base"],
         updates=tuple(
-            {"task": t.name, "sha256": sha256_file(run.task(i, t.name) / "factors.safetensors")}
+            {"task": t.name, "sha256": sha256_file(stage.run.task(i, t.name) / "factors.safetensors")}
             for i, t in enumerate(recipe.stream[:number], 1)
         ),
-        weights=weights,
-        tasks=tuple(
-            TaskClasses(t.name, t.classes, t.templates, class_embeddings(clip, t), t.name in learned)
-            for t in stage.tasks
-        ),
+        weights=form.tensors(updates),
+        tasks=tasks,
         golden=_golden(stage),
         preprocess=clip.preprocess.to_json(),
         tokenizer=clip.tokenizer,
-        graph_digests={graph: proof.graph_digest(run.graphs / graph) for graph in GRAPHS},
-        accuracy=accuracies,
+        graph_digests={graph: graph_digest(form.exports.graphs / graph) for graph in GRAPHS},
+        accuracy=lambda folder: trained if form.precision == "fp32" else _accuracies(stage, folder, tasks),
         versions={"r1export": __version__} | versions(),
-        tolerance={"max_abs": recipe.verify.max_abs, "min_cosine": recipe.verify.min_cosine},
+        tolerance=form.tolerance,
     )
-    write_release(content, run.graphs, path)
+    write_release(content, form.exports.graphs, path)
     clip.load_(stage.base)
+
+
+def _accuracies(stage: Stage, folder: Path, tasks: tuple[TaskClasses, ...]) -> dict[str, float]:
+    """Top-1 of a release's own image tower in onnxruntime, on all test images of every task."""
+    run = runner(open_session(folder / "visual.onnx"))
+    found = {}
+    for task, classes in zip(stage.tasks, tasks, strict=True):
+        batches = stage.tests[task.name].batches(BATCH)
+        embeds = [run({"pixel_values": stage.clip.preprocess.normalize(batch).numpy()}) for batch in batches]
+        found[task.name] = top1(np.concatenate(embeds), classes.embeddings, task.test.labels)
+    return found
 
 
 @torch.inference_mode()

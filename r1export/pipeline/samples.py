@@ -13,6 +13,7 @@ from r1export.verify.parity import Inputs
 from r1export.verify.runtime import open_session, runner
 
 BATCH = 32  # images embedded at a time
+CALIBRATION = 128  # images, and prompts, from which the input ranges of int8 are taken
 
 
 def parity_inputs(stage: Stage, task: Task) -> Inputs:
@@ -30,6 +31,15 @@ def test_images(stage: Stage, task: Task) -> tuple[Tensor, np.ndarray]:
         np.random.default_rng(stage.recipe.train.seed).permutation(len(task.test))[: stage.recipe.verify.images]
     )
     return stage.tests[task.name].batch(chosen), task.test.labels[chosen]
+
+
+def calibration(stage: Stage) -> dict[str, np.ndarray]:
+    """Training images of all tasks and prompts of their classes, at most CALIBRATION of each, as the towers take them."""
+    rng, share = np.random.default_rng(stage.recipe.train.seed), max(1, CALIBRATION // len(stage.tasks))
+    pixels = [stage.trains[task.name].batch(np.sort(rng.permutation(len(task.train))[:share])) for task in stage.tasks]
+    prompts = [task.templates[0].format(name) for task in stage.tasks for name in task.classes[:share]]
+    values = stage.clip.preprocess.normalize(cat(pixels))
+    return {"pixel_values": values.numpy(), "input_ids": stage.clip.tokenize(prompts).cpu().numpy()}
 
 
 def gallery(stage: Stage, release: Path) -> np.ndarray:

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from r1export import __version__
 from r1export.errors import CheckFailed, R1ExportError
 from r1export.export.release import read_manifest
-from r1export.pipeline.environment import environment, now
+from r1export.pipeline.environment import report_head
 from r1export.pipeline.expected import own_identity
 from r1export.pipeline.proving import opener
 from r1export.update.container import read_tensors
 from r1export.verify import contents, latency, parity, proof, selftest
+from r1export.verify.checks import failed
 from r1export.verify.report import settled
 from r1export.verify.runtime import PROVIDERS
 
@@ -28,18 +28,15 @@ def verify_release(path: Path, providers: Sequence[str] = ()) -> dict[str, Any]:
     Nothing is trained or run in torch. Raises InputError if `path` is no release, Unsupported for a missing provider.
     """
     manifest, providers = read_manifest(path), tuple(providers) or ("cpu",)
-    found: dict[str, Any] = {
-        "verdict": "pass",
-        "reasons": [],
-        "created": now(),
-        "r1export": __version__,
-        "environment": environment(),
-    }
-    found |= {
-        "release": {"index": manifest.get("sequence"), "name": manifest.get("name") or path.name},
+    found = report_head() | {
+        "release": {
+            "index": manifest.get("sequence"),
+            "name": manifest.get("name") or path.name,
+            "precision": manifest.get("precision"),
+        },
         "contents": own_identity(path, manifest),
     }
-    if _failed(found["contents"]):
+    if failed(found["contents"]):
         return settled(found)
     found["release"] |= {"base": manifest["base"]["name"], "base_sha256": manifest["base"]["sha256"]}
     problems = contents.tensor_map_problems(path, manifest)
@@ -49,13 +46,9 @@ def verify_release(path: Path, providers: Sequence[str] = ()) -> dict[str, Any]:
     base = path.parent / "00-base"
     beside = base if base.is_dir() and base.resolve() != path.resolve() else None
     found["parity"] = {"export": _parity(path, manifest, beside, providers)}
-    if beside and not _failed(found["parity"]):
+    if beside and not failed(found["parity"]):
         found |= _beside(path, beside, manifest, providers)
     return settled(found)
-
-
-def _failed(parts: Mapping[str, Any]) -> bool:
-    return any(part.get("verdict") == "fail" for part in parts.values())
 
 
 def _parity(path: Path, manifest: Mapping[str, Any], beside: Path | None, providers: Sequence[str]) -> dict[str, Any]:
@@ -95,7 +88,7 @@ def _beside(path: Path, base: Path, manifest: Mapping[str, Any], providers: Sequ
         found |= proof.rungs(ran, lambda: proof.executions(graphs[1], feeds, providers))
     except CheckFailed as error:
         found |= proof.unclimbed(f"the base beside it cannot be run: {error}")
-    if _failed(found):
+    if failed(found):
         return {"proof": found}
     timed = [
         latency.added_latency(

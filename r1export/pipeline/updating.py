@@ -26,6 +26,7 @@ def bundle(
     seq: int = 0,
     terms: Terms | None = None,
     overwrite: bool = False,
+    precision: str = "fp32",
 ) -> Bundle:
     """Write to `out` what a device at release `since` needs for `release`, without the tasks in `drop`.
 
@@ -41,6 +42,7 @@ def bundle(
         seq=seq,
         terms=terms,
         overwrite=overwrite,
+        precision=precision,
         refresh=lambda folder: _refresh(stage, release, drop, folder),
     )
 

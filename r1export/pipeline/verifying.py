@@ -11,37 +11,37 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from r1export import __version__
 from r1export.adapt.tasks import Task
-from r1export.errors import CheckFailed, InputError, R1ExportError
+from r1export.errors import InputError, R1ExportError
 from r1export.export.graph import GRAPHS
 from r1export.export.release import read_manifest
 from r1export.pipeline import expected, gaps
-from r1export.pipeline.environment import environment, now
-from r1export.pipeline.proving import added_latency, ladder
+from r1export.pipeline.comparing import merge_parity, onnx_parity
+from r1export.pipeline.environment import report_head
+from r1export.pipeline.forms import Form
+from r1export.pipeline.proving import added_latency, ladder, speed
 from r1export.pipeline.samples import gallery, parity_inputs, test_images
 from r1export.pipeline.stage import Stage
-from r1export.pipeline.torch_models import TorchModels, encoders, module_boundaries, torch_models
+from r1export.pipeline.torch_models import TorchModels, encoders, torch_models
 from r1export.run_folder import read_json
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import sha256_file
 from r1export.verify import parity
+from r1export.verify.checks import failed
 from r1export.verify.drift import embedding_drift
 from r1export.verify.execution import Execution
-from r1export.verify.locate import locate
 from r1export.verify.report import overall, settled, write_report
-from r1export.verify.runtime import PROVIDERS, open_session, runner
-
-LEVELS = ("disable", "basic", "all")
+from r1export.verify.runtime import PROVIDERS
 
 
 @dataclass
-class _Base:
-    """What the base release showed, for the releases after it."""
+class _Seen:
+    """What the base release showed in one precision, for the releases after it."""
 
     control: dict[str, Any] | None = None
     executions: dict[str, Execution] = field(default_factory=dict)
     embeddings: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    speed: dict[str, Any] | None = None
 
 
 def default_providers() -> tuple[str, ...]:
@@ -54,55 +54,48 @@ def default_providers() -> tuple[str, ...]:
 
 
 def verify(stage: Stage, providers: Sequence[str] = ()) -> dict[str, Any]:
-    """Verify every release against the unmerged model, write all reports, and return the report of the run."""
+    """Verify every release, in every precision, against the unmerged model; write all reports and return that of the run."""
     run, recipe, providers = stage.run, stage.recipe, tuple(providers) or default_providers()
     updates, metrics = run.updates(recipe), run.metrics()
-    releases = run.releases(recipe)[: len(updates) + 1]
-    base, reports, measured_gaps = _Base(), [], {}
-    for number, path in enumerate(releases):
-        if not path.exists():
-            raise InputError(f"{path}: no such release", f"write it with r1export export {run.path}")
-        stage.watch.stage(f"Verifying {path.name}")
-        found = _verify_release(stage, number, releases, updates[:number], base, providers)
-        if gap := found.pop("gaps", None):
-            measured_gaps[stage.tasks[number - 1].name] = gap
-        reports.append(settled(found | {"accuracy": _accuracy_upto(metrics, number, gap)}))
-        write_report(reports[-1], path)
-    report = {
-        "verdict": overall(r["verdict"] for r in reports),
-        "reasons": [f"{r['release']['name']}: {reason}" for r in reports for reason in r["reasons"]],
-        "created": now(), "r1export": __version__, "recipe": recipe.model_dump(mode="json"),
-        "accuracy": _accuracy(metrics) | {"gaps": gaps.summarised(measured_gaps)}, "environment": environment(), "releases": reports,
+    forms = {Form(stage, precision): _Seen() for precision in ("fp32", *recipe.export.variants)}
+    reports: dict[Form, list[dict[str, Any]]] = {form: [] for form in forms}
+    measured_gaps = {}
+    for number in range(len(updates) + 1):
+        for form, seen in forms.items():
+            path = form.exports.releases(recipe)[number]
+            if not path.exists():
+                raise InputError(f"{path}: no such release", f"write it with r1export export {run.path}")
+            stage.watch.stage(f"Verifying {form.label(path.name)}")
+            found = _verify_release(form, number, updates[:number], seen, providers)
+            gap = found.pop("gaps", None)
+            if gap:
+                measured_gaps[stage.tasks[number - 1].name] = gap
+            accuracy = _accuracy_upto(metrics, number, gap) if form.precision == "fp32" else None
+            reports[form].append(settled(found | {"accuracy": accuracy}))
+            write_report(reports[form][-1], path)
+    releases = [report for listed in reports.values() for report in listed]
+    report = report_head() | {
+        "verdict": overall(r["verdict"] for r in releases),
+        "reasons": [f"{r['release']['name']}: {reason}" for r in releases for reason in r["reasons"]],
+        "recipe": recipe.model_dump(mode="json"), "accuracy": _accuracy(metrics) | {"gaps": gaps.summarised(measured_gaps)}, "releases": releases,
     }  # fmt: skip
     write_report(report, run.path)
     return settled(report)
 
 
 def _verify_release(
-    stage: Stage,
-    number: int,
-    releases: list[Path],
-    updates: list[ExpertUpdate],
-    base: _Base,
-    providers: tuple[str, ...],
+    form: Form, number: int, updates: list[ExpertUpdate], seen: _Seen, providers: tuple[str, ...]
 ) -> dict[str, Any]:
     """One release. Each step is left out where the one before failed: what is not the release is not measured."""
-    path = releases[number]
-    found: dict[str, Any] = {
-        "verdict": "pass",
-        "reasons": [],
-        "created": now(),
-        "r1export": __version__,
-        "environment": environment(),
-    }
-    found["release"] = {"index": number, "name": path.name}
+    stage, path = form.stage, form.exports.releases(form.stage.recipe)[number]
+    found = report_head() | {"release": {"index": number, "name": form.label(path.name), "precision": form.precision}}
     try:
         manifest = read_manifest(path)
-        found["contents"] = expected.identity(stage, number, path, manifest)
-        if _failed(found["contents"]):
+        found["contents"] = expected.identity(form, number, path, manifest)
+        if failed(found["contents"]):
             return found
-        found["release"] = _release_facts(stage, number, path)
-        found["contents"] |= expected.holdings(stage, number, path, manifest, updates)
+        found["release"] |= _release_facts(stage, number, path)
+        found["contents"] |= expected.holdings(form, number, path, manifest, updates)
     except R1ExportError as error:
         return found | {
             "verdict": "fail",
@@ -110,60 +103,53 @@ def _verify_release(
         }
     inputs = parity_inputs(stage, stage.tasks[max(0, number - 1)])
     with torch_models(stage, number, updates) as models:
-        found["parity"] = _parity(stage, number, path, inputs, models, base, providers)
-        if _failed(found["contents"]) or _failed(found["parity"]):
+        found["parity"] = _parity(form, number, path, inputs, models, seen, providers)
+        if failed(found["contents"]) or failed(found["parity"]):
             return found
-        found["proof"] = ladder(stage, number, releases, inputs, updates, base.executions, providers)
-        found["drift"] = _drift(stage, releases[number], base)
-        if number and not _failed(found["proof"]):
-            found["gaps"] = _gaps(stage, stage.tasks[number - 1], inputs, models)
-            found["latency"] = added_latency(stage, number, releases, inputs, models, updates, providers)
+        found["proof"] = ladder(form, number, inputs, updates, seen.executions, providers)
+        if form.precision == "fp32":
+            found["drift"] = _drift(stage, path, seen)
+        else:
+            seen.speed = seen.speed or speed(form, inputs, providers)
+            found["variant"] = _variant(form, number, manifest, seen)
+        if number and not failed(found["proof"]):
+            if form.precision == "fp32":
+                found["gaps"] = _gaps(stage, stage.tasks[number - 1], inputs, models)
+            found["latency"] = added_latency(form, number, inputs, models, updates, providers)
     return found
 
 
-def _failed(parts: Mapping[str, Any]) -> bool:
-    return any(part.get("verdict") == "fail" for part in parts.values())
-
-
 def _parity(
-    stage: Stage,
+    form: Form,
     number: int,
     path: Path,
     inputs: parity.Inputs,
     models: TorchModels,
-    base: _Base,
+    seen: _Seen,
     providers: tuple[str, ...],
 ) -> dict[str, Any]:
-    """The three stages; the base has only its export. What cannot be run has failed."""
-    settings = stage.recipe.verify
-    gate = parity.Gate(settings.max_abs, settings.min_cosine)
-    batches = tuple(dict.fromkeys((*settings.batches, 0)))  # 0: all samples at once
-    facts = {
-        "batches": [size or len(inputs.visual) for size in batches],
-        "levels": list(LEVELS),
-        "providers": list(providers),
-    }
-    reference = parity.run_in_batches(encoders(models.merged.model), inputs, (0,))
-    stages: dict[str, Any] = {}
-    trained = parity.run_in_batches(encoders(models.unmerged.model), inputs, (0,)) if models.unmerged else None
-    try:
-        candidate = parity.Outputs.join(
-            parity.run_in_batches(_onnx(path, level, provider), inputs, batches)
-            for provider in providers
-            for level in LEVELS
-        )
-        stages["export"] = parity.compare(reference, candidate, gate, base.control) | facts
-        if trained:
-            stages["total"] = parity.compare(trained, candidate, gate, base.control) | facts
-    except CheckFailed as error:
-        stages |= {name: parity.failed(str(error)) for name in ("export", *(("total",) if trained else ()))}
-    if stages["export"]["verdict"] == "fail":
-        stages["export"]["detail"] = _located(stage, path, inputs, models, stages["export"])
+    """The three stages; the base has only its export, and the merge is the same in every precision."""
+    found = onnx_parity(form, path, inputs, models, seen.control, providers)
     if not number:
-        base.control = stages["export"]
-    if trained:
-        stages = {"merge": parity.compare(trained, reference, gate, base.control) | facts, **stages}
-    return stages
+        seen.control = found["export"]
+    if models.unmerged and form.precision == "fp32":
+        found = {"merge": merge_parity(inputs, models, form.gate, seen.control), **found}
+    return found
+
+
+def _variant(form: Form, number: int, manifest: Mapping[str, Any], seen: _Seen) -> dict[str, Any]:
+    """What a coarser precision saves and costs against the fp32 release of the same number."""
+    single = form.stage.run.releases(form.stage.recipe)[number]
+    path, names = form.exports.releases(form.stage.recipe)[number], ("visual.safetensors", "textual.safetensors")
+    accuracies = {task["name"]: task["accuracy"] for task in manifest["tasks"]}
+    return {
+        "precision": form.precision,
+        "bytes": {name: (path / name).stat().st_size for name in names},
+        "bytes_fp32": {name: (single / name).stat().st_size for name in names},
+        "accuracy": accuracies,
+        "accuracy_fp32": {task["name"]: task["accuracy"] for task in read_manifest(single)["tasks"]},
+        "speed": seen.speed,
+    }
 
 
 def _gaps(stage: Stage, task: Task, inputs: parity.Inputs, models: TorchModels) -> dict[str, Any]:
@@ -175,39 +161,12 @@ def _gaps(stage: Stage, task: Task, inputs: parity.Inputs, models: TorchModels) 
     return gap | gaps.freezing(models.unmerged, models.pools, task, *test_images(stage, task))
 
 
-def _located(stage: Stage, path: Path, inputs: parity.Inputs, models: TorchModels, failed: Mapping[str, Any]) -> str:
-    """What failed, with the first diverging node of each tower and a reproducer beside the releases."""
-    found = [failed.get("detail") or "parity failed"]
-    encode, few = encoders(models.merged.model), parity.Inputs(inputs.visual[:2], inputs.textual[:2])
-    for tower, name in (("visual", "pixel_values"), ("textual", "input_ids")):
-        outputs: list[np.ndarray] = []
-        boundaries = module_boundaries(
-            models.merged.model, lambda tower=tower, out=outputs: out.append(encode.tower(tower)(few.tower(tower)))
-        )
-        case = stage.run.path / "failures" / path.name / tower
-        try:
-            at = locate(path / f"{tower}.onnx", {name: few.tower(tower)}, boundaries, outputs[0], case)
-        except CheckFailed as error:
-            found.append(f"{tower}.onnx: {error.message}")
-            continue
-        if at:
-            found.append(f"{tower}.onnx: {at}; to reproduce it: {case.relative_to(stage.run.path)}/reproduce.py")
-    return "; ".join(found)
-
-
-def _drift(stage: Stage, path: Path, base: _Base) -> dict[str, Any] | None:
+def _drift(stage: Stage, path: Path, seen: _Seen) -> dict[str, Any] | None:
     """Against the last release before that could be measured; None for the base."""
     new = gallery(stage, path)
-    found = embedding_drift(base.embeddings[-1][1], new, against=base.embeddings[-1][0]) if base.embeddings else None
-    base.embeddings.append((path.name, new))
+    found = embedding_drift(seen.embeddings[-1][1], new, against=seen.embeddings[-1][0]) if seen.embeddings else None
+    seen.embeddings.append((path.name, new))
     return found
-
-
-def _onnx(path: Path, level: str, provider: str) -> parity.Model:
-    visual, textual = (
-        runner(open_session(path / f"{tower}.onnx", level=level, provider=provider)) for tower in parity.TOWERS
-    )
-    return parity.Model(lambda values: visual({"pixel_values": values}), lambda values: textual({"input_ids": values}))
 
 
 def _release_facts(stage: Stage, number: int, path: Path) -> dict[str, Any]:
@@ -219,7 +178,7 @@ def _release_facts(stage: Stage, number: int, path: Path) -> dict[str, Any]:
             (stage.run.task(number, stage.tasks[number - 1].name) / "factors.safetensors").stat().st_size
         )
     return {
-        "index": number, "name": path.name, "task": stage.tasks[number - 1].name if number else None, "base": base["name"], "base_sha256": base["sha256"],
+        "task": stage.tasks[number - 1].name if number else None, "base": base["name"], "base_sha256": base["sha256"],
         "graph": {name: sha256_file(path / name) for name in GRAPHS}, "weights": {name: sha256_file(path / name) for name in names}, "bytes": sizes,
     }  # fmt: skip
 

@@ -54,6 +54,7 @@ def make_bundle(
     terms: Terms | None = None,
     refresh: Refresh | None = None,
     overwrite: bool = False,
+    precision: str = "fp32",
 ) -> Bundle:
     """Write to `out` what a device at release `since` (0: the base) needs for `release` of `run`, without the tasks in `drop`.
 
@@ -65,7 +66,7 @@ def make_bundle(
         CheckFailed: the release cannot be derived from its base and its factors bit for bit.
         Unsupported: signing or, for `drop`, onnxruntime is not installed.
     """
-    releases = read_releases(run)
+    releases = read_releases(run, precision)
     if release not in releases or since not in releases or 0 not in releases:
         raise InputError(
             f"{run} has the releases {sorted(releases)}, wanted were 0, {since} and {release}", "choose among them"
@@ -90,13 +91,14 @@ def make_bundle(
     return bundle
 
 
-def read_releases(run: Path) -> dict[int, Release]:
+def read_releases(run: Path, precision: str = "fp32") -> dict[int, Release]:
     """The releases of a run by sequence number. Raises InputError if there are none or two have the same number."""
-    found = [Release.read(path.parent) for path in sorted((run / "releases").glob(f"*/{MANIFEST}"))]
+    folder = (run if precision == "fp32" else run / "variants" / precision) / "releases"
+    found = [Release.read(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))]
     releases = {release.sequence: release for release in found}
     if not found or len(releases) != len(found):
         raise InputError(
-            f"{run}/releases has {len(found)} releases with {len(releases)} different numbers",
+            f"{folder} has {len(found)} releases with {len(releases)} different numbers",
             "run `r1export run` first",
         )
     return releases

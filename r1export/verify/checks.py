@@ -74,6 +74,11 @@ def verdict_of(part: Mapping[str, Any] | None) -> str:
     return verdict
 
 
+def failed(parts: Mapping[str, Any]) -> bool:
+    """Whether any of several parts of a report has failed."""
+    return any(part.get("verdict") == FAIL for part in parts.values())
+
+
 def checks(report: Mapping[str, Any]) -> list[Check]:
     """All checks of one release in the order in which a reader wants them, measured or not."""
     return [*_contents(report), *_parity(report), *_proof(report), _latency(report), _control(report)]

@@ -14,7 +14,7 @@ from r1export.errors import InputError
 from r1export.update.files import new_folder
 from r1export.verify.checks import verdict_of
 from r1export.verify.figures import MISSING, percent, points, ratio, scientific, size
-from r1export.verify.matrix import update_bytes
+from r1export.verify.matrix import in_fp32, update_bytes
 from r1export.verify.svg import DASHES, SERIES, page_svg, style
 from r1export.verify.tables import Table, Verdict
 from r1export.verify.templating import environment
@@ -48,7 +48,7 @@ def compare_runs(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any
 
 
 def _facts(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    accuracy, releases = report["accuracy"], report.get("releases") or []
+    accuracy, releases = report["accuracy"], in_fp32(report.get("releases") or [])
     errors = [
         total["max_abs"]
         for r in releases

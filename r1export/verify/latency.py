@@ -18,6 +18,7 @@ BLOCKS = 10  # a bootstrap over fewer blocks has intervals that are too narrow
 WARM_UP = 3  # runs after opening a session that are not counted: memory is planned and weights are paged in
 P90_COUNT, P99_COUNT = 50, 500  # runs that a quantile needs before it says anything
 TORCH_ROUNDS = 10
+RELATIVE_PAIRS, RELATIVE_HALFWIDTH = 100, 0.02  # two programs compared, not proven equal
 PATIENCE = 20.0  # seconds after which no block is added to the first BLOCKS
 PRECISION = 3  # intervals are narrowed to this part of the margin: an equal pair then lies outside once in 10^4 times
 Job = Callable[[], object]
@@ -98,6 +99,13 @@ def added_latency(
         "pair_ratios": (seconds["merged"] / seconds["base"]).ravel().tolist()[:400],
         "providers": {provider: {str(batch): table}},
     }  # fmt: skip
+
+
+def relative_time(open_base: Callable[[], Job], open_other: Callable[[], Job]) -> dict[str, Any]:
+    """Time of another program to the time of the base, where a difference is expected: ratio and interval, no verdict."""
+    openers = {"base": open_base, "again": open_base, "merged": open_other}
+    seconds = measure(openers, RELATIVE_PAIRS, RELATIVE_HALFWIDTH)
+    return _ratio(paired_ratio(seconds["merged"], seconds["base"]))
 
 
 def slowest(by_provider: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,11 @@ from r1export.errors import CheckFailed
 from r1export.update.files import new_folder
 from r1export.verify.runtime import session_options, spoken
 
-NOISE = 2e-7  # relative error that rounding alone explains at the start of a float32 network
+NOISE = {
+    "fp32": 2e-7,
+    "fp16": 5e-4,
+    "int8": 2e-2,
+}  # relative error that rounding alone explains at the start of a network
 JUMP = 10  # an error this many times everything before it is not rounding any more
 SCRIPT = """import numpy as np, onnxruntime as ort
 case = dict(np.load("case.npz")); expected = case.pop("expected")
@@ -65,6 +69,7 @@ def locate(
     boundaries: Sequence[Boundary],
     expected: np.ndarray,
     reproducer: Path | None = None,
+    precision: str = "fp32",
 ) -> Divergence | None:
     """The first divergence of `graph` from torch on `feeds`, None if there is none that can be seen.
 
@@ -74,10 +79,12 @@ def locate(
     model = onnx.load(graph, load_external_data=False)
     known = dict(_matched(model.graph, boundaries))
     known[model.graph.output[0].name] = Boundary("output", "out", expected)
-    order = [name for node in model.graph.node for name in node.output if name in known]
-    found = _intermediates(model, graph.parent, feeds, order)
+    values = [name for node in model.graph.node for name in node.output if name in known]
+    found = _intermediates(model, graph.parent, feeds, values)
+    # Of another size is what only looks like torch's value: a widened weight, or tokens that torch has turned around.
+    order = [name for name in values if found[name].size == known[name].value.size]
     errors = {name: _relative(found[name], known[name].value) for name in order}
-    at = _first_jump([errors[name] for name in order])
+    at = _first_jump([errors[name] for name in order], NOISE[precision])
     if at is None:
         return None
     bad, good = order[at], {name: known[name].value.reshape(found[name].shape) for name in order[:at]}
@@ -143,15 +150,13 @@ def _intermediates(
 
 
 def _relative(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference over largest value; infinite for NaN, and nothing to say (0) where sizes differ."""
-    if found.size != expected.size:
-        return 0.0
+    """Largest difference over largest value; infinite for NaN."""
     difference = np.abs(found.astype(np.float64).ravel() - expected.astype(np.float64).ravel()).max(initial=0)
     return float(difference / max(np.abs(expected).max(initial=0), 1e-12)) if np.isfinite(difference) else float("inf")
 
 
-def _first_jump(errors: Sequence[float]) -> int | None:
-    level = NOISE
+def _first_jump(errors: Sequence[float], noise: float) -> int | None:
+    level = noise
     for i, error in enumerate(errors):
         if error > JUMP * level:
             return i

@@ -1,6 +1,6 @@
 """The figures that tables and pictures share: the accuracy matrix and the bytes of a release."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -26,6 +26,11 @@ def matrix_table(accuracy: Mapping[str, Any] | None) -> tuple[list[str], list[st
 
 def _filled(row: list[float | None], length: int) -> list[float | None]:
     return [*row, *[None] * length][:length]
+
+
+def in_fp32(reports: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The releases that variants in coarser precision are held against: those whose figures stand for the run."""
+    return [r for r in reports if ((r.get("release") or {}).get("precision") or "fp32") == "fp32"]
 
 
 def weight_bytes(release: Mapping[str, Any] | None) -> int | None:

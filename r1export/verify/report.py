@@ -132,6 +132,7 @@ def _page(report: Mapping[str, Any], pictures: bool) -> dict[str, Any]:
         "facts": tables.facts(tables.worst(report) if is_run else report),
         "groups": tables.groups(found),
         "releases": tables.releases(report) if is_run else None,
+        "variants": tables.variants(parts),
         "sections": [_section(part, f"r{n}", pictures) for n, part in enumerate(parts)],
         "accuracy": tables.accuracies(accuracy),
         "summary": tables.accuracy_summary(accuracy),

@@ -6,7 +6,7 @@ from typing import Any
 
 from r1export.verify.checks import LADDER, PARITY, Check, checks, overall, verdict_of
 from r1export.verify.figures import MISSING, band, cosine, milliseconds, percent, points, ratio, scientific, share, size
-from r1export.verify.matrix import matrix_table, update_bytes, weight_bytes
+from r1export.verify.matrix import in_fp32, matrix_table, update_bytes, weight_bytes
 
 RUNNERS = {
     "routed_torch": "torch, unmerged (routed)",
@@ -260,6 +260,44 @@ def releases(run: Mapping[str, Any]) -> Table:
     return Table(["Release", "Verdict", "Largest difference", "Same program", "Time, to base", "Update"], rows)
 
 
+def variants(reports: Sequence[Mapping[str, Any]]) -> Table | None:
+    """One row per release in a coarser precision: what it saves and what it costs against the same release in fp32."""
+    rows = []
+    for report in reports:
+        if not (variant := report.get("variant")):
+            continue
+        bytes_, single = (sum((variant.get(key) or {}).values()) for key in ("bytes", "bytes_fp32"))
+        accuracy, accuracy_fp32 = variant.get("accuracy") or {}, variant.get("accuracy_fp32") or {}
+        shared = [task for task in accuracy if None not in (accuracy[task], accuracy_fp32.get(task))]
+        lost = max((accuracy_fp32[task] - accuracy[task] for task in shared), default=None)
+        rows.append(
+            [
+                (report.get("release") or {}).get("name") or "unnamed",
+                f"{size(bytes_)}, {share(bytes_, single)}",
+                _speed(variant.get("speed") or {}),
+                percent(_mean([accuracy[task] for task in shared])),
+                percent(_mean([accuracy_fp32[task] for task in shared])),
+                points(lost),
+            ]
+        )
+    columns = ["Release", "Weights, of fp32", "Time, to fp32", "Accuracy", "Accuracy, fp32", "Most lost on a task"]
+    return Table(columns, rows) if rows else None
+
+
+def _speed(speed: Mapping[str, Any]) -> str:
+    """The ratio on every provider, and in words whether the variant is slower on this machine."""
+    found = []
+    for provider, times in speed.items():
+        low, high = times.get("ci95") or (None, None)
+        word = "" if None in (low, high) else " slower" if low > 1 else " faster" if high < 1 else " no difference"
+        found.append(f"{provider}: {ratio(times.get('ratio'))}{word}")
+    return "; ".join(found) or MISSING
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
 def digests(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Whole sha256 of the base model, of the files and of the rungs that have one."""
     release, proof = report.get("release") or {}, report.get("proof") or {}
@@ -282,7 +320,7 @@ def settings(value: Any, path: str = "") -> list[tuple[str, str]]:
 
 def worst(run: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of a run as if it were one release: the largest difference, the slowest ratio, the last update."""
-    reports = run["releases"]
+    reports = in_fp32(run["releases"])
     totals = [
         total
         for report in reports

@@ -10,8 +10,9 @@ import pytest
 
 from r1export.errors import Unsupported
 from r1export.export.graph import GRAPHS
-from r1export.export.half import half_graphs, half_weights
-from r1export.export.quantized import calibrate, input_scale, quantized_graphs, quantized_weights
+from r1export.export.half import half_graphs
+from r1export.export.quantized import calibrate, input_scale, quantized_graphs
+from r1export.export.variants import rounded_base, version_tensors
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 from r1export.update.quantize import dequantize
 
@@ -24,7 +25,7 @@ def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def half(exported, exporting, tmp_path_factory):
     folder = tmp_path_factory.mktemp("half")
     weights = half_graphs(exported.folder, folder)
-    exporting.write_weights(weights, half_weights(exporting.values_of(exported.model)), folder)
+    exporting.write_weights(weights, version_tensors(exporting.values_of(exported.model), [], weights, {}), folder)
     return exporting.Exported(folder, weights, exported.model)
 
 
@@ -38,7 +39,7 @@ def ranges(exported, exporting):
 def quantized(exported, exporting, ranges, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized")
     weights = quantized_graphs(exported.folder, folder)
-    exporting.write_weights(weights, quantized_weights(exporting.values_of(exported.model), weights, ranges), folder)
+    exporting.write_weights(weights, version_tensors(exporting.values_of(exported.model), [], weights, ranges), folder)
     return exporting.Exported(folder, weights, exported.model)
 
 
@@ -96,7 +97,7 @@ def test_quantised_weights_are_within_half_a_step_of_the_rows_that_torch_has(
     exported, exporting, quantized, ranges
 ) -> None:
     values = exporting.values_of(exported.model)
-    stored = quantized_weights(values, quantized.weights, ranges)
+    stored = version_tensors(values, [], quantized.weights, ranges)
     name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
     error = np.abs(dequantize(stored[name], stored[f"{name}.scale"]) - values[name])
     assert (error <= stored[f"{name}.scale"][:, None] * 0.5001).all()
@@ -108,7 +109,7 @@ def test_merging_changes_weights_and_scales_and_no_range_of_an_input(exported, e
     update = ExpertUpdate(
         {Rows(name, 0, 128): Factors.pack(rng.standard_normal((2, 32)), rng.standard_normal((128, 2)), 1.0)}
     )
-    before, after = (quantized_weights(w, quantized.weights, ranges) for w in (values, values | update.apply(values)))
+    before, after = (version_tensors(values, u, quantized.weights, ranges) for u in ([], [update]))
     assert {key for key in before if not np.array_equal(before[key], after[key])} == {name, f"{name}.scale"}
 
 
@@ -120,6 +121,8 @@ def test_a_range_always_holds_zero_exactly() -> None:
         assert (0 - min(low, 0)) / scale == pytest.approx(float(zero), abs=0.5)
 
 
-def test_weights_beyond_float16_are_refused() -> None:
-    with pytest.raises(Unsupported, match=r"blow\.up has values beyond float16"):
-        half_weights({"blow.up": np.array([1e6], np.float32)})
+def test_weights_beyond_float16_are_refused(exported, exporting, half) -> None:
+    values = exporting.values_of(exported.model)
+    name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    with pytest.raises(Unsupported, match=r"c_fc\.weight has values beyond float16"):
+        rounded_base(values | {name: values[name] * 1e6}, half.weights)

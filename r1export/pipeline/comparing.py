@@ -1,0 +1,96 @@
+"""Parity of one release of a run: the same real inputs through the unmerged model, the merged model and the graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from r1export.errors import CheckFailed
+from r1export.pipeline.forms import Form
+from r1export.pipeline.torch_models import TorchModels, encoders, module_boundaries
+from r1export.verify import parity
+from r1export.verify.locate import locate
+from r1export.verify.runtime import open_session, runner
+
+LEVELS = ("disable", "basic", "all")
+
+
+def merge_parity(
+    inputs: parity.Inputs, models: TorchModels, gate: parity.Gate, control: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Unmerged torch against merged torch, all inputs at once."""
+    unmerged, merged = (
+        parity.run_in_batches(encoders(clip.model), inputs, (0,)) for clip in (models.unmerged, models.merged)
+    )
+    return parity.compare(unmerged, merged, gate, control) | {
+        "batches": [len(inputs.visual)],
+        "levels": [],
+        "providers": [],
+    }
+
+
+def onnx_parity(
+    form: Form,
+    path: Path,
+    inputs: parity.Inputs,
+    models: TorchModels,
+    control: Mapping[str, Any] | None,
+    providers: tuple[str, ...],
+) -> dict[str, Any]:
+    """Export, and total where there is something to merge. What cannot be run has failed."""
+    batches = tuple(dict.fromkeys((*form.stage.recipe.verify.batches, 0)))  # 0: all samples at once
+    facts = {
+        "batches": [size or len(inputs.visual) for size in batches],
+        "levels": list(LEVELS),
+        "providers": list(providers),
+    }
+    references = {"export": models.merged, **({"total": models.unmerged} if models.unmerged else {})}
+    try:
+        candidate = parity.Outputs.join(
+            parity.run_in_batches(_onnx(path, level, provider), inputs, batches)
+            for provider in providers
+            for level in LEVELS
+        )
+    except CheckFailed as error:
+        stages = {name: parity.failed(str(error)) for name in references}
+    else:
+        stages = {
+            name: parity.compare(
+                parity.run_in_batches(encoders(clip.model), inputs, (0,)), candidate, form.gate, control
+            )
+            | facts
+            for name, clip in references.items()
+        }
+    if stages["export"]["verdict"] == "fail":
+        stages["export"]["detail"] = _located(form, path, inputs, models, stages["export"])
+    return stages
+
+
+def _located(form: Form, path: Path, inputs: parity.Inputs, models: TorchModels, failed: Mapping[str, Any]) -> str:
+    """What failed, with the first diverging node of each tower and a reproducer beside the releases."""
+    found = [failed.get("detail") or "parity failed"]
+    encode, few = encoders(models.merged.model), parity.Inputs(inputs.visual[:2], inputs.textual[:2])
+    for tower, name in (("visual", "pixel_values"), ("textual", "input_ids")):
+        outputs: list[np.ndarray] = []
+        boundaries = module_boundaries(
+            models.merged.model, lambda tower=tower, out=outputs: out.append(encode.tower(tower)(few.tower(tower)))
+        )
+        case = form.exports.path / "failures" / path.name / tower
+        try:
+            at = locate(path / f"{tower}.onnx", {name: few.tower(tower)}, boundaries, outputs[0], case, form.precision)
+        except CheckFailed as error:
+            found.append(f"{tower}.onnx: {error.message}")
+            continue
+        if at:
+            found.append(f"{tower}.onnx: {at}; to reproduce it: {case.relative_to(form.stage.run.path)}/reproduce.py")
+    return "; ".join(found)
+
+
+def _onnx(path: Path, level: str, provider: str) -> parity.Model:
+    visual, textual = (
+        runner(open_session(path / f"{tower}.onnx", level=level, provider=provider)) for tower in parity.TOWERS
+    )
+    return parity.Model(lambda values: visual({"pixel_values": values}), lambda values: textual({"input_ids": values}))

@@ -1,0 +1,62 @@
+"""Small runs by the real command line, in this process: starting torch anew for each of a hundred commands would take minutes."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from r1export.cli import app
+from r1export.update.container import read_tensors
+from r1export.update.files import sha256_bytes, sha256_file, write_json
+from r1export.update.release import sealed
+from r1export.verify.digest import graph_digest
+
+SETTINGS = (
+    "tasks.0.source=builtin:digits", "tasks.0.name=digits", "train.iterations=6", "data.test_limit=60", "data.shots=4",
+    "verify.samples=8", "verify.images=12", "verify.pairs=20", "verify.margin=0.9",
+)  # fmt: skip
+RECIPE = '[base]\nmodel = "builtin:world"\n[[tasks]]\nname = "digits"\nsource = "builtin:digits"\n[train]\nlearning_rate = 5e-3\n[pool]\nalpha = 12.0\n'
+
+
+@dataclass(frozen=True)
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        """What a person at a terminal sees."""
+        return self.stdout + self.stderr
+
+
+def r1export(*arguments: object) -> Result:
+    """A crash of the command fails the test."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("COLUMNS", "200")
+        try:
+            app([str(argument) for argument in arguments], prog_name="r1export")
+        except SystemExit as stop:
+            code = stop.code or 0
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def reseal(release: Path) -> None:
+    """Make every digest of the manifest fit what is there now."""
+    manifest = json.loads((release / "manifest.json").read_text())
+    manifest["files"] = {
+        name: {"sha256": sha256_file(release / name), "bytes": (release / name).stat().st_size}
+        for name in manifest["files"]
+    }
+    manifest["graphs"] = {name: graph_digest(release / name) for name in manifest["graphs"]}
+    for file in {entry["file"] for entry in manifest["tensors"].values()}:
+        for name, tensor in read_tensors(release / file).items():
+            manifest["tensors"][name]["sha256"] = sha256_bytes(np.ascontiguousarray(tensor))
+    write_json(release / "manifest.json", sealed(manifest))
