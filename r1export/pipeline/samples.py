@@ -13,6 +13,7 @@ from r1export.verify.parity import Inputs
 from r1export.verify.runtime import open_session, runner
 
 BATCH = 32  # images embedded at a time
+FEWEST, MOST, WORK = 32, 200, 1e10  # images that the gaps are measured on by default, and images times parameters
 CALIBRATION = 128  # images, and prompts, from which the input ranges of int8 are taken
 
 
@@ -25,11 +26,15 @@ def parity_inputs(stage: Stage, task: Task) -> Inputs:
     return Inputs(values.numpy(), stage.clip.tokenize(prompts).cpu().numpy())
 
 
+def image_count(stage: Stage) -> int:
+    """`verify.images`, or as many as models of this size are given: 66 for ViT-B."""
+    parameters = sum(value.size for value in stage.base.values())
+    return stage.recipe.verify.images or max(FEWEST, min(MOST, int(WORK / parameters)))
+
+
 def test_images(stage: Stage, task: Task) -> tuple[Tensor, np.ndarray]:
-    """`verify.images` test images of the task, uint8 (n, 3, h, w), and their labels."""
-    chosen = np.sort(
-        np.random.default_rng(stage.recipe.train.seed).permutation(len(task.test))[: stage.recipe.verify.images]
-    )
+    """Test images of the task, uint8 (n, 3, h, w), and their labels."""
+    chosen = np.sort(np.random.default_rng(stage.recipe.train.seed).permutation(len(task.test))[: image_count(stage)])
     return stage.tests[task.name].batch(chosen), task.test.labels[chosen]
 
 
@@ -44,6 +49,6 @@ def calibration(stage: Stage) -> dict[str, np.ndarray]:
 
 def gallery(stage: Stage, release: Path) -> np.ndarray:
     """Unit-norm embeddings (n, D) that a release gives to test images of all tasks."""
-    run, share = runner(open_session(release / "visual.onnx")), max(1, stage.recipe.verify.images // len(stage.tasks))
+    run, share = runner(open_session(release / "visual.onnx")), max(1, image_count(stage) // len(stage.tasks))
     values = stage.clip.preprocess.normalize(cat([test_images(stage, task)[0][:share] for task in stage.tasks])).numpy()
     return np.concatenate([run({"pixel_values": values[i : i + BATCH]}) for i in range(0, len(values), BATCH)])

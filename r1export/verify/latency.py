@@ -19,7 +19,9 @@ WARM_UP = 3  # runs after opening a session that are not counted: memory is plan
 P90_COUNT, P99_COUNT = 50, 500  # runs that a quantile needs before it says anything
 TORCH_ROUNDS = 10
 RELATIVE_PAIRS, RELATIVE_HALFWIDTH = 100, 0.02  # two programs compared, not proven equal
-PATIENCE = 20.0  # seconds after which no block is added to the first BLOCKS
+FEWEST_ROUNDS = 4  # per block, of a model so slow that BUDGET is used up before: a median needs a few
+BUDGET = 40.0  # seconds that the rounds of the first BLOCKS may take together
+PATIENCE = 20.0  # seconds after these, in which blocks are added
 PRECISION = 3  # intervals are narrowed to this part of the margin: an equal pair then lies outside once in 10^4 times
 Job = Callable[[], object]
 
@@ -49,23 +51,35 @@ def measure(
     seed: int = 0,
     on_block: Callable[[], None] = lambda: None,
 ) -> dict[str, np.ndarray]:
-    """Seconds (blocks, rounds) of base, again, merged and whatever else is to be timed, all opened afresh in every block.
+    """Seconds (blocks, rounds) of base and whatever is to be held against it, all opened afresh in every block.
 
-    After `pairs` pairs it goes on until both intervals are narrower than `halfwidth` or PATIENCE seconds have passed.
-    How long it goes on depends on the width of the intervals alone, not on where they lie, so it favours no verdict.
+    After `pairs` pairs, or as many as fit into BUDGET, it goes on until all intervals are narrower than `halfwidth` or
+    PATIENCE is at its end. How long it goes on depends on the width of the intervals, not on where they lie, so it favours
+    no verdict.
     """
-    rng, started = np.random.default_rng(seed), time.perf_counter()
-    rounds = max(2, -(-pairs // (2 * BLOCKS)))
+    rng, rounds, started = np.random.default_rng(seed), max(2, -(-pairs // (2 * BLOCKS))), 0.0
     blocks: list[dict[str, np.ndarray]] = []
     while True:
-        names = rng.permutation(list(openers))
-        blocks.append(time_rounds({str(name): openers[str(name)]() for name in names}, rounds, rng))
+        jobs = {str(name): openers[str(name)]() for name in rng.permutation(list(openers))}
+        if not blocks:
+            rounds = min(rounds, _affordable_rounds(jobs))
+        blocks.append(time_rounds(jobs, rounds, rng))
         on_block()
+        if len(blocks) == BLOCKS:
+            started = time.perf_counter()
         if len(blocks) >= BLOCKS:
             seconds = {name: np.stack([block[name] for block in blocks]) for name in openers}
-            widest = max(paired_ratio(seconds[name], seconds["base"]).halfwidth for name in ("again", "merged"))
+            widest = max(paired_ratio(seconds[name], seconds["base"]).halfwidth for name in openers if name != "base")
             if widest <= halfwidth or time.perf_counter() - started > PATIENCE:
                 return seconds
+
+
+def _affordable_rounds(jobs: Mapping[str, Job]) -> int:
+    """How many rounds of a block fit into BUDGET, from one that is not counted."""
+    started = time.perf_counter()
+    for job in (*jobs.values(), *jobs.values()):
+        job()
+    return max(FEWEST_ROUNDS, int(BUDGET / BLOCKS / max(time.perf_counter() - started, 1e-9)))
 
 
 def added_latency(
@@ -76,17 +90,15 @@ def added_latency(
 
     `open_unmerged` opens the base graph with its branches, `torch_jobs` are named as in the report's table of runners.
     """
-    openers = {
-        "base": open_base,
-        "again": open_base,
-        "merged": open_release,
-        **({"unmerged": open_unmerged} if open_unmerged else {}),
-    }
+    openers = {"base": open_base, "again": open_base, "merged": open_release}
     seconds = measure(openers, pairs, margin / PRECISION, on_block=on_block)
     ratio, noise = paired_ratio(seconds["merged"], seconds["base"]), paired_ratio(seconds["again"], seconds["base"])
     verdict, advice = latency_verdict(ratio, noise, margin)
-    unmerged = paired_ratio(seconds["unmerged"], seconds["base"]).value if open_unmerged else None
-    table = {name: _times(seconds[name]) for name in openers if name != "again"}
+    table = {name: _times(seconds[name]) for name in ("base", "merged")}
+    unmerged = None
+    if open_unmerged:  # Apart from the pairs above, which have to be narrow: here a difference is expected.
+        apart = measure({"base": open_base, "unmerged": open_unmerged}, RELATIVE_PAIRS, RELATIVE_HALFWIDTH)
+        table["unmerged"], unmerged = _times(apart["unmerged"]), paired_ratio(apart["unmerged"], apart["base"]).value
     if torch_jobs:
         # Apart from the pairs above: torch's own threads spin for a while after each call and would slow them.
         compared = time_rounds({"base": open_base(), **torch_jobs}, TORCH_ROUNDS, np.random.default_rng(1))
@@ -103,9 +115,8 @@ def added_latency(
 
 def relative_time(open_base: Callable[[], Job], open_other: Callable[[], Job]) -> dict[str, Any]:
     """Time of another program to the time of the base, where a difference is expected: ratio and interval, no verdict."""
-    openers = {"base": open_base, "again": open_base, "merged": open_other}
-    seconds = measure(openers, RELATIVE_PAIRS, RELATIVE_HALFWIDTH)
-    return _ratio(paired_ratio(seconds["merged"], seconds["base"]))
+    seconds = measure({"base": open_base, "other": open_other}, RELATIVE_PAIRS, RELATIVE_HALFWIDTH)
+    return _ratio(paired_ratio(seconds["other"], seconds["base"]))
 
 
 def slowest(by_provider: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

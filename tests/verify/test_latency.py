@@ -82,9 +82,9 @@ def test_every_block_opens_its_sessions_afresh(clock) -> None:
     assert opened.count("base") == 2 * opened.count("merged") >= 2 * latency.BLOCKS
 
 
-@pytest.mark.parametrize(("unit", "patient"), [(1.0, False), (0.05, True)])
-def test_measuring_goes_on_while_intervals_are_wide_until_patience_ends(clock, unit: float, patient: bool) -> None:
-    """Sessions that differ from one opening to the next by a third need many blocks; on slow jobs the time is up before."""
+@pytest.mark.parametrize("unit", [0.001, 0.05])
+def test_measuring_goes_on_while_intervals_are_wide_until_patience_ends(clock, unit: float) -> None:
+    """Sessions that differ from one opening to the next by a third need many blocks."""
     rng = np.random.default_rng(0)
 
     def noisy():
@@ -92,7 +92,17 @@ def test_measuring_goes_on_while_intervals_are_wide_until_patience_ends(clock, u
 
     found = latency.added_latency(noisy, noisy, pairs=40, margin=0.02)
     assert found["verdict"] == "inconclusive"
-    assert (found["pairs"] > 40) == patient
+    assert found["pairs"] > 40
+    assert latency.PATIENCE < clock.now < latency.PATIENCE + 40 * 8 * unit + 1
+
+
+def test_a_slow_model_gets_fewer_pairs_and_never_too_few_for_a_median(clock) -> None:
+    for seconds, rounds in ((0.01, 20), (0.05, 13), (10.0, latency.FEWEST_ROUNDS)):
+        found = latency.added_latency(
+            lambda s=seconds: clock.job(s), lambda s=seconds: clock.job(s), pairs=400, margin=0.02
+        )
+        assert found["pairs"] == 2 * latency.BLOCKS * rounds
+        assert found["verdict"] == "pass"
 
 
 def test_the_unmerged_model_and_torch_stand_beside_the_base(clock) -> None:
