@@ -50,6 +50,8 @@ class Data(_Section):
     """Test images per task, drawn by seed; 0 takes all."""
     download: bool = False
     """Let torchvision download a data set that is not there."""
+    candidates: Literal["task", "all"] = "task"
+    """Classes among which a test image is classified: those of its task, or of all tasks together (X-TAIL)."""
 
 
 class TaskSource(_Section):
@@ -75,10 +77,18 @@ class Pool(_Section):
     """Scaling is alpha / rank."""
     dropout: float = Field(0.2, ge=0, lt=1)
     """Dropout on the input of the experts."""
+    router: Literal["random", "straight-through"] = "random"
+    """`random` keeps the router as it was drawn, as the published code does; `straight-through` trains it."""
+    text_token: Literal["start", "end"] = "start"
+    """Token that votes in the text tower: the start sees nothing of the text, the end carries the label."""
+    gate: Literal["binary", "frequency", "sparse"] = "binary"
+    """Weights of merged experts: 1, their share of the votes, or trained and made sparse (CoDyRA; no router then)."""
     towers: tuple[Literal["visual", "text"], ...] = ("visual", "text")
     """Towers that get experts."""
     targets: tuple[Literal["q", "k", "v", "out", "fc", "proj"], ...] = ("q", "k", "v", "out", "fc", "proj")
     """Linears of a block that get experts: attention q, k, v, out and the two of the MLP."""
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Blocks of each tower that get experts, counted from 0; empty takes all."""
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
@@ -102,8 +112,16 @@ class Train(_Section):
     """Where the cosine schedule ends."""
     weight_decay: float = Field(1e-2, ge=0)
     """Weight decay of AdamW."""
+    method: Literal["experts", "full"] = "experts"
+    """`full` fine-tunes every weight: a baseline for `r1export train`, whose updates are as large as the model."""
+    loss: Literal["in-batch", "all-classes"] = "in-batch"
+    """Contrastive among the classes of a batch, or cross-entropy over every class of the task."""
+    orthogonality: Literal["output", "input", "none"] = "output"
+    """What the orthogonality loss keeps experts off: what earlier tasks merged, what their inputs span, or nothing."""
     orthogonality_weight: float = Field(0.1, ge=0)
     """Weight of the activation-guided orthogonality loss, from the second task on."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` computes the frozen model under autocast; experts and their optimiser stay in float32."""
     consolidate: float = Field(1.0, ge=0, le=1)
     """Share of the iterations after which the experts with the most votes are fixed and training goes on with them alone; 1 never does."""
     checkpoint_every: int = Field(50, ge=1)
@@ -185,22 +203,43 @@ class Recipe(_Section):
 def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe. Each override is `section.field=value` with a TOML value; a bare word counts as a string.
 
+    `extends = "OTHER.toml"` at the top takes another recipe, beside this one, and changes only what is written here.
+
     Raises:
         InputError: no such file, not TOML, an unknown key, a wrong type, an impossible value; the message names the key.
     """
     path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe", "see recipes/ for examples") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: not a readable TOML file: {error}", "mend the file") from error
+    values = _read(path)
     for override in overrides:
         _set(values, override)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{path}: {_describe(error)}", "see the field list in docs/recipe.md") from None
+
+
+def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tables of a recipe and of those that it extends."""
+    if path.resolve() in extended:
+        raise InputError(f"{path}: extends itself", "take the circle out of extends")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe", "see recipes/ for examples") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not a readable TOML file: {error}", "mend the file") from error
+    if not isinstance(parent := values.pop("extends", ""), str):
+        raise InputError(f"{path}: extends is {parent!r}", "give the name of one recipe")
+    return _over(_read(path.parent / parent, (*extended, path.resolve())), values) if parent else values
+
+
+def _over(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `changes` on top, table by table; lists are replaced as a whole."""
+    merged = dict(values)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _over(merged[key], value) if both else value
+    return merged
 
 
 def _set(values: dict[str, Any], override: str) -> None:

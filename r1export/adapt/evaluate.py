@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,6 +33,30 @@ def image_embeddings(clip: Clip, pixels: Pixels) -> np.ndarray:
     return torch.cat([clip.encode_image(batch) for batch in pixels.batches(BATCH)]).float().cpu().numpy()
 
 
-def accuracy(clip: Clip, task: Task, test: Pixels) -> float:
-    """Top-1 accuracy on the task's test images among the task's own class names."""
-    return top1(image_embeddings(clip, test), class_embeddings(clip, task), task.test.labels)
+def accuracy(clip: Clip, task: Task, test: Pixels, among: Classes | None = None) -> float:
+    """Top-1 accuracy on the task's test images among the task's own class names, or among those of several tasks."""
+    embeds = image_embeddings(clip, test)
+    if among is None:
+        return top1(embeds, class_embeddings(clip, task), task.test.labels)
+    places = np.array([among.places[name] for name in task.classes])
+    return top1(embeds, among.embeddings, places[task.test.labels])
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Class embeddings (C, D) of several tasks together and the row of every name; a name that two tasks share is there once."""
+
+    embeddings: np.ndarray
+    places: dict[str, int]
+
+
+def all_classes(clip: Clip, tasks: Iterable[Task]) -> Classes:
+    """The classes of all tasks, each with the templates of the first task that has it: the candidates of X-TAIL."""
+    places: dict[str, int] = {}
+    rows: list[np.ndarray] = []
+    for task in tasks:
+        for name, embedding in zip(task.classes, class_embeddings(clip, task), strict=True):
+            if name not in places:
+                places[name] = len(rows)
+                rows.append(embedding)
+    return Classes(np.stack(rows), places)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r1export.adapt.pool import ExpertPool, PoolSettings
+from r1export.adapt.pool import EndOfText, ExpertPool, PoolSettings
 from r1export.errors import Unsupported
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 
@@ -140,13 +140,15 @@ def _linears(mlp: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
     ]
 
 
-def _route_on(model: nn.Module, tower: str) -> str:
-    """The first token where it stands for the input (a class token, a start token), else the mean of all."""
+def _route_on(model: nn.Module, tower: str, text_token: str) -> str:
+    """The first token where it stands for the input (a class token, a start token), else the mean of all.
+
+    A text tower that reads its output at the end of the text can vote there as well (`text_token` "end").
+    """
     _, module = _tower(model, tower)
     if tower == "text":
-        return (
-            "mean" if getattr(module, "pool_type", getattr(module, "text_pool_type", "argmax")) == "last" else "first"
-        )
+        last = getattr(module, "pool_type", getattr(module, "text_pool_type", "argmax")) == "last"
+        return "mean" if last else {"start": "first", "end": "end"}[text_token]
     token = getattr(getattr(module, "trunk", module), "cls_token", getattr(module, "class_embedding", None))
     return "mean" if token is None else "first"
 
@@ -157,8 +159,12 @@ def inject_experts_(
     *,
     towers: tuple[str, ...] = ("visual", "text"),
     targets: tuple[str, ...] = TARGETS,
+    layers: tuple[int, ...] = (),
+    text_token: str = "start",
 ) -> dict[Rows, ExpertPool]:
     """Wrap the targeted linears of `model` in place; the new pools add nothing until they are trained.
+
+    `layers` are the numbers of the blocks of each tower, from 0; empty takes all. `text_token` ("start", "end") votes for a text.
 
     Returns the pools by the rows of the parameter beside which they stand, sorted.
 
@@ -168,16 +174,37 @@ def inject_experts_(
     pools: dict[Rows, ExpertPool] = {}
     try:
         for tower in towers:
-            placed = replace(settings, route_on=_route_on(model, tower))
-            for name, block in _blocks(model, tower):
+            placed = replace(settings, route_on=_route_on(model, tower, text_token))
+            for name, block in _chosen(_blocks(model, tower), layers, tower):
                 _inject_attention_(block, f"{name}.attn", placed, targets, pools)
                 _inject_mlp_(block.mlp, f"{name}.mlp", placed, targets, pools)
     except Unsupported:
         eject_experts_(model)
         raise
+    ends = _watch_ends_(model) if any(pool.settings.route_on == "end" for pool in pools.values()) else EndOfText()
     for pool in pools.values():
         pool.train(model.training)
+        pool.ends = ends
     return dict(sorted(pools.items()))
+
+
+def _chosen(blocks: list[tuple[str, nn.Module]], layers: tuple[int, ...], tower: str) -> list[tuple[str, nn.Module]]:
+    if layers and max(layers) >= len(blocks):
+        raise Unsupported(
+            f"the {tower} tower has {len(blocks)} blocks, pool.layers names {max(layers)}", "count blocks from 0"
+        )
+    return [block for i, block in enumerate(blocks) if not layers or i in layers]
+
+
+def _watch_ends_(model: nn.Module) -> EndOfText:
+    """Note where each text ends (its highest token, as open_clip reads it) whenever tokens enter the text tower."""
+    ends, embedding = EndOfText(), _tower(model, "text")[1].token_embedding
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        ends.positions = inputs[0].argmax(-1)
+
+    embedding.end_of_text = embedding.register_forward_pre_hook(note)
+    return ends
 
 
 def _inject_mlp_(
@@ -258,15 +285,19 @@ def eject_experts_(model: nn.Module) -> None:
                 setattr(module, name, child.base)
             if hasattr(child, "separate"):
                 module.qkv_bias_separate = child.separate
+            if hasattr(child, "end_of_text"):
+                child.end_of_text.remove()
+                del child.end_of_text
 
 
 def pack_experts(pools: dict[Rows, ExpertPool]) -> ExpertUpdate:
-    """The selected experts of every pool, scaling folded in, as they are merged and shipped."""
+    """The selected experts of every pool, scaling and gate folded in, as they are merged and shipped."""
     factors = {}
     for rows, pool in pools.items():
-        chosen = pool.selected()
+        chosen, gate = pool.selected(), pool.frozen_gate()
         lora_A, lora_B = (
-            tensor.detach().float().cpu().numpy() for tensor in (pool.lora_A[chosen], pool.lora_B[:, chosen])
+            tensor.detach().float().cpu().numpy()
+            for tensor in (pool.lora_A[chosen], pool.lora_B[:, chosen] * gate[chosen])
         )
         factors[rows] = Factors.pack(lora_A, lora_B, pool.settings.scaling)
     return ExpertUpdate(factors)
@@ -275,8 +306,16 @@ def pack_experts(pools: dict[Rows, ExpertPool]) -> ExpertUpdate:
 def remember_(pools: dict[Rows, ExpertPool], earlier: ExpertUpdate) -> None:
     """Give every pool the merged columns of B of all earlier tasks, for the orthogonality loss."""
     for rows, pool in pools.items():
+        if rows not in earlier.factors:
+            continue
         columns = earlier.factors[rows].u.astype(np.float32) / np.float32(pool.settings.scaling)
         pool.past = torch.from_numpy(columns).to(pool.lora_B)
+
+
+def widen_spans_(pools: dict[Rows, ExpertPool], directions: dict[str, np.ndarray]) -> None:
+    """Add the input directions (in, m) of an earlier task, by rows, to what the pools' orthogonality on the input side knows."""
+    for rows, pool in pools.items():
+        pool.span = torch.cat([pool.span, torch.from_numpy(directions[str(rows)]).to(pool.span)], 1)
 
 
 def pool_tensors(pools: dict[Rows, ExpertPool]) -> dict[str, np.ndarray]:

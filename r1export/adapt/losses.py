@@ -1,6 +1,6 @@
-"""The two losses: contrastive with several positives, and activation-guided orthogonality (AGO).
+"""The losses: contrastive with several positives or over all classes, and activation-guided orthogonality (AGO).
 
-Source: arXiv 2601.22828.
+Source where none is named: arXiv 2601.22828.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from r1export.adapt.pool import ExpertPool
@@ -29,6 +30,12 @@ def in_batch_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return (image_to_text + text_to_image) / 2 - logits.gather(1, labels[:, None]).mean()
 
 
-def orthogonality_loss(pools: Iterable[ExpertPool]) -> Tensor:
-    """mean over the linears of sum |B_J^T P|: keeps leading experts off what earlier tasks merged."""
-    return torch.stack([pool.overlap() for pool in pools]).mean()
+def all_classes_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy over every class of the task: `logits` (n, C), `labels` int64 (n,)."""
+    return F.cross_entropy(logits, labels)
+
+
+def orthogonality_loss(pools: Iterable[ExpertPool], kind: str = "output") -> Tensor:
+    """mean over the linears of sum |B_J^T P| ("output": leading experts keep off what earlier tasks merged) or of
+    sum |A_J V| ("input": off what earlier tasks' inputs span, after InfLoRA, arXiv 2404.00228)."""
+    return torch.stack([pool.overlap() if kind == "output" else pool.input_overlap() for pool in pools]).mean()

@@ -3,9 +3,13 @@
     TRAIN   s ((X~ A^T) * g) B^T      g = 1_S, S = top-k_train of the votes of the whole batch, X~ = dropout(X)
     FROZEN  s ((X  A^T) * g) B^T      g constant: the experts that will be merged; no router, no dropout
 
-Each sample votes with the top-k_train of softmax(R z + bias), z = its routing token: position 0 of
-the linear's input, or the mean over positions in a tower that has no class token.
+Each sample votes with the top-k_train of softmax(R z + bias), z = its routing token: position 0 of the linear's input,
+the end of the text, or the mean over positions in a tower that has neither.
 Probabilities only choose; the sum over experts is unweighted. Source: arXiv 2601.22828.
+
+Two variations of g, both of which merge as well: the router learns through g + p - stopgrad(p), p the mean of the batch's
+probabilities ("straight-through"); and g = w is trained itself and made sparse by soft thresholds ("sparse"), after
+CoDyRA (arXiv 2412.01004).
 Shapes: X (n, tokens, in), A (r, in), B (out, r), R (r, in).
 """
 
@@ -24,7 +28,9 @@ from torch import Tensor, nn
 class PoolSettings:
     """Sizes of a pool: `rank` experts, `k_train` act on a batch, `k_merge` are merged; scaling = alpha / rank.
 
-    `route_on` is the token that votes: "first", or "mean" of all.
+    `router` is "random" (as it was drawn) or "straight-through" (it learns). `gate` is "binary", "frequency" (frozen experts
+    weigh as much as their share of the votes) or "sparse" (each expert has a trained weight and no router).
+    `route_on` is the token that votes: "first", "end" of the text, or "mean" of all.
     """
 
     rank: int = 12
@@ -32,6 +38,8 @@ class PoolSettings:
     k_merge: int = 4
     alpha: float = 1.0
     dropout: float = 0.2
+    router: str = "random"
+    gate: str = "binary"
     route_on: str = "first"
 
     @property
@@ -44,11 +52,18 @@ def top_experts(votes: Tensor, k: int) -> Tensor:
     return torch.sort(votes, descending=True, stable=True).indices[:k].sort().values
 
 
+class EndOfText:
+    """Where the texts that run through a tower end: set when they enter it, read by its pools."""
+
+    positions: Tensor | None = None
+
+
 class ExpertPool(nn.Module):
     """The experts of one adapted linear. `forward(x)` is what they add to its output.
 
-    `gate` is None while a router chooses, or a float mask (r,) when the choice is frozen.
-    `past` (out, m) holds the merged columns of B of all earlier tasks.
+    `gate` is None while a router chooses, or the weights (r,) of the experts when the choice is frozen.
+    `past` (out, m) holds the merged columns of B of all earlier tasks, `span` (in, m) the leading directions of their
+    inputs. `gram` (in, in), where it is not None, grows by X^T X with every call.
     """
 
     def __init__(self, in_features: int, out_features: int, settings: PoolSettings, **place: Any) -> None:
@@ -58,9 +73,14 @@ class ExpertPool(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(settings.rank, in_features, **place))
         self.lora_B = nn.Parameter(torch.zeros(out_features, settings.rank, **place))
         self.router = nn.Linear(in_features, settings.rank, **place)
+        if settings.gate == "sparse":
+            self.importance = nn.Parameter(torch.ones(settings.rank, **place))
         self.register_buffer("counts", torch.zeros(settings.rank, dtype=torch.int64, device=place.get("device")))
         self.register_buffer("past", torch.zeros(out_features, 0, **place), persistent=False)
+        self.register_buffer("span", torch.zeros(in_features, 0, **place), persistent=False)
         self.gate: Tensor | None = None
+        self.gram: Tensor | None = None
+        self.ends = EndOfText()
 
     def reset_(self, generator: torch.Generator) -> None:
         """Fresh experts for a task: A and router from `generator`, B and counts zero. Bounds are nn.Linear's defaults."""
@@ -70,37 +90,70 @@ class ExpertPool(nn.Module):
                 tensor.copy_(torch.empty(tensor.shape, dtype=tensor.dtype).uniform_(-bound, bound, generator=generator))
             self.lora_B.zero_()
             self.counts.zero_()
+            if self.settings.gate == "sparse":
+                self.importance.fill_(1)
         self.gate = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gram is not None:
+            self.gram += x.flatten(0, -2).T @ x.flatten(0, -2)
         gate = self.gate
         if gate is None:
             x = F.dropout(x, self.settings.dropout, self.training)
-            gate = self.route(x)
+            gate = self.importance if self.settings.gate == "sparse" else self.route(self.token(x))
         return F.linear(F.linear(x, self.lora_A) * (gate * self.settings.scaling), self.lora_B)
 
-    @torch.no_grad()
-    def route(self, x: Tensor) -> Tensor:
+    def token(self, x: Tensor) -> Tensor:
+        """The routing token (n, in) of each sample."""
+        if self.settings.route_on == "mean":
+            return x.mean(1)
+        return x[:, 0] if self.settings.route_on == "first" else x[torch.arange(len(x)), self.ends.positions]
+
+    def route(self, token: Tensor) -> Tensor:
         """The batch's gate (r,) from the votes of its samples; in training mode the votes are counted."""
-        token = x[:, 0] if self.settings.route_on == "first" else x.mean(1)
-        probabilities = self.router(token).softmax(-1)
+        learns = self.settings.router == "straight-through"
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            probabilities = self.router(token).softmax(-1)
         ranked = torch.sort(probabilities, dim=-1, descending=True, stable=True).indices[:, : self.settings.k_train]
         votes = torch.bincount(ranked.reshape(-1), minlength=self.settings.rank)
         if self.training:
             self.counts += votes
-        return self._mask(top_experts(votes, self.settings.k_train))
+        gate = self._mask(top_experts(votes, self.settings.k_train))
+        mean = probabilities.mean(0)
+        return gate + (mean - mean.detach()) if learns else gate
 
     def selected(self, k: int | None = None) -> Tensor:
-        """The k (default k_merge) experts with the most votes of this task, ascending."""
+        """The k (default k_merge) experts with the most votes of this task, ascending; those not zero of a sparse gate."""
+        if self.settings.gate == "sparse":
+            kept = self.importance.detach().nonzero()[:, 0]
+            return kept if len(kept) else top_experts(self.importance.detach().abs(), 1)
         return top_experts(self.counts, self.settings.k_merge if k is None else k)
 
     def freeze_(self, k: int | None = None) -> None:
         """From now on exactly the selected experts act, whatever the input: the function that will be merged."""
-        self.gate = self._mask(self.selected(k))
+        self.gate = self.frozen_gate(k)
+
+    def frozen_gate(self, k: int | None = None) -> Tensor:
+        """The weights (r,) of the experts once they are frozen: zero for those that are not selected."""
+        mask = self._mask(self.selected(k))
+        if self.settings.gate == "sparse":
+            return mask * self.importance.detach()
+        if self.settings.gate == "frequency":
+            return mask * self.counts * self.settings.k_train / self.counts.sum().clamp(min=1)
+        return mask
+
+    @torch.no_grad()
+    def shrink_(self, threshold: float) -> None:
+        """Soft threshold on the weights of a sparse gate: w = sign(w) max(|w| - threshold, 0)."""
+        self.importance.copy_(F.softshrink(self.importance, threshold))
 
     def overlap(self) -> Tensor:
         """sum |B_J^T P| over the leading experts J and the merged columns P of earlier tasks (a scalar)."""
         return (self.lora_B[:, self.selected()].T @ self.past).abs().sum()
+
+    def input_overlap(self) -> Tensor:
+        """sum |A_J V| over the leading experts J and the directions V of earlier tasks' inputs (a scalar)."""
+        return (self.lora_A[self.selected()] @ self.span).abs().sum()
 
     def _mask(self, experts: Tensor) -> Tensor:
         return torch.zeros(self.settings.rank, device=self.lora_A.device, dtype=self.lora_A.dtype).index_fill_(

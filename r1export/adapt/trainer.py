@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from r1export.adapt.clip import Clip
 from r1export.adapt.experts import load_pool_tensors_, pool_tensors
-from r1export.adapt.losses import in_batch_loss, orthogonality_loss
+from r1export.adapt.losses import all_classes_loss, in_batch_loss, orthogonality_loss
 from r1export.adapt.pixels import Pixels
 from r1export.adapt.pool import ExpertPool
 from r1export.adapt.tasks import Task
@@ -23,18 +23,27 @@ from r1export.update.container import read_tensors, write_tensors
 from r1export.update.factors import Rows
 
 Pools = dict[Rows, ExpertPool]
+SHRINK = 0.005  # largest soft threshold on a sparse gate, arXiv 2412.01004
+SPAN = 16  # directions kept of each task's inputs for the input side of orthogonality
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Optimisation of one task: AdamW with a cosine schedule. Defaults: arXiv 2601.22828."""
+    """Optimisation of one task: AdamW with a cosine schedule. Defaults: arXiv 2601.22828.
+
+    `loss` is "in-batch" or "all-classes", `orthogonality` "output", "input" or "none", `precision` "fp32" or "bf16" (autocast;
+    experts stay in float32).
+    """
 
     iterations: int = 500
     batch_size: int = 32
     learning_rate: float = 2e-3
     min_learning_rate: float = 1e-6
     weight_decay: float = 1e-2
+    loss: str = "in-batch"
+    orthogonality: str = "output"
     orthogonality_weight: float = 0.1
+    precision: str = "fp32"
     consolidate: float = 1.0
     checkpoint_every: int = 50
     seed: int = 42
@@ -100,17 +109,19 @@ def train_pools_(
     number: int,
     checkpoint: Path | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
+    parameters: Sequence[nn.Parameter] = (),
 ) -> list[float]:
     """Teach the pools task number `number` (from 1) and return the supervised loss of every step.
 
-    `clip.model` carries the pools; nothing else of it changes. With `checkpoint`, the state is written there every
+    `clip.model` carries the pools; nothing else of it changes, unless `parameters` names what is trained instead.
+    With `checkpoint`, the state is written there every
     `checkpoint_every` steps, picked up again if the file is there, and removed at the end.
 
     Raises InputError if the loss is not finite.
     """
-    parameters = [parameter for pool in pools.values() for parameter in pool.parameters()]
+    parameters = parameters or [parameter for pool in pools.values() for parameter in pool.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    prompts = _prompts(clip, task, settings.seed, number)
+    prompts = task_prompts(clip, task, settings.seed, number)
     progress = _Progress()
     if checkpoint is not None and checkpoint.exists():
         progress = _load_checkpoint_(checkpoint, pools, optimizer)
@@ -122,13 +133,15 @@ def train_pools_(
         torch.manual_seed(seed_of(settings.seed, number, 2, progress.step))  # dropout
         indices = batch_indices(len(train), settings.batch_size, progress.step, settings.seed, number)
         labels = torch.from_numpy(task.train.labels[indices]).to(clip.device)
-        loss = _supervised_loss(clip, train.batch(indices), labels, prompts)
-        extra = orthogonality_loss(pools.values()) * settings.orthogonality_weight if number > 1 else loss.new_zeros(())
+        with torch.autocast(clip.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            loss = _supervised_loss(clip, train.batch(indices), labels, prompts, settings.loss)
+        extra = _extra_loss(pools, settings) if number > 1 else loss.new_zeros(())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress.step, settings)
         optimizer.zero_grad()
         (loss + extra).backward()
         optimizer.step()
+        _shrink_(pools, progress.step / settings.iterations)
         value = loss.item()
         if not math.isfinite(value):
             raise InputError(
@@ -152,17 +165,48 @@ def _consolidate_(pools: Pools) -> None:
             pool.freeze_()
 
 
-def _prompts(clip: Clip, task: Task, seed: int, number: int) -> Tensor:
+def _extra_loss(pools: Pools, settings: TrainSettings) -> Tensor:
+    if settings.orthogonality == "none" or not pools:
+        return torch.zeros(())
+    return orthogonality_loss(pools.values(), settings.orthogonality) * settings.orthogonality_weight
+
+
+def _shrink_(pools: Pools, share: float) -> None:
+    """Sparse gates: a soft threshold that rises from 0 to SHRINK over the last half of the task."""
+    for pool in pools.values():
+        if pool.settings.gate == "sparse" and share > 0.5:
+            pool.shrink_(SHRINK * (2 * share - 1))
+
+
+@torch.no_grad()
+def input_directions(clip: Clip, pools: Pools, train: Pixels, prompts: Tensor) -> dict[str, np.ndarray]:
+    """The SPAN leading directions (in, SPAN) of every pool's inputs on a task, by rows: right singular vectors of all tokens."""
+    for pool in pools.values():
+        pool.gram = torch.zeros(pool.lora_A.shape[1], pool.lora_A.shape[1], device=clip.device)
+    for batch in train.batches(64):
+        clip.encode_image(batch)
+    clip.encode_text(prompts)
+    found = {}
+    for rows, pool in pools.items():
+        found[str(rows)] = torch.linalg.eigh(pool.gram)[1][:, -SPAN:].float().cpu().numpy()
+        pool.gram = None
+    return found
+
+
+def task_prompts(clip: Clip, task: Task, seed: int, number: int) -> Tensor:
     """One prompt per class, int64 (C, L): a task is learned with one of its templates, drawn at random."""
     template = task.templates[np.random.default_rng(seed_of(seed, number, 3)).integers(len(task.templates))]
     return clip.tokenize([template.format(name) for name in task.classes])
 
 
-def _supervised_loss(clip: Clip, pixels: Tensor, labels: Tensor, prompts: Tensor) -> Tensor:
-    """Each class of the batch is encoded once, however many images share it."""
+def _supervised_loss(clip: Clip, pixels: Tensor, labels: Tensor, prompts: Tensor, kind: str) -> Tensor:
+    """Each class is encoded once, however many images share it: those of the batch, or all of the task."""
+    scale = clip.model.logit_scale.exp()
+    if kind == "all-classes":
+        return all_classes_loss((scale * clip.encode_image(pixels) @ clip.encode_text(prompts).T).float(), labels)
     present, positions = labels.unique(return_inverse=True)
     image, text = clip.encode_image(pixels), clip.encode_text(prompts[present])
-    return in_batch_loss(clip.model.logit_scale.exp() * image @ text.T, positions)
+    return in_batch_loss((scale * image @ text.T).float(), positions)
 
 
 def _write_checkpoint(path: Path, pools: Pools, optimizer: torch.optim.Optimizer, progress: _Progress) -> None:

@@ -69,7 +69,7 @@ def _routed_each(pools: Sequence[ExpertPool] | Any) -> Iterator[None]:
     """Each sample gets the gate that it would get in a batch of its own, all in one batch."""
     pools = list(pools)
     for pool in pools:
-        pool.route = lambda x, pool=pool: torch.stack([type(pool).route(pool, one[None]) for one in x])[:, None]
+        pool.route = lambda token, pool=pool: torch.stack([type(pool).route(pool, one[None]) for one in token])[:, None]
     try:
         yield
     finally:

@@ -151,5 +151,7 @@ def check_inputs(stage: Stage) -> None:
 def inject_pools_(clip: Clip, recipe: Recipe) -> Pools:
     """Pools beside the linears of `clip.model`, as the recipe sizes them."""
     pool = recipe.pool
-    settings = PoolSettings(pool.rank, pool.k_train, pool.k_merge, pool.alpha, pool.dropout)
-    return inject_experts_(clip.model, settings, towers=pool.towers, targets=pool.targets)
+    settings = PoolSettings(pool.rank, pool.k_train, pool.k_merge, pool.alpha, pool.dropout, pool.router, pool.gate)
+    return inject_experts_(
+        clip.model, settings, towers=pool.towers, targets=pool.targets, layers=pool.layers, text_token=pool.text_token
+    )

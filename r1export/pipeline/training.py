@@ -9,23 +9,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from r1export import __version__
+from r1export.adapt.baselines import fine_tune_
 from r1export.adapt.clip import digest
-from r1export.adapt.evaluate import accuracy
-from r1export.adapt.experts import eject_experts_, pack_experts, pool_tensors, remember_
+from r1export.adapt.evaluate import accuracy, all_classes
+from r1export.adapt.experts import eject_experts_, pack_experts, pool_tensors, remember_, widen_spans_
 from r1export.adapt.metrics import stream_metrics
 from r1export.adapt.tasks import Task
-from r1export.adapt.trainer import Step, TrainSettings, reset_pools_, train_pools_
+from r1export.adapt.trainer import (
+    Pools,
+    Step,
+    TrainSettings,
+    input_directions,
+    reset_pools_,
+    task_prompts,
+    train_pools_,
+)
 from r1export.errors import InputError
 from r1export.export.release import refused_writes
 from r1export.pipeline.environment import now, versions
 from r1export.pipeline.stage import Stage, inject_pools_
 from r1export.recipe import Recipe
 from r1export.run_folder import read_json
-from r1export.update.container import write_tensors
+from r1export.update.container import read_tensors, write_tensors
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import write_json
+
+SPANS = "inputs.safetensors"  # leading directions of a task's inputs, kept for train.orthogonality = "input"
 
 
 def train(stage: Stage) -> dict[str, Any]:
@@ -79,10 +91,12 @@ def _write_run_json(stage: Stage) -> None:
 def _evaluate(stage: Stage, title: str) -> dict[str, float]:
     """Accuracy of the model as it stands on every task and the probe, by name."""
     tasks = (*stage.tasks, *((stage.probe,) if stage.probe else ()))
+    union = all_classes(stage.clip, stage.tasks) if stage.recipe.data.candidates == "all" else None
     found = {}
     with stage.watch.track(f"{title}: accuracy", len(tasks)) as advance:
         for task in tasks:
-            found[task.name] = accuracy(stage.clip, task, stage.tests[task.name])
+            among = None if task is stage.probe else union
+            found[task.name] = accuracy(stage.clip, task, stage.tests[task.name], among)
             advance(f"{task.name} {100 * found[task.name]:.1f} %")
     return found
 
@@ -91,33 +105,71 @@ def _learn(stage: Stage, number: int, task: Task, earlier: list[ExpertUpdate], f
     """Train one task and write its folder: factors.safetensors last, since it says that the task is learned."""
     recipe, started = stage.recipe, time.perf_counter()
     stage.clip.load_(stage.merged(earlier))
+    folder.mkdir(parents=True, exist_ok=True)
+    learn = _fine_tune if recipe.train.method == "full" else _teach_pools
+    with stage.watch.track(f"Task {number} of {len(stage.tasks)}: {task.name}", recipe.train.iterations) as advance:
+        losses, update, trainable = learn(
+            stage, number, task, earlier, folder, lambda step: advance(_note(step, recipe))
+        )
+    write_json(
+        folder / "metrics.json",
+        {
+            "task": task.name, "images": len(task.train), "losses": losses, "seconds": time.perf_counter() - started, "peak_rss_mb": _peak_rss_mb(),
+            "trainable_parameters": trainable, "factor_bytes": update.nbytes,
+        },
+    )  # fmt: skip
+    update.write(folder / "factors.safetensors")
+
+
+Learned = tuple[list[float], ExpertUpdate, int]
+
+
+def _teach_pools(
+    stage: Stage, number: int, task: Task, earlier: list[ExpertUpdate], folder: Path, on_step: Callable[[Step], None]
+) -> Learned:
+    recipe, settings = stage.recipe, _settings(stage.recipe)
     pools = inject_pools_(stage.clip, recipe)
     try:
         reset_pools_(pools, recipe.train.seed, number)
         if earlier:
             remember_(pools, ExpertUpdate.stack(earlier))
-        folder.mkdir(parents=True, exist_ok=True)
-        with stage.watch.track(f"Task {number} of {len(stage.tasks)}: {task.name}", recipe.train.iterations) as advance:
-            losses = train_pools_(
-                stage.clip, pools, task, stage.trains[task.name], TrainSettings(**recipe.train.model_dump()), number=number,
-                checkpoint=folder / "checkpoint.safetensors", on_step=lambda step: advance(_note(step)),
-            )  # fmt: skip
-        update = pack_experts(pools)
-        write_tensors(folder / "pool.safetensors", pool_tensors(pools))
-        write_json(
-            folder / "metrics.json",
-            {
-                "task": task.name, "images": len(task.train), "losses": losses, "seconds": time.perf_counter() - started, "peak_rss_mb": _peak_rss_mb(),
-                "trainable_parameters": sum(p.numel() for pool in pools.values() for p in pool.parameters()), "factor_bytes": update.nbytes,
-            },
+        if settings.orthogonality == "input":
+            for i, name in enumerate(list(stage.recipe.stream)[: number - 1], 1):
+                widen_spans_(pools, read_tensors(stage.run.task(i, name.name) / SPANS))
+        losses = train_pools_(
+            stage.clip, pools, task, stage.trains[task.name], settings, number=number,
+            checkpoint=folder / "checkpoint.safetensors", on_step=on_step,
         )  # fmt: skip
-        update.write(folder / "factors.safetensors")
+        if settings.orthogonality == "input":
+            prompts = task_prompts(stage.clip, task, settings.seed, number)
+            write_tensors(folder / SPANS, input_directions(stage.clip, pools, stage.trains[task.name], prompts))
+        write_tensors(folder / "pool.safetensors", pool_tensors(pools))
+        return losses, pack_experts(pools), sum(p.numel() for p in _trained(pools))
     finally:
         eject_experts_(stage.clip.model)
 
 
-def _note(step: Step) -> str:
-    return f"loss {step.loss:.3f}" + (f" + {step.orthogonality:.3f}" if step.orthogonality else "")
+def _trained(pools: Pools) -> list[nn.Parameter]:
+    """The parameters that the loss reaches: a random router is none of them."""
+    return [p for pool in pools.values() for p in pool.parameters() if p.grad is not None]
+
+
+def _fine_tune(
+    stage: Stage, number: int, task: Task, earlier: list[ExpertUpdate], folder: Path, on_step: Callable[[Step], None]
+) -> Learned:
+    losses, update = fine_tune_(
+        stage.clip, task, stage.trains[task.name], _settings(stage.recipe), number=number, on_step=on_step
+    )
+    return losses, update, sum(p.numel() for p in stage.clip.model.parameters() if p.ndim)
+
+
+def _settings(recipe: Recipe) -> TrainSettings:
+    return TrainSettings(**recipe.train.model_dump(exclude={"method"}))
+
+
+def _note(step: Step, recipe: Recipe) -> str:
+    extra = f" + {step.orthogonality:.3f}" if step.orthogonality else ""
+    return f"loss {step.loss:.3f}{extra}, {recipe.train.batch_size / step.seconds:.0f} images/s"
 
 
 def _metrics(recipe: Recipe, zero_shot: dict[str, float], rows: list[dict[str, float]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import torch
 
 from r1export.adapt.tasks import Task
-from r1export.errors import InputError, R1ExportError
+from r1export.errors import InputError, R1ExportError, Unsupported
 from r1export.export.graph import GRAPHS
 from r1export.export.release import read_manifest
 from r1export.pipeline import expected, gaps
@@ -56,6 +56,8 @@ def default_providers() -> tuple[str, ...]:
 def verify(stage: Stage, providers: Sequence[str] = ()) -> dict[str, Any]:
     """Verify every release, in every precision, against the unmerged model; write all reports and return that of the run."""
     run, recipe, providers = stage.run, stage.recipe, tuple(providers) or default_providers()
+    if recipe.train.method == "full":
+        raise Unsupported("full fine-tuning has no unmerged model to verify against", "use it with r1export train")
     updates, metrics = run.updates(recipe), run.metrics()
     forms = {Form(stage, precision): _Seen() for precision in ("fp32", *recipe.export.variants)}
     reports: dict[Form, list[dict[str, Any]]] = {form: [] for form in forms}

@@ -67,7 +67,7 @@ class Gate:
             return self
         allowed, lowest = (
             self.control_factor * control["max_abs"],
-            1 - self.control_factor * (1 - control["min_cosine"]),
+            1 - self.control_factor**2 * (1 - control["min_cosine"]),  # 1 - cosine grows with the square of the error
         )
         if self.relative:
             return replace(self, max_abs=min(self.max_abs, allowed), min_cosine=max(self.min_cosine, lowest))
@@ -80,7 +80,7 @@ GATES = {
     "fp32": Gate(),
     "fp16": Gate(max_abs=5e-3, min_cosine=1 - 1e-4, flip_margin=1e-3, control_factor=3.0, relative=True),
     "bf16": Gate(max_abs=3e-2, min_cosine=1 - 3e-3, flip_margin=1e-2, control_factor=3.0, relative=True),
-    "int8": Gate(max_abs=0.1, min_cosine=0.97, flip_margin=0.02, control_factor=3.0, relative=True),
+    "int8": Gate(max_abs=0.1, min_cosine=0.97, flip_margin=0.02, control_factor=4.0, relative=True),
 }
 
 

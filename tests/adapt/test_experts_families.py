@@ -136,7 +136,7 @@ def test_a_tower_without_a_class_token_routes_on_the_mean() -> None:
         pool.router.weight.copy_(torch.eye(2))
         pool.router.bias.zero_()
         x = torch.tensor([[[5.0, 0.0], [0.0, 9.0], [0.0, 9.0]]])
-        assert pool.route(x).tolist() == [0, 1]
+        assert pool.route(pool.token(x)).tolist() == [0, 1]
 
 
 def test_the_rows_of_a_packed_qkv_are_three_linears() -> None:

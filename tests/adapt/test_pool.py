@@ -42,7 +42,7 @@ def test_each_sample_votes_for_k_train_experts_by_its_first_token_alone() -> Non
 def test_the_whole_batch_uses_the_experts_with_the_most_votes_unweighted() -> None:
     pool = make_pool().train()
     x = torch.randn(7, 3, 6, dtype=torch.float64)
-    gate = pool.eval().route(x)
+    gate = pool.eval().route(pool.token(x))
     assert gate.sum() == 2
     assert set(gate.tolist()) == {0.0, 1.0}
     dense = pool.settings.scaling * pool.lora_B @ torch.diag(gate) @ pool.lora_A
@@ -86,7 +86,7 @@ def test_the_faithful_router_gets_no_gradient_and_the_experts_do() -> None:
 def test_only_the_acting_experts_get_a_gradient() -> None:
     pool = make_pool().train()
     x = torch.randn(4, 3, 6, dtype=torch.float64)
-    gate = pool.route(x)
+    gate = pool.route(pool.token(x))
     pool(x).square().sum().backward()
     assert (pool.lora_B.grad.abs().sum(0) > 0).tolist() == (gate > 0).tolist()
 
@@ -108,3 +108,56 @@ def test_overlap_is_the_sum_of_products_of_leading_and_past_columns() -> None:
     b, p = pool.lora_B.detach().numpy(), pool.past.numpy()
     expected = sum(abs(np.dot(b[:, j], p[:, m])) for j in (1, 3) for m in range(3))
     assert pool.overlap().item() == pytest.approx(expected, abs=1e-12)
+
+
+def router_gradient(**settings) -> torch.Tensor | None:
+    pool = make_pool(**settings).train()
+    pool(torch.randn(7, 3, 6, dtype=torch.float64)).square().sum().backward()
+    return pool.router.weight.grad
+
+
+def test_the_faithful_router_never_learns_and_the_straight_through_router_does() -> None:
+    assert router_gradient() is None
+    assert router_gradient(router="straight-through").abs().sum() > 0
+
+
+def test_a_straight_through_gate_is_the_same_choice_in_the_forward_pass() -> None:
+    x = torch.randn(7, 3, 6, dtype=torch.float64)
+    one, other = make_pool()(x), make_pool(router="straight-through")(x)
+    torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+
+
+def test_the_end_of_the_text_votes_where_it_is_asked_to() -> None:
+    pool = make_pool(route_on="end").train()
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    pool.ends.positions = torch.tensor([1, 4])
+    assert torch.equal(pool.token(x), torch.stack([x[0, 1], x[1, 4]]))
+
+
+def test_experts_of_a_frequency_gate_weigh_as_much_as_their_share_of_the_votes() -> None:
+    pool = make_pool(gate="frequency", k_merge=2).train()
+    for _ in range(5):
+        pool(torch.randn(7, 3, 6, dtype=torch.float64))
+    pool.freeze_()
+    chosen = pool.selected()
+    assert torch.equal(pool.gate.nonzero()[:, 0], chosen)
+    torch.testing.assert_close(pool.gate[chosen], pool.counts[chosen].double() / 35)
+
+
+def test_a_sparse_gate_trains_weights_and_merges_those_that_are_left() -> None:
+    pool = make_pool(gate="sparse").train()
+    pool(torch.randn(7, 3, 6, dtype=torch.float64)).square().sum().backward()
+    assert pool.importance.grad.abs().sum() > 0
+    with torch.no_grad():
+        pool.importance.copy_(torch.tensor([0.3, -0.2, 0.05, 0.0]))
+    pool.shrink_(0.1)
+    torch.testing.assert_close(pool.frozen_gate(), torch.tensor([0.2, -0.1, 0.0, 0.0], dtype=torch.float64))
+    pool.shrink_(1.0)
+    assert len(pool.selected()) == 1, "an update without any expert would be none"
+
+
+def test_the_input_side_of_orthogonality_looks_at_A_and_the_directions_of_earlier_inputs() -> None:
+    pool = make_pool().train()
+    pool(torch.randn(7, 3, 6, dtype=torch.float64))
+    pool.span = torch.eye(6, dtype=torch.float64)[:, :2]
+    torch.testing.assert_close(pool.input_overlap(), pool.lora_A[pool.selected(), :2].abs().sum())

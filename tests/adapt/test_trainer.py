@@ -1,15 +1,33 @@
 """Training: it learns, it repeats, it resumes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from r1export.adapt.evaluate import accuracy
-from r1export.adapt.experts import inject_experts_, pack_experts, pool_tensors, remember_
+from r1export.adapt.experts import (
+    eject_experts_,
+    inject_experts_,
+    pack_experts,
+    pool_tensors,
+    remember_,
+    widen_spans_,
+)
 from r1export.adapt.pixels import Pixels
 from r1export.adapt.pool import PoolSettings
-from r1export.adapt.trainer import TrainSettings, batch_indices, learning_rate, reset_pools_, seed_of, train_pools_
-from r1export.errors import InputError
+from r1export.adapt.trainer import (
+    TrainSettings,
+    batch_indices,
+    input_directions,
+    learning_rate,
+    reset_pools_,
+    seed_of,
+    task_prompts,
+    train_pools_,
+)
+from r1export.errors import InputError, Unsupported
 
 SETTINGS = TrainSettings(iterations=8, batch_size=8, learning_rate=5e-3, checkpoint_every=3, seed=1)
 POOL = PoolSettings(alpha=12.0)
@@ -20,8 +38,6 @@ class Killed(Exception):
 
 
 def train(clip, task, settings=SETTINGS, *, number=1, earlier=None, checkpoint=None, kill_at=None):
-    from r1export.adapt.experts import eject_experts_
-
     pools = inject_experts_(clip.model, POOL)
     reset_pools_(pools, settings.seed, number)
     if earlier:
@@ -133,6 +149,100 @@ def test_a_consolidated_run_resumes_exactly(tiny_clip, stripes, tmp_path, kill_a
         train(tiny_clip, stripes, settings, checkpoint=tmp_path / "c.safetensors", kill_at=kill_at)
     resumed, _ = train(tiny_clip, stripes, settings, checkpoint=tmp_path / "c.safetensors")
     assert same(pool_tensors(whole), pool_tensors(resumed))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"router": "straight-through"},
+        {"gate": "frequency"},
+        {"gate": "sparse"},
+        {"text_token": "end"},
+        {"layers": (1,)},
+    ],
+    ids=str,
+)
+def test_what_is_merged_is_what_was_frozen_under_every_switch(tiny_clip, stripes, change: dict) -> None:
+    """G1 in float64: under 1e-10 on normalised embeddings."""
+    place = {key: change[key] for key in ("text_token", "layers") if key in change}
+    settings = replace(POOL, **{key: value for key, value in change.items() if key not in place})
+    pools = inject_experts_(tiny_clip.model.double(), settings, **place)
+    reset_pools_(pools, 1, 1)
+    pixels = torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    tokens = tiny_clip.tokenize(["a photo of stripes", "nothing", "a"])
+    train = Pixels(stripes.train, tiny_clip.preprocess)
+    model = tiny_clip.model
+    model.float()
+    train_pools_(tiny_clip, pools, stripes, train, SETTINGS, number=1)
+    update = pack_experts(pools)
+    model.double()
+    for rows, pool in pools.items():  # what is packed is rounded to float32: the frozen model gets the same values
+        factors = update.factors[rows]
+        pool.freeze_()
+        chosen = pool.selected()
+        with torch.no_grad():
+            pool.lora_B[:, chosen] = torch.from_numpy(factors.u.astype(np.float64)) / pool.settings.scaling
+            pool.lora_A[chosen] = torch.from_numpy(factors.v.astype(np.float64))
+        pool.gate = (pool.gate != 0).double()
+    frozen = [model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)]
+    eject_experts_(model)
+    weights = {name: value.numpy() for name, value in model.state_dict().items() if value.is_floating_point()}
+    tiny_clip.load_(update.apply(weights))
+    merged = [model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)]
+    for one, other in zip(frozen, merged, strict=True):
+        assert (one - other).abs().max() < 1e-10
+    assert any(pair.u.any() for pair in update.factors.values())
+    assert not any(hasattr(module, "end_of_text") for module in model.modules())
+
+
+def test_a_layer_that_is_not_there_is_refused_by_its_number(tiny_clip) -> None:
+    with pytest.raises(Unsupported, match=r"2 blocks, pool\.layers names 7"):
+        inject_experts_(tiny_clip.model, POOL, layers=(0, 7))
+
+
+def test_text_routers_see_nothing_at_the_start_and_the_text_at_its_end(tiny_clip) -> None:
+    tokens = tiny_clip.tokenize(["a photo of stripes", "nothing", "a"])
+    for where, distinct in (("start", 1), ("end", 3)):
+        pools = inject_experts_(tiny_clip.model, POOL, towers=("text",), text_token=where)
+        reset_pools_(pools, 1, 1)
+        seen = []
+        pool = list(pools.values())[-1]
+        pool.route = lambda token, seen=seen: seen.append(token) or torch.ones(12)
+        tiny_clip.encode_text(tokens)
+        assert len(seen[0].round(decimals=5).unique(dim=0)) == distinct
+        eject_experts_(tiny_clip.model)
+
+
+def test_the_loss_over_all_classes_learns_as_well(tiny_clip, stripes) -> None:
+    _, losses = train(tiny_clip, stripes, replace(SETTINGS, loss="all-classes", iterations=40, learning_rate=1e-2))
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_bf16_keeps_experts_in_float32_and_ends_near_the_same_loss(tiny_clip, stripes) -> None:
+    (_, losses), (other, rounded) = (
+        train(tiny_clip, stripes, replace(SETTINGS, precision=precision)) for precision in ("fp32", "bf16")
+    )
+    assert all(pool.lora_A.dtype == torch.float32 for pool in other.values())
+    assert losses != rounded
+    assert np.allclose(losses, rounded, atol=0.05)
+
+
+def test_orthogonality_on_the_input_side_turns_experts_off_earlier_inputs(tiny_clip, stripes) -> None:
+    train_set = Pixels(stripes.train, tiny_clip.preprocess)
+    pools = inject_experts_(tiny_clip.model, POOL)
+    found = input_directions(tiny_clip, pools, train_set, task_prompts(tiny_clip, stripes, 1, 1))
+    eject_experts_(tiny_clip.model)
+    assert all(np.allclose(v.T @ v, np.eye(v.shape[1]), atol=1e-4) for v in found.values())
+    overlaps = []
+    for weight in (0.0, 1.0):
+        pools = inject_experts_(tiny_clip.model, POOL)
+        reset_pools_(pools, 1, 2)
+        widen_spans_(pools, found)
+        settings = replace(SETTINGS, iterations=20, orthogonality="input", orthogonality_weight=weight)
+        train_pools_(tiny_clip, pools, stripes, train_set, settings, number=2)
+        overlaps.append(sum(pool.input_overlap().item() for pool in pools.values()))
+        eject_experts_(tiny_clip.model)
+    assert overlaps[1] < 0.9 * overlaps[0]
 
 
 def test_every_image_is_used_once_per_epoch_and_batches_span_epochs() -> None:
