@@ -6,6 +6,8 @@ roundings of float16, and experts whose order shows in the result.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from r1export.errors import Unsupported
@@ -42,12 +44,24 @@ KNOWN_ANSWERS: list[tuple[str, float, list[tuple[float, float]], float]] = [
 def known_answers_hold() -> None:
     """Merge each known case. Raises Unsupported if a result differs in a single bit."""
     for number, (dtype, weight, products, expected) in enumerate(KNOWN_ANSWERS, 1):
-        base = np.full((1, 9), weight, dtype)  # nine columns: vector instructions and the scalar remainder
+        base = _filled(weight, dtype)
         u = np.array([[u for u, _ in products]], "f4")
         v = np.array([[v] * 9 for _, v in products], "f4")
         merged = ExpertUpdate({Rows("w", 0, 1): Factors(u, v)}).apply({"w": base})["w"]
-        if merged.tobytes() != np.full((1, 9), expected, dtype).tobytes():
+        if merged.tobytes() != _filled(expected, dtype).tobytes():
             raise Unsupported(
                 f"arithmetic self-test {number}: {merged[0, 0]!r}, expected {expected!r}",
                 "run the updater in a fresh process and check the processor's floating-point mode",
             )
+
+
+def _filled(value: float, dtype: str) -> np.ndarray:
+    """(1, 9) of `value`, which `dtype` can hold, put together from bits: a conversion would flush a subnormal just as the merge does.
+
+    Nine columns: vector instructions and the scalar remainder.
+    """
+    digits, bias, words = {"f4": (23, 127, "u4"), "f2": (10, 15, "u2")}[dtype]
+    fraction, exponent = math.frexp(abs(value))
+    normal, steps = exponent + bias - 1, math.ldexp(abs(value), digits + bias - 1)
+    bits = int(steps) if value == 0 or normal < 1 else normal << digits | int(math.ldexp(2 * fraction - 1, digits))
+    return np.full((1, 9), bits | (value < 0) << (8 * np.dtype(words).itemsize - 1), words).view(dtype)

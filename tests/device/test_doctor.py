@@ -1,5 +1,8 @@
 """Bit rot anywhere in a store is found, named, and comes with what repairs it."""
 
+import subprocess
+import sys
+
 import pytest
 
 from r1export.device import doctor as module
@@ -74,7 +77,7 @@ def test_what_the_remedy_says_repairs(used, lab):
 def test_an_arithmetic_that_is_not_the_labs_is_found(used, monkeypatch):
     from r1export.device import selftest
 
-    case = ("f4", 1.0, [(2.0**-12, 2.0**-12)], 1.0000001)
+    case = ("f4", 1.0, [(2.0**-12, 2.0**-12)], 1 + 2.0**-23)
     monkeypatch.setattr(selftest, "KNOWN_ANSWERS", [case])
     assert set(faults(used)) == {"arithmetic"}
     assert module.known_answers_hold is selftest.known_answers_hold
@@ -91,3 +94,25 @@ def test_status_says_what_is_current(used):
     used.rollback(0)
     found = status(used.path)
     assert (found["current"], found["seq"], found["highest_seq"]) == ("base", 0, 2)
+
+
+FLUSHED = """
+import sys, torch
+assert torch.set_flush_denormal(True)
+from pathlib import Path
+from r1export.device import install, selftest
+from r1export.errors import Unsupported
+try:
+    selftest.known_answers_hold()
+except Unsupported as error:
+    print(error.message.split(":")[0])
+print(install.apply(Path(sys.argv[1]), Path(sys.argv[2]), now=1_800_000_000).changed)
+"""
+
+
+def test_a_library_that_turned_subnormals_to_zero_is_noticed_and_the_update_is_built_apart_from_it(lab, slot_device):
+    pytest.importorskip("torch")
+    line = [sys.executable, "-c", FLUSHED, str(slot_device.path), str(lab.bundle(1, 0))]
+    process = subprocess.run(line, capture_output=True, text=True)
+    assert process.stdout.splitlines() == ["arithmetic self-test 4", "True"], process.stderr
+    assert lab.fleet.hashes(slot_device.path / "current") == lab.fleet.hashes(lab.release(1))

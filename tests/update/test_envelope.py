@@ -1,11 +1,13 @@
 """Signatures: who signed, with which keys, over which bytes."""
 
 import base64
+import gzip
 import json
 import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -96,6 +98,19 @@ def test_published_signatures_verify_in_every_backend(check):
         assert check(bytes.fromhex(public), bytes.fromhex(message), bytes.fromhex(signature))
     for message, signature in WYCHEPROOF_VALID:
         assert check(bytes.fromhex(WYCHEPROOF_KEY), bytes.fromhex(message), bytes.fromhex(signature))
+
+
+def test_the_signatures_that_came_with_the_algorithm_verify_and_changed_ones_do_not(check):
+    """sign.input of ed25519.cr.yp.to (public domain): 128 keys, messages of 0 to 127 bytes."""
+    text = gzip.decompress(Path(__file__).with_name("ed25519_sign_input.txt.gz").read_bytes()).decode()
+    for number, line in enumerate(text.splitlines()):
+        _, public, message, signed = (bytes.fromhex(part) for part in line.split(":")[:4])
+        signature = signed[:64]
+        assert check(public, message, signature)
+        flipped = bytearray(signature)
+        flipped[number % 64] ^= 1 << number % 8
+        assert not check(public, message, bytes(flipped))
+        assert not check(public, message + b"\0", signature)
 
 
 def test_edge_values_as_signature_or_key_are_refused_in_every_backend(check):

@@ -1,0 +1,116 @@
+"""The method against its baselines on one stream of tasks: several seeds and orders, one table.
+
+    python scripts/bench_method.py recipes/mini-mtil.toml --seeds 1 2 3 --orders forward reversed --out runs/methods
+
+Each of recipes/baselines is laid over the stream's recipe and trained by `r1export train` in a process of its own, `--jobs`
+at a time on one thread each. What is there already is not trained again, so a stopped benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+
+from r1export.recipe import load_recipe
+
+BASELINES = Path(__file__).parents[1] / "recipes" / "baselines"
+COLUMNS = ("Transfer", "Avg", "Last", "probe", "trainable", "shipped kB", "seconds")
+
+
+def main() -> None:
+    asked = _arguments()
+    names = asked.methods or sorted(path.stem for path in BASELINES.glob("*.toml"))
+    asked.out.mkdir(parents=True, exist_ok=True)
+    jobs = list(product(names, asked.orders, asked.seeds))
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        found = list(pool.map(lambda job: _train(asked, *job), jobs))
+    rows = {
+        name: [figures for (method, *_), figures in zip(jobs, found, strict=True) if method == name] for name in names
+    }
+    print(_table(rows))
+    text = json.dumps({"stream": str(asked.stream), "set": asked.set, "methods": rows}, indent=2)
+    (asked.out / "methods.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stream", type=Path, help="recipe with the base and the tasks")
+    parser.add_argument("--methods", nargs="*", help="names in recipes/baselines; all if not given")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--orders", nargs="+", choices=("forward", "reversed"), default=["forward"])
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="for every run")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def _train(asked: argparse.Namespace, method: str, order: str, seed: int) -> dict[str, Any]:
+    """The figures of one run, trained if it is not there. SystemExit with what the command said if it fails."""
+    recipe, run = asked.out / f"{method}.toml", asked.out / f"{method}-{order}-{seed}"
+    changes = tomllib.loads((BASELINES / f"{method}.toml").read_text(encoding="utf-8"))
+    recipe.write_text(tomli_w.dumps(changes | {"extends": str(asked.stream.resolve())}), encoding="utf-8")
+    names = [task.name for task in load_recipe(recipe).stream]
+    sets = [*asked.set, f"train.seed={seed}", f"order={json.dumps(names if order == 'forward' else names[::-1])}"]
+    command = [sys.executable, "-m", "r1export", "train", recipe, "--out", run, "--resume"]
+    command += [part for value in sets for part in ("--set", value)]
+    if not (run / "metrics.json").exists():
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{run}: {done.stderr.strip().splitlines()[-1]}")
+    found = _figures(run)
+    print(
+        f"{run.name}: " + ", ".join(f"{name} {found[name]:.1f}" for name in COLUMNS[:4] if found[name] is not None),
+        flush=True,
+    )
+    return found
+
+
+def _figures(run: Path) -> dict[str, Any]:
+    metrics = json.loads((run / "metrics.json").read_text())
+    tasks = [json.loads(path.read_text()) for path in sorted(run.glob("tasks/*/metrics.json"))]
+    probe = metrics["probe"]["values"] if metrics["probe"] else [None]
+    percent = {"Transfer": metrics["transfer"], "Avg": metrics["avg"], "Last": metrics["last"], "probe": probe[-1]}
+    return {
+        **{name: None if value is None else 100 * value for name, value in percent.items()},
+        "trainable": tasks[0]["trainable_parameters"],
+        "shipped kB": sum(task["factor_bytes"] for task in tasks) / len(tasks) / 1000,
+        "seconds": sum(task["seconds"] for task in tasks),
+        "zero-shot": 100 * metrics["zero_shot_avg"],
+        "probe before": None if probe[0] is None else 100 * probe[0],
+    }
+
+
+def _table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Mean and, over seeds and orders, standard deviation."""
+    first = next(iter(rows.values()))[0]
+    lines = ["| method | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    nothing = [first["zero-shot"]] * 3 + [first["probe before"], 0, 0, 0]
+    lines.append(
+        "| zero-shot | "
+        + " | ".join("-" if v is None else f"{v:.1f}" if i < 4 else "0" for i, v in enumerate(nothing))
+        + " |"
+    )
+    for name, runs in rows.items():
+        cells = []
+        for column in COLUMNS:
+            values = [run[column] for run in runs if run[column] is not None]
+            digits = 1 if column in COLUMNS[:4] else 0
+            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 and digits else ""
+            cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "-")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Cost of one training step: our pools beside the plain form, PEFT's LoRA and the arithmetic floor, in one run.
+
+    python scripts/bench_train.py --out bench_train.json            # PEFT and transformers only if they are installed
+
+ViT-B/32 with random weights, batch 32, both towers, experts beside all 144 linears of the blocks. Contenders:
+
+    ours    one low-rank product per linear, each class of the batch encoded once
+    plain   the dense product B diag(g) A per linear, a text encoded for every image: what the formulas say literally
+    peft    LoRA of rank 12 by PEFT beside the same 144 linears of transformers' CLIP, classes encoded once as in ours
+    floor   forward and input-gradient FLOPs over the rate that a large matrix product reaches here
+
+Steps are interleaved in random order; peak memory is measured with each contender in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from r1export.adapt.experts import inject_experts_
+from r1export.adapt.losses import in_batch_loss
+from r1export.adapt.pool import ExpertPool, PoolSettings
+from r1export.adapt.trainer import reset_pools_
+
+RANK = 12
+Step = Callable[[], None]
+
+
+class PlainPool(ExpertPool):
+    """The same function, with the dense product of the factors, as it is often written."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.settings.dropout, self.training)
+        gate = self.route(self.token(x)) * self.settings.scaling
+        return F.linear(x, self.lora_B @ torch.diag(gate) @ self.lora_A)
+
+
+def inputs(batch: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (batch, 3, 224, 224), one prompt per class (classes, 77) and the label of each image."""
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 49000, (classes, 77), generator=rng)
+    tokens[:, 10] = 49407
+    return torch.randn(batch, 3, 224, 224, generator=rng), tokens, torch.arange(batch) % classes
+
+
+def clip_step(model: nn.Module, parameters: list[nn.Parameter], batch: int, classes: int, per_image: bool) -> Step:
+    pixels, tokens, labels = inputs(batch, classes)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
+    model.train()
+
+    def step() -> None:
+        image = model.encode_image(pixels, normalize=True)
+        text = model.encode_text(tokens[labels] if per_image else tokens, normalize=True)
+        loss = in_batch_loss(100 * image @ (text[:classes] if per_image else text).T, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def ours(batch: int, classes: int, plain: bool = False) -> Step:
+    import open_clip
+
+    model = open_clip.create_model("ViT-B-32", load_weights=False).requires_grad_(False)
+    pools = inject_experts_(model, PoolSettings())
+    reset_pools_(pools, 0, 1)
+    for pool in pools.values():
+        if plain:
+            pool.__class__ = PlainPool
+    parameters = [parameter for pool in pools.values() for parameter in pool.parameters()]
+    assert len(pools) == 144
+    return clip_step(model, parameters, batch, classes, per_image=plain)
+
+
+def peft(batch: int, classes: int) -> Step:
+    from peft import LoraConfig, get_peft_model
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    config = CLIPConfig(CLIPTextConfig().to_dict(), CLIPVisionConfig(patch_size=32).to_dict(), projection_dim=512)
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    lora = LoraConfig(r=RANK, lora_alpha=1, lora_dropout=0.2, target_modules=targets)
+    model = get_peft_model(CLIPModel(config), lora)
+    assert sum(name.endswith("lora_A.default") for name, _ in model.named_modules()) == 144
+    pixels, tokens, labels = inputs(batch, classes)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    model.train()
+
+    def step() -> None:
+        image = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+        text = F.normalize(model.get_text_features(input_ids=tokens).pooler_output, dim=-1)
+        loss = in_batch_loss(100 * image @ text.T, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+CONTENDERS = {"ours": ours, "plain": lambda batch, classes: ours(batch, classes, plain=True), "peft": peft}
+
+
+def floor(batch: int, classes: int) -> dict[str, float]:
+    """FLOPs of one step without experts (forward, and the gradients of inputs) and the time they take at full rate."""
+    import open_clip
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = open_clip.create_model("ViT-B-32", load_weights=False).eval()
+    pixels, tokens, _ = inputs(batch, classes)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.encode_image(pixels)
+        model.encode_text(tokens)
+    a, b = torch.randn(1600, 768), torch.randn(768, 3072)
+    seconds = []
+    for _ in range(30):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    rate = 2 * 1600 * 768 * 3072 / float(np.median(seconds[5:]))
+    flops = 2 * counter.get_total_flops()
+    return {"gflops": flops / 1e9, "rate_gflops_per_s": rate / 1e9, "seconds": flops / rate}
+
+
+def peak_memory(name: str, batch: int, classes: int) -> float:
+    """Peak RSS in GB of two steps in a process of its own."""
+    command = [sys.executable, __file__, "--alone", name, "--batch", str(batch), "--classes", str(classes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, np.ndarray]:
+    rng, seconds = np.random.default_rng(0), {name: [] for name in steps}
+    for i in range(rounds + 1):
+        for name in rng.permutation(list(steps)):
+            start = time.perf_counter()
+            steps[name]()
+            if i:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def ratio(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
+    """Median of the paired ratios with its 95 % bootstrap interval."""
+    logs, rng = np.log(one / other), np.random.default_rng(1)
+    draws = np.median(rng.choice(logs, (2000, len(logs))), axis=1)
+    return tuple(float(np.exp(v)) for v in (np.median(logs), *np.quantile(draws, [0.025, 0.975])))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--classes", type=int, default=16, help="classes in a batch")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--alone", choices=CONTENDERS, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    logging.disable(logging.WARNING)
+    if asked.alone:
+        step = CONTENDERS[asked.alone](asked.batch, asked.classes)
+        step()
+        step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        return
+    names = ["ours", "plain"]
+    try:
+        import peft  # noqa: F401
+
+        names.append("peft")
+    except ImportError:
+        print("PEFT is absent: pip install peft transformers to compare with it\n")
+    memory = {name: peak_memory(name, asked.batch, asked.classes) for name in names}
+    seconds = interleaved({name: CONTENDERS[name](asked.batch, asked.classes) for name in names}, asked.rounds)
+    least = floor(asked.batch, asked.classes)
+    print(
+        f"| one step, ViT-B/32, batch {asked.batch}, {asked.classes} classes | seconds | its time / ours | 95 % | peak GB |\n|---|---|---|---|---|"
+    )
+    rows = {}
+    for name in names:
+        value, low, high = ratio(seconds[name], seconds["ours"])
+        rows[name] = {
+            "seconds": float(np.median(seconds[name])),
+            "to_ours": value,
+            "ci95": [low, high],
+            "peak_gb": memory[name],
+            "n": len(seconds[name]),
+        }
+        print(f"| {name} | {rows[name]['seconds']:.2f} | {value:.3f} | {low:.3f} to {high:.3f} | {memory[name]:.2f} |")
+    share = least["seconds"] / rows["ours"]["seconds"]
+    rate = f"{least['gflops']:.0f} GFLOPs at {least['rate_gflops_per_s']:.0f} GFLOP/s"
+    print(f"| floor: {rate} | {least['seconds']:.2f} | {share:.3f} | | |")
+    if asked.out:
+        versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        asked.out.write_text(
+            json.dumps({"rows": rows, "floor": least, "versions": versions}, indent=2) + "\n", encoding="utf-8"
+        )
+
+
+if __name__ == "__main__":
+    main()
