@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -58,11 +59,15 @@ def main() -> None:
             )
             for features, off in (("all", ""), ("baseline", dispatched(python))):
                 test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/bundles"]
-                variables = {"R1DEVICE": f"{python} {kit}", "NPY_DISABLE_CPU_FEATURES": off}
-                done = subprocess.run(test, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+                device = f"env {shlex.quote(f'NPY_DISABLE_CPU_FEATURES={off}')} {python} {kit}"
+                done = subprocess.run(
+                    test, cwd=ROOT, env=os.environ | {"R1DEVICE": device}, capture_output=True, text=True
+                )
                 failed |= done.returncode != 0
+                if done.returncode:
+                    print(done.stdout[-2000:], done.stderr[-2000:], file=sys.stderr)
                 print(
-                    f"| {found.stdout.strip()} | {features} | {'pass' if not done.returncode else done.stdout.splitlines()[-1]} |",
+                    f"| {found.stdout.strip()} | {features} | {'fail' if done.returncode else 'pass'} |",
                     flush=True,
                 )
     sys.exit(int(failed))
