@@ -111,6 +111,14 @@ class Clip:
         }
 
 
+def licence(pretrained: str) -> str:
+    """The licence of published weights where it is known here, else empty: the card then says to ask their source.
+
+    Sources: github.com/openai/CLIP (LICENSE) and the model cards of huggingface.co/laion.
+    """
+    return "MIT" if pretrained == "openai" or pretrained.startswith("laion") else ""
+
+
 def digest(weights: Mapping[str, np.ndarray]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all tensors, sorted by name."""
     sha = hashlib.sha256()

@@ -213,6 +213,8 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     return CARD.format(
         name=manifest["name"],
         base=manifest["base"]["name"],
+        base_sha256=manifest["base"]["sha256"],
+        licence=manifest["base"].get("licence") or "not known to r1export; ask where they come from",
         precision=manifest["precision"],
         count=len(learned),
         rows=rows,
@@ -229,6 +231,7 @@ CARD = """# {name}
 
 CLIP as ONNX in {precision}, made by r1export {version} from base model `{base}`, with {count} learned task(s) merged into its weights.
 The graphs are those of the base model, byte for byte; only the weights differ.
+Licence of the base weights: {licence}. Their SHA-256: `{base_sha256}`.
 
 | task | classes | top-1 | learned |
 |---|---|---|---|

@@ -13,7 +13,7 @@ from torch import nn
 
 from r1export import __version__
 from r1export.adapt.baselines import fine_tune_
-from r1export.adapt.clip import digest
+from r1export.adapt.clip import digest, licence
 from r1export.adapt.evaluate import accuracy, all_classes
 from r1export.adapt.experts import eject_experts_, pack_experts, pool_tensors, remember_, widen_spans_
 from r1export.adapt.metrics import stream_metrics
@@ -69,7 +69,9 @@ def _remembered(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str
 
 def _write_run_json(stage: Stage) -> None:
     path = stage.run.path / "run.json"
-    base = {"name": stage.recipe.base.model or stage.clip.name, "sha256": digest(stage.base)}
+    source = stage.recipe.base
+    terms = "Apache-2.0" if source.model.startswith("builtin:") else licence(source.pretrained)
+    base = {"name": source.model or stage.clip.name, "sha256": digest(stage.base), "licence": terms}
     if path.exists() and read_json(path, "start anew with --overwrite")["base"] != base:
         raise InputError(
             f"{path}: the run was started from another base model",

@@ -8,7 +8,7 @@ import torch
 from open_clip.transform import image_transform_v2
 from PIL import Image
 
-from r1export.adapt.clip import digest, load_clip
+from r1export.adapt.clip import digest, licence, load_clip
 from r1export.errors import InputError, Unsupported
 
 
@@ -85,3 +85,7 @@ def test_an_unknown_model_and_an_unknown_tag_are_refused_with_what_is_known() ->
         load_clip("ViT-Z-1", pretrained="openai")
     with pytest.raises(Unsupported, match=r"no pretrained tag 'nobody'.*openai"):
         load_clip("ViT-B-16", pretrained="nobody")
+
+
+def test_a_licence_is_named_where_it_is_known_and_never_guessed() -> None:
+    assert [licence(tag) for tag in ("openai", "laion2b_s34b_b79k", "metaclip_400m", "")] == ["MIT", "MIT", "", ""]
