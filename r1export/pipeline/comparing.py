@@ -19,17 +19,21 @@ LEVELS = ("disable", "basic", "all")
 
 
 def merge_parity(
-    inputs: parity.Inputs, models: TorchModels, gate: parity.Gate, control: Mapping[str, Any] | None
+    form: Form, inputs: parity.Inputs, models: TorchModels, control: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Unmerged torch against merged torch, all inputs at once."""
-    unmerged, merged = (
-        parity.run_in_batches(encoders(clip.model), inputs, (0,)) for clip in (models.unmerged, models.merged)
-    )
-    return parity.compare(unmerged, merged, gate, control) | {
-        "batches": [len(inputs.visual)],
-        "levels": [],
-        "providers": [],
-    }
+    """Merged torch, all inputs at once, against unmerged torch in every batch size."""
+    batches = _batches(form)
+    merged = parity.run_in_batches(encoders(models.merged.model), inputs, (0,))
+    unmerged = parity.run_in_batches(encoders(models.unmerged.model), inputs, batches)
+    return parity.compare(merged, unmerged, form.gate, control) | {"batches": _counts(batches, inputs)}
+
+
+def _batches(form: Form) -> tuple[int, ...]:
+    return tuple(dict.fromkeys((*form.stage.recipe.verify.batches, 0)))  # 0: all samples at once
+
+
+def _counts(batches: tuple[int, ...], inputs: parity.Inputs) -> list[int]:
+    return [size or len(inputs.visual) for size in batches]
 
 
 def onnx_parity(
@@ -41,9 +45,9 @@ def onnx_parity(
     providers: tuple[str, ...],
 ) -> dict[str, Any]:
     """Export, and total where there is something to merge. What cannot be run has failed."""
-    batches = tuple(dict.fromkeys((*form.stage.recipe.verify.batches, 0)))  # 0: all samples at once
+    batches = _batches(form)
     facts = {
-        "batches": [size or len(inputs.visual) for size in batches],
+        "batches": _counts(batches, inputs),
         "levels": list(LEVELS),
         "providers": list(providers),
     }

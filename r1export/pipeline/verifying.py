@@ -135,7 +135,7 @@ def _parity(
     if not number:
         seen.control = found["export"]
     if models.unmerged and form.precision == "fp32":
-        found = {"merge": merge_parity(inputs, models, form.gate, seen.control), **found}
+        found = {"merge": merge_parity(form, inputs, models, seen.control), **found}
     return found
 
 
