@@ -167,22 +167,41 @@ def test_the_same_seed_gives_the_same_factors_in_another_process(run, recipe, tm
         assert sha256_file(factors) == sha256_file(tmp_path / "again" / factors.relative_to(run[0]))
 
 
-def test_a_run_killed_inside_a_task_and_resumed_gives_the_factors_of_the_uninterrupted_run(
-    run, recipe, tmp_path
-) -> None:
-    out = tmp_path / "killed"
+def killed(recipe: Path, out: Path, delay: float) -> None:
+    """A training run that gets SIGKILL `delay` seconds after its first checkpoint."""
     command = [sys.executable, "-m", "r1export", "train", recipe, "--out", out, *FAST]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.time() + 120
     while process.poll() is None and time.time() < deadline and not list(out.glob("tasks/*/checkpoint.safetensors")):
         time.sleep(0.002)
+    time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+def test_a_run_killed_inside_a_task_and_resumed_gives_the_factors_of_the_uninterrupted_run(
+    run, recipe, tmp_path
+) -> None:
+    out = tmp_path / "killed"
+    killed(recipe, out, 0)
     assert list(out.glob("tasks/*/checkpoint.safetensors")), "killed too late to be inside a task"
     assert not (out / "metrics.json").exists()
     assert r1export("train", recipe, "--out", out, "--resume", *FAST).returncode == 0
     for factors in (run[0] / "tasks").glob("*/factors.safetensors"):
         assert sha256_file(factors) == sha256_file(out / factors.relative_to(run[0]))
+
+
+@pytest.mark.skipif(os.environ.get("R1EXPORT_SWEEP") != "full", reason="takes minutes: R1EXPORT_SWEEP=full runs it")
+def test_twenty_runs_killed_at_random_points_end_with_the_same_factors(run, recipe, tmp_path) -> None:
+    delays, inside = np.random.default_rng(0).uniform(0, 0.6, 20), 0
+    for number, delay in enumerate(delays):
+        out = tmp_path / str(number)
+        killed(recipe, out, float(delay))
+        inside += not (out / "metrics.json").exists()
+        assert r1export("train", recipe, "--out", out, "--resume", *FAST).returncode == 0
+        for factors in (run[0] / "tasks").glob("*/factors.safetensors"):
+            assert sha256_file(factors) == sha256_file(out / factors.relative_to(run[0]))
+    assert inside > 5, "most were killed after the end"
 
 
 def test_a_full_disk_in_the_middle_of_a_release_leaves_no_release(recipe, run, tmp_path) -> None:
