@@ -55,6 +55,10 @@ Set = Annotated[
         "--set", metavar="FIELD=VALUE", help="Override a recipe field, for example train.iterations=50; repeatable."
     ),
 ]
+Order = Annotated[
+    str | None,
+    typer.Option("--order", metavar="NAMES", help="Task names with commas between them, or `reversed`."),
+]
 Providers = Annotated[
     list[str] | None,
     typer.Option(
@@ -89,12 +93,14 @@ def _open(
     overwrite: bool,
     device: Device,
     overrides: list[str] | None,
+    order: str | None,
     terminal: Terminal,
 ) -> Stage:
-    from r1export.recipe import load_recipe
+    from r1export.recipe import in_order, load_recipe
     from r1export.run_folder import RunFolder, check_run, open_run
 
     recipe = load_recipe(recipe_file, tuple(overrides or ()))
+    recipe = in_order(recipe, order) if order else recipe
     check_run(out, recipe, resume=resume, overwrite=overwrite)
     from r1export.pipeline import Stage, check_inputs, choose_device
 
@@ -126,11 +132,12 @@ def run(
     overwrite: Overwrite = False,
     device: Where = Device.auto,
     set: Set = None,
+    order: Order = None,
     as_json: Json = False,
 ) -> None:
     """Train a stream of tasks, merge and export after each, and verify every release."""
     with _terminal(as_json) as terminal:
-        stage = _open(recipe, out, resume, overwrite, device, set, terminal)
+        stage = _open(recipe, out, resume, overwrite, device, set, order, terminal)
         from r1export import pipeline
 
         metrics = pipeline.train(stage)
@@ -151,11 +158,12 @@ def train(
     overwrite: Overwrite = False,
     device: Where = Device.auto,
     set: Set = None,
+    order: Order = None,
     as_json: Json = False,
 ) -> None:
     """Train a stream of tasks; writes factors, pools and metrics, exports nothing."""
     with _terminal(as_json) as terminal:
-        stage = _open(recipe, out, resume, overwrite, device, set, terminal)
+        stage = _open(recipe, out, resume, overwrite, device, set, order, terminal)
         from r1export import pipeline
 
         metrics = pipeline.train(stage)

@@ -126,6 +126,8 @@ class Train(_Section):
     """Share of the iterations after which the experts with the most votes are fixed and training goes on with them alone; 1 never does."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints inside a task."""
+    tensorboard: bool = False
+    """Log losses, images per second and accuracies into RUN/tensorboard; needs the extra `tensorboard`."""
     seed: int = 42
     """Decides images, batches, initial factors and dropout."""
 
@@ -198,6 +200,18 @@ class Recipe(_Section):
     def dumps(self) -> str:
         """The whole recipe, defaults included, as TOML: `loads(recipe.dumps()) == recipe`."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def in_order(recipe: Recipe, order: str) -> Recipe:
+    """The recipe with its tasks in another order: their names with commas between them, or `reversed`.
+
+    Raises InputError if it does not name each task once.
+    """
+    names = [task.name for task in recipe.stream]
+    wanted = names[::-1] if order == "reversed" else [name.strip() for name in order.split(",")]
+    if sorted(wanted) != sorted(names):
+        raise InputError(f"--order {order}", f"name each task once: {','.join(names)}")
+    return recipe.model_copy(update={"order": tuple(wanted)})
 
 
 def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:

@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from r1export.recipe import load_recipe
-
 BASELINES = Path(__file__).parents[1] / "recipes" / "baselines"
 COLUMNS = ("Transfer", "Avg", "Last", "probe", "trainable", "shipped kB", "seconds")
 
@@ -60,10 +58,9 @@ def _train(asked: argparse.Namespace, method: str, order: str, seed: int) -> dic
     recipe, run = asked.out / f"{method}.toml", asked.out / f"{method}-{order}-{seed}"
     changes = tomllib.loads((BASELINES / f"{method}.toml").read_text(encoding="utf-8"))
     recipe.write_text(tomli_w.dumps(changes | {"extends": str(asked.stream.resolve())}), encoding="utf-8")
-    names = [task.name for task in load_recipe(recipe).stream]
-    sets = [*asked.set, f"train.seed={seed}", f"order={json.dumps(names if order == 'forward' else names[::-1])}"]
     command = [sys.executable, "-m", "r1export", "train", recipe, "--out", run, "--resume"]
-    command += [part for value in sets for part in ("--set", value)]
+    command += [part for value in (*asked.set, f"train.seed={seed}") for part in ("--set", value)]
+    command += ["--order", "reversed"] if order == "reversed" else []
     if not (run / "metrics.json").exists():
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:

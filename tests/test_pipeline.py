@@ -96,3 +96,24 @@ def test_a_gpu_that_is_not_there_is_unsupported() -> None:
     assert choose_device("auto") == "cpu"
     with pytest.raises(Unsupported, match="--device cpu"):
         choose_device("cuda")
+
+
+def test_tensorboard_is_an_extra_that_says_so_where_it_is_missing(recipe, tmp_path, monkeypatch) -> None:
+    import sys
+
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tensorboard": True})})
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(Unsupported, match=r"r1export\[tensorboard\]"):
+        train(stage_of(recipe, tmp_path / "run"))
+
+
+def test_losses_and_accuracies_go_to_tensorboard(recipe, tmp_path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tensorboard": True})})
+    train(stage_of(recipe, tmp_path / "run"))
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert len(board.Scalars("accuracy/digits")) == 2

@@ -29,6 +29,7 @@ from r1export.adapt.trainer import (
 )
 from r1export.errors import InputError
 from r1export.export.release import refused_writes
+from r1export.pipeline.board import log_accuracies, step_log
 from r1export.pipeline.environment import now, versions
 from r1export.pipeline.stage import Stage, inject_pools_
 from r1export.recipe import Recipe
@@ -54,6 +55,7 @@ def train(stage: Stage) -> dict[str, Any]:
             updates.append(ExpertUpdate.read(folder / "factors.safetensors"))
             stage.clip.load_(stage.merged(updates))
             rows.append(_remembered(folder / "accuracy.json", lambda task=task: _evaluate(stage, f"After {task.name}")))
+            log_accuracies(stage, number, rows[-1])
         stage.clip.load_(stage.base)
         metrics = _metrics(recipe, zero_shot, rows)
         write_json(run.metrics_file, metrics)
@@ -109,10 +111,14 @@ def _learn(stage: Stage, number: int, task: Task, earlier: list[ExpertUpdate], f
     stage.clip.load_(stage.merged(earlier))
     folder.mkdir(parents=True, exist_ok=True)
     learn = _fine_tune if recipe.train.method == "full" else _teach_pools
-    with stage.watch.track(f"Task {number} of {len(stage.tasks)}: {task.name}", recipe.train.iterations) as advance:
-        losses, update, trainable = learn(
-            stage, number, task, earlier, folder, lambda step: advance(_note(step, recipe))
-        )
+    title = f"Task {number} of {len(stage.tasks)}: {task.name}"
+    with stage.watch.track(title, recipe.train.iterations) as advance, step_log(stage, number) as log:
+
+        def on_step(step: Step) -> None:
+            advance(_note(step, recipe))
+            log(step)
+
+        losses, update, trainable = learn(stage, number, task, earlier, folder, on_step)
     write_json(
         folder / "metrics.json",
         {
@@ -166,7 +172,7 @@ def _fine_tune(
 
 
 def _settings(recipe: Recipe) -> TrainSettings:
-    return TrainSettings(**recipe.train.model_dump(exclude={"method"}))
+    return TrainSettings(**recipe.train.model_dump(exclude={"method", "tensorboard"}))
 
 
 def _note(step: Step, recipe: Recipe) -> str:
