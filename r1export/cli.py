@@ -75,7 +75,7 @@ def _terminal(as_json: bool) -> Iterator[Terminal]:
     """The terminal; an error that r1export raises on purpose becomes one line and its exit code."""
     from r1export.console import Terminal
 
-    terminal = Terminal(as_json=as_json)
+    terminal = Terminal(as_json=as_json, quiet=os.environ.get("RANK", "0") != "0")  # torchrun's other processes
     try:
         yield terminal
     except R1ExportError as error:
@@ -102,11 +102,14 @@ def _open(
     recipe = load_recipe(recipe_file, tuple(overrides or ()))
     recipe = in_order(recipe, order) if order else recipe
     check_run(out, recipe, resume=resume, overwrite=overwrite)
-    from r1export.pipeline import Stage, check_inputs, choose_device
+    from r1export.pipeline import Stage, check_inputs, choose_device, together
 
     stage = Stage(RunFolder(out), recipe, choose_device(device), terminal)
+    together.start(stage.device)  # waits for the other processes of torchrun, so none finds the run of the first
     check_inputs(stage)
-    open_run(out, recipe, resume=resume, overwrite=overwrite)
+    if together.is_first():
+        open_run(out, recipe, resume=resume, overwrite=overwrite)
+    together.wait()
     return stage
 
 
@@ -141,6 +144,8 @@ def run(
         from r1export import pipeline
 
         metrics = pipeline.train(stage)
+        if not pipeline.together.is_first():
+            return
         pipeline.export(stage)
         report = pipeline.verify(stage)
         terminal.accuracy(metrics)

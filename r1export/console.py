@@ -19,9 +19,10 @@ COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "not measur
 class Terminal:
     """People read stdout, or stderr where `json` puts a document for machines on stdout."""
 
-    def __init__(self, *, as_json: bool = False) -> None:
-        self.as_json = as_json
-        self.people = Console(stderr=as_json, highlight=False, soft_wrap=False)
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        """`quiet` says nothing but errors: one of several processes speaks for all."""
+        self.as_json = as_json and not quiet
+        self.people = Console(stderr=as_json, highlight=False, soft_wrap=False, quiet=quiet)
         self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def stage(self, title: str) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,16 @@ def top_experts(votes: Tensor, k: int) -> Tensor:
     return torch.sort(votes, descending=True, stable=True).indices[:k].sort().values
 
 
+class Others(Protocol):
+    """The other processes that train the same pools on other images of a batch."""
+
+    def add_(self, votes: Tensor) -> None:
+        """Add their votes, in place."""
+
+    def average(self, mean: Tensor) -> Tensor:
+        """The mean over all processes; gradients flow through."""
+
+
 class EndOfText:
     """Where the texts that run through a tower end: set when they enter it, read by its pools."""
 
@@ -81,6 +91,7 @@ class ExpertPool(nn.Module):
         self.gate: Tensor | None = None
         self.gram: Tensor | None = None
         self.ends = EndOfText()
+        self.others: Others | None = None
 
     def reset_(self, generator: torch.Generator) -> None:
         """Fresh experts for a task: A and router from `generator`, B and counts zero. Bounds are nn.Linear's defaults."""
@@ -116,11 +127,15 @@ class ExpertPool(nn.Module):
             probabilities = self.router(token).softmax(-1)
         ranked = torch.sort(probabilities, dim=-1, descending=True, stable=True).indices[:, : self.settings.k_train]
         votes = torch.bincount(ranked.reshape(-1), minlength=self.settings.rank)
+        if self.others is not None:
+            self.others.add_(votes)
         if self.training:
             self.counts += votes
         gate = self._mask(top_experts(votes, self.settings.k_train))
-        mean = probabilities.mean(0)
-        return gate + (mean - mean.detach()) if learns else gate
+        if not learns:
+            return gate
+        mean = probabilities.mean(0) if self.others is None else self.others.average(probabilities.mean(0))
+        return gate + (mean - mean.detach())
 
     def selected(self, k: int | None = None) -> Tensor:
         """The k (default k_merge) experts with the most votes of this task, ascending; those not zero of a sparse gate."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from r1export.adapt import together
 from r1export.adapt.clip import Clip
 from r1export.adapt.experts import load_pool_tensors_, pool_tensors
 from r1export.adapt.losses import all_classes_loss, in_batch_loss, orthogonality_loss
@@ -126,15 +127,16 @@ def train_pools_(
     if checkpoint is not None and checkpoint.exists():
         progress = _load_checkpoint_(checkpoint, pools, optimizer)
     clip.model.train()
+    encode = together.encoders(clip, pools)
     while progress.step < settings.iterations:
         started = time.perf_counter()
         if progress.step >= settings.consolidate * settings.iterations:
             _consolidate_(pools)
         torch.manual_seed(seed_of(settings.seed, number, 2, progress.step))  # dropout
-        indices = batch_indices(len(train), settings.batch_size, progress.step, settings.seed, number)
-        labels = torch.from_numpy(task.train.labels[indices]).to(clip.device)
+        parts = together.shares(batch_indices(len(train), settings.batch_size, progress.step, settings.seed, number))
+        labels = torch.from_numpy(task.train.labels[np.concatenate(parts)]).to(clip.device)
         with torch.autocast(clip.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss = _supervised_loss(clip, train.batch(indices), labels, prompts, settings.loss)
+            loss = _supervised_loss(clip, encode, train.batch(together.own(parts)), labels, prompts, settings.loss)
         extra = _extra_loss(pools, settings) if number > 1 else loss.new_zeros(())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress.step, settings)
@@ -150,10 +152,11 @@ def train_pools_(
         progress.step += 1
         progress.losses.append(value)
         on_step(Step(progress.step, value, extra.item(), time.perf_counter() - started))
-        if checkpoint is not None and progress.step % settings.checkpoint_every == 0:
+        if checkpoint is not None and progress.step % settings.checkpoint_every == 0 and together.is_first():
             _write_checkpoint(checkpoint, pools, optimizer, progress)
     clip.model.eval()
-    if checkpoint is not None:
+    together.wait()
+    if checkpoint is not None and together.is_first():
         checkpoint.unlink(missing_ok=True)
     return progress.losses
 
@@ -199,14 +202,14 @@ def task_prompts(clip: Clip, task: Task, seed: int, number: int) -> Tensor:
     return clip.tokenize([template.format(name) for name in task.classes])
 
 
-def _supervised_loss(clip: Clip, pixels: Tensor, labels: Tensor, prompts: Tensor, kind: str) -> Tensor:
+def _supervised_loss(
+    clip: Clip, encode: nn.Module, pixels: Tensor, labels: Tensor, prompts: Tensor, kind: str
+) -> Tensor:
     """Each class is encoded once, however many images share it: those of the batch, or all of the task."""
-    scale = clip.model.logit_scale.exp()
-    if kind == "all-classes":
-        return all_classes_loss((scale * clip.encode_image(pixels) @ clip.encode_text(prompts).T).float(), labels)
-    present, positions = labels.unique(return_inverse=True)
-    image, text = clip.encode_image(pixels), clip.encode_text(prompts[present])
-    return in_batch_loss((scale * image @ text.T).float(), positions)
+    present, positions = (None, labels) if kind == "all-classes" else labels.unique(return_inverse=True)
+    image, text = encode(pixels, prompts if present is None else prompts[present])
+    logits = (clip.model.logit_scale.exp() * together.gathered(image) @ text.T).float()
+    return (all_classes_loss if present is None else in_batch_loss)(logits, positions)
 
 
 def _write_checkpoint(path: Path, pools: Pools, optimizer: torch.optim.Optimizer, progress: _Progress) -> None:

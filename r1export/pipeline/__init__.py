@@ -6,6 +6,7 @@ verify   for each release: parity, proof, latency -> reports
 bundle   the factors that a device lacks, signed
 """
 
+from r1export.adapt import together
 from r1export.pipeline.releasing import export
 from r1export.pipeline.self_verifying import verify_release
 from r1export.pipeline.stage import Silent, Stage, Watcher, check_inputs, choose_device
@@ -22,6 +23,7 @@ __all__ = [
     "choose_device",
     "default_providers",
     "export",
+    "together",
     "train",
     "verify",
     "verify_release",

@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from r1export import __version__
+from r1export.adapt import together
 from r1export.adapt.baselines import fine_tune_
 from r1export.adapt.clip import digest, licence
 from r1export.adapt.evaluate import accuracy, all_classes
@@ -52,20 +53,23 @@ def train(stage: Stage) -> dict[str, Any]:
             folder = run.task(number, task.name)
             if not (folder / "factors.safetensors").exists():
                 _learn(stage, number, task, updates, folder)
+            together.wait()
             updates.append(ExpertUpdate.read(folder / "factors.safetensors"))
             stage.clip.load_(stage.merged(updates))
             rows.append(_remembered(folder / "accuracy.json", lambda task=task: _evaluate(stage, f"After {task.name}")))
             log_accuracies(stage, number, rows[-1])
         stage.clip.load_(stage.base)
         metrics = _metrics(recipe, zero_shot, rows)
-        write_json(run.metrics_file, metrics)
+        if together.is_first():
+            write_json(run.metrics_file, metrics)
     return metrics
 
 
 def _remembered(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
     """What `compute` gave, from `path` if it was computed before."""
-    if not path.exists():
+    if not path.exists() and together.is_first():
         write_json(path, compute())
+    together.wait()
     return read_json(path, "delete the file and run again with --resume")
 
 
@@ -79,7 +83,7 @@ def _write_run_json(stage: Stage) -> None:
             f"{path}: the run was started from another base model",
             "give back the weights it was started with, or --overwrite",
         )
-    if not path.exists():
+    if not path.exists() and together.is_first():
         write_json(
             path,
             {
@@ -119,6 +123,8 @@ def _learn(stage: Stage, number: int, task: Task, earlier: list[ExpertUpdate], f
             log(step)
 
         losses, update, trainable = learn(stage, number, task, earlier, folder, on_step)
+    if not together.is_first():
+        return
     write_json(
         folder / "metrics.json",
         {
@@ -150,8 +156,11 @@ def _teach_pools(
         )  # fmt: skip
         if settings.orthogonality == "input":
             prompts = task_prompts(stage.clip, task, settings.seed, number)
-            write_tensors(folder / SPANS, input_directions(stage.clip, pools, stage.trains[task.name], prompts))
-        write_tensors(folder / "pool.safetensors", pool_tensors(pools))
+            spans = input_directions(stage.clip, pools, stage.trains[task.name], prompts)
+            if together.is_first():
+                write_tensors(folder / SPANS, spans)
+        if together.is_first():
+            write_tensors(folder / "pool.safetensors", pool_tensors(pools))
         return losses, pack_experts(pools), sum(p.numel() for p in _trained(pools))
     finally:
         eject_experts_(stage.clip.model)
