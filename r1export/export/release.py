@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,9 @@ def _manifest(
     tensors: Mapping[str, Mapping[str, np.ndarray]],
 ) -> dict[str, Any]:
     listed = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNLISTED)
+    with ThreadPoolExecutor() as pool:  # all bytes are hashed twice, which takes as long as writing them
+        places = pool.submit(_tensor_map, weights, tensors)
+        digests = dict(zip(listed, pool.map(sha256_file, listed), strict=True))
     return {
         "format": FORMAT,
         "name": content.name,
@@ -156,10 +160,10 @@ def _manifest(
         "graphs": dict(content.graph_digests),
         "golden": dict(content.tolerance),
         "files": {
-            path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-            for path in listed
+            path.relative_to(folder).as_posix(): {"sha256": digest, "bytes": path.stat().st_size}
+            for path, digest in digests.items()
         },
-        "tensors": _tensor_map(weights, tensors),
+        "tensors": places.result(),
         "versions": dict(content.versions),
     }
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from r1export.errors import CheckFailed
 from r1export.pipeline.forms import Form
+from r1export.pipeline.stage import Stage
 from r1export.pipeline.torch_models import TorchModels, encoders, module_boundaries
 from r1export.verify import parity
 from r1export.verify.locate import locate
@@ -18,43 +19,56 @@ from r1export.verify.runtime import open_session, runner
 LEVELS = ("disable", "basic", "all")
 
 
+class TorchOutputs:
+    """What the two torch models of a release give for its inputs, computed once for all its precisions."""
+
+    def __init__(self, stage: Stage, inputs: parity.Inputs) -> None:
+        self.inputs = inputs
+        self.batches = tuple(dict.fromkeys((*stage.recipe.verify.batches, 0)))  # 0: all samples at once
+        self._merged: parity.Outputs | None = None
+        self._unmerged: parity.Outputs | None = None
+
+    @property
+    def counts(self) -> list[int]:
+        """The batch sizes in images."""
+        return [size or len(self.inputs.visual) for size in self.batches]
+
+    def merged(self, models: TorchModels) -> parity.Outputs:
+        """All inputs at once."""
+        self._merged = self._merged or parity.run_in_batches(encoders(models.merged.model), self.inputs, (0,))
+        return self._merged
+
+    def unmerged(self, models: TorchModels) -> parity.Outputs:
+        """In every batch size, all inputs at once last."""
+        run = self._unmerged or parity.run_in_batches(encoders(models.unmerged.model), self.inputs, self.batches)
+        self._unmerged = run
+        return run
+
+
 def merge_parity(
-    form: Form, inputs: parity.Inputs, models: TorchModels, control: Mapping[str, Any] | None
+    form: Form, outputs: TorchOutputs, models: TorchModels, control: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Merged torch, all inputs at once, against unmerged torch in every batch size."""
-    batches = _batches(form)
-    merged = parity.run_in_batches(encoders(models.merged.model), inputs, (0,))
-    unmerged = parity.run_in_batches(encoders(models.unmerged.model), inputs, batches)
-    return parity.compare(merged, unmerged, form.gate, control) | {"batches": _counts(batches, inputs)}
-
-
-def _batches(form: Form) -> tuple[int, ...]:
-    return tuple(dict.fromkeys((*form.stage.recipe.verify.batches, 0)))  # 0: all samples at once
-
-
-def _counts(batches: tuple[int, ...], inputs: parity.Inputs) -> list[int]:
-    return [size or len(inputs.visual) for size in batches]
+    found = parity.compare(outputs.merged(models), outputs.unmerged(models), form.gate, control)
+    return found | {"batches": outputs.counts}
 
 
 def onnx_parity(
     form: Form,
     path: Path,
-    inputs: parity.Inputs,
+    outputs: TorchOutputs,
     models: TorchModels,
     control: Mapping[str, Any] | None,
     providers: tuple[str, ...],
 ) -> dict[str, Any]:
     """Export, and total where there is something to merge. What cannot be run has failed."""
-    batches = _batches(form)
-    facts = {
-        "batches": _counts(batches, inputs),
-        "levels": list(LEVELS),
-        "providers": list(providers),
-    }
-    references = {"export": models.merged, **({"total": models.unmerged} if models.unmerged else {})}
+    facts = {"batches": outputs.counts, "levels": list(LEVELS), "providers": list(providers)}
+    references = {"export": outputs.merged(models)}
+    if models.unmerged:
+        references["total"] = outputs.unmerged(models).last()
     try:
         candidate = parity.Outputs.join(
-            parity.run_in_batches(_onnx(path, level, provider), inputs, batches)
+            parity.run_in_batches(_onnx(path, level, provider), outputs.inputs, outputs.batches)
             for provider in providers
             for level in LEVELS
         )
@@ -62,14 +76,11 @@ def onnx_parity(
         stages = {name: parity.failed(str(error)) for name in references}
     else:
         stages = {
-            name: parity.compare(
-                parity.run_in_batches(encoders(clip.model), inputs, (0,)), candidate, form.gate, control
-            )
-            | facts
-            for name, clip in references.items()
+            name: parity.compare(reference, candidate, form.gate, control) | facts
+            for name, reference in references.items()
         }
     if stages["export"]["verdict"] == "fail":
-        stages["export"]["detail"] = _located(form, path, inputs, models, stages["export"])
+        stages["export"]["detail"] = _located(form, path, outputs.inputs, models, stages["export"])
     return stages
 
 

@@ -106,7 +106,8 @@ def _context_length(stage: Stage) -> int:
 
 def _release(form: Form, number: int, path: Path, updates: list[ExpertUpdate], metrics: dict[str, Any]) -> None:
     stage, recipe, clip = form.stage, form.stage.recipe, form.stage.clip
-    clip.load_(stage.merged(updates))
+    merged = stage.merged(updates)
+    clip.load_(merged)
     learned = {task.name for task in stage.tasks[:number]}
     tasks = tuple(
         TaskClasses(t.name, t.classes, t.templates, class_embeddings(clip, t), t.name in learned) for t in stage.tasks
@@ -122,7 +123,7 @@ def _release(form: Form, number: int, path: Path, updates: list[ExpertUpdate], m
             {"task": t.name, "sha256": sha256_file(stage.run.task(i, t.name) / "factors.safetensors")}
             for i, t in enumerate(recipe.stream[:number], 1)
         ),
-        weights=form.tensors(updates),
+        weights=merged if form.precision == "fp32" else form.tensors(updates),
         tasks=tasks,
         golden=_golden(stage),
         preprocess=clip.preprocess.to_json(),

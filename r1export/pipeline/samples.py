@@ -13,13 +13,13 @@ from r1export.verify.parity import Inputs
 from r1export.verify.runtime import open_session, runner
 
 BATCH = 32  # images embedded at a time
-FEWEST, MOST, WORK = 32, 200, 1e10  # images that the gaps are measured on by default, and images times parameters
+SMALL = 30e6  # parameters of a model that is given all samples and images
 CALIBRATION = 128  # images, and prompts, from which the input ranges of int8 are taken
 
 
 def parity_inputs(stage: Stage, task: Task) -> Inputs:
     """`verify.samples` test images of the task, and as many prompts of its classes."""
-    count, rng = stage.recipe.verify.samples, np.random.default_rng(stage.recipe.train.seed)
+    count, rng = sample_count(stage), np.random.default_rng(stage.recipe.train.seed)
     images = np.sort(rng.permutation(len(task.test))[:count])
     prompts = [task.templates[i % len(task.templates)].format(name) for i, name in enumerate(task.classes)][:count]
     values = stage.clip.preprocess.normalize(stage.tests[task.name].batch(images))
@@ -27,9 +27,19 @@ def parity_inputs(stage: Stage, task: Task) -> Inputs:
 
 
 def image_count(stage: Stage) -> int:
-    """`verify.images`, or as many as models of this size are given: 66 for ViT-B."""
+    """Images for the gaps and the drift: `verify.images`, or as many as models of this size are given (ViT-B: 40)."""
+    return stage.recipe.verify.images or _by_size(stage, 32, 200)
+
+
+def sample_count(stage: Stage) -> int:
+    """Images, and prompts, for parity: `verify.samples`, or as many as models of this size are given (ViT-B: 16)."""
+    return stage.recipe.verify.samples or _by_size(stage, 16, 32)
+
+
+def _by_size(stage: Stage, fewest: int, most: int) -> int:
+    """So many that large models do not take minutes: `most` for a tower of some million parameters."""
     parameters = sum(value.size for value in stage.base.values())
-    return stage.recipe.verify.images or max(FEWEST, min(MOST, int(WORK / parameters)))
+    return max(fewest, min(most, int(most * SMALL / parameters)))
 
 
 def test_images(stage: Stage, task: Task) -> tuple[Tensor, np.ndarray]:

@@ -16,17 +16,16 @@ from r1export.errors import InputError, R1ExportError, Unsupported
 from r1export.export.graph import GRAPHS
 from r1export.export.release import read_manifest
 from r1export.pipeline import expected, gaps
-from r1export.pipeline.comparing import merge_parity, onnx_parity
+from r1export.pipeline.comparing import TorchOutputs, merge_parity, onnx_parity
 from r1export.pipeline.environment import report_head
 from r1export.pipeline.forms import Form
 from r1export.pipeline.proving import added_latency, ladder, speed
 from r1export.pipeline.samples import gallery, parity_inputs, test_images
 from r1export.pipeline.stage import Stage
-from r1export.pipeline.torch_models import TorchModels, encoders, torch_models
+from r1export.pipeline.torch_models import TorchModels, torch_models
 from r1export.run_folder import read_json
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import sha256_file
-from r1export.verify import parity
 from r1export.verify.checks import failed
 from r1export.verify.drift import embedding_drift
 from r1export.verify.execution import Execution
@@ -63,12 +62,13 @@ def verify(stage: Stage, providers: Sequence[str] = ()) -> dict[str, Any]:
     reports: dict[Form, list[dict[str, Any]]] = {form: [] for form in forms}
     measured_gaps = {}
     for number in range(len(updates) + 1):
+        outputs = TorchOutputs(stage, parity_inputs(stage, stage.tasks[max(0, number - 1)]))
         for form, seen in forms.items():
             path = form.exports.releases(recipe)[number]
             if not path.exists():
                 raise InputError(f"{path}: no such release", f"write it with r1export export {run.path}")
             stage.watch.stage(f"Verifying {form.label(path.name)}")
-            found = _verify_release(form, number, updates[:number], seen, providers)
+            found = _verify_release(form, number, updates[:number], outputs, seen, providers)
             gap = found.pop("gaps", None)
             if gap:
                 measured_gaps[stage.tasks[number - 1].name] = gap
@@ -86,7 +86,12 @@ def verify(stage: Stage, providers: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _verify_release(
-    form: Form, number: int, updates: list[ExpertUpdate], seen: _Seen, providers: tuple[str, ...]
+    form: Form,
+    number: int,
+    updates: list[ExpertUpdate],
+    outputs: TorchOutputs,
+    seen: _Seen,
+    providers: tuple[str, ...],
 ) -> dict[str, Any]:
     """One release. Each step is left out where the one before failed: what is not the release is not measured."""
     stage, path = form.stage, form.exports.releases(form.stage.recipe)[number]
@@ -103,9 +108,9 @@ def _verify_release(
             "verdict": "fail",
             "reasons": [f"{error.message} (write it again: delete {path} and run r1export export)"],
         }
-    inputs = parity_inputs(stage, stage.tasks[max(0, number - 1)])
+    inputs = outputs.inputs
     with torch_models(stage, number, updates) as models:
-        found["parity"] = _parity(form, number, path, inputs, models, seen, providers)
+        found["parity"] = _parity(form, number, path, outputs, models, seen, providers)
         if failed(found["contents"]) or failed(found["parity"]):
             return found
         found["proof"] = ladder(form, number, inputs, updates, seen.executions, providers)
@@ -116,7 +121,7 @@ def _verify_release(
             found["variant"] = _variant(form, number, manifest, seen)
         if number and not failed(found["proof"]):
             if form.precision == "fp32":
-                found["gaps"] = _gaps(stage, stage.tasks[number - 1], inputs, models)
+                found["gaps"] = _gaps(stage, stage.tasks[number - 1], outputs, models)
             found["latency"] = added_latency(form, number, inputs, models, updates, providers)
     return found
 
@@ -125,17 +130,17 @@ def _parity(
     form: Form,
     number: int,
     path: Path,
-    inputs: parity.Inputs,
+    outputs: TorchOutputs,
     models: TorchModels,
     seen: _Seen,
     providers: tuple[str, ...],
 ) -> dict[str, Any]:
     """The three stages; the base has only its export, and the merge is the same in every precision."""
-    found = onnx_parity(form, path, inputs, models, seen.control, providers)
+    found = onnx_parity(form, path, outputs, models, seen.control, providers)
     if not number:
         seen.control = found["export"]
     if models.unmerged and form.precision == "fp32":
-        found = {"merge": merge_parity(form, inputs, models, seen.control), **found}
+        found = {"merge": merge_parity(form, outputs, models, seen.control), **found}
     return found
 
 
@@ -154,12 +159,10 @@ def _variant(form: Form, number: int, manifest: Mapping[str, Any], seen: _Seen) 
     }
 
 
-def _gaps(stage: Stage, task: Task, inputs: parity.Inputs, models: TorchModels) -> dict[str, Any]:
+def _gaps(stage: Stage, task: Task, outputs: TorchOutputs, models: TorchModels) -> dict[str, Any]:
     """G1 to G3 of one task."""
-    frozen, merged = (
-        parity.run_in_batches(encoders(clip.model), inputs, (0,)) for clip in (models.unmerged, models.merged)
-    )
-    gap = gaps.exactness(frozen, merged, float(models.merged.model.logit_scale.exp()))
+    scale = float(models.merged.model.logit_scale.exp())
+    gap = gaps.exactness(outputs.unmerged(models).last(), outputs.merged(models), scale)
     return gap | gaps.freezing(models.unmerged, models.pools, task, *test_images(stage, task))
 
 

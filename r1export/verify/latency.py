@@ -17,11 +17,11 @@ from r1export.verify.statistics import Ratio, latency_verdict, paired_ratio
 BLOCKS = 10  # a bootstrap over fewer blocks has intervals that are too narrow
 WARM_UP = 3  # runs after opening a session that are not counted: memory is planned and weights are paged in
 P90_COUNT, P99_COUNT = 50, 500  # runs that a quantile needs before it says anything
-TORCH_ROUNDS = 10
-RELATIVE_PAIRS, RELATIVE_HALFWIDTH = 100, 0.02  # two programs compared, not proven equal
+TORCH_ROUNDS = 6
+RELATIVE_PAIRS, RELATIVE_HALFWIDTH = 80, 0.05  # two programs compared, not proven equal
 FEWEST_ROUNDS = 4  # per block, of a model so slow that BUDGET is used up before: a median needs a few
 BUDGET = 40.0  # seconds that the rounds of the first BLOCKS may take together
-PATIENCE = 20.0  # seconds after these, in which blocks are added
+PATIENCE = 20.0  # seconds after these in which blocks are added; half as long again as they took, if that is longer
 PRECISION = 3  # intervals are narrowed to this part of the margin: an equal pair then lies outside once in 10^4 times
 Job = Callable[[], object]
 
@@ -57,7 +57,8 @@ def measure(
     PATIENCE is at its end. How long it goes on depends on the width of the intervals, not on where they lie, so it favours
     no verdict.
     """
-    rng, rounds, started = np.random.default_rng(seed), max(2, -(-pairs // (2 * BLOCKS))), 0.0
+    rng, rounds = np.random.default_rng(seed), max(2, -(-pairs // (2 * BLOCKS)))
+    started, deadline = time.perf_counter(), None
     blocks: list[dict[str, np.ndarray]] = []
     while True:
         jobs = {str(name): openers[str(name)]() for name in rng.permutation(list(openers))}
@@ -65,13 +66,14 @@ def measure(
             rounds = min(rounds, _affordable_rounds(jobs))
         blocks.append(time_rounds(jobs, rounds, rng))
         on_block()
-        if len(blocks) == BLOCKS:
-            started = time.perf_counter()
-        if len(blocks) >= BLOCKS:
-            seconds = {name: np.stack([block[name] for block in blocks]) for name in openers}
-            widest = max(paired_ratio(seconds[name], seconds["base"]).halfwidth for name in openers if name != "base")
-            if widest <= halfwidth or time.perf_counter() - started > PATIENCE:
-                return seconds
+        if len(blocks) < BLOCKS:
+            continue
+        now = time.perf_counter()
+        deadline = deadline or now + max(PATIENCE, (now - started) / 2)
+        seconds = {name: np.stack([block[name] for block in blocks]) for name in openers}
+        widest = max(paired_ratio(seconds[name], seconds["base"]).halfwidth for name in openers if name != "base")
+        if widest <= halfwidth or now > deadline:
+            return seconds
 
 
 def _affordable_rounds(jobs: Mapping[str, Job]) -> int:

@@ -97,6 +97,10 @@ class Outputs:
         parts = tuple(parts)
         return cls(*(tuple(way for part in parts for way in getattr(part, tower)) for tower in TOWERS))
 
+    def last(self) -> Outputs:
+        """The last way alone."""
+        return Outputs(self.visual[-1:], self.textual[-1:])
+
 
 def run_in_batches(model: Model, inputs: Inputs, batches: Iterable[int]) -> Outputs:
     """Encode all inputs once per batch size; 0 means all at once. Raises CheckFailed naming the tower and the batch size."""
