@@ -201,6 +201,17 @@ def test_a_right_signature_that_claims_another_type_is_refused():
         verify(envelope, BODY, [ALICE.public])
 
 
+def test_a_key_that_anybody_can_sign_for_signs_nothing():
+    """The identity as key: with R the identity and S = 0 the bare equation holds for every message."""
+    key = PublicKey(b"\x01" + bytes(31))
+    forged = sign(BODY, [ALICE]).replace(ALICE.public.keyid.encode(), key.keyid.encode())
+    signature = base64.b64encode(b"\x01" + bytes(63))
+    fields = json.loads(forged)
+    fields["signatures"][0]["sig"] = signature.decode()
+    with pytest.raises(CheckFailed, match="signed by 0"):
+        verify(json.dumps(fields).encode(), BODY, [key])
+
+
 def test_each_key_signs_once_and_somebody_has_to():
     for keys in ([], [ALICE, ALICE]):
         with pytest.raises(InputError, match="once"):
