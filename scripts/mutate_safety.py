@@ -46,7 +46,6 @@ RULES = [
     ("update/bundle.py", "if length > limit or ", "if "),
     ("update/bundle.py", "if start > len(data) or any(data[position:start]):", "if start > len(data):"),
     ("update/bundle.py", "if not stat.S_ISREG(found.st_mode) or ", "if "),
-    ("update/bundle.py", "if len(payload) != manifest.payload_bytes:", "if False:"),
     ("update/bundle.py", "if (found := hashlib.sha256(payload).hexdigest()) != manifest.payload_sha256:", "if False:"),
     ("update/bundle.py", "if any(payload[end:offset]):", "if False:"),
     (
