@@ -33,6 +33,8 @@ from r1export.adapt.experts import inject_experts_
 from r1export.adapt.losses import in_batch_loss
 from r1export.adapt.pool import ExpertPool, PoolSettings
 from r1export.adapt.trainer import reset_pools_
+from r1export.verify.latency import time_rounds
+from r1export.verify.statistics import paired_ratio
 
 RANK = 12
 Step = Callable[[], None]
@@ -140,29 +142,11 @@ def peak_memory(name: str, batch: int, classes: int) -> float:
     return float(done.stdout.split()[-1])
 
 
-def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, np.ndarray]:
-    rng, seconds = np.random.default_rng(0), {name: [] for name in steps}
-    for i in range(rounds + 1):
-        for name in rng.permutation(list(steps)):
-            start = time.perf_counter()
-            steps[name]()
-            if i:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(values) for name, values in seconds.items()}
-
-
-def ratio(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
-    """Median of the paired ratios with its 95 % bootstrap interval."""
-    logs, rng = np.log(one / other), np.random.default_rng(1)
-    draws = np.median(rng.choice(logs, (2000, len(logs))), axis=1)
-    return tuple(float(np.exp(v)) for v in (np.median(logs), *np.quantile(draws, [0.025, 0.975])))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--classes", type=int, default=16, help="classes in a batch")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--alone", choices=CONTENDERS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -181,22 +165,25 @@ def main() -> None:
     except ImportError:
         print("PEFT is absent: pip install peft transformers to compare with it\n")
     memory = {name: peak_memory(name, asked.batch, asked.classes) for name in names}
-    seconds = interleaved({name: CONTENDERS[name](asked.batch, asked.classes) for name in names}, asked.rounds)
+    steps = {name: CONTENDERS[name](asked.batch, asked.classes) for name in names}
+    seconds = time_rounds(steps, asked.rounds, np.random.default_rng(0))
     least = floor(asked.batch, asked.classes)
     print(
         f"| one step, ViT-B/32, batch {asked.batch}, {asked.classes} classes | seconds | its time / ours | 95 % | peak GB |\n|---|---|---|---|---|"
     )
     rows = {}
     for name in names:
-        value, low, high = ratio(seconds[name], seconds["ours"])
+        to_ours = paired_ratio(seconds[name][:, None], seconds["ours"][:, None])
         rows[name] = {
             "seconds": float(np.median(seconds[name])),
-            "to_ours": value,
-            "ci95": [low, high],
+            "to_ours": to_ours.value,
+            "ci95": [to_ours.low, to_ours.high],
             "peak_gb": memory[name],
             "n": len(seconds[name]),
         }
-        print(f"| {name} | {rows[name]['seconds']:.2f} | {value:.3f} | {low:.3f} to {high:.3f} | {memory[name]:.2f} |")
+        print(
+            f"| {name} | {rows[name]['seconds']:.2f} | {to_ours.value:.3f} | {to_ours.low:.3f} to {to_ours.high:.3f} | {memory[name]:.2f} |"
+        )
     share = least["seconds"] / rows["ours"]["seconds"]
     rate = f"{least['gflops']:.0f} GFLOPs at {least['rate_gflops_per_s']:.0f} GFLOP/s"
     print(f"| floor: {rate} | {least['seconds']:.2f} | {share:.3f} | | |")

@@ -36,7 +36,7 @@ def fine_tune_(
 
 @contextmanager
 def _trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    parameters = [p for name, p in model.named_parameters() if p.ndim]
+    parameters = [p for p in model.parameters() if p.ndim]
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
@@ -48,7 +48,7 @@ def _trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 def difference(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> ExpertUpdate:
-    """after - before as rank-1 terms, one for each column of the smaller kind: u = the columns, v = the unit vectors.
+    """after - before as rank-1 terms, one for each column: u = the columns, v = the unit vectors.
 
     As large as the model. Merged by `ExpertUpdate.apply` it gives `after` up to the rounding of the difference.
     """

@@ -306,8 +306,6 @@ def pack_experts(pools: dict[Rows, ExpertPool]) -> ExpertUpdate:
 def remember_(pools: dict[Rows, ExpertPool], earlier: ExpertUpdate) -> None:
     """Give every pool the merged columns of B of all earlier tasks, for the orthogonality loss."""
     for rows, pool in pools.items():
-        if rows not in earlier.factors:
-            continue
         columns = earlier.factors[rows].u.astype(np.float32) / np.float32(pool.settings.scaling)
         pool.past = torch.from_numpy(columns).to(pool.lora_B)
 

@@ -1,4 +1,4 @@
-"""The losses: contrastive with several positives or over all classes, and activation-guided orthogonality (AGO).
+"""The losses: contrastive with several positives, and activation-guided orthogonality (AGO).
 
 Source where none is named: arXiv 2601.22828.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from r1export.adapt.pool import ExpertPool
@@ -28,11 +27,6 @@ def in_batch_loss(logits: Tensor, labels: Tensor) -> Tensor:
     image_to_text = (logits + counts.log()).logsumexp(1).mean()
     text_to_image = (logits.logsumexp(0) * counts).sum() / len(labels)
     return (image_to_text + text_to_image) / 2 - logits.gather(1, labels[:, None]).mean()
-
-
-def all_classes_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy over every class of the task: `logits` (n, C), `labels` int64 (n,)."""
-    return F.cross_entropy(logits, labels)
 
 
 def orthogonality_loss(pools: Iterable[ExpertPool], kind: str = "output") -> Tensor:

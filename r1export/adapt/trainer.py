@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1export.adapt import together
 from r1export.adapt.clip import Clip
 from r1export.adapt.experts import load_pool_tensors_, pool_tensors
-from r1export.adapt.losses import all_classes_loss, in_batch_loss, orthogonality_loss
+from r1export.adapt.losses import in_batch_loss, orthogonality_loss
 from r1export.adapt.pixels import Pixels
 from r1export.adapt.pool import ExpertPool
 from r1export.adapt.tasks import Task
@@ -175,9 +176,9 @@ def _extra_loss(pools: Pools, settings: TrainSettings) -> Tensor:
 
 
 def _shrink_(pools: Pools, share: float) -> None:
-    """Sparse gates: a soft threshold that rises from 0 to SHRINK over the last half of the task."""
+    """Sparse gates, until they are fixed: a soft threshold that rises from 0 to SHRINK over the last half of the task."""
     for pool in pools.values():
-        if pool.settings.gate == "sparse" and share > 0.5:
+        if pool.settings.gate == "sparse" and pool.gate is None and share > 0.5:
             pool.shrink_(SHRINK * (2 * share - 1))
 
 
@@ -209,7 +210,7 @@ def _supervised_loss(
     present, positions = (None, labels) if kind == "all-classes" else labels.unique(return_inverse=True)
     image, text = encode(pixels, prompts if present is None else prompts[present])
     logits = (clip.model.logit_scale.exp() * together.gathered(image) @ text.T).float()
-    return (all_classes_loss if present is None else in_batch_loss)(logits, positions)
+    return (F.cross_entropy if present is None else in_batch_loss)(logits, positions)
 
 
 def _write_checkpoint(path: Path, pools: Pools, optimizer: torch.optim.Optimizer, progress: _Progress) -> None:

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from r1export import __version__
-from r1export.adapt.evaluate import class_embeddings
-from r1export.adapt.metrics import top1
+from r1export.adapt.evaluate import all_classes, class_embeddings, top1_among
 from r1export.errors import Unsupported
 from r1export.export.audit import audit_reexport
 from r1export.export.graph import GRAPHS, export_graphs
@@ -140,11 +139,12 @@ def _release(form: Form, number: int, path: Path, updates: list[ExpertUpdate], m
 def _accuracies(stage: Stage, folder: Path, tasks: tuple[TaskClasses, ...]) -> dict[str, float]:
     """Top-1 of a release's own image tower in onnxruntime, on all test images of every task."""
     run = runner(open_session(folder / "visual.onnx"))
+    union = all_classes(stage.clip, stage.tasks) if stage.recipe.data.candidates == "all" else None
     found = {}
     for task, classes in zip(stage.tasks, tasks, strict=True):
         batches = stage.tests[task.name].batches(BATCH)
         embeds = [run({"pixel_values": stage.clip.preprocess.normalize(batch).numpy()}) for batch in batches]
-        found[task.name] = top1(np.concatenate(embeds), classes.embeddings, task.test.labels)
+        found[task.name] = top1_among(np.concatenate(embeds), task, classes.embeddings, union)
     return found
 
 

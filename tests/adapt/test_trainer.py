@@ -195,6 +195,15 @@ def test_what_is_merged_is_what_was_frozen_under_every_switch(tiny_clip, stripes
     assert not any(hasattr(module, "end_of_text") for module in model.modules())
 
 
+def test_a_sparse_gate_that_was_fixed_is_merged_as_it_was_trained(tiny_clip, stripes) -> None:
+    pools = inject_experts_(tiny_clip.model, replace(POOL, gate="sparse"))
+    reset_pools_(pools, 1, 1)
+    settings = replace(SETTINGS, consolidate=0.25)
+    train_pools_(tiny_clip, pools, stripes, Pixels(stripes.train, tiny_clip.preprocess), settings, number=1)
+    assert all(torch.equal(pool.gate, pool.frozen_gate()) for pool in pools.values())
+    eject_experts_(tiny_clip.model)
+
+
 def test_a_layer_that_is_not_there_is_refused_by_its_number(tiny_clip) -> None:
     with pytest.raises(Unsupported, match=r"2 blocks, pool\.layers names 7"):
         inject_experts_(tiny_clip.model, POOL, layers=(0, 7))
