@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from r1export.adapt import together
 from r1export.adapt.trainer import Step
 from r1export.errors import Unsupported
 from r1export.pipeline.stage import Stage
@@ -14,7 +15,7 @@ from r1export.pipeline.stage import Stage
 @contextmanager
 def step_log(stage: Stage, number: int) -> Iterator[Callable[[Step], None]]:
     """Logs each step of task `number`, or does nothing. Raises Unsupported if TensorBoard is asked for and not installed."""
-    if not stage.recipe.train.tensorboard:
+    if not _logs(stage):
         yield lambda step: None
         return
     before, size = (number - 1) * stage.recipe.train.iterations, stage.recipe.train.batch_size
@@ -30,10 +31,14 @@ def step_log(stage: Stage, number: int) -> Iterator[Callable[[Step], None]]:
 
 def log_accuracies(stage: Stage, number: int, accuracies: Mapping[str, float]) -> None:
     """Logs the accuracy on every task after task `number`, or does nothing."""
-    if stage.recipe.train.tensorboard:
+    if _logs(stage):
         with _writer(stage) as board:
             for name, value in accuracies.items():
                 board.add_scalar(f"accuracy/{name}", value, number * stage.recipe.train.iterations)
+
+
+def _logs(stage: Stage) -> bool:
+    return stage.recipe.train.tensorboard and together.is_first()
 
 
 def _writer(stage: Stage) -> Any:

@@ -40,9 +40,10 @@ class TorchOutputs:
 
     def unmerged(self, models: TorchModels) -> parity.Outputs:
         """In every batch size, all inputs at once last."""
-        run = self._unmerged or parity.run_in_batches(encoders(models.unmerged.model), self.inputs, self.batches)
-        self._unmerged = run
-        return run
+        self._unmerged = self._unmerged or parity.run_in_batches(
+            encoders(models.unmerged.model), self.inputs, self.batches
+        )
+        return self._unmerged
 
 
 def merge_parity(

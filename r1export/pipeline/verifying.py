@@ -111,14 +111,15 @@ def _verify_release(
     inputs = outputs.inputs
     with torch_models(stage, number, updates) as models:
         found["parity"] = _parity(form, number, path, outputs, models, seen, providers)
+        if form.precision != "fp32" and not failed(found["contents"]):  # what is lost matters most where parity fails
+            if not (seen.speed or failed(found["parity"])):
+                seen.speed = speed(form, inputs, providers)
+            found["variant"] = _variant(form, number, manifest, seen)
         if failed(found["contents"]) or failed(found["parity"]):
             return found
         found["proof"] = ladder(form, number, inputs, updates, seen.executions, providers)
         if form.precision == "fp32":
             found["drift"] = _drift(stage, path, seen)
-        else:
-            seen.speed = seen.speed or speed(form, inputs, providers)
-            found["variant"] = _variant(form, number, manifest, seen)
         if number and not failed(found["proof"]):
             if form.precision == "fp32":
                 found["gaps"] = _gaps(stage, stage.tasks[number - 1], outputs, models)
