@@ -91,7 +91,8 @@ def peft(batch: int, classes: int) -> Step:
     from peft import LoraConfig, get_peft_model
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-    config = CLIPConfig(CLIPTextConfig().to_dict(), CLIPVisionConfig(patch_size=32).to_dict(), projection_dim=512)
+    text, vision = CLIPTextConfig().to_dict(), CLIPVisionConfig(patch_size=32).to_dict()
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=512)
     targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
     lora = LoraConfig(r=RANK, lora_alpha=1, lora_dropout=0.2, target_modules=targets)
     model = get_peft_model(CLIPModel(config), lora)
