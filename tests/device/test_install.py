@@ -331,6 +331,20 @@ def test_a_rollback_to_a_damaged_version_is_refused(lab, slot_device):
     assert device.everything() == before
 
 
+def test_a_folder_that_holds_another_version_than_it_is_named_for_is_refused(lab, device):
+    device.apply(lab.bundle(1, 0))
+    device.apply(lab.bundle(2, 1))
+    slots = device.path / "slots"
+    names = sorted(path.name for path in slots.iterdir())
+    old, new = (slots / name for name in names)
+    shutil.rmtree(old)
+    shutil.copytree(new, old)
+    before = device.facts()
+    with pytest.raises(CheckFailed, match="holds version"):
+        device.rollback()
+    assert device.facts() == before
+
+
 def test_a_rollback_to_a_version_of_a_revoked_key_is_refused(lab, device):
     device.apply(lab.bundle(1, 0))
     device.apply(lab.bundle(2, 1))
