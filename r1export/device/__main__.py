@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -18,12 +19,15 @@ from r1export.device.store import MODES
 from r1export.errors import R1ExportError
 from r1export.update import bundle
 
+Verb = Callable[[argparse.Namespace], tuple[int, dict[str, Any]]]
+
 
 def main(arguments: list[str] | None = None, program: str = "r1device") -> int:
     """Run one verb and return the exit code; an error is one line on standard error, or JSON with --json."""
     options = _parser(program).parse_args(arguments)
+    verb: Verb = options.verb
     try:
-        code, answer = options.verb(options)
+        code, answer = verb(options)
     except R1ExportError as error:
         if options.json:
             print(

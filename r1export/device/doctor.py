@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,10 @@ def _checks(device: Store) -> Iterator[tuple[str, str, Callable[[], object]]]:
     )
     yield "current", "choose a version with `rollback --to SEQ`", lambda: _check_current(device)
     for slot in device.slots():
-        yield f"slots/{slot}", again, lambda slot=slot: check_slot(device, slot)
+        yield f"slots/{slot}", again, partial(check_slot, device, slot)
     for path in sorted((device.path / "factors").glob("*.safetensors")):
         name = path.name.removesuffix(".safetensors")
-        yield (
-            f"factors/{path.name}",
-            "apply an update made with --since 0",
-            lambda path=path, name=name: check_file(path, name),
-        )
+        yield f"factors/{path.name}", "apply an update made with --since 0", partial(check_file, path, name)
     yield "leftovers", "nothing: the next update removes them", lambda: _check_leftovers(device)
 
 

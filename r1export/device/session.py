@@ -104,7 +104,7 @@ class Version:
         if self.files_there or self.rebuild is None:
             return onnxruntime.InferenceSession(self.folder / graph, providers=list(providers))
         model = (self.base / graph).read_bytes()
-        merged = {}
+        merged: dict[str, np.ndarray] = {}
         for weights in self.rebuild.merged_files:
             if weights.encode() in model:  # a graph names the files its weights lie in
                 merged |= self.tensors(weights)

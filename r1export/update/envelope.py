@@ -166,7 +166,11 @@ def _parse(envelope: bytes) -> tuple[str, list[tuple[str, bytes]]]:
 
 def verifier(backend: str = "") -> Verify:
     """The verification function of `backend` (cryptography, nacl, python), or of the first one that is installed."""
-    makers = {"cryptography": _cryptography, "nacl": _nacl, "python": lambda: ed25519.verify}
+    makers: dict[str, Callable[[], Verify]] = {
+        "cryptography": _cryptography,
+        "nacl": _nacl,
+        "python": lambda: ed25519.verify,
+    }
     for name in [backend] if backend else makers:
         try:
             return makers[name]()

@@ -154,7 +154,7 @@ class ExpertUpdate:
 
     def write(self, path: Path) -> None:
         """Write `NAME.u` and `NAME.v` of every adapted linear into a safetensors file."""
-        tensors = {}
+        tensors: dict[str, np.ndarray] = {}
         for rows, pair in self.factors.items():
             tensors |= {f"{rows}.u": pair.u, f"{rows}.v": pair.v}
         write_tensors(path, tensors)
