@@ -57,6 +57,7 @@ def recall(
     `learned` are the class names of earlier tasks. Embeddings of images that are not wanted stay zero. Always in the same
     batches, so that a resumed run holds on to the very same.
     """
+    clip.model.eval()
     tokens = clip.tokenize([f"a photo of a {name}." for name in dict.fromkeys((*IMAGENET_CLASSNAMES, *learned))])
     texts = torch.cat([clip.encode_text(part) for part in tokens.split(_BATCH)])
     images = texts.new_zeros(len(train), texts.shape[1])

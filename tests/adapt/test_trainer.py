@@ -15,6 +15,7 @@ from r1export.adapt.experts import (
     remember_,
     widen_spans_,
 )
+from r1export.adapt.knowledge import recall
 from r1export.adapt.pixels import Pixels
 from r1export.adapt.pool import PoolSettings
 from r1export.adapt.trainer import (
@@ -26,6 +27,7 @@ from r1export.adapt.trainer import (
     seed_of,
     task_prompts,
     train_pools_,
+    visited,
 )
 from r1export.errors import InputError, Unsupported
 
@@ -38,6 +40,8 @@ class Killed(Exception):
 
 
 def train(clip, task, settings=SETTINGS, *, number=1, earlier=None, checkpoint=None, kill_at=None):
+    pixels = Pixels(task.train, clip.preprocess)
+    knowledge = recall(clip, pixels, visited(len(pixels), settings, number)) if settings.keep else None
     pools = inject_experts_(clip.model, POOL)
     reset_pools_(pools, settings.seed, number)
     if earlier:
@@ -52,11 +56,12 @@ def train(clip, task, settings=SETTINGS, *, number=1, earlier=None, checkpoint=N
             clip,
             pools,
             task,
-            Pixels(task.train, clip.preprocess),
+            pixels,
             settings,
             number=number,
             checkpoint=checkpoint,
             on_step=on_step,
+            knowledge=knowledge,
         )
     finally:
         eject_experts_(clip.model)
@@ -103,16 +108,17 @@ def test_the_random_state_of_the_program_does_not_matter(tiny_clip, stripes) -> 
     assert same(pool_tensors(one), pool_tensors(other))
 
 
-@pytest.mark.parametrize("kill_at", [2, 3, 5, 6, 8])
+@pytest.mark.parametrize(("kill_at", "keep"), [(2, 0.0), (3, 0.0), (5, 0.5), (6, 0.5), (8, 0.0)])
 def test_a_run_killed_inside_a_task_and_resumed_is_the_uninterrupted_run(
-    tiny_clip, stripes, tmp_path, kill_at: int
+    tiny_clip, stripes, tmp_path, kill_at: int, keep: float
 ) -> None:
-    whole, losses = train(tiny_clip, stripes)
+    settings = replace(SETTINGS, keep=keep)
+    whole, losses = train(tiny_clip, stripes, settings)
     checkpoint = tmp_path / "checkpoint.safetensors"
     with pytest.raises(Killed):
-        train(tiny_clip, stripes, checkpoint=checkpoint, kill_at=kill_at)
+        train(tiny_clip, stripes, settings, checkpoint=checkpoint, kill_at=kill_at)
     assert checkpoint.exists() == (kill_at > 3)
-    resumed, again = train(tiny_clip, stripes, checkpoint=checkpoint)
+    resumed, again = train(tiny_clip, stripes, settings, checkpoint=checkpoint)
     assert same(pool_tensors(whole), pool_tensors(resumed))
     assert losses == again
     assert not checkpoint.exists()
