@@ -81,8 +81,8 @@ def test_every_wycheproof_vector_has_the_same_verdict_in_every_backend(check):
     tests = 0
     for group in WYCHEPROOF["testGroups"]:
         for case in group["tests"]:
-            wanted = (
-                case["result"] == "valid" or case["result"] == "acceptable" and "MixedOrderPublicKey" in case["flags"]
+            wanted = case["result"] == "valid" or (
+                case["result"] == "acceptable" and "MixedOrderPublicKey" in case["flags"]
             )
             message, signature = bytes.fromhex(case["msg"]), bytes.fromhex(case["sig"])
             assert check(bytes.fromhex(group["publicKey"]["pk"]), message, signature) == wanted, case
