@@ -120,6 +120,8 @@ class Train(_Section):
     """What the orthogonality loss keeps experts off: what earlier tasks merged, what their inputs span, or nothing."""
     orthogonality_weight: float = Field(0.1, ge=0)
     """Weight of the activation-guided orthogonality loss, from the second task on."""
+    keep: float = Field(0.0, ge=0)
+    """Weight of the distillation that holds on to what the model said before the task, about its images and reference names; 0 is off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` computes the frozen model under autocast; experts and their optimiser stay in float32."""
     consolidate: float = Field(1.0, ge=0, le=1)

@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from r1export.adapt.clip import Clip
+from r1export.adapt.knowledge import Knowledge
 from r1export.adapt.pixels import Pixels
 from r1export.adapt.tasks import Task
 from r1export.adapt.trainer import Step, TrainSettings, train_pools_
@@ -23,6 +24,7 @@ def fine_tune_(
     *,
     number: int,
     on_step: Callable[[Step], None] = lambda step: None,
+    knowledge: Knowledge | None = None,
 ) -> tuple[list[float], ExpertUpdate]:
     """Train every weight of the model on one task; the losses of all steps and what to add to the weights.
 
@@ -30,7 +32,9 @@ def fine_tune_(
     """
     before = {name: value.copy() for name, value in clip.parameters().items()}
     with _trainable(clip.model) as parameters:
-        losses = train_pools_(clip, {}, task, train, settings, number=number, on_step=on_step, parameters=parameters)
+        losses = train_pools_(
+            clip, {}, task, train, settings, number=number, on_step=on_step, parameters=parameters, knowledge=knowledge
+        )
     return losses, difference(before, clip.parameters())
 
 

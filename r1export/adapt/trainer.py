@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from r1export.adapt import together
 from r1export.adapt.clip import Clip
 from r1export.adapt.experts import load_pool_tensors_, pool_tensors
+from r1export.adapt.knowledge import Knowledge
 from r1export.adapt.losses import in_batch_loss, orthogonality_loss
 from r1export.adapt.pixels import Pixels
 from r1export.adapt.pool import ExpertPool
@@ -33,8 +34,8 @@ SPAN = 16  # directions kept of each task's inputs for the input side of orthogo
 class TrainSettings:
     """Optimisation of one task: AdamW with a cosine schedule. Defaults: arXiv 2601.22828.
 
-    `loss` is "in-batch" or "all-classes", `orthogonality` "output", "input" or "none", `precision` "fp32" or "bf16" (autocast;
-    experts stay in float32).
+    `loss` is "in-batch" or "all-classes", `orthogonality` "output", "input" or "none", `keep` the weight of the distillation
+    loss, `precision` "fp32" or "bf16" (autocast; experts stay in float32).
     """
 
     iterations: int = 500
@@ -45,6 +46,7 @@ class TrainSettings:
     loss: str = "in-batch"
     orthogonality: str = "output"
     orthogonality_weight: float = 0.1
+    keep: float = 0.0
     precision: str = "fp32"
     consolidate: float = 1.0
     checkpoint_every: int = 50
@@ -53,11 +55,12 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step reports: `loss` is the supervised loss, `orthogonality` the weighted AGO loss, `seconds` its time."""
+    """What one step reports: the supervised loss, the weighted losses of orthogonality and distillation, its time in seconds."""
 
     number: int
     loss: float
     orthogonality: float
+    kept: float
     seconds: float
 
 
@@ -95,6 +98,14 @@ def batch_indices(images: int, batch_size: int, step: int, seed: int, task: int)
     return np.array([epochs[n // images][n % images] for n in wanted.tolist()])
 
 
+def visited(images: int, settings: TrainSettings, task: int) -> np.ndarray:
+    """The images of all steps of a task, ascending int64."""
+    if images <= settings.iterations * settings.batch_size:
+        return np.arange(images)
+    steps = (batch_indices(images, settings.batch_size, i, settings.seed, task) for i in range(settings.iterations))
+    return np.unique(np.concatenate(list(steps)))
+
+
 def learning_rate(step: int, settings: TrainSettings) -> float:
     """Cosine from `learning_rate` at step 0 to `min_learning_rate` at the last."""
     share = (1 + math.cos(math.pi * step / settings.iterations)) / 2
@@ -112,12 +123,13 @@ def train_pools_(
     checkpoint: Path | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
     parameters: Sequence[nn.Parameter] = (),
+    knowledge: Knowledge | None = None,
 ) -> list[float]:
     """Teach the pools task number `number` (from 1) and return the supervised loss of every step.
 
     `clip.model` carries the pools; nothing else of it changes, unless `parameters` names what is trained instead.
-    With `checkpoint`, the state is written there every
-    `checkpoint_every` steps, picked up again if the file is there, and removed at the end.
+    With `knowledge` of the model before, the distillation loss holds on to it. With `checkpoint`, the state is written there
+    every `checkpoint_every` steps, picked up again if the file is there, and removed at the end.
 
     Raises InputError if the loss is not finite.
     """
@@ -135,14 +147,19 @@ def train_pools_(
             _consolidate_(pools)
         torch.manual_seed(seed_of(settings.seed, number, 2, progress.step))  # dropout
         parts = together.shares(batch_indices(len(train), settings.batch_size, progress.step, settings.seed, number))
-        labels = torch.from_numpy(task.train.labels[np.concatenate(parts)]).to(clip.device)
+        batch = _Batch(
+            train.batch(together.own(parts)),
+            np.concatenate(parts),
+            task,
+            seed_of(settings.seed, number, 4, progress.step),
+        )
         with torch.autocast(clip.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss = _supervised_loss(clip, encode, train.batch(together.own(parts)), labels, prompts, settings.loss)
+            loss, kept = _losses(clip, encode, batch, prompts, settings, knowledge)
         extra = _extra_loss(pools, settings) if number > 1 else loss.new_zeros(())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress.step, settings)
         optimizer.zero_grad()
-        (loss + extra).backward()
+        (loss + extra + kept).backward()
         optimizer.step()
         _shrink_(pools, progress.step / settings.iterations)
         value = loss.item()
@@ -152,7 +169,7 @@ def train_pools_(
             )
         progress.step += 1
         progress.losses.append(value)
-        on_step(Step(progress.step, value, extra.item(), time.perf_counter() - started))
+        on_step(Step(progress.step, value, extra.item(), kept.item(), time.perf_counter() - started))
         if checkpoint is not None and progress.step % settings.checkpoint_every == 0 and together.is_first():
             _write_checkpoint(checkpoint, pools, optimizer, progress)
     clip.model.eval()
@@ -203,14 +220,33 @@ def task_prompts(clip: Clip, task: Task, seed: int, number: int) -> Tensor:
     return clip.tokenize([template.format(name) for name in task.classes])
 
 
-def _supervised_loss(
-    clip: Clip, encode: nn.Module, pixels: Tensor, labels: Tensor, prompts: Tensor, kind: str
-) -> Tensor:
-    """Each class is encoded once, however many images share it: those of the batch, or all of the task."""
-    present, positions = (None, labels) if kind == "all-classes" else labels.unique(return_inverse=True)
-    image, text = encode(pixels, prompts if present is None else prompts[present])
-    logits = (clip.model.logit_scale.exp() * together.gathered(image) @ text.T).float()
-    return (F.cross_entropy if present is None else in_batch_loss)(logits, positions)
+@dataclass(frozen=True)
+class _Batch:
+    """One step's images: the pixels of this process, the numbers of all in their task, and what draws reference texts."""
+
+    pixels: Tensor
+    images: np.ndarray
+    task: Task
+    seed: int
+
+
+def _losses(
+    clip: Clip, encode: nn.Module, batch: _Batch, prompts: Tensor, settings: TrainSettings, knowledge: Knowledge | None
+) -> tuple[Tensor, Tensor]:
+    """The supervised loss and the weighted distillation loss. Each class is encoded once, however many images share it:
+    those of the batch, or all of the task."""
+    labels = torch.from_numpy(batch.task.train.labels[batch.images]).to(clip.device)
+    everything = settings.loss == "all-classes"
+    present, positions = (slice(None), labels) if everything else labels.unique(return_inverse=True)
+    classes = prompts[present]
+    drawn = None if knowledge is None else knowledge.draw(batch.seed)
+    image, text = encode(batch.pixels, classes if drawn is None else torch.cat([classes, knowledge.tokens[drawn]]))
+    image, scale = together.gathered(image), clip.model.logit_scale.exp()
+    logits = (scale * image @ text[: len(classes)].T).float()
+    supervised = (F.cross_entropy if everything else in_batch_loss)(logits, positions)
+    if drawn is None:
+        return supervised, supervised.new_zeros(())
+    return supervised, settings.keep * knowledge.loss(image, text[len(classes) :], batch.images, drawn, scale)
 
 
 def _write_checkpoint(path: Path, pools: Pools, optimizer: torch.optim.Optimizer, progress: _Progress) -> None:

@@ -22,7 +22,8 @@ def step_log(stage: Stage, number: int) -> Iterator[Callable[[Step], None]]:
     with _writer(stage) as board:
 
         def log(step: Step) -> None:
-            values = {"loss": step.loss, "orthogonality": step.orthogonality, "images per second": size / step.seconds}
+            values = {"loss": step.loss, "orthogonality": step.orthogonality, "keep": step.kept}
+            values["images per second"] = size / step.seconds
             for name, value in values.items():
                 board.add_scalar(f"train/{name}", value, before + step.number)
 

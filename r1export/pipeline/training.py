@@ -18,6 +18,7 @@ from r1export.adapt.baselines import fine_tune_
 from r1export.adapt.clip import digest, licence
 from r1export.adapt.evaluate import accuracy, all_classes
 from r1export.adapt.experts import eject_experts_, pack_experts, pool_tensors, remember_, widen_spans_
+from r1export.adapt.knowledge import Knowledge, recall
 from r1export.adapt.metrics import stream_metrics
 from r1export.adapt.tasks import Task
 from r1export.adapt.trainer import (
@@ -28,6 +29,7 @@ from r1export.adapt.trainer import (
     reset_pools_,
     task_prompts,
     train_pools_,
+    visited,
 )
 from r1export.errors import InputError
 from r1export.export.release import refused_writes
@@ -144,6 +146,7 @@ def _teach_pools(
     stage: Stage, number: int, task: Task, earlier: list[ExpertUpdate], folder: Path, on_step: Callable[[Step], None]
 ) -> Learned:
     recipe, settings = stage.recipe, _settings(stage.recipe)
+    knowledge = _recall(stage, number, task)
     pools = inject_pools_(stage.clip, recipe)
     try:
         reset_pools_(pools, recipe.train.seed, number)
@@ -154,7 +157,7 @@ def _teach_pools(
                 widen_spans_(pools, read_tensors(stage.run.task(i, name.name) / SPANS))
         losses = train_pools_(
             stage.clip, pools, task, stage.trains[task.name], settings, number=number,
-            checkpoint=folder / "checkpoint.safetensors", on_step=on_step,
+            checkpoint=folder / "checkpoint.safetensors", on_step=on_step, knowledge=knowledge,
         )  # fmt: skip
         if settings.orthogonality == "input":
             prompts = task_prompts(stage.clip, task, settings.seed, number)
@@ -168,6 +171,14 @@ def _teach_pools(
         eject_experts_(stage.clip.model)
 
 
+def _recall(stage: Stage, number: int, task: Task) -> Knowledge | None:
+    """What the model says before task `number`, if the recipe holds on to it."""
+    if not stage.recipe.train.keep:
+        return None
+    train, learned = stage.trains[task.name], [name for old in stage.tasks[: number - 1] for name in old.classes]
+    return recall(stage.clip, train, visited(len(train), _settings(stage.recipe), number), learned)
+
+
 def _trained(pools: Pools) -> list[nn.Parameter]:
     """The parameters that the loss reaches: a random router is none of them."""
     return [p for pool in pools.values() for p in pool.parameters() if p.grad is not None]
@@ -177,8 +188,9 @@ def _fine_tune(
     stage: Stage, number: int, task: Task, earlier: list[ExpertUpdate], folder: Path, on_step: Callable[[Step], None]
 ) -> Learned:
     losses, update = fine_tune_(
-        stage.clip, task, stage.trains[task.name], _settings(stage.recipe), number=number, on_step=on_step
-    )
+        stage.clip, task, stage.trains[task.name], _settings(stage.recipe), number=number, on_step=on_step,
+        knowledge=_recall(stage, number, task),
+    )  # fmt: skip
     return losses, update, sum(p.numel() for p in stage.clip.model.parameters() if p.ndim)
 
 
@@ -187,7 +199,7 @@ def _settings(recipe: Recipe) -> TrainSettings:
 
 
 def _note(step: Step, recipe: Recipe) -> str:
-    extra = f" + {step.orthogonality:.3f}" if step.orthogonality else ""
+    extra = "".join(f" + {value:.3f}" for value in (step.orthogonality, step.kept) if value)
     return f"loss {step.loss:.3f}{extra}, {recipe.train.batch_size / step.seconds:.0f} images/s"
 
 

@@ -1,0 +1,66 @@
+"""What a model knew before a task, held on to while it learns: distillation with names instead of images.
+
+    L = mean_n KL( softmax(s I_n T^T) || softmax(s i_n t^T) )        s = exp(logit_scale)
+
+I_n, T are unit-norm embeddings of the task's own images and of reference texts by the model as it stood before the task,
+i_n, t those of the model that learns. The texts are the 1,000 class names of ImageNet in open_clip's wording and the
+classes of earlier tasks: no image but the task's own is needed. Learning without forgetting (arXiv 1606.09282) in
+the form of LwF-VR (arXiv 2303.06628), whose texts are random sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from open_clip import IMAGENET_CLASSNAMES
+from torch import Tensor
+
+from r1export.adapt.clip import Clip
+from r1export.adapt.pixels import Pixels
+
+REFERENCES = 32  # texts a step is held to: as many as a batch has images
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Embeddings by the model before a task: `images` (N, D) of its training images, `texts` (M, D) of `tokens` (M, L)."""
+
+    images: Tensor
+    texts: Tensor
+    tokens: Tensor
+
+    def draw(self, seed: int) -> np.ndarray:
+        """REFERENCES different texts, int64; the same for the same seed."""
+        return np.random.default_rng(seed).choice(len(self.tokens), REFERENCES, replace=False)
+
+    def loss(self, image: Tensor, text: Tensor, images: np.ndarray, texts: np.ndarray, scale: Tensor) -> Tensor:
+        """The loss above for embeddings (n, D), (m, D) of training images `images` (n,) and reference texts `texts` (m,)."""
+        known = scale * self.images[images] @ self.texts[texts].T
+        found = scale * image @ text.T
+        return F.kl_div(found.float().log_softmax(1), known.float().softmax(1), reduction="batchmean")
+
+
+@torch.no_grad()
+def recall(
+    clip: Clip,
+    train: Pixels,
+    wanted: np.ndarray,
+    learned: Sequence[str] = (),
+) -> Knowledge:
+    """What the model as it stands says about the training images `wanted`, int64 (n,), and the reference texts.
+
+    `learned` are the class names of earlier tasks. Embeddings of images that are not wanted stay zero. Always in the same
+    batches, so that a resumed run holds on to the very same.
+    """
+    tokens = clip.tokenize([f"a photo of a {name}." for name in dict.fromkeys((*IMAGENET_CLASSNAMES, *learned))])
+    texts = torch.cat([clip.encode_text(part) for part in tokens.split(_BATCH)])
+    images = texts.new_zeros(len(train), texts.shape[1])
+    for start in range(0, len(wanted), _BATCH):
+        part = wanted[start : start + _BATCH]
+        images[part] = clip.encode_image(train.batch(part))
+    return Knowledge(images, texts, tokens)
