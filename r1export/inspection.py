@@ -106,7 +106,7 @@ def _graph(path: Path) -> Description:
         f"{v.name} {[d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim]}"
         for v in (*model.graph.input, *model.graph.output)
     ]
-    facts = {
+    facts: dict[str, object] = {
         "graph": str(path),
         "opset": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
         "inputs and outputs": "; ".join(ends),

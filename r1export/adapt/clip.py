@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from r1export.errors import InputError, Unsupported
 
+# An nn.Module with encode_image, encode_text and logit_scale: one of several classes of open_clip, which has no types.
+ClipModel = Any
+
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -74,7 +77,7 @@ class Clip:
     """A frozen CLIP in eval mode with the two functions that feed it."""
 
     name: str
-    model: nn.Module
+    model: ClipModel
     preprocess: Preprocess
     tokenizer: Callable[[list[str]], Tensor]
 

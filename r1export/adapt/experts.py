@@ -9,6 +9,7 @@ apart by their parts, not by their names or versions.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from r1export.adapt.pool import EndOfText, ExpertPool, PoolSettings
 from r1export.errors import Unsupported
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 
+AnyModule = Any  # an nn.Module of open_clip or timm whose parts are found by name: families have no type in common
 TARGETS = ("q", "k", "v", "out", "fc", "proj")
 
 
@@ -30,7 +32,7 @@ class RankOneLinear(nn.Module):
         self.base, self.pool = base, pool
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The frozen weight (out, in): open_clip asks the MLP for its dtype."""
         return self.base.weight
 
@@ -59,7 +61,7 @@ class RankOnePacked(nn.Module):
 class RankOneAttention(nn.Module):
     """A frozen nn.MultiheadAttention (batch first), or open_clip's own, with pools beside q, k, v and out; self-attention only."""
 
-    def __init__(self, base: nn.Module, pools: dict[str, ExpertPool]) -> None:
+    def __init__(self, base: AnyModule, pools: dict[str, ExpertPool]) -> None:
         super().__init__()
         self.base, self.pools = base, nn.ModuleDict(pools)
 
@@ -96,14 +98,14 @@ class RankOneAttention(nn.Module):
         return out if ours else (out, None)
 
 
-def _tower(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+def _tower(model: AnyModule, name: str) -> tuple[str, AnyModule]:
     """Prefix and module of a tower. A CLIP without `text` has its text tower spread over itself."""
     if name == "visual":
         return "visual.", model.visual
     return ("text.", model.text) if hasattr(model, "text") else ("", model)
 
 
-def _blocks(model: nn.Module, tower: str) -> list[tuple[str, nn.Module]]:
+def _blocks(model: AnyModule, tower: str) -> list[tuple[str, AnyModule]]:
     """The residual blocks of a tower with their names: what has an attention `attn` and an MLP `mlp` of linears.
 
     Raises Unsupported where a tower has none, or where its attention sees windows instead of the image.
@@ -140,7 +142,7 @@ def _linears(mlp: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
     ]
 
 
-def _route_on(model: nn.Module, tower: str, text_token: str) -> str:
+def _route_on(model: AnyModule, tower: str, text_token: str) -> str:
     """The first token where it stands for the input (a class token, a start token), else the mean of all.
 
     A text tower that reads its output at the end of the text can vote there as well (`text_token` "end").
@@ -188,7 +190,7 @@ def inject_experts_(
     return dict(sorted(pools.items()))
 
 
-def _chosen(blocks: list[tuple[str, nn.Module]], layers: tuple[int, ...], tower: str) -> list[tuple[str, nn.Module]]:
+def _chosen(blocks: list[tuple[str, AnyModule]], layers: tuple[int, ...], tower: str) -> list[tuple[str, AnyModule]]:
     if layers and max(layers) >= len(blocks):
         raise Unsupported(
             f"the {tower} tower has {len(blocks)} blocks, pool.layers names {max(layers)}", "count blocks from 0"
@@ -196,7 +198,7 @@ def _chosen(blocks: list[tuple[str, nn.Module]], layers: tuple[int, ...], tower:
     return [block for i, block in enumerate(blocks) if not layers or i in layers]
 
 
-def _watch_ends_(model: nn.Module) -> EndOfText:
+def _watch_ends_(model: AnyModule) -> EndOfText:
     """Note where each text ends (its highest token, as open_clip reads it) whenever tokens enter the text tower."""
     ends, embedding = EndOfText(), _tower(model, "text")[1].token_embedding
 
@@ -222,7 +224,7 @@ def _inject_mlp_(
 
 
 def _inject_attention_(
-    block: nn.Module, name: str, settings: PoolSettings, targets: tuple[str, ...], pools: dict[Rows, ExpertPool]
+    block: AnyModule, name: str, settings: PoolSettings, targets: tuple[str, ...], pools: dict[Rows, ExpertPool]
 ) -> None:
     attention = block.attn
     if getattr(attention, "in_proj_weight", None) is not None:
@@ -255,7 +257,7 @@ def _inject_attention_(
             setattr(attention, child, RankOneLinear(linear, pool))
 
 
-def _refuse_unknown(attention: nn.Module, name: str) -> None:
+def _refuse_unknown(attention: AnyModule, name: str) -> None:
     if not getattr(attention, "batch_first", True):
         raise Unsupported(f"{name} is not batch-first self-attention", "update open_clip_torch")
     if getattr(attention, "logit_scale", None) is not None:
@@ -277,7 +279,7 @@ def _pool(weight: Tensor, settings: PoolSettings) -> ExpertPool:
     return ExpertPool(weight.shape[1], weight.shape[0], settings, device=weight.device, dtype=weight.dtype)
 
 
-def eject_experts_(model: nn.Module) -> None:
+def eject_experts_(model: AnyModule) -> None:
     """Inverse of `inject_experts_`: the model is the plain open_clip model again, its weights untouched."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

@@ -76,6 +76,10 @@ class ExpertPool(nn.Module):
     inputs. `gram` (in, in), where it is not None, grows by X^T X with every call.
     """
 
+    counts: Tensor
+    past: Tensor
+    span: Tensor
+
     def __init__(self, in_features: int, out_features: int, settings: PoolSettings, **place: Any) -> None:
         """`place` is device and dtype, as for nn.Linear."""
         super().__init__()

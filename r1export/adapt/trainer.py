@@ -240,11 +240,11 @@ def _losses(
     present, positions = (slice(None), labels) if everything else labels.unique(return_inverse=True)
     classes = prompts[present]
     drawn = None if knowledge is None else knowledge.draw(batch.seed)
-    image, text = encode(batch.pixels, classes if drawn is None else torch.cat([classes, knowledge.tokens[drawn]]))
+    image, text = encode(batch.pixels, classes if knowledge is None else torch.cat([classes, knowledge.tokens[drawn]]))
     image, scale = together.gathered(image), clip.model.logit_scale.exp()
     logits = (scale * image @ text[: len(classes)].T).float()
     supervised = (F.cross_entropy if everything else in_batch_loss)(logits, positions)
-    if drawn is None:
+    if knowledge is None or drawn is None:
         return supervised, supervised.new_zeros(())
     return supervised, settings.keep * knowledge.loss(image, text[len(classes) :], batch.images, drawn, scale)
 

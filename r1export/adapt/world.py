@@ -186,7 +186,7 @@ def _draw_pattern(name: str, rng: np.random.Generator) -> Image.Image:
     ink, paper = two_colours(rng)
     u = rng.random(5)
     angle, period = np.radians(_between(-12, 12, u[0])), _between(6, 11, u[1])
-    y, x = np.mgrid[:SIZE, :SIZE] - SIZE * _between(0.3, 0.7, u[2:4])[:, None, None]
+    y, x = np.mgrid[:SIZE, :SIZE] - SIZE * np.array([_between(0.3, 0.7, t) for t in u[2:4]])[:, None, None]
     if u[4] < 0.5:
         x = -x
     x, y = (np.cos(angle) * x - np.sin(angle) * y) / period, (np.sin(angle) * x + np.cos(angle) * y) / period

@@ -9,11 +9,14 @@ stores it. Which forms were measured, and against what, is in docs/experiments.m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+AnyModule = Any  # an nn.Module of open_clip or timm whose parts are found by name: families have no type in common
+Blocks = nn.Sequential | nn.ModuleList
 PARTS = {"qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 OPEN_CLIP_PARTS = {"ln_q", "ln_k", "attn_drop", "ln_inner", "out_proj", "out_drop"}
 
@@ -24,12 +27,12 @@ class OpenAttention(nn.Module):
     Takes the arguments of all families: nn.MultiheadAttention's (query, key, value), open_clip's and timm's (x).
     """
 
-    def __init__(self, base: nn.Module, tokens: int) -> None:
+    def __init__(self, base: AnyModule, tokens: int) -> None:
         super().__init__()
         self.base, self.tokens, self.heads = base, tokens, base.num_heads
         self.head_dim = self._part("out_proj", "proj").in_features // self.heads
 
-    def _part(self, *names: str) -> nn.Module:
+    def _part(self, *names: str) -> AnyModule:
         """The first of base's children so named: families differ in names, and a second registration would rename parameters."""
         return next((part for name in names if (part := getattr(self.base, name, None)) is not None), nn.Identity())
 
@@ -93,7 +96,7 @@ class FirstTokenBlock(nn.Module):
     (n, tokens, d) or (n*tokens, d) -> (n, 1, d). For a depth of twelve this takes a sixteenth of the tower's work away.
     """
 
-    def __init__(self, block: nn.Module, tokens: int) -> None:
+    def __init__(self, block: AnyModule, tokens: int) -> None:
         super().__init__()
         self.block, self.tokens = block, tokens
 
@@ -133,18 +136,18 @@ def is_known(attention: nn.Module) -> bool:
     )
 
 
-def block_lists(tower: nn.Module) -> Iterator[nn.Module]:
+def block_lists(tower: nn.Module) -> Iterator[Blocks]:
     """The sequences of blocks of a tower: every child has a known attention and an MLP."""
     for module in tower.modules():
         if (
-            isinstance(module, nn.Sequential | nn.ModuleList)
+            isinstance(module, Blocks)
             and len(module)
             and all(hasattr(b, "mlp") and is_known(getattr(b, "attn", b)) for b in module)
         ):
             yield module
 
 
-def open_up_(blocks: nn.Module, tokens: int, *, first_only: bool) -> None:
+def open_up_(blocks: Blocks, tokens: int, *, first_only: bool) -> None:
     """Rewrite a sequence of blocks in place: the stream between them becomes (n*tokens, d)."""
     for block in blocks:
         block.attn = OpenAttention(block.attn, tokens)
@@ -157,7 +160,7 @@ def open_up_(blocks: nn.Module, tokens: int, *, first_only: bool) -> None:
         last.register_forward_hook(_unflatten(tokens))
 
 
-def share_masks_(tower: nn.Module) -> None:
+def share_masks_(tower: AnyModule) -> None:
     """One mask per sample for all heads (CoCa's text tower): a copy for each head would bake the batch into the graph."""
     for module in tower.modules():
         if hasattr(module, "_build_additive_mask"):

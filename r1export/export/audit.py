@@ -59,19 +59,19 @@ def _walk(fresh: ir.Graph, fielded: ir.Graph, place: str) -> list[tuple[ir.Value
     _same([(v.dtype, v.shape) for v in fresh.inputs], [(v.dtype, v.shape) for v in fielded.inputs], f"{place}: inputs")
     _same(len(fresh), len(fielded), f"{place}: number of nodes")
     twin: dict[ir.Value | None, ir.Value | None] = {None: None, **dict(zip(fresh.inputs, fielded.inputs, strict=True))}
-    pairs = []
+    pairs: list[tuple[ir.Value, ir.Value]] = []
     for i, (one, other) in enumerate(zip(fresh, fielded, strict=True)):
         where = f"{place}: node {i} ({other.op_type})"
         _same((one.domain, one.op_type, len(one.inputs)), (other.domain, other.op_type, len(other.inputs)), where)
         _same(_attributes(one), _attributes(other), where)
         for mine, theirs in zip(one.inputs, other.inputs, strict=True):
-            if mine not in twin and mine.is_initializer() and theirs is not None and theirs.is_initializer():
+            if mine and theirs and mine not in twin and mine.is_initializer() and theirs.is_initializer():
                 twin[mine] = theirs
                 pairs.append((mine, theirs))
             if twin.get(mine, mine) is not theirs:
-                read = theirs.name if theirs else "nothing"
+                read, expected = (value.name if value else "nothing" for value in (theirs, mine))
                 raise CheckFailed(
-                    f"{where}: reads {read}, the fresh export reads {mine.name}",
+                    f"{where}: reads {read}, the fresh export reads {expected}",
                     "export the run again with --overwrite",
                 )
         twin.update(zip(one.outputs, other.outputs, strict=True))

@@ -23,6 +23,7 @@ from r1export.export.sentinels import fill_with_sentinels_, prove
 from r1export.export.simplify import simplify_
 from r1export.export.towers import NOT_IN_A_TOWER, Tower, make_towers
 from r1export.export.weight_map import Placement, WeightMap, externalize_, place_parameters
+from r1export.update.container import Layout
 from r1export.update.files import write_file
 
 WEIGHTS = {
@@ -87,6 +88,8 @@ def trace(tower: Tower, opset: int) -> tuple[ir.Model, set[str]]:
                 tower.module, (tower.example,), dynamo=True, opset_version=opset, optimize=False, verbose=False,
                 input_names=[tower.input_name], output_names=[tower.output_name], dynamic_shapes=({0: torch.export.Dim("batch")},),
             )  # fmt: skip
+            assert program is not None  # only torch's older exporter gives none
+            assert program.exported_program is not None
             names = {id(tensor): name for name, tensor in tower.tensors.items()}
             inside = dict(
                 (
@@ -154,7 +157,7 @@ def add_classifier_(model: ir.Model, weights: WeightMap, location: str) -> None:
     """Turn the visual graph into logits (n, C) = exp(logit_scale) image_embeds class_embeds^T [+ logit_bias]."""
     graph, layout = model.graph, weights.layout(location)
     embeds = graph.outputs[0]
-    classes = ir.val("class_embeds", ir.DataType.FLOAT, ["classes", embeds.shape[1]])
+    classes = ir.val("class_embeds", ir.DataType.FLOAT, ir.Shape(["classes", embeds.shape[1]]))
     graph.inputs.append(classes)
     logits = _node(graph, "MatMul", embeds, _node(graph, "Transpose", classes, name="class_embeds_t"), name="cosines")
     for parameter, op in (("logit_scale", "Mul"), ("logit_bias", "Add")):
@@ -177,7 +180,7 @@ def _node(graph: ir.Graph, op: str, *inputs: ir.Value, name: str) -> ir.Value:
     return node.outputs[0]
 
 
-def _external(graph: ir.Graph, name: str, layout: object, location: str) -> ir.Value:
+def _external(graph: ir.Graph, name: str, layout: Layout, location: str) -> ir.Value:
     value = ir.Value(name=name, const_value=ir.tensor(np.zeros(layout.by_name[name].shape, np.float32)))
     value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(layout.by_name[name].shape)
     externalize_({Placement(name, layout.by_name[name].shape): value}, layout, location)

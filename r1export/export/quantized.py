@@ -9,8 +9,9 @@ calibration of the base model and are part of its weights file, so they stay whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -40,7 +41,7 @@ def calibrate(
         if not distinct:
             continue
         session = _session_with_outputs(model, distinct, release)
-        seen = {value.name: [] for value in distinct}
+        seen: dict[str, list[Any]] = {value.name: [] for value in distinct}
         for start in range(0, len(inputs[name]), batch):
             for value, found in zip(
                 distinct,
@@ -132,8 +133,8 @@ def _placements(placement: Placement, graph: ir.Graph) -> list[Placement]:
 def _quantize_(graph: ir.Graph, placements: Mapping[str, Placement]) -> None:
     for node in _linears(graph):
         _quantize_linear_(graph, node)
-    for value in list(graph.initializers.values()):
-        placement = placements.get(value.name)
+    for name, value in list(graph.initializers.items()):
+        placement = placements.get(name)
         if placement is not None and placement.dtype == "F16":
             _widen_(graph, value)
 
@@ -146,8 +147,9 @@ def _quantize_linear_(graph: ir.Graph, node: ir.Node) -> None:
     """
     x, weight, out = node.inputs[0], node.inputs[1], node.outputs[0]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    name, nodes = weight.name, []
-    scale, x_scale, zero = (_initializer(graph, name + part, shape, kind) for part, shape, kind in (
+    name = weight.name
+    nodes: list[ir.Node] = []
+    scale, x_scale, zero = (_initializer(graph, f"{name}{part}", shape, kind) for part, shape, kind in (
         (SCALE, weight.shape[:1], ir.DataType.FLOAT), (INPUT_SCALE, (), ir.DataType.FLOAT), (INPUT_ZERO, (), ir.DataType.UINT8)))  # fmt: skip
     weight.dtype, weight.shape = ir.DataType.INT8, ir.Shape(weight.shape[::-1])
     axis = graph.initializers.get("int8_axis") or _constant(graph, "int8_axis", np.array([0]))
@@ -185,7 +187,7 @@ def _widen_(graph: ir.Graph, value: ir.Value) -> None:
             node.replace_input_with(index, wide)
 
 
-def _initializer(graph: ir.Graph, name: str, shape: object, kind: ir.DataType) -> ir.Value:
+def _initializer(graph: ir.Graph, name: str, shape: Sequence[int], kind: ir.DataType) -> ir.Value:
     value = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
     value.const_value = ir.tensor(
         np.zeros(tuple(shape), kind.numpy()), name=name

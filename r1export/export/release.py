@@ -22,7 +22,7 @@ from r1export.export.graph import GRAPHS
 from r1export.export.quantized import SCALE
 from r1export.export.variants import PROCEDURES
 from r1export.export.weight_map import WeightMap
-from r1export.update.container import NAMES, write_layout, write_tensors
+from r1export.update.container import NAMES, write_tensors
 from r1export.update.files import new_folder, sha256_bytes, sha256_file, write_file, write_json
 from r1export.update.release import sealed
 
@@ -92,7 +92,7 @@ def write_release(content: ReleaseContent, graphs: Path, path: Path) -> dict[str
             shutil.copyfile(graphs / graph, folder / graph)
         tensors = {file: weights.stored(file, content.weights) for file in weights.files}
         for file, stored in tensors.items():
-            write_layout(folder / file, weights.layout(file), lambda spec, stored=stored: stored[spec.name])
+            write_tensors(folder / file, stored)
         _write_classes(content.tasks, folder / "classes")
         write_json(folder / "preprocess.json", content.preprocess)
         write_tokenizer(content.tokenizer, folder / "tokenizer")

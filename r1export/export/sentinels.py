@@ -18,7 +18,7 @@ from torch import nn
 from r1export.errors import Unsupported
 from r1export.export.towers import SAME, Tower, float_tensors
 from r1export.export.weight_map import WeightMap
-from r1export.update.container import write_layout
+from r1export.update.container import write_tensors
 
 
 def fill_with_sentinels_(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
@@ -46,8 +46,7 @@ def prove(graphs: Mapping[Tower, ir.Model], weights: WeightMap, sentinels: Mappi
     with tempfile.TemporaryDirectory(prefix="r1export-") as folder:
         for tower, graph in graphs.items():
             file, path = f"{tower.name}.safetensors", Path(folder) / f"{tower.name}.onnx"
-            stored = weights.stored(file, sentinels)
-            write_layout(path.with_name(file), weights.layout(file), lambda spec, stored=stored: stored[spec.name])
+            write_tensors(path.with_name(file), weights.stored(file, sentinels))
             path.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
             difference = _difference(tower, path)
             if not difference <= SAME:  # NaN is not

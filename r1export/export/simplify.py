@@ -29,7 +29,7 @@ CONSTANT_ELEMENTS = 1 << 20  # the largest constant that folding may make: a cau
 def simplify_(model: ir.Model, parameters: Collection[str]) -> None:
     """Fold, rewrite and clean `model` in place; `parameters` are the initializers that hold weights."""
     common.InlinePass()(model)
-    held = set(parameters)
+    held: set[str | None] = set(parameters)
 
     def should_fold(node: ir.Node) -> bool | None:
         touched = [value for value in node.inputs if value is not None and value.name in held]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from r1export.errors import Unsupported
-from r1export.export.attention import block_lists, open_up_, share_masks_
+from r1export.export.attention import AnyModule, block_lists, open_up_, share_masks_
 
 NOT_IN_A_TOWER = ("logit_scale", "logit_bias")
 SAME = 1e-4  # max-abs on unit-norm embeddings: a rewriting that differs by more is another function
@@ -23,7 +23,7 @@ EXAMPLES = 2  # a batch of 1 would be baked into the graph
 
 
 class VisualTower(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: AnyModule) -> None:
         super().__init__()
         self.model = model
 
@@ -32,7 +32,7 @@ class VisualTower(nn.Module):
 
 
 class TextualTower(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: AnyModule) -> None:
         super().__init__()
         self.model = model
 

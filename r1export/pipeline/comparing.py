@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from r1export.errors import CheckFailed
 from r1export.pipeline.forms import Form
@@ -65,7 +64,7 @@ def onnx_parity(
     """Export, and total where there is something to merge. What cannot be run has failed."""
     facts = {"batches": outputs.counts, "levels": list(LEVELS), "providers": list(providers)}
     references = {"export": outputs.merged(models)}
-    if models.unmerged:
+    if models.pools:
         references["total"] = outputs.unmerged(models).last()
     try:
         candidate = parity.Outputs.join(
@@ -90,13 +89,10 @@ def _located(form: Form, path: Path, inputs: parity.Inputs, models: TorchModels,
     found = [failed.get("detail") or "parity failed"]
     encode, few = encoders(models.merged.model), parity.Inputs(inputs.visual[:2], inputs.textual[:2])
     for tower, name in (("visual", "pixel_values"), ("textual", "input_ids")):
-        outputs: list[np.ndarray] = []
-        boundaries = module_boundaries(
-            models.merged.model, lambda tower=tower, out=outputs: out.append(encode.tower(tower)(few.tower(tower)))
-        )
+        boundaries, output = module_boundaries(models.merged.model, partial(encode.tower(tower), few.tower(tower)))
         case = form.exports.path / "failures" / path.name / tower
         try:
-            at = locate(path / f"{tower}.onnx", {name: few.tower(tower)}, boundaries, outputs[0], case, form.precision)
+            at = locate(path / f"{tower}.onnx", {name: few.tower(tower)}, boundaries, output, case, form.precision)
         except CheckFailed as error:
             found.append(f"{tower}.onnx: {error.message}")
             continue

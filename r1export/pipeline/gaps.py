@@ -7,8 +7,9 @@ G3  shrink gap: accuracy of FROZEN with k_train experts minus FROZEN with the k_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,16 +66,19 @@ def freezing(clip: Clip, pools: Pools, task: Task, pixels: Tensor, labels: np.nd
 
 
 @contextmanager
-def _routed_each(pools: Sequence[ExpertPool] | Any) -> Iterator[None]:
+def _routed_each(pools: Collection[ExpertPool]) -> Iterator[None]:
     """Each sample gets the gate that it would get in a batch of its own, all in one batch."""
-    pools = list(pools)
     for pool in pools:
-        pool.route = lambda token, pool=pool: torch.stack([type(pool).route(pool, one[None]) for one in token])[:, None]
+        pool.route = partial(_route_each, pool)  # type: ignore[method-assign]  # for the time of the block
     try:
         yield
     finally:
         for pool in pools:
             del pool.route
+
+
+def _route_each(pool: ExpertPool, token: Tensor) -> Tensor:
+    return torch.stack([ExpertPool.route(pool, one[None]) for one in token])[:, None]
 
 
 @torch.inference_mode()

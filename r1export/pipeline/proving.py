@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -107,7 +108,7 @@ def _torch_jobs(models: TorchModels, values: np.ndarray) -> dict[str, latency.Jo
         "unmerged_torch": encoders(models.unmerged.model).visual,
         "merged_torch": encoders(models.merged.model).visual,
     }
-    return {name: (lambda run=run: run(values)) for name, run in runs.items()}
+    return {name: partial(run, values) for name, run in runs.items()}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r1export.adapt.clip import Clip
+from r1export.adapt.clip import Clip, ClipModel
 from r1export.adapt.experts import eject_experts_, load_pool_tensors_
 from r1export.adapt.trainer import Pools
 from r1export.pipeline.stage import Stage, inject_pools_
@@ -24,10 +24,10 @@ from r1export.verify.parity import Encode, Model
 
 @dataclass(frozen=True)
 class TorchModels:
-    """`merged` as a plain CLIP; `unmerged` with its `pools` frozen, None for the base, which has nothing to merge."""
+    """`merged` as a plain CLIP; `unmerged` with its `pools` frozen. The base has nothing to merge: both are one, without pools."""
 
     merged: Clip
-    unmerged: Clip | None
+    unmerged: Clip
     pools: Pools
 
 
@@ -42,7 +42,7 @@ def torch_models(stage: Stage, number: int, updates: list[ExpertUpdate]) -> Iter
     try:
         merged.load_(stage.merged(updates))
         if not number:
-            yield TorchModels(merged, None, {})
+            yield TorchModels(merged, merged, {})
             return
         clip.load_(stage.merged(updates[:-1]))
         pools = inject_pools_(clip, stage.recipe)
@@ -58,7 +58,7 @@ def torch_models(stage: Stage, number: int, updates: list[ExpertUpdate]) -> Iter
         clip.load_(stage.base)
 
 
-def encoders(model: nn.Module) -> Model:
+def encoders(model: ClipModel) -> Model:
     """The two towers of an open_clip model as functions of arrays."""
     device = model.logit_scale.device
 
@@ -72,8 +72,8 @@ def encoders(model: nn.Module) -> Model:
     return Model(call(model.encode_image), call(model.encode_text))
 
 
-def module_boundaries(model: nn.Module, run: Callable[[], object]) -> list[Boundary]:
-    """What goes into and comes out of every linear, norm, convolution and attention of `model` while `run` runs."""
+def module_boundaries(model: nn.Module, run: Callable[[], np.ndarray]) -> tuple[list[Boundary], np.ndarray]:
+    """What goes into and comes out of every linear, norm, convolution and attention of `model` in `run`, and what `run` gives."""
     found: list[Boundary] = []
     hooks = []
     for name, module in model.named_modules():
@@ -83,11 +83,11 @@ def module_boundaries(model: nn.Module, run: Callable[[], object]) -> list[Bound
             hooks.append(module.register_forward_hook(_hook(name, found)))
     try:
         with torch.inference_mode():
-            run()
+            output = run()
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return found, output
 
 
 def _hook(name: str, found: list[Boundary]) -> Callable[..., None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def train(stage: Stage) -> dict[str, Any]:
     with refused_writes(run.path):
         _write_run_json(stage)
         zero_shot = _remembered(run.path / "zero_shot.json", lambda: _evaluate(stage, "Zero-shot"))
-        rows, updates = [], []
+        rows: list[dict[str, float]] = []
+        updates: list[ExpertUpdate] = []
         for number, task in enumerate(stage.tasks, 1):
             folder = run.task(number, task.name)
             if not (folder / "factors.safetensors").exists():
@@ -58,7 +60,7 @@ def train(stage: Stage) -> dict[str, Any]:
             together.wait()
             updates.append(ExpertUpdate.read(folder / "factors.safetensors"))
             stage.clip.load_(stage.merged(updates))
-            rows.append(_remembered(folder / "accuracy.json", lambda task=task: _evaluate(stage, f"After {task.name}")))
+            rows.append(_remembered(folder / "accuracy.json", partial(_evaluate, stage, f"After {task.name}")))
             log_accuracies(stage, number, rows[-1])
         stage.clip.load_(stage.base)
         metrics = _metrics(recipe, zero_shot, rows)

@@ -140,7 +140,7 @@ def _parity(
     found = onnx_parity(form, path, outputs, models, seen.control, providers)
     if not number:
         seen.control = found["export"]
-    if models.unmerged and form.precision == "fp32":
+    if models.pools and form.precision == "fp32":
         found = {"merge": merge_parity(form, outputs, models, seen.control), **found}
     return found
 

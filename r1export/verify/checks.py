@@ -140,7 +140,8 @@ def _latency_evidence(latency: Mapping[str, Any]) -> Iterator[str]:
 
 def _control(report: Mapping[str, Any]) -> Check:
     control = ((report.get("proof") or {}).get("control") or {}).get("unmerged") or {}
-    verdict = {True: PASS, False: FAIL}.get(control.get("detected"), NOT_MEASURED)
+    told: dict[Any, str] = {True: PASS, False: FAIL}
+    verdict = told.get(control.get("detected"), NOT_MEASURED)
     return Check("proof", "control", *CONTROL, verdict, control.get("detail") or "")
 
 

@@ -48,7 +48,8 @@ class _Scope:
     which order initializers are listed."""
 
     def __init__(self, tensors: Mapping[str, Any], outer: _Scope | None = None) -> None:
-        self.tensors, self.outer, self.depth = tensors, outer, outer.depth + 1 if outer else 0
+        self.tensors, self.outer = tensors, outer
+        self.depth: int = outer.depth + 1 if outer else 0
         self.numbers: dict[str, Any] = {}
         self.unused = set(tensors)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -200,7 +201,8 @@ def _write_case(
     whole = onnx.helper.make_model(case, opset_imports=model.opset_import, ir_version=model.ir_version)
     with new_folder(out) as place:
         onnx.save(whole, place / "case.onnx")
-        np.savez(place / "case.npz", expected=expected, **inputs)
+        arrays: dict[str, Any] = {"expected": expected, **inputs}
+        np.savez(place / "case.npz", **arrays)
         (place / "reproduce.py").write_text(SCRIPT, encoding="utf-8")
 
 

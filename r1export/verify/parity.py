@@ -212,7 +212,8 @@ def _flips(reference: Outputs, candidate: Outputs) -> tuple[list[dict[str, Any]]
     """Images whose nearest prompt changed, with the cosine margin by which the reference preferred the old one."""
     scores = _f64(reference.visual[0]) @ _f64(reference.textual[0]).T
     wanted = scores.argmax(1)
-    flips, seen = [], 0
+    flips: list[dict[str, Any]] = []
+    seen = 0
     for images, texts in zip(candidate.visual, candidate.textual, strict=True):
         if images.shape != reference.visual[0].shape or texts.shape != reference.textual[0].shape:
             return flips, 0.0

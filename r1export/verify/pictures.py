@@ -73,7 +73,7 @@ def forgetting_curves(accuracy: Mapping[str, Any] | None, key: str) -> str:
         axes = figure.subplots()
         ends = []
         for n, name in enumerate(tasks):
-            curve = [(i + first, 100 * row[n]) for i, row in enumerate(values) if row[n] is not None]
+            curve = [(i + first, 100 * value) for i, row in enumerate(values) if (value := row[n]) is not None]
             if curve:
                 _curve(axes, curve, n)
                 ends.append((curve[-1][1], n, name))
@@ -169,7 +169,7 @@ def latency_ratios(latency: Mapping[str, Any] | None, key: str) -> str:
         axes.set(xlim=(1 - reach, 1 + reach), ylim=(len(rows) - 0.5, -0.5), xlabel="time, as a ratio to the base model")
         axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=INK)
         axes.spines["left"].set_visible(False)
-        label = {"xycoords": ("data", "axes fraction"), "xytext": (3, 3), "textcoords": "offset points"}
+        label: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (3, 3), "textcoords": "offset points"}
         axes.annotate(f"margin ±{percent(margin, 0)}", (1 + margin, 0), **label, color=MUTED, fontsize=9)
         facts = "; ".join(f"{name} {middle:.3f}" for name, middle, _ in rows)
         return page_svg(figure, key, f"Ratios of times to the base model. {facts}. Margin {percent(margin, 0)}.")

@@ -41,10 +41,12 @@ Feeds = Mapping[str, np.ndarray]
 
 def same_files(base: Mapping[str, Path], release: Mapping[str, Path]) -> dict[str, Any]:
     """Rung L0. A missing file is a failed rung."""
-    digests = {
-        name: tuple(sha256_file(p) if p.exists() else "-" for p in (path, release[name])) for name, path in base.items()
-    }
+    digests = {name: (_sha256(path), _sha256(release[name])) for name, path in base.items()}
     return _rung(digests, f"{', '.join(base)} are byte-identical", "differs: {}")
+
+
+def _sha256(path: Path) -> str:
+    return sha256_file(path) if path.exists() else "-"
 
 
 def same_graphs(base: Mapping[str, Path], release: Mapping[str, Path]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import re
 import warnings
 from contextlib import AbstractContextManager
 from html import escape
+from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -21,7 +22,7 @@ _VARIABLES = {
     **dict(zip((INK, MUTED, LINE, HEAT, BAND, ALARM), ("ink", "muted", "line", "heat", "band", "fail"), strict=True)),
     **{colour: f"s{n}" for n, colour in enumerate(SERIES, 1)},
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": INK,

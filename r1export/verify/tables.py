@@ -119,7 +119,7 @@ def parity(report: Mapping[str, Any]) -> Table | None:
     if not any(stages):
         return None
     verdicts = [Verdict(check.verdict) for check in checks(report) if check.group == "parity"]
-    rows = [
+    rows: list[Sequence[Any]] = [
         ["Compares", "unmerged torch, merged torch", "merged torch, ONNX", "unmerged torch, ONNX"],
         ["Verdict", *verdicts],
         *[[name, *(write(stage) for stage in stages)] for name, write in _PARITY_ROWS.items()],
@@ -289,7 +289,9 @@ def _speed(speed: Mapping[str, Any]) -> str:
     found = []
     for provider, times in speed.items():
         low, high = times.get("ci95") or (None, None)
-        word = "" if None in (low, high) else " slower" if low > 1 else " faster" if high < 1 else " no difference"
+        word = (
+            "" if low is None or high is None else " slower" if low > 1 else " faster" if high < 1 else " no difference"
+        )
         found.append(f"{provider}: {ratio(times.get('ratio'))}{word}")
     return "; ".join(found) or MISSING
 

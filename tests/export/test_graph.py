@@ -8,12 +8,13 @@ import json
 import numpy as np
 import onnx
 import onnx.reference
+import onnx_ir as ir
 import pytest
 import torch
 
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.export import graph as graph_module
-from r1export.export.audit import audit_reexport
+from r1export.export.audit import _walk, audit_reexport
 from r1export.export.graph import GRAPHS, MAX_OPSET, MIN_OPSET, export_graphs
 from r1export.export.weight_map import WeightMap
 
@@ -173,6 +174,19 @@ def test_the_audit_names_a_weight_that_is_not_the_release_s(exported) -> None:
         model.transformer.resblocks[1].mlp.c_fc.weight[3, 5] += 1e-3
     with pytest.raises(CheckFailed, match=r"textual\.onnx: transformer\.resblocks\.1\.mlp\.c_fc\.weight: sha256"):
         audit_reexport(model, (16, 16), 12, exported.folder, opset=20)
+
+
+def test_the_audit_names_an_input_that_a_fresh_export_leaves_out() -> None:
+    def clip(low: bool) -> ir.Graph:
+        x = ir.val("x", ir.DataType.FLOAT, [2])
+        ends = [ir.val(name, const_value=ir.tensor(np.float32(1), name=name)) for name in ("low", "high")]
+        node = ir.node("Clip", [x, ends[0] if low else None, ends[1]])
+        return ir.Graph([x], node.outputs, nodes=[node], initializers=ends, opset_imports={"": 20})
+
+    with pytest.raises(CheckFailed, match=r"node 0 \(Clip\): reads low, the fresh export reads nothing"):
+        _walk(clip(False), clip(True), "01-a/visual.onnx")
+    with pytest.raises(CheckFailed, match=r"node 0 \(Clip\): reads nothing, the fresh export reads low"):
+        _walk(clip(True), clip(False), "01-a/visual.onnx")
 
 
 def test_a_weight_map_reads_what_it_wrote_and_refuses_the_rest(exported, tmp_path) -> None:

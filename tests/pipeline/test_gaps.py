@@ -91,8 +91,8 @@ def test_the_gaps_of_a_run_are_the_worst_g1_and_the_mean_of_the_others() -> None
 
 def test_boundaries_name_the_modules_that_own_parameters(tiny_clip: Clip, pixels: torch.Tensor) -> None:
     values = inputs_of(tiny_clip, pixels[:2]).visual
-    outputs: list[np.ndarray] = []
-    found = module_boundaries(tiny_clip.model, lambda: outputs.append(encoders(tiny_clip.model).visual(values)))
+    found, output = module_boundaries(tiny_clip.model, lambda: encoders(tiny_clip.model).visual(values))
+    assert np.array_equal(output, encoders(tiny_clip.model).visual(values))
     by_place = {(b.module, b.side): b.value for b in found}
     block = "visual.transformer.resblocks.0"
     assert by_place[f"{block}.ln_1", "out"].shape == by_place[f"{block}.attn.in_proj", "in"].shape == (2, 5, 32)
