@@ -64,7 +64,7 @@ Providers = Annotated[
     typer.Option(
         "--provider",
         metavar="NAME",
-        help="onnxruntime provider: cpu, cuda, tensorrt or openvino; repeatable. Default: cpu, and cuda where there is one.",
+        help="cpu, cuda or tensorrt of onnxruntime, openvino, or reference (onnx's own, untimed); repeatable. Default: cpu, and cuda where there is one.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else goes to stderr.")]

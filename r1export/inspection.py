@@ -28,6 +28,7 @@ PACKAGES = (
     "safetensors",
     "cryptography",
 )
+EXTRAS = ("openvino",)  # what is missing here is measured less, not worse
 
 
 def describe(path: Path) -> Description:
@@ -157,11 +158,12 @@ def _size(nbytes: int) -> str:
 def examine_environment() -> list[dict[str, str]]:
     """One finding per package, device and trial, each with a verdict pass, fail or not measured."""
     findings = [{"check": "python", "found": platform.python_version(), "verdict": "pass"}]
-    for package in PACKAGES:
+    for package in (*PACKAGES, *EXTRAS):
         try:
             findings.append({"check": package, "found": version(package), "verdict": "pass"})
         except PackageNotFoundError:
-            findings.append({"check": package, "found": "not installed", "verdict": "fail"})
+            verdict = "fail" if package in PACKAGES else "not measured"
+            findings.append({"check": package, "found": "not installed", "verdict": verdict})
     for name, trial in (
         ("torch and torchvision", _try_torch),
         ("onnxruntime runs a graph", _try_onnxruntime),

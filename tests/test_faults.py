@@ -254,7 +254,7 @@ def test_a_manifest_that_was_edited_and_sealed_again_is_found_by_the_run(run: Pa
     assert "manifest.json: golden is {'max_abs': 0.5, 'min_cosine': 0.1}" in found_by_verify(run)
 
 
-@pytest.mark.parametrize("provider", ["openvino", "abacus"])
+@pytest.mark.parametrize("provider", ["tensorrt", "abacus"])
 def test_a_provider_that_this_machine_has_not_is_refused_and_never_replaced(verified: Path, provider: str) -> None:
     done = r1export("verify", verified / "releases" / "01-digits", "--provider", provider)
     assert done.returncode == 3, done.output

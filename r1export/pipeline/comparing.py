@@ -13,9 +13,7 @@ from r1export.pipeline.stage import Stage
 from r1export.pipeline.torch_models import TorchModels, encoders, module_boundaries
 from r1export.verify import parity
 from r1export.verify.locate import locate
-from r1export.verify.runtime import open_session, runner
-
-LEVELS = ("disable", "basic", "all")
+from r1export.verify.runtime import levels, open_session, runner
 
 
 class TorchOutputs:
@@ -62,21 +60,21 @@ def onnx_parity(
     providers: tuple[str, ...],
 ) -> dict[str, Any]:
     """Export, and total where there is something to merge. What cannot be run has failed."""
-    facts = {"batches": outputs.counts, "levels": list(LEVELS), "providers": list(providers)}
+    asked = list(dict.fromkeys(level for provider in providers for level in levels(provider)))
+    facts = {"batches": outputs.counts, "levels": asked, "providers": list(providers)}
     references = {"export": outputs.merged(models)}
     if models.pools:
         references["total"] = outputs.unmerged(models).last()
     try:
-        candidate = parity.Outputs.join(
-            parity.run_in_batches(_onnx(path, level, provider), outputs.inputs, outputs.batches)
-            for provider in providers
-            for level in LEVELS
-        )
+        found = {provider: _runs(path, provider, outputs) for provider in providers}
     except CheckFailed as error:
         stages = {name: parity.failed(str(error)) for name in references}
     else:
+        candidate = parity.Outputs.join(found.values())
         stages = {
-            name: parity.compare(reference, candidate, form.gate, control) | facts
+            name: parity.compare(reference, candidate, form.gate, control)
+            | facts
+            | {"by_provider": {provider: parity.figures(reference, ways) for provider, ways in found.items()}}
             for name, reference in references.items()
         }
     if stages["export"]["verdict"] == "fail":
@@ -99,6 +97,14 @@ def _located(form: Form, path: Path, inputs: parity.Inputs, models: TorchModels,
         if at:
             found.append(f"{tower}.onnx: {at}; to reproduce it: {case.relative_to(form.stage.run.path)}/reproduce.py")
     return "; ".join(found)
+
+
+def _runs(path: Path, provider: str, outputs: TorchOutputs) -> parity.Outputs:
+    """All inputs through the graphs on one provider, at every level of optimisation that it has and in every batch size."""
+    return parity.Outputs.join(
+        parity.run_in_batches(_onnx(path, level, provider), outputs.inputs, outputs.batches)
+        for level in levels(provider)
+    )
 
 
 def _onnx(path: Path, level: str, provider: str) -> parity.Model:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
 
 from r1export import __version__
+from r1export.verify import openvino
+from r1export.verify.runtime import PROVIDERS
 
 
 def versions() -> dict[str, str]:
     import onnx
-    import onnxruntime
     import open_clip
 
     return {
@@ -35,9 +39,34 @@ def environment() -> dict[str, Any]:
     }
 
 
-def report_head() -> dict[str, Any]:
+def absent(provider: str) -> str:
+    """Why a provider cannot be used on this machine; empty if it can."""
+    if provider == "openvino" and not openvino.installed():
+        return "not installed"
+    if provider in ("cuda", "tensorrt"):
+        if not torch.cuda.is_available():
+            return "no device"
+        if PROVIDERS[provider] not in onnxruntime.get_available_providers():
+            return "this onnxruntime was built without it"
+    return ""
+
+
+def runtimes(measured: Sequence[str]) -> dict[str, str]:
+    """Of every runtime that r1export knows: measured, or why not."""
+    asked = dict.fromkeys(measured, "measured")
+    return {
+        PROVIDERS[name].removesuffix("ExecutionProvider"): asked.get(name)
+        or f"not measured, {absent(name) or f'not asked for (--provider {name})'}"
+        for name in PROVIDERS
+    }
+
+
+def report_head(providers: Sequence[str]) -> dict[str, Any]:
     """What every report begins with."""
-    return {"verdict": "pass", "reasons": [], "created": now(), "r1export": __version__, "environment": environment()}
+    found = environment() | {"runtimes": runtimes(providers)}
+    if "openvino" in providers:
+        found["openvino"] = version("openvino")
+    return {"verdict": "pass", "reasons": [], "created": now(), "r1export": __version__, "environment": found}
 
 
 def _cpu_name() -> str:

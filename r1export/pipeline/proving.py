@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from r1export.update.factors import ExpertUpdate
 from r1export.verify import latency, parity, proof
 from r1export.verify.control import add_branches
 from r1export.verify.execution import Execution
-from r1export.verify.runtime import PROVIDERS, job, open_session
+from r1export.verify.runtime import PROVIDERS, UNTIMED, job, open_session
 
 
 def ladder(
@@ -75,22 +75,28 @@ def added_latency(
     models: TorchModels,
     updates: list[ExpertUpdate],
     providers: tuple[str, ...],
-) -> dict[str, Any]:
-    """Rung L5 on every provider: one image, base and release interleaved; in fp32 the unmerged model and torch beside them."""
+) -> dict[str, Any] | None:
+    """Rung L5 on every provider that can be timed: one image, base and release interleaved; in fp32 the unmerged model and
+    torch beside them. None if there is no such provider."""
     stage, releases = form.stage, form.exports.releases(form.stage.recipe)
     settings, feeds = stage.recipe.verify, {"pixel_values": inputs.visual[:1]}
     base, release = releases[0] / "visual.onnx", releases[number] / "visual.onnx"
     torch_jobs = _torch_jobs(models, inputs.visual[:1]) if form.precision == "fp32" else None
     found = []
     with _branches_if_any(form, number, releases, updates) as branches:
-        for provider in providers:
+        for provider in (timed := timeable(providers)):
             with stage.watch.track(f"Latency on {provider}, base and release interleaved", latency.BLOCKS) as advance:
                 found.append(latency.added_latency(
                     opener(base, feeds, provider), opener(release, feeds, provider), pairs=settings.pairs, margin=settings.margin,
                     provider=PROVIDERS[provider], open_unmerged=opener(branches, feeds, provider) if branches else None,
-                    torch_jobs=torch_jobs if provider == providers[0] else None, on_block=advance,
+                    torch_jobs=torch_jobs if provider == timed[0] else None, on_block=advance,
                 ))  # fmt: skip
-    return latency.slowest(found)
+    return latency.slowest(found) if found else None
+
+
+def timeable(providers: Iterable[str]) -> list[str]:
+    """The providers whose time says something."""
+    return [provider for provider in providers if provider not in UNTIMED]
 
 
 def speed(form: Form, inputs: parity.Inputs, providers: tuple[str, ...]) -> dict[str, Any]:
@@ -98,7 +104,8 @@ def speed(form: Form, inputs: parity.Inputs, providers: tuple[str, ...]) -> dict
     feeds, recipe = {"pixel_values": inputs.visual[:1]}, form.stage.recipe
     graphs = [exports.releases(recipe)[0] / "visual.onnx" for exports in (form.stage.run, form.exports)]
     return {
-        provider: latency.relative_time(*(opener(graph, feeds, provider) for graph in graphs)) for provider in providers
+        provider: latency.relative_time(*(opener(graph, feeds, provider) for graph in graphs))
+        for provider in timeable(providers)
     }
 
 

@@ -12,12 +12,12 @@ from r1export.errors import CheckFailed, R1ExportError
 from r1export.export.release import read_manifest
 from r1export.pipeline.environment import report_head
 from r1export.pipeline.expected import own_identity
-from r1export.pipeline.proving import opener
+from r1export.pipeline.proving import opener, timeable
 from r1export.update.container import read_tensors
 from r1export.verify import contents, latency, parity, proof, selftest
 from r1export.verify.checks import failed
 from r1export.verify.report import settled
-from r1export.verify.runtime import PROVIDERS
+from r1export.verify.runtime import PROVIDERS, check_provider
 
 MARGIN, PAIRS = 0.02, 400  # as in a recipe
 
@@ -28,7 +28,9 @@ def verify_release(path: Path, providers: Sequence[str] = ()) -> dict[str, Any]:
     Nothing is trained or run in torch. Raises InputError if `path` is no release, Unsupported for a missing provider.
     """
     manifest, providers = read_manifest(path), tuple(providers) or ("cpu",)
-    found = report_head() | {
+    for provider in providers:
+        check_provider(provider)
+    found = report_head(providers) | {
         "release": {
             "index": manifest.get("sequence"),
             "name": manifest.get("name") or path.name,
@@ -52,14 +54,17 @@ def verify_release(path: Path, providers: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _parity(path: Path, manifest: Mapping[str, Any], beside: Path | None, providers: Sequence[str]) -> dict[str, Any]:
-    """Golden samples on every provider: the worst. The base beside it, if it can be run, calibrates the gate."""
+    """Golden samples on every provider: the worst. The base beside it, if it can be run there, calibrates the gate."""
     try:
         if changed := selftest.changed_graphs(path, manifest):
             return parity.failed("; ".join(changed))
-        control = _control(beside, providers[0]) if beside else None
-        stages = [selftest.golden_parity(path, manifest, provider, control) for provider in providers]
-        worst = max(stages, key=lambda stage: (stage["verdict"] == "fail", stage["max_abs"]))
-        return worst | {"providers": list(providers)}
+        stages = {
+            provider: selftest.golden_parity(path, manifest, provider, _control(beside, provider) if beside else None)
+            for provider in providers
+        }
+        worst = max(stages.values(), key=lambda stage: (stage["verdict"] == "fail", stage["max_abs"]))
+        figures = {name: {key: stage[key] for key in ("max_abs", "min_cosine")} for name, stage in stages.items()}
+        return worst | {"providers": list(providers), "by_provider": figures}
     except (CheckFailed, OSError, ValueError, KeyError) as error:
         return parity.failed(str(error))
 
@@ -98,6 +103,6 @@ def _beside(path: Path, base: Path, manifest: Mapping[str, Any], providers: Sequ
             margin=MARGIN,
             provider=PROVIDERS[name],
         )
-        for name in providers
+        for name in timeable(providers)
     ]
-    return {"proof": found, "latency": latency.slowest(timed)}
+    return {"proof": found, "latency": latency.slowest(timed) if timed else None}

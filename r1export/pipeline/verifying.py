@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
-import torch
 
 from r1export.adapt.tasks import Task
 from r1export.errors import InputError, R1ExportError, Unsupported
@@ -17,7 +15,7 @@ from r1export.export.graph import GRAPHS
 from r1export.export.release import read_manifest
 from r1export.pipeline import expected, gaps
 from r1export.pipeline.comparing import TorchOutputs, merge_parity, onnx_parity
-from r1export.pipeline.environment import report_head
+from r1export.pipeline.environment import absent, report_head
 from r1export.pipeline.forms import Form
 from r1export.pipeline.proving import added_latency, ladder, speed
 from r1export.pipeline.samples import gallery, parity_inputs, test_images
@@ -30,7 +28,7 @@ from r1export.verify.checks import failed
 from r1export.verify.drift import embedding_drift
 from r1export.verify.execution import Execution
 from r1export.verify.report import overall, settled, write_report
-from r1export.verify.runtime import PROVIDERS
+from r1export.verify.runtime import check_provider
 
 
 @dataclass
@@ -45,11 +43,7 @@ class _Seen:
 
 def default_providers() -> tuple[str, ...]:
     """cpu, and cuda where torch and onnxruntime can use it."""
-    return (
-        ("cpu", "cuda")
-        if torch.cuda.is_available() and PROVIDERS["cuda"] in ort.get_available_providers()
-        else ("cpu",)
-    )
+    return ("cpu",) if absent("cuda") else ("cpu", "cuda")
 
 
 def verify(stage: Stage, providers: Sequence[str] = ()) -> dict[str, Any]:
@@ -57,6 +51,8 @@ def verify(stage: Stage, providers: Sequence[str] = ()) -> dict[str, Any]:
     run, recipe, providers = stage.run, stage.recipe, tuple(providers) or default_providers()
     if recipe.train.method == "full":
         raise Unsupported("full fine-tuning has no unmerged model to verify against", "use it with r1export train")
+    for provider in providers:
+        check_provider(provider)
     updates, metrics = run.updates(recipe), run.metrics()
     forms = {Form(stage, precision): _Seen() for precision in ("fp32", *recipe.export.variants)}
     reports: dict[Form, list[dict[str, Any]]] = {form: [] for form in forms}
@@ -76,7 +72,7 @@ def verify(stage: Stage, providers: Sequence[str] = ()) -> dict[str, Any]:
             reports[form].append(settled(found | {"accuracy": accuracy}))
             write_report(reports[form][-1], path)
     releases = [report for listed in reports.values() for report in listed]
-    report = report_head() | {
+    report = report_head(providers) | {
         "verdict": overall(r["verdict"] for r in releases),
         "reasons": [f"{r['release']['name']}: {reason}" for r in releases for reason in r["reasons"]],
         "recipe": recipe.model_dump(mode="json"), "accuracy": _accuracy(metrics) | {"gaps": gaps.summarised(measured_gaps)}, "releases": releases,
@@ -95,7 +91,9 @@ def _verify_release(
 ) -> dict[str, Any]:
     """One release. Each step is left out where the one before failed: what is not the release is not measured."""
     stage, path = form.stage, form.exports.releases(form.stage.recipe)[number]
-    found = report_head() | {"release": {"index": number, "name": form.label(path.name), "precision": form.precision}}
+    found = report_head(providers) | {
+        "release": {"index": number, "name": form.label(path.name), "precision": form.precision}
+    }
     try:
         manifest = read_manifest(path)
         found["contents"] = expected.identity(form, number, path, manifest)

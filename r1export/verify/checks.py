@@ -130,12 +130,21 @@ def _latency_evidence(latency: Mapping[str, Any]) -> Iterator[str]:
         yield f"{ratio(latency['ratio'])} times the base, 95 % interval {band(latency.get('ci95'))}{margin}."
     if latency.get("pairs"):
         yield f"{latency['pairs']} pairs."
+    if len(by_provider := latency.get("by_provider") or {}) > 1:
+        found = (
+            f"{_short(name)} {ratio(one.get('ratio'))}, {band(one.get('ci95'))}" for name, one in by_provider.items()
+        )
+        yield f"By provider: {'; '.join(found)}."
     if floor := latency.get("noise_floor"):
         yield f"Base against itself: {band(floor.get('ci95'))}."
     if latency.get("unmerged_ratio") is not None:
         yield f"Unmerged: {ratio(latency['unmerged_ratio'])}."
     if latency.get("advice"):
         yield latency["advice"]
+
+
+def _short(provider: str) -> str:
+    return provider.removesuffix("ExecutionProvider")
 
 
 def _control(report: Mapping[str, Any]) -> Check:

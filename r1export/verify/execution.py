@@ -52,17 +52,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Execution:
-    """One graph as one provider runs it. `peak_bytes` is the most memory that the session held, None where it is not told."""
+    """One graph as one provider runs it. `peak_bytes` is the most memory that the session held; None is what is not told."""
 
     optimized_digest: str
     optimized_nodes: int
     kernels: tuple[Kernel, ...]
     weight_bytes: int
     peak_bytes: int | None
-
-    @property
-    def flops(self) -> int:
-        return sum(kernel.flops for kernel in self.kernels)
+    flops: int | None
 
     @property
     def ops_digest(self) -> str:
@@ -97,12 +94,14 @@ def execute(graph: Path, feeds: Mapping[str, np.ndarray], provider: str = "cpu")
         model = onnx.load(optimized, load_external_data=False)
     nodes = [event["args"] for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
     peaks = [int(node["mem_in_use_peak"]) for node in nodes if "mem_in_use_peak" in node]
+    kernels = tuple(map(_kernel, nodes))
     return Execution(
         graph_digest(model, structural=True),
         len(model.graph.node),
-        tuple(map(_kernel, nodes)),
+        kernels,
         _weight_bytes(model),
         max(peaks, default=None),
+        sum(kernel.flops for kernel in kernels),
     )
 
 

@@ -122,10 +122,13 @@ def relative_time(open_base: Callable[[], Job], open_other: Callable[[], Job]) -
 
 
 def slowest(by_provider: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One entry for several providers: the figures of the worst, the tables of all. `by_provider` is not empty."""
+    """One entry for several providers: the figures of the worst, ratios and tables of all. `by_provider` is not empty."""
     order = ("pass", "inconclusive", "fail")
     worst = max(by_provider, key=lambda found: (order.index(found["verdict"]), found["ratio"]))
-    return {**worst, "providers": {name: table for found in by_provider for name, table in found["providers"].items()}}
+    tables = {name: table for found in by_provider for name, table in found["providers"].items()}
+    kept = ("verdict", "ratio", "ci95", "noise_floor")
+    ratios = {name: {key: found.get(key) for key in kept} for found in by_provider for name in found["providers"]}
+    return {**worst, "providers": tables, "by_provider": ratios}
 
 
 def _ratio(ratio: Ratio) -> dict[str, Any]:

@@ -157,6 +157,13 @@ def compare(
     }
 
 
+def figures(reference: Outputs, candidate: Outputs) -> dict[str, float | None]:
+    """Largest difference and lowest cosine over both towers and all ways of running; None for NaN, Inf or another shape."""
+    towers = [_tower(getattr(reference, name)[0], getattr(candidate, name)) for name in TOWERS]
+    worst, lowest = max(tower["max_abs"] for tower in towers), min(tower["min_cosine"] for tower in towers)
+    return {"max_abs": worst, "min_cosine": lowest} if np.isfinite(worst) else {"max_abs": None, "min_cosine": None}
+
+
 def _problems(towers: Mapping[str, Any], flips: Sequence[Mapping[str, Any]], gate: Gate) -> Iterable[str]:
     """What does not hold, in words; written so that NaN never holds."""
     for name, tower in towers.items():

@@ -2,7 +2,7 @@
 
 L0 same file      base and release use byte-identical .onnx files
 L1 graph          the program in them has the same digest
-L2 optimised      so has what onnxruntime makes of it, per provider
+L2 optimised      so has what the runtime makes of it, per provider
 L3 executed ops   the profiled kernels are the same: operator, provider, types and shapes
 L4 cost           equal arithmetic, weight bytes and peak memory
 The unmerged model, exported with its branches, is the control: rungs that cannot tell it apart prove nothing.
@@ -19,6 +19,7 @@ import numpy as np
 
 from r1export.errors import CheckFailed
 from r1export.update.files import sha256_file
+from r1export.verify import openvino_program
 from r1export.verify.digest import graph_digest
 from r1export.verify.execution import Execution, execute
 from r1export.verify.figures import size
@@ -34,7 +35,7 @@ __all__ = [
     "unclimbed",
 ]
 
-OPAQUE = ("tensorrt", "openvino")  # they compile the graph into engines that onnxruntime cannot write out
+OPAQUE = ("tensorrt", "reference")  # an engine that onnxruntime cannot write out; no optimiser at all
 PEAK_TOLERANCE = 0.01  # where threads take turns, the allocator's peak moves by a block
 Feeds = Mapping[str, np.ndarray]
 
@@ -71,10 +72,14 @@ def executions(
     """
     shown = [provider for provider in providers if provider not in OPAQUE] or ["cpu"]
     return {
-        f"{name} on {provider}": execute(path, feeds[name], provider)
+        f"{name} on {provider}": _execute(path, feeds[name], provider)
         for provider in shown
         for name, path in graphs.items()
     }
+
+
+def _execute(graph: Path, feeds: Feeds, provider: str) -> Execution:
+    return openvino_program.execute(graph, feeds) if provider == "openvino" else execute(graph, feeds, provider)
 
 
 def rungs(base: Mapping[str, Execution], release: Callable[[], Mapping[str, Execution]]) -> dict[str, dict[str, Any]]:
@@ -142,7 +147,8 @@ def _same_cost(base: Mapping[str, Execution], release: Mapping[str, Execution]) 
 
 def _cost(name: str, e: Execution) -> str:
     peak = f", {size(e.peak_bytes)} at its peak" if e.peak_bytes else ""
-    return f"{name}: {e.flops / 1e6:.1f} MFLOPs, {size(e.weight_bytes)} of weights{peak}"
+    flops = "" if e.flops is None else f"{e.flops / 1e6:.1f} MFLOPs, "
+    return f"{name}: {flops}{size(e.weight_bytes)} of weights{peak}"
 
 
 def proof_control(base: Path, unmerged: Path, feeds: Feeds, provider: str = "cpu") -> dict[str, Any]:
@@ -151,20 +157,24 @@ def proof_control(base: Path, unmerged: Path, feeds: Feeds, provider: str = "cpu
     Raises CheckFailed if one of them cannot be run.
     """
     graphs = [graph_digest(path, structural=True) for path in (base, unmerged)]
-    runs = [execute(path, feeds, provider) for path in (base, unmerged)]
+    runs = [_execute(path, feeds, provider) for path in (base, unmerged)]
     seen = {
         "L1": graphs[0] != graphs[1],
         "L2": runs[0].optimized_digest != runs[1].optimized_digest,
         "L3": runs[0].ops_digest != runs[1].ops_digest,
     }
     blind = [rung for rung, told in seen.items() if not told]
-    more = f"the exported branches run {_more_ops(*runs)}: {runs[1].flops / runs[0].flops:.3f} times the FLOPs"
+    more = f"the exported branches run {_more_ops(*runs)}{_times_flops(*runs)}"
     detail = (
         f"{', '.join(blind)} cannot tell the unmerged model from the base"
         if blind
         else f"told apart by {', '.join(seen)}; {more}"
     )
     return {"unmerged": {"detected": not blind, "detail": detail}}
+
+
+def _times_flops(base: Execution, other: Execution) -> str:
+    return f": {other.flops / base.flops:.3f} times the FLOPs" if base.flops and other.flops else ""
 
 
 def not_measured(detail: str) -> dict[str, Any]:

@@ -1,16 +1,19 @@
-"""onnxruntime, set up so that measurements can be trusted."""
+"""The runtimes that read a release, set up so that measurements can be trusted: onnxruntime and its providers, OpenVINO,
+and onnx.reference, which is the specification of the operators as numpy code."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
+from onnx.reference import ReferenceEvaluator
 
 from r1export.errors import CheckFailed, Unsupported
+from r1export.verify import openvino
 
 LEVELS = {
     "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -21,10 +24,20 @@ PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
+    "openvino": "OpenVINO",
+    "reference": "onnx.reference",
 }
+UNTIMED = ("reference",)  # numpy code that was written to be read
+ONE_LEVEL = ("openvino", "reference")  # nobody can turn their optimiser down, or they have none
 EXACT = {"cuda": {"use_tf32": "0"}}  # TF32 keeps ten bits of each factor: its error hides what parity looks for
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
+
+
+class Session(Protocol):
+    """An opened graph: an InferenceSession of onnxruntime, an `openvino.Compiled` or a ReferenceEvaluator of onnx."""
+
+    def run(self, outputs: None, feeds: dict[str, Any], /) -> Any:
+        """All outputs as numpy arrays, in the order of the graph."""
 
 
 def session_options(level: str = "all", threads: int = 0) -> ort.SessionOptions:
@@ -38,14 +51,21 @@ def session_options(level: str = "all", threads: int = 0) -> ort.SessionOptions:
 
 
 def check_provider(provider: str) -> None:
-    """Raises Unsupported if onnxruntime does not know the provider or was built without it."""
+    """Raises Unsupported for an unknown provider, one that onnxruntime was built without, and an OpenVINO that is not installed."""
     if provider not in PROVIDERS:
         raise Unsupported(f"no provider {provider!r}", f"known: {', '.join(PROVIDERS)}")
-    if PROVIDERS[provider] not in ort.get_available_providers():
+    if provider == "openvino" and not openvino.installed():
+        raise Unsupported("OpenVINO is not installed", "pip install r1export[openvino]")
+    if provider not in ("openvino", "reference") and PROVIDERS[provider] not in ort.get_available_providers():
         raise Unsupported(
             f"onnxruntime {ort.__version__} has no {PROVIDERS[provider]} here",
             f"available: {', '.join(ort.get_available_providers())}",
         )
+
+
+def levels(provider: str) -> tuple[str, ...]:
+    """The levels of graph optimisation at which a provider can be run."""
+    return ("all",) if provider in ONE_LEVEL else tuple(LEVELS)
 
 
 def provider_options(provider: str, weights_digest: str, cache: Path | None) -> dict[str, Any]:
@@ -54,7 +74,7 @@ def provider_options(provider: str, weights_digest: str, cache: Path | None) -> 
     if cache is not None and provider == "tensorrt":
         options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache / weights_digest)}
     if cache is not None and provider == "openvino":
-        options |= {"cache_dir": str(cache / weights_digest)}
+        options |= {"CACHE_DIR": str(cache / weights_digest)}
     return options
 
 
@@ -66,14 +86,25 @@ def open_session(
     threads: int = 0,
     weights_digest: str = "",
     cache: Path | None = None,
-) -> ort.InferenceSession:
-    """A session on exactly this provider.
+) -> Session:
+    """A session on exactly this provider; `threads` 0 leaves their number to the runtime.
 
     Raises:
-        Unsupported: this onnxruntime has not the provider, or silently fell back to another one.
-        CheckFailed: onnxruntime refuses the model.
+        Unsupported: the provider is not here, or onnxruntime silently fell back to another one.
+        CheckFailed: the runtime refuses the model.
     """
-    return start(graph, session_options(level, threads), provider, provider_options(provider, weights_digest, cache))
+    details = provider_options(provider, weights_digest, cache)
+    if provider not in ("openvino", "reference"):
+        return start(graph, session_options(level, threads), provider, details)
+    check_provider(provider)
+    try:
+        if provider == "openvino":
+            return openvino.Compiled(openvino.compile_graph(graph, threads=threads, options=details))
+        return ReferenceEvaluator(str(graph))
+    except Exception as error:  # both raise what they like
+        raise CheckFailed(
+            f"{graph}: {PROVIDERS[provider]} refuses the model: {spoken(error)}", "write the release again"
+        ) from error
 
 
 def start(
@@ -96,8 +127,8 @@ def start(
     return session
 
 
-def runner(session: ort.InferenceSession) -> Run:
-    """Feeds -> the first output. Raises CheckFailed if onnxruntime cannot run them."""
+def runner(session: Session) -> Run:
+    """Feeds -> the first output. Raises CheckFailed if the runtime cannot run them."""
 
     def run(feeds: dict[str, np.ndarray]) -> np.ndarray:
         try:
@@ -105,16 +136,16 @@ def runner(session: ort.InferenceSession) -> Run:
         except Exception as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
             raise CheckFailed(
-                f"onnxruntime cannot run {shapes}: {spoken(error)}",
+                f"the runtime cannot run {shapes}: {spoken(error)}",
                 "export the graphs again with r1export export --overwrite",
             ) from error
 
     return run
 
 
-def job(session: ort.InferenceSession, feeds: dict[str, np.ndarray], provider: str) -> Callable[[], object]:
+def job(session: Session, feeds: dict[str, np.ndarray], provider: str) -> Callable[[], object]:
     """Runs the session once on the same inputs; on an accelerator with inputs and outputs bound there, so no copy is timed."""
-    if provider in ("cpu", "openvino"):
+    if not isinstance(session, ort.InferenceSession) or provider == "cpu":
         return lambda: session.run(None, feeds)
     binding = session.io_binding()
     for name, value in feeds.items():
@@ -125,9 +156,10 @@ def job(session: ort.InferenceSession, feeds: dict[str, np.ndarray], provider: s
 
 
 def spoken(error: Exception) -> str:
-    """The first line of what onnxruntime says, without its codes."""
-    text = str(error).strip().splitlines()
-    return text[0].removeprefix("[ONNXRuntimeError] : ")[:300] if text else type(error).__name__
+    """What a runtime says in one line: the first that names no place in its source, as lines with a colon at the end do."""
+    text = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = next((line for line in text if not line.endswith(":")), text[0] if text else type(error).__name__)
+    return said.removeprefix("[ONNXRuntimeError] : ")[:300]
 
 
 def weights_digest(digests: dict[str, str]) -> str:

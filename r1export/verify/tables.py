@@ -12,9 +12,9 @@ RUNNERS = {
     "routed_torch": "torch, unmerged (routed)",
     "unmerged_torch": "torch, unmerged (frozen)",
     "merged_torch": "torch, merged",
-    "base": "onnxruntime, base",
-    "merged": "onnxruntime, merged",
-    "unmerged": "onnxruntime, unmerged (branches)",
+    "base": "ONNX, base",
+    "merged": "ONNX, merged",
+    "unmerged": "ONNX, unmerged (branches)",
 }
 QUESTIONS = {
     "Contents": "The release is what was released: every file, and every weight as base + factors.",
@@ -124,6 +124,7 @@ def parity(report: Mapping[str, Any]) -> Table | None:
         ["Verdict", *verdicts],
         *[[name, *(write(stage) for stage in stages)] for name, write in _PARITY_ROWS.items()],
         *_towers(stages),
+        *_by_provider(stages),
     ]
     return Table(["Measure", *(title for title, _ in PARITY.values())], rows)
 
@@ -153,6 +154,18 @@ def _towers(stages: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
+def _by_provider(stages: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """One row per provider where there are several."""
+    names = list(dict.fromkeys(name for stage in stages for name in stage.get("by_provider") or {}))
+    if len(names) < 2:
+        return []
+    found = [[(stage.get("by_provider") or {}).get(name) or {} for stage in stages] for name in names]
+    return [
+        [f"Largest difference on {name}", *(scientific(stage.get("max_abs")) for stage in row)]
+        for name, row in zip(names, found, strict=True)
+    ]
+
+
 def flips(report: Mapping[str, Any]) -> Table | None:
     """Samples whose answer changed, at most ten per stage, widest margin first."""
     rows = []
@@ -172,7 +185,7 @@ def flips(report: Mapping[str, Any]) -> Table | None:
 
 
 def timings(report: Mapping[str, Any]) -> Table | None:
-    """Median and p90 of every runner, provider and batch, with its ratio to the base model in onnxruntime."""
+    """Median and p90 of every runner, provider and batch, with its ratio to the base model there."""
     rows = []
     for provider, batches in ((report.get("latency") or {}).get("providers") or {}).items():
         for batch, runners in batches.items():

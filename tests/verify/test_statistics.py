@@ -172,4 +172,7 @@ def test_quantiles_are_given_only_with_the_runs_that_they_need(monkeypatch: pyte
 def test_the_worst_provider_gives_the_verdict_and_all_tables_are_kept() -> None:
     one = {"verdict": "pass", "ratio": 1.01, "providers": {"A": {}}}
     other = {"verdict": "fail", "ratio": 1.2, "providers": {"B": {}}}
-    assert slowest([one, other]) == {"verdict": "fail", "ratio": 1.2, "providers": {"A": {}, "B": {}}}
+    found = slowest([one, other])
+    ratios = {name: (entry["verdict"], entry["ratio"]) for name, entry in found.pop("by_provider").items()}
+    assert found == {"verdict": "fail", "ratio": 1.2, "providers": {"A": {}, "B": {}}}
+    assert ratios == {"A": ("pass", 1.01), "B": ("fail", 1.2)}

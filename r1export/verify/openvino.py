@@ -1,0 +1,50 @@
+"""OpenVINO's own runtime: it reads the .onnx files and the weights beside them as they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import openvino
+
+# By default it computes in bfloat16 where the processor can, which is an error of 2e-3, and may quantise activations.
+# Threads tied to cores would hold down whatever is timed beside them.
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "ENABLE_CPU_PINNING": "NO"}
+
+
+def installed() -> bool:
+    """Whether OpenVINO can be imported; it is not."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def library() -> ModuleType:
+    """The module `openvino`. Without this it would report each import over the network and leave files in the home folder."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+def compile_graph(graph: Path, *, threads: int = 0, options: Mapping[str, Any] | None = None) -> openvino.CompiledModel:
+    """The graph compiled for the CPU in float32; `threads` 0 leaves their number to OpenVINO. Raises RuntimeError."""
+    core = library().Core()
+    asked = {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
+    return core.compile_model(core.read_model(graph), "CPU", EXACT | asked | dict(options or {}))
+
+
+class Compiled:
+    """A compiled graph with one request, called as onnxruntime's sessions are."""
+
+    def __init__(self, model: openvino.CompiledModel) -> None:
+        self._request = model.create_infer_request()
+
+    def run(self, outputs: None, feeds: dict[str, np.ndarray], /) -> list[np.ndarray]:
+        """All outputs, in the order of the graph. Raises RuntimeError for inputs that the graph does not take."""
+        return list(self._request.infer(feeds, share_inputs=True).values())

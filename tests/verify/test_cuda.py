@@ -1,0 +1,64 @@
+"""The CUDA provider on real graphs: parity, bound inputs and outputs, paired latency, fp16. Skips where there is no device."""
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from r1export.verify.latency import added_latency
+from r1export.verify.proof import executions, rungs
+from r1export.verify.runtime import job, levels, open_session, runner
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif("CUDAExecutionProvider" not in ort.get_available_providers(), reason="onnxruntime without CUDA"),
+]
+WIDTH = 6
+HALF = (
+    helper.make_node("Cast", ["normed"], ["half"], to=TensorProto.FLOAT16),
+    helper.make_node("Mul", ["half", "half"], ["square"]),
+    helper.make_node("Cast", ["square"], ["embeds"], to=TensorProto.FLOAT),
+)
+
+
+def weights_of(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "fc.weight": rng.normal(size=(WIDTH, WIDTH)).astype(np.float32),
+        "fc.bias": rng.normal(size=WIDTH).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("level", levels("cuda"))
+def test_it_gives_what_the_cpu_gives_at_every_level(write_graph, x, level: str) -> None:
+    graph = write_graph("base")
+    found = runner(open_session(graph, level=level, provider="cuda"))(x)
+    assert np.abs(found - runner(open_session(graph))(x)).max() < 1e-5  # float32 without TF32
+
+
+def test_fp16_on_the_device_errs_as_fp16_does(write_graph, x) -> None:
+    graph = write_graph("half", extra=HALF)
+    one, other = (runner(open_session(graph, provider=provider))(x) for provider in ("cpu", "cuda"))
+    assert np.abs(one - other).max() < 4 * 2**-11 * max(1, np.abs(one).max())
+
+
+def test_a_job_leaves_inputs_and_outputs_on_the_device(write_graph, x) -> None:
+    session = open_session(write_graph("base"), provider="cuda")
+    for _ in range(3):
+        job(session, x, "cuda")()
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(x["x"], "cuda", 0))
+    binding.bind_output("embeds", "cuda")
+    session.run_with_iobinding(binding)
+    assert binding.get_outputs()[0].device_name() == "cuda"
+    assert np.abs(binding.copy_outputs_to_cpu()[0] - runner(session)(x)).max() == 0
+
+
+def test_base_and_release_run_the_same_kernels_and_are_timed_in_pairs(write_graph, x, monkeypatch) -> None:
+    monkeypatch.setattr("r1export.verify.latency.PATIENCE", 0.0)
+    base, release = write_graph("base"), write_graph("release", weights_of(7))
+    ran = [executions({"visual.onnx": graph}, {"visual.onnx": x}, ["cuda"]) for graph in (base, release)]
+    assert {rung["verdict"] for rung in rungs(ran[0], lambda: ran[1]).values()} == {"pass"}
+    openers = [lambda graph=graph: job(open_session(graph, provider="cuda"), x, "cuda") for graph in (base, release)]
+    assert added_latency(*openers, pairs=20, margin=0.9, provider="CUDAExecutionProvider")["ratio"] > 0
