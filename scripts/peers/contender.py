@@ -84,10 +84,10 @@ def run(*arguments: str, code: str = "", folder: Path | None = None) -> dict[str
 
 
 def telling(output: str) -> str:
-    """The last line that speaks of a difference, an error or a failure; empty if there is none."""
+    """The last line that speaks of a difference, an error or a failure, without its time stamp; empty if there is none."""
     lines = [line.strip() for line in output.splitlines() if "onnxruntime:Default" not in line]
     lines = [line for line in lines if re.search(r"max diff|difference of|differs|\berror\b|Error:|\bfail", line)]
-    return lines[-1][:300] if lines else ""
+    return re.sub(r"^[A-Z]\d{4} .*?\] ", "", lines[-1])[:300] if lines else ""
 
 
 def release_bytes(*paths: Path) -> int:
