@@ -4,7 +4,7 @@ and onnx.reference, which is the specification of the operators as numpy code.""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 

@@ -1,0 +1,156 @@
+"""r1export: the graphs once, a release for the base and one for the task, `r1export verify`, and a signed update.
+
+The task is the scanned digits, for its images and class names; its experts are not trained but given the numbers of the
+LoRA that all contenders merge.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from peers.contender import FIRST_LINEAR, Row, enter, onnx_embeddings, release_bytes, run, timed, versions
+from peers.mapping import rows_of
+from peers.workload import ALPHA, RANK, parity, read_samples
+from r1export import __version__
+from r1export.adapt.experts import eject_experts_, pack_experts, pool_tensors
+from r1export.export.graph import GRAPHS
+from r1export.pipeline.releasing import export
+from r1export.pipeline.stage import Silent, Stage, inject_pools_
+from r1export.pipeline.training import train
+from r1export.pipeline.updating import bundle
+from r1export.recipe import Recipe
+from r1export.run_folder import RunFolder, open_run, read_json
+from r1export.update.container import read_layout, write_tensors
+from r1export.update.envelope import SecretKey
+from r1export.update.factors import Rows
+from r1export.update.publish import Terms
+
+KEY = SecretKey(bytes(range(32)))
+TERMS = Terms("default", "default", created=1_800_000_000)
+VERIFY = "from r1export.cli import main; main()"
+# The program with the scaling counted twice in every merge, in export and in verify.
+TWICE = f"""
+from r1export.update.factors import ExpertUpdate, Factors
+apply = ExpertUpdate.apply
+def faulty(self, base, **options):
+    twice = {{rows: Factors(pair.u * {ALPHA / RANK:.0f}, pair.v) for rows, pair in self.factors.items()}}
+    return apply(ExpertUpdate(twice), base, **options)
+ExpertUpdate.apply = faulty
+"""
+
+
+def build(work: Path) -> Row:
+    folder, seconds = work / "r1export", {}
+    stage = planted_run(work, folder / "run")
+    run_folder, recipe = stage.run, stage.recipe
+    factors = run_folder.task(1, "digits") / "factors.safetensors"
+    factors.rename(factors.with_suffix(".later"))
+    with timed(seconds, "first"):
+        export(fresh(stage))
+    factors.with_suffix(".later").rename(factors)
+    with timed(seconds, "later"):
+        export(fresh(stage))
+    with timed(seconds, "bundle"):
+        bundle(fresh(stage), 1, 0, [KEY], folder / "update.r1u", terms=TERMS)
+    base, release = run_folder.releases(recipe)
+    graphs = {"image_embeds": release / "visual.onnx", "text_embeds": release / "textual.onnx"}
+    return {
+        "versions": {"r1export": __version__} | versions("torch", "open_clip_torch", "onnx", "onnxruntime-gpu", "onnxruntime"),
+        "first_seconds": seconds["first"], "later_seconds": seconds["later"], "bundle_seconds": seconds["bundle"],
+        "release_bytes": release_bytes(*(release / name for name in (*GRAPHS, "visual.safetensors", "textual.safetensors"))),
+        "update_bytes": release_bytes(folder / "update.r1u"), "factor_bytes": release_bytes(factors),
+        "parity": parity(onnx_embeddings(graphs, read_samples(work)), work),
+        "check_on_the_sound_model": verified(run_folder),
+        "faults": faults(work, folder, run_folder),
+        "graphs": {"base": {"graph": str(base / "visual.onnx")}, "adapted": {"graph": str(release / "visual.onnx")}},
+    }  # fmt: skip
+
+
+def planted_run(work: Path, path: Path) -> Stage:
+    """A run whose one task has learned exactly the LoRA of `work`."""
+    recipe = Recipe.model_validate({
+        "base": {"weights": str(work / "open_clip.safetensors"), "config": str(work / "open_clip.json")},
+        "tasks": [{"name": "digits", "source": "builtin:digits"}],
+        "data": {"test_limit": 40, "shots": 4},
+        "pool": {"rank": RANK, "k_train": RANK, "k_merge": RANK, "alpha": ALPHA, "dropout": 0.0},
+    })  # fmt: skip
+    stage = Stage(open_run(path, recipe, resume=False, overwrite=True), recipe, "cpu", Silent())
+    pools = inject_pools_(stage.clip, recipe)
+    for pool in pools.values():
+        pool.reset_(torch.Generator().manual_seed(0))
+    lora = read_lora(work)
+    assert lora.keys() == pools.keys(), "the LoRA and the pools stand beside different linears"
+    for rows, (lora_A, lora_B) in lora.items():
+        pools[rows].lora_A.data.copy_(torch.from_numpy(lora_A))
+        pools[rows].lora_B.data.copy_(torch.from_numpy(lora_B))
+    folder = stage.run.task(1, "digits")
+    folder.mkdir(parents=True)
+    write_tensors(folder / "pool.safetensors", pool_tensors(pools))
+    update = pack_experts(pools)
+    eject_experts_(stage.clip.model)
+    update.write(folder / "factors.safetensors")
+    train(stage)  # measures and records what a trained run has; there is nothing left to learn
+    return stage
+
+
+def fresh(stage: Stage) -> Stage:
+    """The same run as a new process finds it: the base model is loaded again."""
+    return Stage(stage.run, stage.recipe, stage.device, stage.watch)
+
+
+def read_lora(work: Path) -> dict[Rows, tuple[np.ndarray, np.ndarray]]:
+    """PEFT's adapter by open_clip's rows: A (r, in) and B (out, r)."""
+    tensors, found = load_file(work / "adapter" / "adapter_model.safetensors"), {}
+    for name, lora_A in tensors.items():
+        if ".lora_A." in name:
+            lora_B = tensors[name.replace("lora_A", "lora_B")]
+            module = name.removeprefix("base_model.model.").split(".lora_A.")[0]
+            found[Rows(*rows_of(module, len(lora_B)))] = (lora_A, lora_B)
+    return found
+
+
+def faults(work: Path, folder: Path, sound: RunFolder) -> dict[str, Row]:
+    """`r1export verify` on a run whose every merge scales twice, and on one with a weight negated in its release."""
+    found = {}
+    for fault in ("merge", "file"):
+        run_folder = RunFolder(folder / f"fault-{fault}")
+        shutil.copytree(sound.path, run_folder.path, ignore=shutil.ignore_patterns("report.*", "update.r1u"))
+        release = run_folder.releases(run_folder.recipe())[1]
+        if fault == "merge":
+            shutil.rmtree(release)
+            made = run("export", str(run_folder.path), code=TWICE + VERIFY)
+            assert made["exit_code"] == 0, made["said"]
+        else:
+            negate(release / "visual.safetensors")
+        found[fault] = verified(run_folder, TWICE if fault == "merge" else "")
+        graphs = {"image_embeds": release / "visual.onnx", "text_embeds": release / "textual.onnx"}
+        found[fault]["off_by"] = parity(onnx_embeddings(graphs, read_samples(work)), work)
+        shutil.rmtree(run_folder.path)
+    return found
+
+
+def verified(run_folder: RunFolder, plant: str = "") -> Row:
+    """`r1export verify RUN`, and the first reason that its report gives."""
+    found = run("verify", str(run_folder.path), code=plant + VERIFY)
+    reasons = read_json(run_folder.path / "report.json", "")["reasons"] if found["exit_code"] in (0, 1, 4) else []
+    return found | {"said": reasons[0][:300] if reasons else found["said"]}
+
+
+def negate(weights: Path) -> None:
+    """Negate the weight that all contenders get negated, in its place."""
+    name = rows_of(FIRST_LINEAR, 1)[0]
+    spec = read_layout(weights).by_name[name]
+    with open(weights, "r+b") as file:
+        file.seek(spec.offset)
+        value = np.frombuffer(file.read(spec.nbytes), spec.dtype)
+        file.seek(spec.offset)
+        file.write((-value).tobytes())
+
+
+if __name__ == "__main__":
+    enter("r1export", build)
