@@ -166,13 +166,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(opened.nbytes))
         self.end_headers()
+        if self.command == "HEAD":
+            return
         left = opened.nbytes
-        for piece in opened.pieces if self.command == "GET" else ():
+        for piece in opened.pieces:
             self.wfile.write(piece[:left])
             left -= min(left, len(piece))
-        self.close_connection |= (
-            self.command == "GET" and left > 0
-        )  # a file that became shorter: the reader has to notice
+        if left:  # the file became shorter while it was read, which the reader has to notice
+            self.close_connection = True
 
     def _refuse(self) -> None:
         self.send_response(HTTPStatus.METHOD_NOT_ALLOWED)

@@ -301,7 +301,7 @@ def test_a_page_whose_server_is_gone_says_so_and_goes_on(browser, lab, picture: 
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         settle(browser, json.loads(server.stdout.readline())["url"])
         server.send_signal(signal.SIGINT)
-        assert server.wait(10) == 0
+        assert server.wait(30) == 0
     browser.do("page.waitForSelector", "#notice:not([hidden])")
     assert "does not answer" in browser.do("page.innerText", "#notice")
     classify(browser, picture)

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -21,7 +21,7 @@ from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.update.files import sha256_file, write_json
 from r1export.update.release import Release, sealed
 from r1export.web import server as web
-from r1export.web.source import open_source
+from r1export.web.source import Opened, Served, open_source
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +176,8 @@ def test_a_release_that_does_not_hold_is_refused_before_it_is_served(release: Pa
     with open(release / "visual.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\xff")
+    with pytest.raises(CheckFailed, match=r"visual\.safetensors is damaged"):
+        open_source(release)
     done = r1export("serve", release, "--port", 0)
     assert done.returncode == 1
     assert "visual.safetensors is damaged" in done.stderr
@@ -198,6 +200,8 @@ def test_a_damaged_store_is_refused_before_it_is_served(store: Path) -> None:
 
 def test_without_its_runtime_the_page_says_how_to_get_it(lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(web, "VENDORED", tmp_path)
+    with pytest.raises(Unsupported):
+        web.page_files()
     done = r1export("serve", lab.release(1), "--port", 0)
     assert done.returncode == 3
     assert "python scripts/vendor_web.py" in done.stderr
@@ -250,6 +254,12 @@ def test_a_file_that_ends_early_ends_the_connection(lab, store: Path, serve, app
     assert ask(url, "/state.json").status == 200
 
 
+def test_a_file_that_became_shorter_while_it_was_read_ends_the_connection(serving) -> None:
+    served = Served("0" * 64, {"visual.onnx": lambda: nullcontext(Opened(10, [b"only", b" 8"]))})
+    with serving(lambda: served) as url, pytest.raises(http.client.IncompleteRead):
+        ask(url, f"/release/{current(url)}/visual.onnx")
+
+
 def test_the_command_says_where_it_serves_and_ends_with_zero(lab) -> None:
     if not (Path(web.__file__).parent / "vendor" / web.VENDOR[0]).is_file():
         pytest.skip("no onnxruntime-web: python scripts/vendor_web.py, which needs npm")
@@ -258,6 +268,6 @@ def test_the_command_says_where_it_serves_and_ends_with_zero(lab) -> None:
         url = json.loads(process.stdout.readline())["url"]
         assert current(url) == sha256_file(lab.release(1) / "manifest.json")
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0
         assert process.stdout.read() == ""
         assert url in process.stderr.read()
