@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -405,6 +405,28 @@ def device(context: typer.Context) -> None:
     from r1export.device.__main__ import main as run_verb
 
     raise typer.Exit(run_verb(context.args or ["--help"], program="r1export device"))
+
+
+@app.command()
+def serve(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="RELEASE|STORE", help="A release folder, or a device's store: its current version."),
+    ],
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")
+    ] = 8000,
+    as_json: Json = False,
+) -> None:
+    """Serve a page on this machine that tests a release in the browser and classifies pictures with it."""
+    with _terminal(as_json) as terminal:
+        from r1export.web.server import Server
+        from r1export.web.source import open_source
+
+        with Server(open_source(path), port) as server, suppress(KeyboardInterrupt):
+            terminal.say(f"Serving {path} at {server.url} until Ctrl-C")
+            terminal.line({"url": server.url})
+            server.serve_forever()
 
 
 @app.callback(invoke_without_command=True)

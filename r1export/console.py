@@ -64,6 +64,11 @@ class Terminal:
         if self.as_json:
             print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
+    def line(self, value: Any) -> None:
+        """One JSON document on one line of stdout, at once: for a command that goes on."""
+        if self.as_json:
+            print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """First column to the left, the others to the right."""
         table = Table(

@@ -1,0 +1,107 @@
+// CLIP's image side in onnxruntime-web: load it from a release, test it, embed pictures, score classes.
+
+import * as ort from "./vendor/ort.wasm.min.mjs";
+import { readTensors } from "./safetensors.js";
+
+const VISUAL = "visual.onnx";
+const WEIGHTS = "visual.safetensors";
+const PREPROCESS = "preprocess.onnx";
+
+/** The image tower of one release, with its class lists and golden samples. */
+export class Clip {
+  /** Throws Refused if a file is not the released one, Error if this browser cannot run it. */
+  static async load(release) {
+    const clip = new Clip();
+    const weights = await release.file(WEIGHTS);
+    clip.visual = await open(await release.file(VISUAL), [{ path: WEIGHTS, data: weights }]);
+    clip.preprocess = release.has(PREPROCESS) ? await open(await release.file(PREPROCESS), []) : null;
+    clip.scale = Math.exp(scalar(weights, release.manifest.tensors.logit_scale));
+    clip.bias = scalar(weights, release.manifest.tensors.logit_bias) ?? 0;
+    clip.golden = readTensors(await release.file("golden.safetensors"));
+    clip.tasks = await classLists(release);
+    return clip;
+  }
+
+  /**
+   * Stored inputs one by one against the stored answers of torch: {maxAbs, minCosine, sameTop1, samples, testMs, passed}.
+   * Top-1 is the same if it is in every class list. `testMs` says little of speed: the browser compiles meanwhile.
+   */
+  async test({ max_abs: maxAbs, min_cosine: minCosine }) {
+    const { pixel_values: pixels, image_embeds: answers } = this.golden;
+    const [samples, width] = answers.shape;
+    const found = { maxAbs: 0, minCosine: 1, sameTop1: 0, samples };
+    const started = performance.now();
+    for (let i = 0; i < samples; i++) {
+      const input = row(pixels.data, i, pixels.data.length / samples);
+      const { embedding } = await this.embed(new ort.Tensor("float32", input, [1, ...pixels.shape.slice(1)]));
+      const expected = row(answers.data, i, width);
+      found.maxAbs = Math.max(found.maxAbs, ...embedding.map((value, j) => Math.abs(value - expected[j])));
+      found.minCosine = Math.min(found.minCosine, cosine(embedding, expected));
+      found.sameTop1 += this.tasks.every((task) => top1(task, embedding) === top1(task, expected));
+    }
+    const passed = samples > 0 && found.maxAbs <= maxAbs && found.minCosine >= minCosine; // NaN is neither
+    return { ...found, testMs: performance.now() - started, passed };
+  }
+
+  /** Prepared pixels of a picture {data, height, width}, and how long that took. */
+  async prepare({ data, height, width }) {
+    if (!this.preprocess) throw new Error("this release has no preprocess.onnx, so pictures cannot be prepared here");
+    const started = performance.now();
+    const { pixel_values: pixels } = await this.preprocess.run({ image: new ort.Tensor("uint8", data, [height, width, 3]) });
+    return { pixels, ms: performance.now() - started };
+  }
+
+  /** The unit-norm embedding of pixels (1, 3, H, W), and how long that took. */
+  async embed(pixels) {
+    const started = performance.now();
+    const { image_embeds: embeds } = await this.visual.run({ pixel_values: pixels });
+    return { embedding: Array.from(embeds.data), ms: performance.now() - started };
+  }
+
+  /**
+   * [{name, logit, share}] of a task's classes, best first: what classify.onnx gives, exp(logit_scale) * cosine + logit_bias,
+   * and its softmax. Computed here because that graph would hold the image tower in memory a second time.
+   */
+  classify(taskName, embedding) {
+    const { classes, embeds } = this.tasks.find((task) => task.name === taskName);
+    const logits = classes.map((_, i) => this.scale * dot(row(embeds, i, embedding.length), embedding) + this.bias);
+    const highest = Math.max(...logits);
+    const total = logits.reduce((sum, logit) => sum + Math.exp(logit - highest), 0);
+    const found = classes.map((name, i) => ({ name, logit: logits[i], share: Math.exp(logits[i] - highest) / total }));
+    return found.sort((a, b) => b.logit - a.logit);
+  }
+}
+
+const open = (graph, externalData) =>
+  ort.InferenceSession.create(graph, { executionProviders: ["wasm"], externalData, logSeverityLevel: 3 });
+
+/** A float32 scalar where the manifest says that it lies; undefined without an entry. */
+function scalar(weights, stored) {
+  if (!stored) return undefined;
+  if (stored.dtype !== "F32" || stored.file !== WEIGHTS) throw new Error(`a scale of the logits in ${stored.dtype} in ${stored.file}`);
+  return new DataView(weights.buffer).getFloat32(stored.offset, true);
+}
+
+async function classLists(release) {
+  const lists = [];
+  for (const { name } of release.manifest.tasks) {
+    const { classes } = await release.json(`classes/${name}.json`);
+    const { class_embeds: embeds } = readTensors(await release.file(`classes/${name}.safetensors`));
+    lists.push({ name, classes, embeds: embeds.data });
+  }
+  return lists;
+}
+
+function top1({ classes, embeds }, embedding) {
+  let best = 0;
+  let highest = -Infinity;
+  for (let i = 0; i < classes.length; i++) {
+    const value = dot(row(embeds, i, embedding.length), embedding);
+    if (value > highest) [best, highest] = [i, value];
+  }
+  return best;
+}
+
+const row = (data, i, width) => data.subarray(i * width, (i + 1) * width);
+const dot = (one, other) => one.reduce((sum, value, i) => sum + value * other[i], 0);
+const cosine = (one, other) => dot(one, other) / Math.sqrt(dot(one, one) * dot(other, other));

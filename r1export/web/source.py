@@ -1,0 +1,131 @@
+"""What is served: a release folder, or whichever version is current in a device's store. Nothing but the files it lists.
+
+Of a store in overlay mode, which keeps kilobytes instead of files, the same bytes are derived from the base as they are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+from r1export.device.install import check_slot
+from r1export.device.session import Version, open_version
+from r1export.device.store import BASE, Store
+from r1export.errors import CheckFailed, InputError
+from r1export.update.files import CHUNK
+from r1export.update.manifest import File
+from r1export.update.release import MANIFEST, Release, manifest_digest
+
+REMEMBERED = 4  # versions whose files can still be asked for after a switch; a page needs one or two
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file's length in bytes and its content, piece by piece."""
+
+    nbytes: int
+    pieces: Iterable[bytes | memoryview]
+
+
+Open = Callable[[], AbstractContextManager[Opened]]
+
+
+@dataclass(frozen=True)
+class Served:
+    """One version: the SHA-256 of its manifest.json, which names it, and how each of its files is opened. No other file can be."""
+
+    sha256: str
+    files: Mapping[str, Open]
+
+
+Source = Callable[[], Served]  # the version that is current now; raises R1ExportError where there is none
+
+
+def open_source(path: Path) -> Source:
+    """The source of a release folder or of a device's store, after a check of all its files.
+
+    Raises:
+        InputError: `path` is neither, or malformed.
+        CheckFailed: a digest does not hold.
+    """
+    if (path / "store.json").is_file():
+        store = Store.open(path)
+        check_slot(store, store.current)
+        return store_source(path)
+    if (path / MANIFEST).is_file():
+        return release_source(path)
+    raise InputError(
+        f"{path} is neither a release nor a device's store: it has no {MANIFEST} and no store.json",
+        "give a folder of RUN/releases, or what `r1export device init` made",
+    )
+
+
+def release_source(path: Path) -> Source:
+    """A release as it is now; a file that is changed later has another digest than the manifest says, and the page refuses it.
+
+    Raises:
+        InputError: it is no release.   CheckFailed: its manifest was edited, or a file is damaged.
+    """
+    folder = path.resolve()
+    release = Release.read(folder)
+    document = json.loads((folder / MANIFEST).read_bytes())
+    if document.get("sha256") != manifest_digest(document):
+        raise CheckFailed(
+            f"{path / MANIFEST} was edited: its digest of itself does not hold", "copy the release again from its run"
+        )
+    release.check()
+    served = Served(release.manifest_sha256, _on_disk(folder, [*release.files, MANIFEST]))
+    return lambda: served
+
+
+def store_source(path: Path) -> Source:
+    """Whatever is current in a store at the moment of asking. Raises InputError if there is no store."""
+
+    @lru_cache(REMEMBERED)
+    def version(slot: str) -> Served:
+        return _of_slot(Store.open(path), slot)
+
+    return lambda: version(Store.open(path).current)
+
+
+def _of_slot(store: Store, slot: str) -> Served:
+    if slot == BASE:
+        base = store.base()
+        return Served(base.manifest_sha256, _on_disk(base.path.resolve(), [*base.files, MANIFEST]))
+    version = open_version(store.path, slot)
+    assert version.bundle is not None
+    files = {file.path: file for file in version.bundle.manifest.files}
+    if MANIFEST not in files:
+        raise InputError(f"version {version.name} has no {MANIFEST}", "bundle a release that has one")
+    if version.files_there:
+        return Served(files[MANIFEST].sha256, _on_disk(version.folder.resolve(), files))
+    derived = {name: partial(_derive, version, file) for name, file in files.items()}
+    return Served(files[MANIFEST].sha256, derived)
+
+
+@contextmanager
+def _derive(version: Version, file: File) -> Iterator[Opened]:
+    yield Opened(file.nbytes, version.chunks(file))
+
+
+def _on_disk(folder: Path, names: Iterable[str]) -> dict[str, Open]:
+    return {name: partial(_read, folder / name) for name in names}
+
+
+@contextmanager
+def _read(path: Path) -> Iterator[Opened]:
+    """A regular file as it is now; `path` is absolute. Raises OSError where a link, a pipe or nothing is in its place."""
+    if path.resolve() != path:
+        raise OSError(f"{path} is a link, or lies behind one")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(f"{path} is no file")
+        yield Opened(found.st_size, iter(partial(file.read, CHUNK), b""))

@@ -1,0 +1,311 @@
+"""The page in a real browser, against onnxruntime's CPU provider on the same release and the same pixels."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from PIL import Image, PngImagePlugin
+from running import reseal
+
+from r1export.device import install, worker
+from r1export.update.container import read_tensors, write_tensors
+from r1export.update.files import sha256_file
+from r1export.update.release import manifest_digest, sealed
+from r1export.web import server as web
+from r1export.web.source import Served, release_source
+
+SETTLED = "#versions > li:first-child .badge:is(.pass, .fail)"
+CLOSE = 1e-4  # of unit-norm embeddings: kernels of another build may add up in another order, which gives some 1e-7
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wider than high, so that it is scaled and cropped, with a gamma that browsers would apply to what they show."""
+    y, x = np.mgrid[0:120, 0:161]
+    disc = (x - 90) ** 2 + (y - 50) ** 2 < 1600
+    pixels = np.stack([x * 255 // 161, np.where(disc, 220, y * 255 // 120), disc * 200], -1).astype(np.uint8)
+    info = PngImagePlugin.PngInfo()
+    info.add(b"gAMA", (100_000).to_bytes(4, "big"))
+    path = tmp_path_factory.mktemp("picture") / "disc.png"
+    Image.fromarray(pixels).save(path, pnginfo=info)
+    return path
+
+
+def answer_of_onnxruntime(release: Path, picture: Path, task: str) -> tuple[np.ndarray, dict[str, float]]:
+    """The embedding (D,) and the logit of each class."""
+
+    def run(graph: str, **feeds: np.ndarray) -> np.ndarray:
+        return ort.InferenceSession(release / graph, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+
+    pixels = run("preprocess.onnx", image=np.asarray(Image.open(picture).convert("RGB")))
+    embeds = read_tensors(release / "classes" / f"{task}.safetensors")["class_embeds"]
+    logits = run("classify.onnx", pixel_values=pixels, class_embeds=embeds)[0]
+    classes = json.loads((release / "classes" / f"{task}.json").read_text())["classes"]
+    return run("visual.onnx", pixel_values=pixels)[0], dict(zip(classes, logits.tolist(), strict=True))
+
+
+def settle(browser, url: str) -> str:
+    """Open the page and wait for the verdict on the version that is served."""
+    browser.do("page.goto", url)
+    browser.do("page.waitForSelector", SETTLED)
+    return browser.do("page.innerText", SETTLED)
+
+
+def classify(browser, picture: Path) -> None:
+    browser.do("page.setInputFiles", "#file", str(picture))
+    browser.do("page.waitForSelector", "#answer:not([hidden])")
+
+
+def lines(browser) -> list[tuple[str, str]]:
+    """Verdict and name of each version that the page has tested, newest first."""
+    code = '[...document.querySelectorAll("#versions > li")].map(li => [li.querySelector(".badge").innerText, li.querySelector(".name").innerText])'
+    return [(verdict, name) for verdict, name in browser.do("evaluate", code)]
+
+
+def saved(browser) -> dict:
+    return json.loads(Path(browser.do("download", "#save")).read_text())
+
+
+def test_the_golden_test_passes_and_the_release_is_shown(browser, lab, serve) -> None:
+    release, manifest = lab.release(2), json.loads((lab.release(2) / "manifest.json").read_text())
+    assert settle(browser, serve(release)) == "Pass"
+    assert browser.do("page.innerText", "h1") == release.name
+    detail = browser.do("page.innerText", "#versions .detail")
+    assert "8 stored samples" in detail
+    assert "same top-1 in 8 of 8" in detail
+    text = browser.do("page.innerText", "#tasks") + browser.do("page.innerText", "#facts")
+    for task in manifest["tasks"]:
+        assert (
+            f"{task['name']}\t{task['classes']}\t{'yes' if task['learned'] else 'no'}\t{100 * task['accuracy']:.1f} %"
+            in text
+        )
+    digests = [sha256_file(release / "manifest.json"), manifest["sha256"], manifest["base"]["sha256"]]
+    assert all(digest in text for digest in [*digests, *(update["sha256"] for update in manifest["updates"])])
+    files = browser.do("page.textContent", "#files")
+    assert all(name in files and entry["sha256"] in files for name, entry in manifest["files"].items())
+    assert browser.do("evaluate", "crossOriginIsolated") is True
+    assert browser.do("problems") == []
+
+
+def test_a_picture_is_classified_as_by_onnxruntime(browser, lab, serve, picture: Path) -> None:
+    settle(browser, serve(lab.release(2)))
+    classify(browser, picture)
+    for task in ("digits", "arrows"):
+        browser.do("page.selectOption", "#task", task)
+        found = saved(browser)
+        embedding, logits = answer_of_onnxruntime(lab.release(2), picture, task)
+        error = np.abs(np.array(found["embedding"]) - embedding).max()
+        assert error < CLOSE
+        assert (found["task"], found["picture"], found["release"]) == (task, "disc.png", lab.release(2).name)
+        scores = {score["name"]: score["logit"] for score in found["scores"]}
+        assert found["scores"][0]["name"] == max(logits, key=logits.get)
+        assert scores == pytest.approx(logits, abs=100 * CLOSE)  # a logit is up to 100 cosines
+        assert sum(score["share"] for score in found["scores"]) == pytest.approx(1)
+        best = browser.do("page.innerText", "#bars li:first-child")
+        assert best.split("\n") == [found["scores"][0]["name"], f"{100 * found['scores'][0]['share']:.1f} %"]
+    assert "161 × 120 pixels: decoded in" in browser.do("page.innerText", "#times")
+    assert browser.do("problems") == []
+
+
+@pytest.mark.parametrize("file", ["visual.safetensors", "manifest.json"])
+def test_a_file_that_was_tampered_with_is_refused_by_digest(browser, release: Path, serve, file: str) -> None:
+    url = serve(release)
+    if file == "manifest.json":
+        document = json.loads((release / file).read_text())
+        (release / file).write_text(json.dumps(sealed(document | {"golden": {"max_abs": 9, "min_cosine": -1}})))
+    else:
+        data = bytearray((release / file).read_bytes())
+        data[-3] ^= 1
+        (release / file).write_bytes(data)
+    assert settle(browser, url) == "Refused"
+    detail = browser.do("page.innerText", "#versions .detail")
+    assert f"{file} is not what was released: its SHA-256 is {sha256_file(release / file)}" in detail
+    assert browser.do("page.isDisabled", "#file")
+    assert browser.do("problems") == []
+
+
+def test_a_manifest_whose_digest_of_itself_does_not_hold_is_refused(browser, release: Path, serving) -> None:
+    """Even where the server would vouch for it."""
+    path = release / "manifest.json"
+    served = release_source(release)()
+    path.write_text(path.read_text().replace('"accuracy": 0.', '"accuracy": 1.'))
+    with serving(lambda: Served(sha256_file(path), served.files)) as url:
+        assert settle(browser, url) == "Refused"
+    assert "its digest of itself says" in browser.do("page.innerText", "#versions .detail")
+
+
+def test_the_digest_of_itself_is_python_s_whatever_stands_in_the_manifest(browser, lab, serve) -> None:
+    odd = {
+        "b": [5e-05, 1e22, 1.0, -0.5, 0, 123456789012, True, None, []],
+        "a": {'ü\u2028"\\\n\x01\x7f': '5e-05, "1": é', "": {}},
+        "sha256": "x",
+    }
+    text = json.dumps(odd, indent=2, ensure_ascii=False)
+    browser.do("page.goto", serve(lab.release(1)))
+    code = """async (text) => { const { sealedContent } = await import("/release.js");
+      const digest = await crypto.subtle.digest("SHA-256", new TextEncoder().encode(sealedContent(text)));
+      return Array.from(new Uint8Array(digest), (byte) => byte.toString(16).padStart(2, "0")).join(""); }"""
+    assert browser.do("evaluate", code, text) == manifest_digest(odd)
+
+
+def test_a_release_that_answers_otherwise_than_its_golden_samples_fails(browser, release: Path, serve) -> None:
+    golden = read_tensors(release / "golden.safetensors")
+    golden["image_embeds"][5, 7] += 2e-4
+    write_tensors(release / "golden.safetensors", golden)
+    reseal(release)
+    assert settle(browser, serve(release)) == "Fail"
+    assert "largest difference 2.0e\u20114" in browser.do("page.innerText", "#versions .detail")
+    assert browser.do("page.isDisabled", "#file")
+
+
+def test_an_update_is_picked_up_without_a_restart(browser, lab, store: Path, serve, apply, picture: Path) -> None:
+    assert settle(browser, serve(store)) == "Pass"
+    classify(browser, picture)
+    apply(store)
+    browser.do("page.waitForSelector", "#versions > li:nth-child(2)")
+    browser.do("page.waitForSelector", SETTLED)
+    (new, new_name), (old, old_name) = lines(browser)
+    assert (new, old) == ("Pass", "Pass")
+    assert new_name == f"{lab.release(1).name}current"
+    assert old_name.startswith(f"{lab.release(0).name}until ")
+    assert browser.do("page.innerText", "h1") == lab.release(1).name
+    browser.do("page.waitForSelector", "#before:not(:empty)")  # the picture is classified again, by the new version
+    found, (embedding, _) = saved(browser), answer_of_onnxruntime(lab.release(1), picture, "digits")
+    assert found["manifest_sha256"] == sha256_file(lab.release(1) / "manifest.json")
+    assert np.abs(np.array(found["embedding"]) - embedding).max() < CLOSE
+    install.rollback(store, run=worker.in_this_process)
+    browser.do("page.waitForSelector", "#versions > li:nth-child(3)")
+    browser.do("page.waitForSelector", SETTLED)
+    assert lines(browser)[0] == ("Pass", f"{lab.release(0).name}current")
+    assert browser.do("problems") == []
+
+
+@pytest.mark.parametrize("store", ["slot"], indirect=True)
+def test_a_version_that_is_refused_takes_no_pictures_from_the_one_before(
+    browser, lab, store: Path, serve, apply, picture: Path
+) -> None:
+    settle(browser, serve(store))
+    classify(browser, picture)
+    apply(store)
+    with open(store / "current" / "visual.safetensors", "r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(bytes(3))
+    browser.do("page.waitForSelector", "#versions > li:nth-child(2)")
+    browser.do("page.waitForSelector", SETTLED)
+    assert [verdict for verdict, _ in lines(browser)] == ["Refused", "Pass"]
+    assert browser.do("page.isDisabled", "#file")
+    assert browser.do("page.isHidden", "#answer")
+
+
+@pytest.mark.parametrize("store", ["slot"], indirect=True)
+def test_a_store_that_cannot_be_read_is_said_to_be_so_until_it_can(browser, store: Path, serve) -> None:
+    settle(browser, serve(store))
+    (store / "current").rename(store / "away")
+    browser.do("page.waitForSelector", "#notice:not([hidden])")
+    assert "names no version" in browser.do("page.innerText", "#notice")
+    (store / "away").rename(store / "current")
+    browser.do("page.waitForSelector", "#notice", {"state": "hidden"})
+    assert len(lines(browser)) == 1
+
+
+def test_what_is_no_picture_is_said_to_be_none(browser, lab, serve, picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("no picture")
+    settle(browser, serve(lab.release(1)))
+    browser.do("page.setInputFiles", "#file", str(tmp_path / "notes.png"))
+    browser.do("until", 'document.querySelector("#hint").innerText.includes("is not a picture")')
+    classify(browser, picture)
+    assert browser.do("page.innerText", "#hint") == "disc.png"
+
+
+def test_a_picture_can_be_dropped_and_pasted(browser, lab, serve, picture: Path) -> None:
+    settle(browser, serve(lab.release(1)))
+    code = """([event, bytes]) => { const files = new DataTransfer();
+      files.items.add(new File([new Uint8Array(bytes)], `${event}.png`, { type: "image/png" }));
+      const Type = event === "paste" ? ClipboardEvent : DragEvent;
+      const made = new Type(event, { clipboardData: files, dataTransfer: files, bubbles: true, cancelable: true });
+      document.body.dispatchEvent(made); return made.defaultPrevented; }"""
+    for event in ("drop", "paste"):
+        prevented = browser.do("evaluate", code, [event, list(picture.read_bytes())])
+        assert prevented or event == "paste"  # else the browser would leave the page for the picture
+        browser.do("until", f'document.querySelector("#hint").innerText === "{event}.png"')
+        browser.do("page.waitForSelector", "#answer:not([hidden])")
+
+
+def test_the_keyboard_reaches_everything_and_shows_where_it_is(browser, lab, serve, picture: Path) -> None:
+    settle(browser, serve(lab.release(2)))
+    classify(browser, picture)
+    reached = []
+    for _ in range(4):
+        browser.do("page.keyboard.press", "Tab")
+        code = """() => { const at = document.activeElement, ring = at.id === "file" ? at.parentElement : at;
+          return [at.id || at.tagName, getComputedStyle(ring).outlineStyle]; }"""
+        reached.append(tuple(browser.do("evaluate", code)))
+    assert reached == [(name, "solid") for name in ("file", "task", "save", "SUMMARY")]
+    browser.do("page.keyboard.press", "Enter")
+    assert browser.do("page.isVisible", "#files")
+    browser.do("page.focus", "#task")
+    browser.do("page.keyboard.press", "ArrowUp")
+    browser.do("until", 'document.querySelector("#task").value === "digits"')
+    browser.do("until", 'document.querySelector("#said").textContent.includes("%")')
+    assert len(browser.do("page.innerText", "#bars").split("\n")) == 2 * 8 + 1  # eight of ten, and that there are more
+
+
+def test_nothing_is_lost_on_a_small_screen(browser, lab, serve, picture: Path) -> None:
+    settle(browser, serve(lab.release(2)))
+    classify(browser, picture)
+    browser.do("page.click", "summary")
+    code = """() => [document.documentElement.scrollWidth, ...[...document.querySelectorAll("body *:not(.unseen)")]
+      .filter((part) => part.getBoundingClientRect().right > innerWidth + 0.5).map((part) => part.tagName + "#" + part.id)]"""
+    for width in (320, 360, 800, 1200):
+        browser.do("page.setViewportSize", {"width": width, "height": 740})
+        assert browser.do("evaluate", code) == [width]
+
+
+def test_dark_where_the_reader_s_system_is_dark_and_readable_in_both(browser, lab, serve) -> None:
+    browser.do("page.goto", serve(lab.release(1)))
+    code = """() => ["#about", "#hint", ".badge", ".badge.pass", "dt"].map((one) => document.querySelector(one)).filter(Boolean).map((part) => {
+      let ground = part; while (getComputedStyle(ground).backgroundColor === "rgba(0, 0, 0, 0)") ground = ground.parentElement;
+      return [getComputedStyle(part).color, getComputedStyle(ground).backgroundColor]; })"""
+    browser.do("page.waitForSelector", SETTLED)
+    for scheme in ("light", "dark"):
+        browser.do("page.emulateMedia", {"colorScheme": scheme})
+        pairs = browser.do("evaluate", code)
+        assert len(pairs) > 3
+        for ink, paper in pairs:
+            assert contrast(ink, paper) >= 4.5, (scheme, ink, paper)  # WCAG 2.2, 1.4.3
+            assert (luminance(paper) < 0.2) == (scheme == "dark")
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of `rgb(r, g, b)`, as WCAG 2.2 defines it."""
+    channels = [int(value) / 255 for value in colour.removeprefix("rgb(").removesuffix(")").split(",")]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(ink: str, paper: str) -> float:
+    low, high = sorted((luminance(ink), luminance(paper)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_a_page_whose_server_is_gone_says_so_and_goes_on(browser, lab, picture: Path) -> None:
+    command = [sys.executable, "-m", "r1export", "serve", lab.release(1), "--port", "0", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        settle(browser, json.loads(server.stdout.readline())["url"])
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
+    browser.do("page.waitForSelector", "#notice:not([hidden])")
+    assert "does not answer" in browser.do("page.innerText", "#notice")
+    classify(browser, picture)
+
+
+def test_the_page_is_small_beside_its_runtime() -> None:
+    assert sum((web.FOLDER / name).stat().st_size for name in web.PAGE) < 40_000
