@@ -100,7 +100,7 @@ class Pool(_Section):
 
 
 class Train(_Section):
-    """Optimisation of one task. Defaults: arXiv 2601.22828."""
+    """Optimisation of one task. Defaults: arXiv 2601.22828, but for `keep` and `consolidate`, which forget less (docs/experiments.md)."""
 
     iterations: int = Field(500, ge=1)
     """Steps per task."""
@@ -120,11 +120,11 @@ class Train(_Section):
     """What the orthogonality loss keeps experts off: what earlier tasks merged, what their inputs span, or nothing."""
     orthogonality_weight: float = Field(0.1, ge=0)
     """Weight of the activation-guided orthogonality loss, from the second task on."""
-    keep: float = Field(0.0, ge=0)
+    keep: float = Field(0.2, ge=0)
     """Weight of the distillation that holds on to what the model said before the task, about its images and reference names; 0 is off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` computes the frozen model under autocast; experts and their optimiser stay in float32."""
-    consolidate: float = Field(1.0, ge=0, le=1)
+    consolidate: float = Field(0.3, ge=0, le=1)
     """Share of the iterations after which the experts with the most votes are fixed and training goes on with them alone; 1 never does."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints inside a task."""

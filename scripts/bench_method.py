@@ -13,14 +13,12 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tomli_w
 
 BASELINES = Path(__file__).parents[1] / "recipes" / "baselines"
 COLUMNS = ("Transfer", "Avg", "Last", "probe", "trainable", "shipped kB", "seconds")
@@ -29,7 +27,7 @@ COLUMNS = ("Transfer", "Avg", "Last", "probe", "trainable", "shipped kB", "secon
 def main() -> None:
     asked = _arguments()
     names = asked.methods or sorted(path.stem for path in BASELINES.glob("*.toml"))
-    asked.out.mkdir(parents=True, exist_ok=True)
+    _lay_over(asked.stream, asked.out)
     jobs = list(product(names, asked.orders, asked.seeds))
     with ThreadPoolExecutor(asked.jobs) as pool:
         found = list(pool.map(lambda job: _train(asked, *job), jobs))
@@ -39,6 +37,14 @@ def main() -> None:
     print(_table(rows))
     text = json.dumps({"stream": str(asked.stream), "set": asked.set, "methods": rows}, indent=2)
     (asked.out / "methods.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _lay_over(stream: Path, out: Path) -> None:
+    """Copies of the baselines that extend `stream` instead of mini-MTIL."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in BASELINES.glob("*.toml"):
+        text = path.read_text(encoding="utf-8")
+        (out / path.name).write_text(text.replace("../mini-mtil.toml", str(stream.resolve())), encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:
@@ -55,10 +61,8 @@ def _arguments() -> argparse.Namespace:
 
 def _train(asked: argparse.Namespace, method: str, order: str, seed: int) -> dict[str, Any]:
     """The figures of one run, trained if it is not there. SystemExit with what the command said if it fails."""
-    recipe, run = asked.out / f"{method}.toml", asked.out / f"{method}-{order}-{seed}"
-    changes = tomllib.loads((BASELINES / f"{method}.toml").read_text(encoding="utf-8"))
-    recipe.write_text(tomli_w.dumps(changes | {"extends": str(asked.stream.resolve())}), encoding="utf-8")
-    command = [sys.executable, "-m", "r1export", "train", recipe, "--out", run, "--resume"]
+    run = asked.out / f"{method}-{order}-{seed}"
+    command = [sys.executable, "-m", "r1export", "train", asked.out / f"{method}.toml", "--out", run, "--resume"]
     command += [part for value in (*asked.set, f"train.seed={seed}") for part in ("--set", value)]
     command += ["--order", "reversed"] if order == "reversed" else []
     if not (run / "metrics.json").exists():

@@ -32,7 +32,7 @@ SPAN = 16  # directions kept of each task's inputs for the input side of orthogo
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Optimisation of one task: AdamW with a cosine schedule. Defaults: arXiv 2601.22828.
+    """Optimisation of one task: AdamW with a cosine schedule. Defaults: arXiv 2601.22828, but for `keep` and `consolidate`.
 
     `loss` is "in-batch" or "all-classes", `orthogonality` "output", "input" or "none", `keep` the weight of the distillation
     loss, `precision` "fp32" or "bf16" (autocast; experts stay in float32).
@@ -46,9 +46,9 @@ class TrainSettings:
     loss: str = "in-batch"
     orthogonality: str = "output"
     orthogonality_weight: float = 0.1
-    keep: float = 0.0
+    keep: float = 0.2
     precision: str = "fp32"
-    consolidate: float = 1.0
+    consolidate: float = 0.3
     checkpoint_every: int = 50
     seed: int = 42
 

@@ -31,7 +31,8 @@ from r1export.adapt.trainer import (
 )
 from r1export.errors import InputError, Unsupported
 
-SETTINGS = TrainSettings(iterations=8, batch_size=8, learning_rate=5e-3, checkpoint_every=3, seed=1)
+PUBLISHED = TrainSettings(consolidate=1.0, keep=0.0, batch_size=8, seed=1)
+SETTINGS = replace(PUBLISHED, iterations=8, learning_rate=5e-3, checkpoint_every=3)
 POOL = PoolSettings(alpha=12.0)
 
 
@@ -78,7 +79,7 @@ def test_training_tells_stripes_across_from_stripes_down(tiny_clip, stripes) -> 
     Four images of each class in a batch of eight cannot be told apart, so the loss ends at log 4.
     """
     test = Pixels(stripes.test, tiny_clip.preprocess)
-    pools, losses = train(tiny_clip, stripes, TrainSettings(iterations=60, batch_size=8, learning_rate=1e-2, seed=1))
+    pools, losses = train(tiny_clip, stripes, replace(PUBLISHED, iterations=60, learning_rate=1e-2))
     for pool in pools.values():
         pool.freeze_()
     tiny_clip.load_(pack_experts(pools).apply(tiny_clip.parameters()))
@@ -94,7 +95,7 @@ def test_only_the_pools_change(tiny_clip, stripes) -> None:
 
 def test_the_same_seed_gives_the_same_experts_bit_for_bit_and_another_seed_others(tiny_clip, stripes) -> None:
     one, other, different = (
-        train(tiny_clip, stripes, TrainSettings(iterations=4, batch_size=8, seed=seed))[0] for seed in (1, 1, 2)
+        train(tiny_clip, stripes, replace(PUBLISHED, iterations=4, seed=seed))[0] for seed in (1, 1, 2)
     )
     assert same(pool_tensors(one), pool_tensors(other))
     assert not same(pool_tensors(one), pool_tensors(different))
@@ -128,16 +129,14 @@ def test_orthogonality_keeps_a_task_off_what_earlier_tasks_merged(tiny_clip, str
     earlier = pack_experts(train(tiny_clip, stripes)[0])
     overlaps = []
     for weight in (0.0, 1.0):
-        settings = TrainSettings(iterations=20, batch_size=8, learning_rate=5e-3, orthogonality_weight=weight, seed=1)
+        settings = replace(PUBLISHED, iterations=20, learning_rate=5e-3, orthogonality_weight=weight)
         pools, _ = train(tiny_clip, stripes, settings, number=2, earlier=earlier)
         overlaps.append(sum(pool.overlap().item() for pool in pools.values()))
     assert overlaps[1] < 0.7 * overlaps[0]
 
 
 def test_after_consolidation_only_the_experts_that_will_be_merged_are_trained(tiny_clip, stripes) -> None:
-    pools, _ = train(
-        tiny_clip, stripes, TrainSettings(iterations=8, batch_size=8, learning_rate=5e-3, consolidate=0.5, seed=1)
-    )
+    pools, _ = train(tiny_clip, stripes, replace(PUBLISHED, iterations=8, learning_rate=5e-3, consolidate=0.5))
     for pool in pools.values():
         assert int(pool.gate.sum()) == pool.settings.k_merge
         assert pool.gate.nonzero()[:, 0].tolist() == pool.selected().tolist()
@@ -147,9 +146,7 @@ def test_after_consolidation_only_the_experts_that_will_be_merged_are_trained(ti
 
 @pytest.mark.parametrize("kill_at", [4, 6])
 def test_a_consolidated_run_resumes_exactly(tiny_clip, stripes, tmp_path, kill_at: int) -> None:
-    settings = TrainSettings(
-        iterations=8, batch_size=8, learning_rate=5e-3, consolidate=0.5, checkpoint_every=1, seed=1
-    )
+    settings = replace(PUBLISHED, iterations=8, learning_rate=5e-3, consolidate=0.5, checkpoint_every=1)
     whole, _ = train(tiny_clip, stripes, settings)
     with pytest.raises(Killed):
         train(tiny_clip, stripes, settings, checkpoint=tmp_path / "c.safetensors", kill_at=kill_at)
@@ -271,7 +268,7 @@ def test_a_batch_is_never_larger_than_the_task() -> None:
 
 
 def test_the_learning_rate_falls_along_a_cosine() -> None:
-    settings = TrainSettings(iterations=100, learning_rate=2e-3, min_learning_rate=1e-6)
+    settings = replace(PUBLISHED, iterations=100, learning_rate=2e-3, min_learning_rate=1e-6)
     rates = [learning_rate(step, settings) for step in range(101)]
     assert rates[0] == 2e-3
     assert rates[100] == pytest.approx(1e-6)
@@ -285,4 +282,4 @@ def test_seeds_of_different_paths_differ() -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_task_by_name(tiny_clip, stripes) -> None:
     with pytest.raises(InputError, match=r"task stripes: the loss is .*learning_rate"):
-        train(tiny_clip, stripes, TrainSettings(iterations=30, batch_size=8, learning_rate=1e30, seed=1))
+        train(tiny_clip, stripes, replace(PUBLISHED, iterations=30, learning_rate=1e30))
