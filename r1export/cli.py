@@ -97,30 +97,23 @@ def _open(
     terminal: Terminal,
 ) -> Stage:
     from r1export.recipe import in_order, load_recipe
-    from r1export.run_folder import RunFolder, check_run, open_run
+    from r1export.run_folder import check_run
 
     recipe = load_recipe(recipe_file, tuple(overrides or ()))
     recipe = in_order(recipe, order) if order else recipe
-    check_run(out, recipe, resume=resume, overwrite=overwrite)
-    from r1export.pipeline import Stage, check_inputs, choose_device, together
+    check_run(out, recipe, resume=resume, overwrite=overwrite)  # before torch is loaded: an error is there at once
+    from r1export.pipeline import open_stage
 
-    stage = Stage(RunFolder(out), recipe, choose_device(device), terminal)
-    together.start(stage.device)  # waits for the other processes of torchrun, so none finds the run of the first
-    check_inputs(stage)
-    if together.is_first():
-        open_run(out, recipe, resume=resume, overwrite=overwrite)
-    together.wait()
-    return stage
+    return open_stage(recipe, out, device=device, resume=resume, overwrite=overwrite, watch=terminal)
 
 
 def _reopen(path: Path, device: Device, terminal: Terminal) -> Stage:
     from r1export.run_folder import RunFolder
 
-    run = RunFolder(path)
-    recipe = run.recipe()
-    from r1export.pipeline import Stage, choose_device
+    RunFolder(path).recipe()  # before torch is loaded
+    from r1export.pipeline import reopen_stage
 
-    return Stage(run, recipe, choose_device(device), terminal)
+    return reopen_stage(path, device=device, watch=terminal)
 
 
 def _finish(report: dict[str, Any]) -> None:
@@ -143,12 +136,10 @@ def run(
         stage = _open(recipe, out, resume, overwrite, device, set, order, terminal)
         from r1export import pipeline
 
-        metrics = pipeline.train(stage)
-        if not pipeline.together.is_first():
+        report = pipeline.carry_out(stage)
+        if not report:
             return
-        pipeline.export(stage)
-        report = pipeline.verify(stage)
-        terminal.accuracy(metrics)
+        terminal.accuracy(report["accuracy"])
         terminal.report(report)
         terminal.say(f"Report: {out / 'report.html'}   Releases: {out / 'releases'}")
         terminal.document(report)

@@ -221,6 +221,9 @@ def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
 
     `extends = "OTHER.toml"` at the top takes another recipe, beside this one, and changes only what is written here.
 
+    >>> load_recipe("recipes/quickstart.toml", ("train.iterations=50",)).train.iterations
+    50
+
     Raises:
         InputError: no such file, not TOML, an unknown key, a wrong type, an impossible value; the message names the key.
     """

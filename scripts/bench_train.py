@@ -4,7 +4,8 @@
 
 ViT-B/32 with random weights, batch 32, both towers, experts beside all 144 linears of the blocks. Contenders:
 
-    ours    one low-rank product per linear, each class of the batch encoded once
+    ours    one low-rank product per linear, each class of the batch encoded once; the published losses
+    keep    the same with train.keep: reference texts are encoded too
     plain   the dense product B diag(g) A per linear, a text encoded for every image: what the formulas say literally
     peft    LoRA of rank 12 by PEFT beside the same 144 linears of transformers' CLIP, classes encoded once as in ours
     floor   forward and input-gradient FLOPs over the rate that a large matrix product reaches here
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1export.adapt.experts import inject_experts_
+from r1export.adapt.knowledge import REFERENCES
 from r1export.adapt.losses import in_batch_loss
 from r1export.adapt.pool import ExpertPool, PoolSettings
 from r1export.adapt.trainer import reset_pools_
@@ -49,23 +52,29 @@ class PlainPool(ExpertPool):
         return F.linear(x, self.lora_B @ torch.diag(gate) @ self.lora_A)
 
 
-def inputs(batch: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (batch, 3, 224, 224), one prompt per class (classes, 77) and the label of each image."""
+def inputs(batch: int, classes: int, references: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (batch, 3, 224, 224), one prompt per class and reference (classes + references, 77), the label of each image."""
     rng = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, 49000, (classes, 77), generator=rng)
+    tokens = torch.randint(1, 49000, (classes + references, 77), generator=rng)
     tokens[:, 10] = 49407
     return torch.randn(batch, 3, 224, 224, generator=rng), tokens, torch.arange(batch) % classes
 
 
-def clip_step(model: nn.Module, parameters: list[nn.Parameter], batch: int, classes: int, per_image: bool) -> Step:
-    pixels, tokens, labels = inputs(batch, classes)
+def clip_step(
+    model: nn.Module, parameters: list[nn.Parameter], batch: int, classes: int, *, per_image: bool, references: int
+) -> Step:
+    pixels, tokens, labels = inputs(batch, classes, references)
+    known = torch.randn(batch, references).softmax(1) if references else None
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)
     model.train()
 
     def step() -> None:
         image = model.encode_image(pixels, normalize=True)
         text = model.encode_text(tokens[labels] if per_image else tokens, normalize=True)
-        loss = in_batch_loss(100 * image @ (text[:classes] if per_image else text).T, labels)
+        loss = in_batch_loss(100 * image @ text[:classes].T, labels)
+        if known is not None:
+            found = (100 * image @ text[classes:].T).log_softmax(1)
+            loss = loss + 0.2 * F.kl_div(found, known, reduction="batchmean")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -73,7 +82,7 @@ def clip_step(model: nn.Module, parameters: list[nn.Parameter], batch: int, clas
     return step
 
 
-def ours(batch: int, classes: int, plain: bool = False) -> Step:
+def ours(batch: int, classes: int, *, plain: bool = False, references: int = 0) -> Step:
     import open_clip
 
     model = open_clip.create_model("ViT-B-32", load_weights=False).requires_grad_(False)
@@ -84,7 +93,7 @@ def ours(batch: int, classes: int, plain: bool = False) -> Step:
             pool.__class__ = PlainPool
     parameters = [parameter for pool in pools.values() for parameter in pool.parameters()]
     assert len(pools) == 144
-    return clip_step(model, parameters, batch, classes, per_image=plain)
+    return clip_step(model, parameters, batch, classes, per_image=plain, references=references)
 
 
 def peft(batch: int, classes: int) -> Step:
@@ -112,7 +121,12 @@ def peft(batch: int, classes: int) -> Step:
     return step
 
 
-CONTENDERS = {"ours": ours, "plain": lambda batch, classes: ours(batch, classes, plain=True), "peft": peft}
+CONTENDERS = {
+    "ours": ours,
+    "keep": partial(ours, references=REFERENCES),
+    "plain": partial(ours, plain=True),
+    "peft": peft,
+}
 
 
 def floor(batch: int, classes: int) -> dict[str, float]:
@@ -158,7 +172,7 @@ def main() -> None:
         step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return
-    names = ["ours", "plain"]
+    names = ["ours", "keep", "plain"]
     try:
         import peft  # noqa: F401
 

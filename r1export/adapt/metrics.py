@@ -27,6 +27,9 @@ def stream_metrics(accuracy: Sequence[Sequence[float]]) -> StreamMetrics:
     Transfer = mean over j >= 2 of mean over i < j of a[i][j]: what earlier tasks do to tasks not yet learned.
     Avg = mean of all a[i][j]. Last = mean_j a[T][j].
     Forgetting of task j = best a[i][j] from when it was learned on, minus a[T][j].
+
+    >>> stream_metrics([[1.0, 0.5], [0.75, 1.0]])
+    StreamMetrics(transfer=0.5, avg=0.8125, last=0.875, forgetting=(0.25, 0.0))
     """
     a = np.asarray(accuracy, np.float64)
     if a.ndim != 2 or a.shape[0] != a.shape[1] or not len(a):

@@ -48,7 +48,11 @@ class PoolSettings:
 
 
 def top_experts(votes: Tensor, k: int) -> Tensor:
-    """Indices of the k highest votes, ascending; a tie goes to the lower index. `votes` (r,) -> int64 (k,)."""
+    """Indices of the k highest votes, ascending; a tie goes to the lower index. `votes` (r,) -> int64 (k,).
+
+    >>> top_experts(torch.tensor([1, 5, 5, 0, 5]), 2)
+    tensor([1, 2])
+    """
     return torch.sort(votes, descending=True, stable=True).indices[:k].sort().values
 
 

@@ -30,7 +30,11 @@ _ROWS = re.compile(r"(.+)\[(0|[1-9][0-9]{0,8}):([1-9][0-9]{0,8})\]")
 
 @dataclass(frozen=True, order=True)
 class Rows:
-    """The rows `start:stop` of one parameter: an adapted linear. `Rows.parse(str(rows)) == rows`."""
+    """The rows `start:stop` of one parameter: an adapted linear. `Rows.parse(str(rows)) == rows`.
+
+    >>> str(Rows("attn.in_proj_weight", 0, 512))
+    'attn.in_proj_weight[0:512]'
+    """
 
     parameter: str
     start: int
@@ -91,6 +95,11 @@ class ExpertUpdate:
 
     Laws: `stack([x]).apply(W) == x.apply(W)`; `stack` is associative; `read(write(x)) == x`;
     the result does not depend on `block_rows`.
+
+    >>> one = Factors(u=np.float32([[1], [2]]), v=np.float32([[3, 4]]))
+    >>> ExpertUpdate({Rows("w", 0, 2): one}).apply({"w": np.ones((2, 2), np.float32)})["w"]
+    array([[4., 5.],
+           [7., 9.]], dtype=float32)
     """
 
     factors: Mapping[Rows, Factors]
