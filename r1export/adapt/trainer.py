@@ -71,6 +71,13 @@ class _Progress:
     step: int = 0
     losses: list[float] = field(default_factory=list)
 
+    def add(self, loss: float, task: Task) -> None:
+        """One more step. Raises InputError if its loss is not finite."""
+        self.step += 1
+        self.losses.append(loss)
+        if not math.isfinite(loss):
+            raise InputError(f"task {task.name}: the loss is {loss} at step {self.step}", "lower train.learning_rate")
+
 
 def seed_of(seed: int, *path: int) -> int:
     """An independent 63-bit seed for each path of small integers below `seed`."""
@@ -140,36 +147,21 @@ def train_pools_(
     if checkpoint is not None and checkpoint.exists():
         progress = _load_checkpoint_(checkpoint, pools, optimizer)
     clip.model.train()
-    encode = together.encoders(clip, pools)
+    lesson = _Lesson(clip, together.encoders(clip, pools), pools, task, train, prompts, settings, number, knowledge)
     while progress.step < settings.iterations:
         started = time.perf_counter()
         if progress.step >= settings.consolidate * settings.iterations:
             _consolidate_(pools)
-        torch.manual_seed(seed_of(settings.seed, number, 2, progress.step))  # dropout
-        parts = together.shares(batch_indices(len(train), settings.batch_size, progress.step, settings.seed, number))
-        batch = _Batch(
-            train.batch(together.own(parts)),
-            np.concatenate(parts),
-            task,
-            seed_of(settings.seed, number, 4, progress.step),
-        )
-        with torch.autocast(clip.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss, kept = _losses(clip, encode, batch, prompts, settings, knowledge)
-        extra = _extra_loss(pools, settings) if number > 1 else loss.new_zeros(())
+        losses = lesson.losses(progress.step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress.step, settings)
         optimizer.zero_grad()
-        (loss + extra + kept).backward()
+        torch.stack(losses).sum().backward()
         optimizer.step()
         _shrink_(pools, progress.step / settings.iterations)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise InputError(
-                f"task {task.name}: the loss is {value} at step {progress.step + 1}", "lower train.learning_rate"
-            )
-        progress.step += 1
-        progress.losses.append(value)
-        on_step(Step(progress.step, value, extra.item(), kept.item(), time.perf_counter() - started))
+        loss, extra, kept = (value.item() for value in losses)
+        progress.add(loss, task)
+        on_step(Step(progress.step, loss, extra, kept, time.perf_counter() - started))
         if checkpoint is not None and progress.step % settings.checkpoint_every == 0 and together.is_first():
             _write_checkpoint(checkpoint, pools, optimizer, progress)
     clip.model.eval()
@@ -184,12 +176,6 @@ def _consolidate_(pools: Pools) -> None:
     for pool in pools.values():
         if pool.gate is None:
             pool.freeze_()
-
-
-def _extra_loss(pools: Pools, settings: TrainSettings) -> Tensor:
-    if settings.orthogonality == "none" or not pools:
-        return torch.zeros(())
-    return orthogonality_loss(pools.values(), settings.orthogonality) * settings.orthogonality_weight
 
 
 def _shrink_(pools: Pools, share: float) -> None:
@@ -221,32 +207,53 @@ def task_prompts(clip: Clip, task: Task, seed: int, number: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """One step's images: the pixels of this process, the numbers of all in their task, and what draws reference texts."""
+class _Lesson:
+    """What stays the same over the steps of one task, and what one step is taught by."""
 
-    pixels: Tensor
-    images: np.ndarray
+    clip: Clip
+    encode: nn.Module
+    pools: Pools
     task: Task
-    seed: int
+    train: Pixels
+    prompts: Tensor
+    settings: TrainSettings
+    number: int
+    knowledge: Knowledge | None
 
+    def losses(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The supervised loss and the weighted losses of orthogonality and distillation, float32 scalars."""
+        settings, device = self.settings, self.clip.device
+        torch.manual_seed(self._seed(2, step))  # dropout
+        parts = together.shares(batch_indices(len(self.train), settings.batch_size, step, settings.seed, self.number))
+        pixels, images = self.train.batch(together.own(parts)), np.concatenate(parts)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            supervised, kept = self._contrast(pixels, images, self._seed(4, step))
+        apart = supervised.new_zeros(())
+        if self.number > 1 and self.pools and settings.orthogonality != "none":
+            apart = orthogonality_loss(self.pools.values(), settings.orthogonality) * settings.orthogonality_weight
+        return supervised, apart, kept
 
-def _losses(
-    clip: Clip, encode: nn.Module, batch: _Batch, prompts: Tensor, settings: TrainSettings, knowledge: Knowledge | None
-) -> tuple[Tensor, Tensor]:
-    """The supervised loss and the weighted distillation loss. Each class is encoded once, however many images share it:
-    those of the batch, or all of the task."""
-    labels = torch.from_numpy(batch.task.train.labels[batch.images]).to(clip.device)
-    everything = settings.loss == "all-classes"
-    present, positions = (slice(None), labels) if everything else labels.unique(return_inverse=True)
-    classes = prompts[present]
-    drawn = None if knowledge is None else knowledge.draw(batch.seed)
-    image, text = encode(batch.pixels, classes if knowledge is None else torch.cat([classes, knowledge.tokens[drawn]]))
-    image, scale = together.gathered(image), clip.model.logit_scale.exp()
-    logits = (scale * image @ text[: len(classes)].T).float()
-    supervised = (F.cross_entropy if everything else in_batch_loss)(logits, positions)
-    if knowledge is None or drawn is None:
-        return supervised, supervised.new_zeros(())
-    return supervised, settings.keep * knowledge.loss(image, text[len(classes) :], batch.images, drawn, scale)
+    def _contrast(self, pixels: Tensor, images: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
+        """The losses between images and texts. Each class is encoded once, however many images share it: those of the
+        batch, or all of the task."""
+        labels = torch.from_numpy(self.task.train.labels[images]).to(self.clip.device)
+        everything = self.settings.loss == "all-classes"
+        present, positions = (slice(None), labels) if everything else labels.unique(return_inverse=True)
+        classes, drawn = self.prompts[present], np.zeros(0, np.int64)
+        tokens = classes
+        if self.knowledge is not None:
+            drawn = self.knowledge.draw(seed)
+            tokens = torch.cat([classes, self.knowledge.tokens[drawn]])
+        image, text = self.encode(pixels, tokens)
+        image, scale = together.gathered(image), self.clip.model.logit_scale.exp()
+        logits = (scale * image @ text[: len(classes)].T).float()
+        supervised = (F.cross_entropy if everything else in_batch_loss)(logits, positions)
+        if self.knowledge is None:
+            return supervised, supervised.new_zeros(())
+        return supervised, self.settings.keep * self.knowledge.loss(image, text[len(classes) :], images, drawn, scale)
+
+    def _seed(self, *path: int) -> int:
+        return seed_of(self.settings.seed, self.number, *path)
 
 
 def _write_checkpoint(path: Path, pools: Pools, optimizer: torch.optim.Optimizer, progress: _Progress) -> None:
