@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -98,6 +100,28 @@ def serve() -> Iterator[Callable[[Path], str]]:
     """Serves a release or a store until the test ends, and gives its URL."""
     with ExitStack() as stack:
         yield lambda path: stack.enter_context(_serving(open_source(path)))
+
+
+@contextmanager
+def _command(*arguments: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    command = [sys.executable, "-m", "r1export", "serve", *map(str, arguments), "--port", "0", "--json"]
+
+    def hear_interrupts() -> None:  # which a shell's background jobs, and so what they start, ignore
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+    ) as process:
+        try:
+            yield json.loads(process.stdout.readline())["url"], process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def command() -> Callable[..., AbstractContextManager[tuple[str, subprocess.Popen[str]]]]:
+    """`r1export serve` as a process while a block runs: its URL, and the process."""
+    return _command
 
 
 def missing() -> str:

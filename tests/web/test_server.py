@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import closing, nullcontext
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -260,12 +258,10 @@ def test_a_file_that_became_shorter_while_it_was_read_ends_the_connection(servin
         ask(url, f"/release/{current(url)}/visual.onnx")
 
 
-def test_the_command_says_where_it_serves_and_ends_with_zero(lab) -> None:
+def test_the_command_says_where_it_serves_and_ends_with_zero(lab, command) -> None:
     if not (Path(web.__file__).parent / "vendor" / web.VENDOR[0]).is_file():
         pytest.skip("no onnxruntime-web: python scripts/vendor_web.py, which needs npm")
-    command = [sys.executable, "-m", "r1export", "serve", lab.release(1), "--port", "0", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        url = json.loads(process.stdout.readline())["url"]
+    with command(lab.release(1)) as (url, process):
         assert current(url) == sha256_file(lab.release(1) / "manifest.json")
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0

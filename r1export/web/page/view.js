@@ -47,7 +47,7 @@ export function settle(line, word, detail) {
 export function testDetail({ samples, sameTop1, maxAbs, minCosine, testMs, loadMs }, limits) {
   return `${samples} stored samples: largest difference ${power(maxAbs, 1)} (limit ${power(limits.max_abs)}), ` +
     `lowest cosine ${minCosine.toFixed(7)} (limit ${limits.min_cosine}), same top-1 in ${sameTop1} of ${samples}. ` +
-    `Loaded in ${seconds(loadMs)}, tested in ${seconds(testMs)}.`;
+    `Loaded in ${seconds(loadMs)}, tested in ${milliseconds(testMs)}.`;
 }
 
 /** Name, tasks and digests of the release that `manifest` describes; `sha256` is the manifest's own. */
