@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from r1export.adapt.knowledge import recall
 from r1export.errors import InputError, Unsupported
-from r1export.pipeline import Silent, Stage, check_inputs, choose_device
+from r1export.pipeline import Silent, Stage, check_inputs, choose_device, training
 from r1export.pipeline.training import train
 from r1export.recipe import Recipe
 from r1export.run_folder import RunFolder, check_run, open_run
@@ -52,6 +53,24 @@ def test_a_run_stopped_between_tasks_goes_on_with_the_second(recipe, tmp_path) -
     assert (tmp_path / "cut/tasks/01-digits/factors.safetensors").stat().st_mtime_ns == kept
     second = "tasks/02-arrows/factors.safetensors"
     assert (tmp_path / "cut" / second).read_bytes() == (tmp_path / "whole" / second).read_bytes()
+
+
+def test_a_run_holds_on_to_what_was_said_of_imagenets_names_and_of_earlier_tasks(recipe, tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def listening(clip, train, wanted, names, on_batch):
+        asked.append(names)
+        return recall(clip, train, wanted, names, on_batch)
+
+    monkeypatch.setattr(training, "recall", listening)
+    factors = []
+    for keep in (0.0, 5.0):
+        held = recipe.model_copy(update={"train": recipe.train.model_copy(update={"keep": keep})})
+        train(stage_of(held, tmp_path / str(keep)))
+        factors.append((tmp_path / str(keep) / "tasks/01-digits/factors.safetensors").read_bytes())
+    assert factors[0] != factors[1]
+    assert [len(names) for names in asked] == [998, 998 + 10]
+    assert asked[1][-10:] == stage_of(recipe, tmp_path / "other").tasks[0].classes
 
 
 def test_a_run_cannot_go_on_from_another_base(recipe, tmp_path) -> None:

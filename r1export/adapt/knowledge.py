@@ -10,7 +10,7 @@ the form of LwF-VR (arXiv 2303.06628), whose texts are random sentences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ from r1export.adapt.clip import Clip
 from r1export.adapt.pixels import Pixels
 
 REFERENCES = 32  # texts a step is held to: as many as a batch has images
-_BATCH = 64
+BATCH = 64  # names or images embedded at a time
 
 
 @dataclass(frozen=True)
@@ -45,23 +45,33 @@ class Knowledge:
         return F.kl_div(found.float().log_softmax(1), known.float().softmax(1), reduction="batchmean")
 
 
+def reference_names(learned: Sequence[str] = ()) -> tuple[str, ...]:
+    """ImageNet's class names and `learned`, those of earlier tasks, each once."""
+    return tuple(dict.fromkeys((*IMAGENET_CLASSNAMES, *learned)))
+
+
 @torch.no_grad()
 def recall(
     clip: Clip,
     train: Pixels,
     wanted: np.ndarray,
-    learned: Sequence[str] = (),
+    names: Sequence[str],
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Knowledge:
-    """What the model as it stands says about the training images `wanted`, int64 (n,), and the reference texts.
+    """What the model as it stands says about the training images `wanted`, int64 (n,), and texts with `names`.
 
-    `learned` are the class names of earlier tasks. Embeddings of images that are not wanted stay zero. Always in the same
-    batches, so that a resumed run holds on to the very same.
+    Embeddings of images that are not wanted stay zero. Always in the same batches, so that a resumed run holds on to the
+    very same: `on_batch` is called after each of BATCH names or images.
     """
     clip.model.eval()
-    tokens = clip.tokenize([f"a photo of a {name}." for name in dict.fromkeys((*IMAGENET_CLASSNAMES, *learned))])
-    texts = torch.cat([clip.encode_text(part) for part in tokens.split(_BATCH)])
-    images = texts.new_zeros(len(train), texts.shape[1])
-    for start in range(0, len(wanted), _BATCH):
-        part = wanted[start : start + _BATCH]
+    tokens = clip.tokenize([f"a photo of a {name}." for name in names])
+    texts = []
+    for part in tokens.split(BATCH):
+        texts.append(clip.encode_text(part))
+        on_batch()
+    images = texts[0].new_zeros(len(train), texts[0].shape[1])
+    for start in range(0, len(wanted), BATCH):
+        part = wanted[start : start + BATCH]
         images[part] = clip.encode_image(train.batch(part))
-    return Knowledge(images, texts, tokens)
+        on_batch()
+    return Knowledge(images, torch.cat(texts), tokens)

@@ -18,7 +18,7 @@ from r1export.adapt.baselines import fine_tune_
 from r1export.adapt.clip import digest, licence
 from r1export.adapt.evaluate import accuracy, all_classes
 from r1export.adapt.experts import eject_experts_, pack_experts, pool_tensors, remember_, widen_spans_
-from r1export.adapt.knowledge import Knowledge, recall
+from r1export.adapt.knowledge import BATCH, Knowledge, recall, reference_names
 from r1export.adapt.metrics import stream_metrics
 from r1export.adapt.tasks import Task
 from r1export.adapt.trainer import (
@@ -120,13 +120,14 @@ def _learn(stage: Stage, number: int, task: Task, earlier: list[ExpertUpdate], f
     folder.mkdir(parents=True, exist_ok=True)
     learn = _fine_tune if recipe.train.method == "full" else _teach_pools
     title = f"Task {number} of {len(stage.tasks)}: {task.name}"
+    knowledge = _recall(stage, number, task, title) if recipe.train.keep else None
     with stage.watch.track(title, recipe.train.iterations) as advance, step_log(stage, number) as log:
 
         def on_step(step: Step) -> None:
             advance(_note(step, recipe))
             log(step)
 
-        losses, update, trainable = learn(stage, number, task, earlier, folder, on_step)
+        losses, update, trainable = learn(stage, number, task, earlier, folder, on_step, knowledge)
     if not together.is_first():
         return
     write_json(
@@ -143,10 +144,15 @@ Learned = tuple[list[float], ExpertUpdate, int]
 
 
 def _teach_pools(
-    stage: Stage, number: int, task: Task, earlier: list[ExpertUpdate], folder: Path, on_step: Callable[[Step], None]
+    stage: Stage,
+    number: int,
+    task: Task,
+    earlier: list[ExpertUpdate],
+    folder: Path,
+    on_step: Callable[[Step], None],
+    knowledge: Knowledge | None,
 ) -> Learned:
     recipe, settings = stage.recipe, _settings(stage.recipe)
-    knowledge = _recall(stage, number, task)
     pools = inject_pools_(stage.clip, recipe)
     try:
         reset_pools_(pools, recipe.train.seed, number)
@@ -171,12 +177,14 @@ def _teach_pools(
         eject_experts_(stage.clip.model)
 
 
-def _recall(stage: Stage, number: int, task: Task) -> Knowledge | None:
-    """What the model says before task `number`, if the recipe holds on to it."""
-    if not stage.recipe.train.keep:
-        return None
-    train, learned = stage.trains[task.name], [name for old in stage.tasks[: number - 1] for name in old.classes]
-    return recall(stage.clip, train, visited(len(train), _settings(stage.recipe), number), learned)
+def _recall(stage: Stage, number: int, task: Task, title: str) -> Knowledge:
+    """What the model says before task `number`, which training then holds on to."""
+    train = stage.trains[task.name]
+    wanted = visited(len(train), _settings(stage.recipe), number)
+    names = reference_names([name for old in stage.tasks[: number - 1] for name in old.classes])
+    batches = sum(-(-len(some) // BATCH) for some in (names, wanted))
+    with stage.watch.track(f"{title}: what the model knows before", batches) as advance:
+        return recall(stage.clip, train, wanted, names, advance)
 
 
 def _trained(pools: Pools) -> list[nn.Parameter]:
@@ -185,11 +193,17 @@ def _trained(pools: Pools) -> list[nn.Parameter]:
 
 
 def _fine_tune(
-    stage: Stage, number: int, task: Task, earlier: list[ExpertUpdate], folder: Path, on_step: Callable[[Step], None]
+    stage: Stage,
+    number: int,
+    task: Task,
+    earlier: list[ExpertUpdate],
+    folder: Path,
+    on_step: Callable[[Step], None],
+    knowledge: Knowledge | None,
 ) -> Learned:
     losses, update = fine_tune_(
         stage.clip, task, stage.trains[task.name], _settings(stage.recipe), number=number, on_step=on_step,
-        knowledge=_recall(stage, number, task),
+        knowledge=knowledge,
     )  # fmt: skip
     return losses, update, sum(p.numel() for p in stage.clip.model.parameters() if p.ndim)
 

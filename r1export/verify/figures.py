@@ -30,6 +30,8 @@ def percent(value: float | None, digits: int = 1) -> str:
     if value is None:
         return MISSING
     text = f"{100 * value:.{digits}f}"
+    if float(text) == 0:
+        text = text.removeprefix("-")
     if value < 1 and float(text) == 100:
         text = f"{100 - 10**-digits:.{digits}f}"
     return f"{text} %".replace("-", MINUS)

@@ -28,7 +28,7 @@ PROVIDERS = {
     "reference": "onnx.reference",
 }
 UNTIMED = ("reference",)  # numpy code that was written to be read
-ONE_LEVEL = ("openvino", "reference")  # nobody can turn their optimiser down, or they have none
+APART = ("openvino", "reference")  # none of onnxruntime's; nobody can turn their optimiser down, or they have none
 EXACT = {"cuda": {"use_tf32": "0"}}  # TF32 keeps ten bits of each factor: its error hides what parity looks for
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 
@@ -56,7 +56,7 @@ def check_provider(provider: str) -> None:
         raise Unsupported(f"no provider {provider!r}", f"known: {', '.join(PROVIDERS)}")
     if provider == "openvino" and not openvino.installed():
         raise Unsupported("OpenVINO is not installed", "pip install r1export[openvino]")
-    if provider not in ("openvino", "reference") and PROVIDERS[provider] not in ort.get_available_providers():
+    if provider not in APART and PROVIDERS[provider] not in ort.get_available_providers():
         raise Unsupported(
             f"onnxruntime {ort.__version__} has no {PROVIDERS[provider]} here",
             f"available: {', '.join(ort.get_available_providers())}",
@@ -65,7 +65,7 @@ def check_provider(provider: str) -> None:
 
 def levels(provider: str) -> tuple[str, ...]:
     """The levels of graph optimisation at which a provider can be run."""
-    return ("all",) if provider in ONE_LEVEL else tuple(LEVELS)
+    return ("all",) if provider in APART else tuple(LEVELS)
 
 
 def provider_options(provider: str, weights_digest: str, cache: Path | None) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def open_session(
         CheckFailed: the runtime refuses the model.
     """
     details = provider_options(provider, weights_digest, cache)
-    if provider not in ("openvino", "reference"):
+    if provider not in APART:
         return start(graph, session_options(level, threads), provider, details)
     check_provider(provider)
     try:

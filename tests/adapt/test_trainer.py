@@ -15,7 +15,7 @@ from r1export.adapt.experts import (
     remember_,
     widen_spans_,
 )
-from r1export.adapt.knowledge import recall
+from r1export.adapt.knowledge import recall, reference_names
 from r1export.adapt.pixels import Pixels
 from r1export.adapt.pool import PoolSettings
 from r1export.adapt.trainer import (
@@ -42,7 +42,9 @@ class Killed(Exception):
 
 def train(clip, task, settings=SETTINGS, *, number=1, earlier=None, checkpoint=None, kill_at=None):
     pixels = Pixels(task.train, clip.preprocess)
-    knowledge = recall(clip, pixels, visited(len(pixels), settings, number)) if settings.keep else None
+    knowledge = (
+        recall(clip, pixels, visited(len(pixels), settings, number), reference_names()) if settings.keep else None
+    )
     pools = inject_experts_(clip.model, POOL)
     reset_pools_(pools, settings.seed, number)
     if earlier:
