@@ -4,10 +4,13 @@
 
 ViT-B/32 with random weights, batch 32, both towers, experts beside all 144 linears of the blocks. Contenders:
 
-    ours    one low-rank product per linear, each class of the batch encoded once; the published losses
+    ours    one low-rank product per linear, each class of the batch encoded once, up to the end of the longest text;
+            the published losses
     keep    the same with train.keep: reference texts are encoded too
+    whole   ours with texts of 77 tokens
     plain   the dense product B diag(g) A per linear, a text encoded for every image: what the formulas say literally
-    peft    LoRA of rank 12 by PEFT beside the same 144 linears of transformers' CLIP, classes encoded once as in ours
+    peft    LoRA of rank 12 by PEFT beside the same 144 linears of transformers' CLIP, classes encoded once and
+            filled up to the longest only, as in ours
     floor   forward and input-gradient FLOPs over the rate that a large matrix product reaches here
 
 Steps are interleaved in random order; peak memory is measured with each contender in a process of its own.
@@ -23,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -35,11 +39,13 @@ from r1export.adapt.experts import inject_experts_
 from r1export.adapt.knowledge import REFERENCES
 from r1export.adapt.losses import in_batch_loss
 from r1export.adapt.pool import ExpertPool, PoolSettings
+from r1export.adapt.texts import short_texts
 from r1export.adapt.trainer import reset_pools_
 from r1export.verify.latency import time_rounds
 from r1export.verify.statistics import paired_ratio
 
 RANK = 12
+END = 10  # the position at which a prompt of a few words ends
 Step = Callable[[], None]
 
 
@@ -56,12 +62,19 @@ def inputs(batch: int, classes: int, references: int = 0) -> tuple[Tensor, Tenso
     """Images (batch, 3, 224, 224), one prompt per class and reference (classes + references, 77), the label of each image."""
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, 49000, (classes + references, 77), generator=rng)
-    tokens[:, 10] = 49407
+    tokens[:, END] = 49407
     return torch.randn(batch, 3, 224, 224, generator=rng), tokens, torch.arange(batch) % classes
 
 
 def clip_step(
-    model: nn.Module, parameters: list[nn.Parameter], batch: int, classes: int, *, per_image: bool, references: int
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    batch: int,
+    classes: int,
+    *,
+    plain: bool,
+    whole: bool,
+    references: int,
 ) -> Step:
     pixels, tokens, labels = inputs(batch, classes, references)
     known = torch.randn(batch, references).softmax(1) if references else None
@@ -70,7 +83,8 @@ def clip_step(
 
     def step() -> None:
         image = model.encode_image(pixels, normalize=True)
-        text = model.encode_text(tokens[labels] if per_image else tokens, normalize=True)
+        with nullcontext() if plain or whole else short_texts(model):
+            text = model.encode_text(tokens[labels] if plain else tokens, normalize=True)
         loss = in_batch_loss(100 * image @ text[:classes].T, labels)
         if known is not None:
             found = (100 * image @ text[classes:].T).log_softmax(1)
@@ -82,7 +96,7 @@ def clip_step(
     return step
 
 
-def ours(batch: int, classes: int, *, plain: bool = False, references: int = 0) -> Step:
+def ours(batch: int, classes: int, *, plain: bool = False, whole: bool = False, references: int = 0) -> Step:
     import open_clip
 
     model = open_clip.create_model("ViT-B-32", load_weights=False).requires_grad_(False)
@@ -93,7 +107,7 @@ def ours(batch: int, classes: int, *, plain: bool = False, references: int = 0) 
             pool.__class__ = PlainPool
     parameters = [parameter for pool in pools.values() for parameter in pool.parameters()]
     assert len(pools) == 144
-    return clip_step(model, parameters, batch, classes, per_image=plain, references=references)
+    return clip_step(model, parameters, batch, classes, plain=plain, whole=whole, references=references)
 
 
 def peft(batch: int, classes: int) -> Step:
@@ -107,6 +121,7 @@ def peft(batch: int, classes: int) -> Step:
     model = get_peft_model(CLIPModel(config), lora)
     assert sum(name.endswith("lora_A.default") for name, _ in model.named_modules()) == 144
     pixels, tokens, labels = inputs(batch, classes)
+    tokens = tokens[:, : END + 1]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     model.train()
 
@@ -124,6 +139,7 @@ def peft(batch: int, classes: int) -> Step:
 CONTENDERS = {
     "ours": ours,
     "keep": partial(ours, references=REFERENCES),
+    "whole": partial(ours, whole=True),
     "plain": partial(ours, plain=True),
     "peft": peft,
 }
@@ -136,7 +152,7 @@ def floor(batch: int, classes: int) -> dict[str, float]:
 
     model = open_clip.create_model("ViT-B-32", load_weights=False).eval()
     pixels, tokens, _ = inputs(batch, classes)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), short_texts(model), FlopCounterMode(display=False) as counter:
         model.encode_image(pixels)
         model.encode_text(tokens)
     a, b = torch.randn(1600, 768), torch.randn(768, 3072)
@@ -172,7 +188,7 @@ def main() -> None:
         step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return
-    names = ["ours", "keep", "plain"]
+    names = ["ours", "keep", "whole", "plain"]
     try:
         import peft  # noqa: F401
 

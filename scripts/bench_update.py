@@ -1,9 +1,11 @@
 """How large is a field update, and what does applying it cost? ViT-B/16, both towers, random weights.
 
-    python scripts/bench_update.py [--json bench_update.json] [--tasks 4] [--keep FOLDER]
+    python scripts/bench_update.py [--json bench_update.json] [--tasks 4]
+    python scripts/bench_update.py --only loads --run RUN      # any exported run
 
-Prints two tables: bytes of an update beside a binary patch of the same change and beside the whole file, and the time
-and memory of `r1device apply` beside the file writing and hashing that no updater can avoid.
+Prints bytes of an update beside a binary patch of the same change and beside the whole file, time and memory of
+`r1device apply` beside the file writing and hashing that no updater can avoid, and how long an application loads the last
+release of RUN in overlay mode, which merges on loading, and in slot mode, which loads plain files.
 """
 
 from __future__ import annotations
@@ -291,6 +293,39 @@ def costs(folder: Path, tasks: int) -> dict[str, Any]:
     return found
 
 
+LOAD = """
+import sys, time
+from pathlib import Path
+import numpy, onnxruntime
+from r1export.device.session import open_version
+start = time.perf_counter()
+version = open_version(Path(sys.argv[1]))
+sessions = [version.session(graph) for graph in ("visual.onnx", "textual.onnx")]
+print(time.perf_counter() - start)
+"""
+
+
+def loads(folder: Path, run: Path, rounds: int = 10) -> dict[str, Any]:
+    """Seconds to open both towers of the last release of `run` on a device, in processes of their own, taking turns."""
+    releases = sorted((run / "releases").iterdir())
+    (folder / "key.pub").write_text(KEY.public.to_pem())
+    make_bundle(run, len(releases) - 1, 0, [KEY], folder / "load.r1u", terms=TERMS)
+    seconds: dict[str, list[float]] = {"slot": [], "overlay": []}
+    for mode in seconds:
+        install.init(folder / mode, releases[0], [folder / "key.pub"], mode=mode, health="none")
+        install.apply(folder / mode, folder / "load.r1u")
+    for _ in range(rounds + 1):
+        for mode, found in seconds.items():
+            command = [sys.executable, "-c", LOAD, str(folder / mode)]
+            found.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    slot, overlay = (np.array(found[1:]) for found in seconds.values())  # the first reads from disk
+    more = overlay - slot
+    return {
+        "updates": len(releases) - 1, "slot_load_seconds": float(np.median(slot)), "overlay_load_seconds": float(np.median(overlay)),
+        "overlay_more_seconds": float(np.median(more)), "overlay_more_at_most_seconds": float(more.max()),
+    }  # fmt: skip
+
+
 def merge(base: Release, updates: Any) -> None:
     rebuild = Rebuild(base, ExpertUpdate.stack(updates))
     for parameter in rebuild.update.parameters:
@@ -329,8 +364,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--tasks", type=int, default=4, help="tasks in the update whose cost is measured")
-    parser.add_argument("--only", choices=["sizes", "patches", "costs"], help="make one of the tables")
+    parser.add_argument("--run", type=Path, help="an exported run whose last release is loaded")
+    parser.add_argument("--only", choices=["sizes", "patches", "costs", "loads"], help="make one of the tables")
     options = parser.parse_args()
+    if options.only == "loads" and not options.run:
+        parser.error("loads needs --run")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         makers: dict[str, Callable[[], Any]] = {
@@ -338,6 +376,8 @@ def main() -> None:
             "patches": lambda: patches(folder),
             "costs": lambda: costs(folder, options.tasks),
         }
+        if options.run:
+            makers["loads"] = lambda: loads(folder, options.run)
         figures = {name: make() for name, make in makers.items() if options.only in (None, name)}
     report(figures, options.tasks)
     if options.json:
@@ -345,30 +385,34 @@ def main() -> None:
 
 
 def report(figures: dict[str, Any], tasks: int) -> None:
-    """Print the tables."""
-    print(
-        f"One task, {EXPERTS} experts on each adapted weight, {CLASSES} classes\n\n| towers | factors | update | of the weights |\n|---|---|---|---|"
-    )
-    for row in figures.get("sizes", []):
-        share, whole = 100 * row["update_bytes"] / row["whole_bytes"], row["whole_bytes"] / 1e6
-        print(
-            f"| {row['towers']} | {row['factors']} | {row['update_bytes'] / 1e6:.2f} MB | {share:.2f} % of {whole:.0f} MB |"
-        )
-    print(
-        "\nThe same change of two weights (12 MB), as\n\n| method | bytes | share | seconds to make |\n|---|---|---|---|"
-    )
-    for row in figures.get("patches", []):
-        figures_of = (
-            "not measured | |"
-            if row["bytes"] is None
-            else f"{row['bytes']:,} | {100 * row['share']:.2f} % | {row['seconds']:.1f}"
-        )
-        print(f"| {row['method']} | {figures_of} |")
-    print(f"\nApplying {tasks} tasks to both towers\n\n| what | figure |\n|---|---|")
-    for key, value in figures.get("costs", {}).items():
-        print(
-            f"| {key} | {f'{value / 1e6:.1f} MB' if key.endswith('bytes') else value if isinstance(value, bool | int) else f'{value:.2f} s'} |"
-        )
+    """Print the tables that were made."""
+    if "sizes" in figures:
+        print(f"One task, {EXPERTS} experts on each adapted weight, {CLASSES} classes\n")
+        print("| towers | factors | update | of the weights |\n|---|---|---|---|")
+        for row in figures["sizes"]:
+            share, whole = 100 * row["update_bytes"] / row["whole_bytes"], row["whole_bytes"] / 1e6
+            update = f"{row['update_bytes'] / 1e6:.2f} MB"
+            print(f"| {row['towers']} | {row['factors']} | {update} | {share:.2f} % of {whole:.0f} MB |")
+    if "patches" in figures:
+        print("\nThe same change of two weights (12 MB), as\n")
+        print("| method | bytes | share | seconds to make |\n|---|---|---|---|")
+        for row in figures["patches"]:
+            made = row["bytes"] is not None
+            found = (
+                f"{row['bytes']:,} | {100 * row['share']:.2f} % | {row['seconds']:.1f}" if made else "not measured | |"
+            )
+            print(f"| {row['method']} | {found} |")
+    for title, name in ((f"Applying {tasks} tasks to both towers", "costs"), ("Loading both towers", "loads")):
+        if name in figures:
+            print(f"\n{title}\n\n| what | figure |\n|---|---|")
+            for key, value in figures[name].items():
+                print(f"| {key} | {_shown(key, value)} |")
+
+
+def _shown(key: str, value: Any) -> str:
+    if key.endswith("bytes"):
+        return f"{value / 1e6:.1f} MB"
+    return f"{value:.2f} s" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -71,6 +72,21 @@ def run(recipe, tmp_path_factory) -> tuple[Path, Result]:
     """A whole run of the real command."""
     out = tmp_path_factory.mktemp("runs") / "run"
     return out, r1export("run", recipe, "--out", out, "--json", *FAST)
+
+
+def test_the_page_on_formats_lists_the_files_of_a_run_and_no_others(run) -> None:
+    page = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    of_a_run, of_a_release = (
+        [line.split()[0] for line in part.splitlines() if line.startswith("    ")] for part in page.split("\n## ")[1:3]
+    )
+    lines = {line for line in of_a_run if line != "releases/NN-NAME/"}
+    lines |= {f"releases/NN-NAME/{line}" for line in of_a_release}
+    found = set()
+    for path in (path.relative_to(run[0]) for path in run[0].rglob("*") if path.is_file()):
+        name = re.sub(r"(tasks|releases)/\d\d-\w+", r"\1/NN-NAME", path.as_posix())
+        name = re.sub(r"classes/\w+", "classes/TASK", name)
+        found.add(re.sub(r"tokenizer/.*", "tokenizer/", name))
+    assert found == lines
 
 
 def test_a_run_ends_with_a_verdict_and_everything_on_disk(run) -> None:

@@ -13,6 +13,7 @@ from r1export.adapt.clip import Clip
 from r1export.adapt.metrics import top1
 from r1export.adapt.pixels import Pixels
 from r1export.adapt.tasks import Task
+from r1export.adapt.texts import short_texts
 
 BATCH = 128  # images or prompts encoded at a time
 
@@ -22,7 +23,8 @@ def class_embeddings(clip: Clip, task: Task) -> np.ndarray:
     """Unit-norm float32 (C, D): for each class the mean of the embeddings of all its prompts, normalised again."""
     prompts = [template.format(name) for name in task.classes for template in task.templates]
     tokens = clip.tokenize(prompts)
-    embeds = torch.cat([clip.encode_text(part) for part in tokens.split(BATCH)])
+    with short_texts(clip.model):
+        embeds = torch.cat([clip.encode_text(part) for part in tokens.split(BATCH)])
     means = embeds.view(len(task.classes), len(task.templates), -1).mean(1)
     return F.normalize(means, dim=-1).float().cpu().numpy()
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1export.adapt.pool import EndOfText, ExpertPool, PoolSettings
+from r1export.adapt.texts import pool_type, text_ends
 from r1export.errors import Unsupported
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 
@@ -149,8 +150,7 @@ def _route_on(model: AnyModule, tower: str, text_token: str) -> str:
     """
     _, module = _tower(model, tower)
     if tower == "text":
-        last = getattr(module, "pool_type", getattr(module, "text_pool_type", "argmax")) == "last"
-        return "mean" if last else {"start": "first", "end": "end"}[text_token]
+        return "mean" if pool_type(module) == "last" else {"start": "first", "end": "end"}[text_token]
     token = getattr(getattr(module, "trunk", module), "cls_token", getattr(module, "class_embedding", None))
     return "mean" if token is None else "first"
 
@@ -199,12 +199,13 @@ def _chosen(blocks: list[tuple[str, AnyModule]], layers: tuple[int, ...], tower:
 
 
 def _watch_ends_(model: AnyModule) -> EndOfText:
-    """Note where each text ends (its highest token, as open_clip reads it) whenever tokens enter the text tower."""
-    ends, embedding = EndOfText(), _tower(model, "text")[1].token_embedding
+    """Note where each text ends whenever tokens enter the text tower."""
+    ends, tower = EndOfText(), _tower(model, "text")[1]
 
     def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        ends.positions = inputs[0].argmax(-1)
+        ends.positions = text_ends(tower, inputs[0])
 
+    embedding = tower.token_embedding
     embedding.end_of_text = embedding.register_forward_pre_hook(note)
     return ends
 

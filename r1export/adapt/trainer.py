@@ -21,6 +21,7 @@ from r1export.adapt.losses import in_batch_loss, orthogonality_loss
 from r1export.adapt.pixels import Pixels
 from r1export.adapt.pool import ExpertPool
 from r1export.adapt.tasks import Task
+from r1export.adapt.texts import short_texts
 from r1export.errors import InputError
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.factors import Rows
@@ -192,7 +193,8 @@ def input_directions(clip: Clip, pools: Pools, train: Pixels, prompts: Tensor) -
         pool.gram = torch.zeros(pool.lora_A.shape[1], pool.lora_A.shape[1], device=clip.device)
     for batch in train.batches(64):
         clip.encode_image(batch)
-    clip.encode_text(prompts)
+    with short_texts(clip.model):
+        clip.encode_text(prompts)
     found = {}
     for rows, pool in pools.items():
         found[str(rows)] = torch.linalg.eigh(pool.gram)[1][:, -SPAN:].float().cpu().numpy()
@@ -244,7 +246,8 @@ class _Lesson:
         if self.knowledge is not None:
             drawn = self.knowledge.draw(seed)
             tokens = torch.cat([classes, self.knowledge.tokens[drawn]])
-        image, text = self.encode(pixels, tokens)
+        with short_texts(self.clip.model):
+            image, text = self.encode(pixels, tokens)
         image, scale = together.gathered(image), self.clip.model.logit_scale.exp()
         logits = (scale * image @ text[: len(classes)].T).float()
         supervised = (F.cross_entropy if everything else in_batch_loss)(logits, positions)

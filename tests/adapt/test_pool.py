@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1export.adapt.pool import ExpertPool, PoolSettings, top_experts
+from r1export.adapt.pool import ExpertPool, PoolSettings, drop, top_experts
 
 
 def make_pool(**changes) -> ExpertPool:
@@ -73,6 +73,39 @@ def test_dropout_acts_in_training_only_and_never_on_a_frozen_pool() -> None:
     assert not torch.equal(pool(x), pool(x))
     pool.freeze_()
     assert torch.equal(pool(x), pool(x))
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.01, 0.999999])
+def test_dropped_elements_are_as_many_as_asked_for_and_the_rest_is_as_it_was(p: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 1001, 101, requires_grad=True)
+    dropped, kept = drop(x, p)
+    stays = dropped != 0
+    assert kept == pytest.approx(1 - p, abs=2**-16)
+    assert stays.float().mean().item() == pytest.approx(kept, abs=5 * (p * (1 - p) / x.numel()) ** 0.5)
+    assert torch.equal(dropped[stays], x[stays])
+    (gradient,) = torch.autograd.grad(dropped.sum(), x)
+    assert torch.equal(gradient != 0, stays)
+
+
+def test_dropped_elements_follow_from_the_seed_and_are_independent_of_their_neighbours() -> None:
+    x = torch.ones(2, 200_003)
+    first, second, other = (torch.manual_seed(seed) and drop(x, 0.5)[0] for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    for lag in (1, 2, 3, 4, 8):
+        both = (first[:, lag:] * first[:, :-lag]).mean().item()
+        assert both == pytest.approx(0.25, abs=0.005)
+
+
+def test_a_pool_with_dropout_adds_the_same_on_average() -> None:
+    pool, x = make_pool(dropout=0.3), torch.randn(1, 3, 6, dtype=torch.float64)
+    with torch.no_grad():
+        pool.router.weight.zero_()  # the same experts, whatever is dropped
+        pool.router.bias.copy_(torch.tensor([3.0, 2.0, 1.0, 0.0]))
+        expected = pool.eval()(x)
+        mean = torch.stack([pool.train()(x) for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, expected, atol=0.05, rtol=0)
 
 
 def test_the_faithful_router_gets_no_gradient_and_the_experts_do() -> None:
