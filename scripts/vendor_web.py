@@ -18,22 +18,27 @@ import sys
 import tarfile
 import tempfile
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from r1export.update.files import new_folder
 
 ROOT = Path(__file__).parents[1]
+# npm's archive names its licence (MIT) without its text; the Python package of the same project brings text and notices.
+LICENCES = tuple(Path(files("onnxruntime").joinpath(name)) for name in ("LICENSE", "ThirdPartyNotices.txt"))
 
 
 @dataclass(frozen=True)
 class Package:
-    """One npm package at one version. `integrity` is npm's: SHA-512 of the archive in base64. Without `files` all are taken."""
+    """One npm package at one version. `integrity` is npm's: SHA-512 of the archive in base64. Without `files` all are taken;
+    `beside` are files from elsewhere that go with it."""
 
     name: str
     version: str
     integrity: str
     folder: Path
     files: tuple[str, ...] = ()
+    beside: tuple[Path, ...] = ()
 
 
 RUNTIME = Package(
@@ -42,6 +47,7 @@ RUNTIME = Package(
     "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==",
     ROOT / "r1export/web/vendor",
     ("dist/ort.wasm.min.mjs", "dist/ort-wasm-simd-threaded.mjs", "dist/ort-wasm-simd-threaded.wasm"),
+    LICENCES,
 )
 DRIVER = Package(  # the newest that runs on Node 18, which is Debian 12's
     "playwright-core",
@@ -64,6 +70,8 @@ def fetch(package: Package) -> None:
                 target = folder / (Path(path).name if package.files else path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(tar.extractfile(member).read())
+        for path in package.beside:
+            shutil.copy(path, folder)
         (folder / ".version").write_text(package.integrity, encoding="utf-8")
     print(f"{package.name} {package.version}: {package.folder.relative_to(ROOT)}")
 
