@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from r1export.errors import R1ExportError
+from r1export.errors import R1ExportError, refused
 
 if TYPE_CHECKING:
     from r1export.console import Terminal
@@ -81,6 +81,11 @@ def _terminal(as_json: bool) -> Iterator[Terminal]:
     except R1ExportError as error:
         terminal.error(str(error))
         raise typer.Exit(error.exit_code) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        terminal.error(str(refused(error)))
+        raise typer.Exit(refused(error).exit_code) from None
     except KeyboardInterrupt:
         terminal.error("interrupted; go on with --resume")
         raise typer.Exit(130) from None
@@ -260,7 +265,7 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE|DIR", help="A run, a release, factors or any safetensors file, or an .onnx graph."
+            metavar="FILE|DIR", help="A run, release, recipe, update, .onnx graph, factors or any safetensors file."
         ),
     ],
     as_json: Json = False,

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from r1export.verify.checks import LADDER, verdict_of
+
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "not measured": "dim"}
 
 
@@ -124,11 +126,7 @@ class Terminal:
             f"{parity[name]['max_abs']:.1e}" if (parity.get(name) or {}).get("max_abs") is not None else "-"
             for name in ("merge", "export", "total")
         ]
-        bytes_and_rungs = [
-            *(release.get("contents") or {}).values(),
-            *(rungs.get(name) for name in ("same_file", "graph", "optimized_graph", "executed_ops", "cost")),
-        ]
-        program = _together(bytes_and_rungs)
+        program = _together([rungs.get(name) for name in LADDER])
         ratio = (
             f"{timing['ratio']:.3f}±{(timing['ci95'][1] - timing['ci95'][0]) / 2:.3f}" if timing.get("ratio") else "-"
         )
@@ -136,9 +134,9 @@ class Terminal:
         return [release["release"]["name"], *errors, program, ratio, unmerged, release["verdict"]]
 
 
-def _together(parts: Iterable[Mapping[str, Any] | None]) -> str:
-    """One verdict for several parts: fail beats pass; a dash where none was measured."""
-    verdicts = {part.get("verdict") for part in parts if part} - {"not measured", None}
+def _together(rungs: Iterable[Mapping[str, Any] | None]) -> str:
+    """One verdict for the ladder: fail beats all, a dash unless every rung was measured."""
+    verdicts = {verdict_of(rung) for rung in rungs}
     return "fail" if "fail" in verdicts else "pass" if verdicts == {"pass"} else "-"
 
 

@@ -3,6 +3,8 @@
 0 passed, 1 a check failed, 2 bad usage or bad input, 3 this environment cannot do it, 4 inconclusive.
 """
 
+import errno
+
 
 class R1ExportError(Exception):
     """Root of all errors that r1export raises on purpose; printed as one line, without a traceback.
@@ -43,3 +45,14 @@ class Inconclusive(R1ExportError):
     """A check could be neither passed nor failed with the evidence at hand."""
 
     exit_code = 4
+
+
+NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+
+
+def refused(error: OSError) -> R1ExportError:
+    """What the operating system refused, with its place: a path that is not what it has to be, else the environment."""
+    message = f"{error.filename or 'a file'}: {error.strerror or error}"
+    if error.errno in NOT_THERE:
+        return InputError(message, "check the path")
+    return Unsupported(message, "see to the disk and its permissions; what was there is unchanged")

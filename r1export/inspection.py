@@ -5,15 +5,17 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from r1export.errors import InputError
 from r1export.export.release import read_manifest
 from r1export.run_folder import RunFolder
 from r1export.update.container import NAMES, read_layout
 from r1export.update.factors import Rows
+from r1export.verify.figures import size
 
 Description = tuple[str, dict[str, object], list[str], list[list[str]]]
 PACKAGES = (
@@ -60,7 +62,7 @@ def _run(path: Path) -> Description:
                 task.name,
                 task.source,
                 "yes" if factors.exists() else "no",
-                _size(factors.stat().st_size) if factors.exists() else "-",
+                size(factors.stat().st_size) if factors.exists() else "-",
                 "yes" if released else "no",
             ]
         )
@@ -70,7 +72,7 @@ def _run(path: Path) -> Description:
 
 def _release(path: Path) -> Description:
     manifest = read_manifest(path)
-    rows = [[name, _size(entry["bytes"]), entry["sha256"]] for name, entry in manifest["files"].items()]
+    rows = [[name, size(entry["bytes"]), entry["sha256"]] for name, entry in manifest["files"].items()]
     learned = [task["name"] for task in manifest["tasks"] if task["learned"]]
     facts = {
         "release": manifest["name"],
@@ -83,7 +85,7 @@ def _release(path: Path) -> Description:
 
 def _tensors(path: Path) -> Description:
     layout = read_layout(path)
-    rows = [[spec.name, NAMES[spec.dtype], str(list(spec.shape)), _size(spec.nbytes)] for spec in layout.specs]
+    rows = [[spec.name, NAMES[spec.dtype], str(list(spec.shape)), size(spec.nbytes)] for spec in layout.specs]
     facts: dict[str, object] = {"file": str(path), "tensors": len(rows), "bytes": layout.nbytes}
     if names := [spec.name.removesuffix(".u") for spec in layout.specs if spec.name.endswith(".u")]:
         facts |= {
@@ -130,6 +132,9 @@ def _recipe(path: Path) -> Description:
         for section in ("base", "data", "pool", "train", "export", "verify")
         for field, value in getattr(recipe, section)
     ]
+    named = [(f"tasks.{i}", task) for i, task in enumerate(recipe.stream, 1)]
+    named += [("probe", recipe.probe)] if recipe.probe else []
+    rows += [[f"{place}.{field}", str(value)] for place, task in named for field, value in task]
     return (
         "Recipe",
         {"recipe": str(path), "tasks": ", ".join(task.name for task in recipe.stream)},
@@ -143,6 +148,9 @@ def _bundle(path: Path) -> Description:
 
     facts = inspect(path)
     rows = [[key, str(value)] for key, value in facts.items() if not isinstance(value, list | dict)]
+    rows += [["signed by", keyid] for keyid in facts["signed_by"]]
+    rows += [[f"update {i}", _carried(update)] for i, update in enumerate(facts["updates"], 1)]
+    rows += [[file["path"], size(file["bytes"])] for file in facts["files"]]
     return (
         "Update",
         {"update": str(path), "signatures": "listed, not verified: that is done on the device"},
@@ -151,8 +159,9 @@ def _bundle(path: Path) -> Description:
     )
 
 
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"
+def _carried(update: Mapping[str, Any]) -> str:
+    content = f"{update['experts']} experts" if update["carried"] else "on the device already"
+    return f"{update['task']}, {content}, {update['sha256'][:16]}"
 
 
 def examine_environment() -> list[dict[str, str]]:

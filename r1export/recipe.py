@@ -137,7 +137,7 @@ class Train(_Section):
 class Export(_Section):
     """The ONNX graphs."""
 
-    opset: int = Field(20, ge=18, le=24)
+    opset: int = Field(20, ge=18, le=23)
     """ONNX opset of the graphs."""
     variants: tuple[Literal["fp16", "int8"], ...] = ()
     """Precisions in which every release is written besides fp32, each with its own graphs, gates and accuracy."""
@@ -200,7 +200,7 @@ class Recipe(_Section):
         return tuple(by_name[name] for name in self.order) if self.order else self.tasks
 
     def dumps(self) -> str:
-        """The whole recipe, defaults included, as TOML: `loads(recipe.dumps()) == recipe`."""
+        """The whole recipe, defaults included, as TOML: `Recipe.model_validate(tomllib.loads(recipe.dumps())) == recipe`."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 

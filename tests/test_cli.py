@@ -368,7 +368,7 @@ def test_verify_export_report_and_inspect_say_what_they_need(tmp_path) -> None:
         ("releases/01-digits", ["visual.onnx"]),
         ("tasks/01-digits/factors.safetensors", ["adapted linears: 24", "experts per linear: 4"]),
         ("releases/00-base/classify.onnx", ["class_embeds", "opset"]),
-        ("recipe.toml", ["train.iterations", "4"]),
+        ("recipe.toml", ["train.iterations", "4", "tasks.2.source", "builtin:arrows", "probe.source"]),
     ],
 )
 def test_inspect_knows_every_kind_of_file(path: str, words: list[str], run) -> None:
@@ -457,4 +457,12 @@ def test_a_device_that_takes_the_updates_holds_the_released_bytes_and_a_version_
     must("device", "apply", store, tmp_path / "dropped.r1u")
     assert json.loads(must("verify", store / "current", "--json").stdout)["verdict"] == "pass"
     must("device", "doctor", store)
-    assert "seq" in must("inspect", tmp_path / "2.r1u").stdout
+    shown = must("inspect", tmp_path / "2.r1u").stdout
+    assert all(word in shown for word in ("seq", "signed by", "arrows, 96 experts", "visual.safetensors")), shown
+
+
+@pytest.mark.parametrize("arguments", [("keygen", "missing/fleet"), ("device-kit", "-o", "missing/kit.pyz")])
+def test_a_folder_that_is_not_there_is_an_error_of_the_user(arguments, tmp_path) -> None:
+    result = r1export(*arguments[:-1], tmp_path / arguments[-1])
+    one_line_error(result, 2, "missing")
+    assert list(tmp_path.iterdir()) == []

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from r1export.adapt.pool import PoolSettings
 from r1export.adapt.trainer import TrainSettings
 from r1export.errors import InputError
-from r1export.recipe import Pool, Recipe, Train, in_order, load_recipe
+from r1export.recipe import Export, Pool, Recipe, Train, in_order, load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
@@ -17,6 +18,16 @@ MINIMAL = '[base]\nmodel = "builtin:world"\n[[tasks]]\nname = "a"\nsource = "bui
 def write(tmp_path, text: str) -> Path:
     (tmp_path / "r.toml").write_text(text, encoding="utf-8")
     return tmp_path / "r.toml"
+
+
+def test_every_opset_of_a_recipe_can_be_exported() -> None:
+    from r1export.export.graph import MAX_OPSET, MIN_OPSET
+
+    for opset in range(MIN_OPSET, MAX_OPSET + 1):
+        assert Export(opset=opset).opset == opset
+    for opset in (MIN_OPSET - 1, MAX_OPSET + 1):
+        with pytest.raises(ValidationError):
+            Export(opset=opset)
 
 
 def test_the_project_comes_with_recipes() -> None:

@@ -114,6 +114,13 @@ class ExpertPool(nn.Module):
         self.ends = EndOfText()
         self.others: Others | None = None
 
+    def learned(self) -> list[nn.Parameter]:
+        """The parameters that the loss reaches: a random router is none of them."""
+        if self.settings.gate == "sparse":
+            return [self.lora_A, self.lora_B, self.importance]
+        router = list(self.router.parameters()) if self.settings.router == "straight-through" else []
+        return [self.lora_A, self.lora_B, *router]
+
     def reset_(self, generator: torch.Generator) -> None:
         """Fresh experts for a task: A and router from `generator`, B and counts zero. Bounds are nn.Linear's defaults."""
         bound = 1 / math.sqrt(self.lora_A.shape[1])  # kaiming_uniform(a=sqrt 5) is uniform within 1 / sqrt(fan_in)

@@ -16,7 +16,7 @@ from typing import Any
 
 from r1export.device import doctor, install
 from r1export.device.store import MODES
-from r1export.errors import R1ExportError
+from r1export.errors import R1ExportError, refused
 from r1export.update import bundle
 
 Verb = Callable[[argparse.Namespace], tuple[int, dict[str, Any]]]
@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None, program: str = "r1device") -> int:
     verb: Verb = options.verb
     try:
         code, answer = verb(options)
-    except R1ExportError as error:
+    except (R1ExportError, OSError) as caught:
+        error = refused(caught) if isinstance(caught, OSError) else caught
         if options.json:
             print(
                 json.dumps({"error": {"message": error.message, "remedy": error.remedy}, "exit_code": error.exit_code})

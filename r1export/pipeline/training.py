@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from r1export import __version__
 from r1export.adapt import together
@@ -22,7 +21,6 @@ from r1export.adapt.knowledge import BATCH, Knowledge, recall, reference_names
 from r1export.adapt.metrics import stream_metrics
 from r1export.adapt.tasks import Task
 from r1export.adapt.trainer import (
-    Pools,
     Step,
     TrainSettings,
     input_directions,
@@ -159,8 +157,8 @@ def _teach_pools(
         if earlier:
             remember_(pools, ExpertUpdate.stack(earlier))
         if settings.orthogonality == "input":
-            for i, name in enumerate(list(stage.recipe.stream)[: number - 1], 1):
-                widen_spans_(pools, read_tensors(stage.run.task(i, name.name) / SPANS))
+            for i, old in enumerate(stage.tasks[: number - 1], 1):
+                widen_spans_(pools, read_tensors(stage.run.task(i, old.name) / SPANS))
         losses = train_pools_(
             stage.clip, pools, task, stage.trains[task.name], settings, number=number,
             checkpoint=folder / "checkpoint.safetensors", on_step=on_step, knowledge=knowledge,
@@ -172,7 +170,7 @@ def _teach_pools(
                 write_tensors(folder / SPANS, spans)
         if together.is_first():
             write_tensors(folder / "pool.safetensors", pool_tensors(pools))
-        return losses, pack_experts(pools), sum(p.numel() for p in _trained(pools))
+        return losses, pack_experts(pools), sum(p.numel() for pool in pools.values() for p in pool.learned())
     finally:
         eject_experts_(stage.clip.model)
 
@@ -185,11 +183,6 @@ def _recall(stage: Stage, number: int, task: Task, title: str) -> Knowledge:
     batches = sum(-(-len(some) // BATCH) for some in (names, wanted))
     with stage.watch.track(f"{title}: what the model knows before", batches) as advance:
         return recall(stage.clip, train, wanted, names, advance)
-
-
-def _trained(pools: Pools) -> list[nn.Parameter]:
-    """The parameters that the loss reaches: a random router is none of them."""
-    return [p for pool in pools.values() for p in pool.parameters() if p.grad is not None]
 
 
 def _fine_tune(

@@ -101,9 +101,8 @@ def locate(
     before = max((errors[name] for name in edges if name in errors), default=0.0)
     if reproducer is not None:
         inputs = {name: good[name].astype(found[name].dtype) if name in good else feeds[name] for name in edges}
-        _write_case(
-            model.graph, graph.parent, nodes, inputs, known[bad].value.reshape(found[bad].shape), bad, model, reproducer
-        )
+        expected = known[bad].value.reshape(found[bad].shape)
+        _write_case(model, graph.parent, nodes, inputs, expected, (bad, found[bad].dtype), reproducer)
     return Divergence(bad, place, errors[bad], before, tuple((node.name, node.op_type) for node in nodes), parameters)
 
 
@@ -180,24 +179,24 @@ def _between(graph: onnx.GraphProto, value: str, known: set[str]) -> tuple[list[
 
 
 def _write_case(
-    graph: onnx.GraphProto,
+    model: onnx.ModelProto,
     folder: Path,
     nodes: Sequence[onnx.NodeProto],
     inputs: Mapping[str, np.ndarray],
     expected: np.ndarray,
-    value: str,
-    model: onnx.ModelProto,
+    value: tuple[str, np.dtype],
     out: Path,
 ) -> None:
     """case.onnx (only these nodes, their weights inside), case.npz (inputs and expected) and reproduce.py."""
+    name, dtype = value
     used = {name for node in nodes for name in node.input}
-    weights = [_inlined(tensor, folder) for tensor in graph.initializer if tensor.name in used]
+    weights = [_inlined(tensor, folder) for tensor in model.graph.initializer if tensor.name in used]
     ends = [
-        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-        for name, array in inputs.items()
+        onnx.helper.make_tensor_value_info(end, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for end, array in inputs.items()
     ]
-    case = onnx.helper.make_graph(list(nodes), "case", ends, [onnx.ValueInfoProto(name=value)], weights)
-    case.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    case = onnx.helper.make_graph(list(nodes), "case", ends, [onnx.ValueInfoProto(name=name)], weights)
+    case.output[0].type.tensor_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(dtype)
     whole = onnx.helper.make_model(case, opset_imports=model.opset_import, ir_version=model.ir_version)
     with new_folder(out) as place:
         onnx.save(whole, place / "case.onnx")

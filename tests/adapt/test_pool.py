@@ -116,6 +116,13 @@ def test_the_faithful_router_gets_no_gradient_and_the_experts_do() -> None:
     assert pool.lora_B.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("changes", [{}, {"router": "straight-through"}, {"gate": "sparse"}])
+def test_what_is_learned_is_what_the_loss_reaches(changes: dict[str, str]) -> None:
+    pool = make_pool(**changes).train()
+    pool(torch.randn(4, 3, 6, dtype=torch.float64)).square().sum().backward()
+    assert {id(p) for p in pool.learned()} == {id(p) for p in pool.parameters() if p.grad is not None}
+
+
 def test_only_the_acting_experts_get_a_gradient() -> None:
     pool = make_pool().train()
     x = torch.randn(4, 3, 6, dtype=torch.float64)

@@ -67,6 +67,13 @@ def test_an_error_is_one_line_with_a_remedy(lab, device, run):
     assert err.startswith("error: version 9 is not on this device (choose with --to among [0])")
 
 
+def test_what_the_operating_system_refuses_is_one_line_too(lab, tmp_path, run):
+    code, found = r1device("inspect", tmp_path)
+    assert (code, set(found["error"])) == (2, {"message", "remedy"})
+    code, found = r1device("inspect", tmp_path / ("x" * 300))
+    assert (code, "too long" in found["error"]["message"]) == (2, True)
+
+
 def test_doctor_ends_with_one_if_something_is_wrong(lab, device, run):
     assert run("doctor", device.path)[0] == 0
     (device.path / "state.json").write_text("rot")

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
 from r1export.errors import CheckFailed
 from r1export.verify.locate import Boundary, locate
@@ -79,3 +80,24 @@ def test_a_graph_that_cannot_be_run_is_a_failed_check(write_graph, x) -> None:
     boundaries, expected = torch_side(x["x"], weights_of(graph))
     with pytest.raises(CheckFailed, match="intermediate values cannot be computed"):
         locate(graph, x, boundaries, expected)
+
+
+def test_a_case_in_half_precision_runs_too(tmp_path) -> None:
+    weight, x = np.eye(3, dtype=np.float16), np.array([[1, 2, 3]], np.float32)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16),
+        helper.make_node("MatMul", ["half", "fc.weight"], ["product"], "node_fc"),
+        helper.make_node("Cast", ["product"], ["embeds"], to=TensorProto.FLOAT),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3]) for name in ("x", "embeds")]
+    graph = helper.make_graph(nodes, "half", ends[:1], ends[1:], [numpy_helper.from_array(weight, "fc.weight")])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), tmp_path / "half.onnx"
+    )
+    boundaries = [Boundary("fc", "in", x), Boundary("fc", "out", 2 * x)]
+    found = locate(tmp_path / "half.onnx", {"x": x}, boundaries, 2 * x, tmp_path / "case", "fp16")
+    assert found.nodes == (("node_fc", "MatMul"),)
+    done = subprocess.run(
+        [sys.executable, "reproduce.py"], cwd=tmp_path / "case", capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "max abs difference 3.0", done.stderr
