@@ -92,11 +92,10 @@ def _write_releases(form: Form, updates: list[ExpertUpdate]) -> list[Path]:
 def _audit(stage: Stage, updates: list[ExpertUpdate]) -> None:
     last = stage.run.releases(stage.recipe)[len(updates)]
     stage.watch.stage(f"Exporting {last.name} afresh to compare")
-    stage.clip.load_(stage.merged(updates))
-    audit_reexport(
-        stage.clip.model, stage.clip.preprocess.size, _context_length(stage), last, opset=stage.recipe.export.opset
-    )
-    stage.clip.load_(stage.base)
+    with stage.showing(updates):
+        audit_reexport(
+            stage.clip.model, stage.clip.preprocess.size, _context_length(stage), last, opset=stage.recipe.export.opset
+        )
 
 
 def _context_length(stage: Stage) -> int:
@@ -104,17 +103,28 @@ def _context_length(stage: Stage) -> int:
 
 
 def _release(form: Form, number: int, path: Path, updates: list[ExpertUpdate], metrics: dict[str, Any]) -> None:
+    with form.stage.showing(updates) as merged:
+        write_release(_content(form, number, path.name, updates, merged, metrics), form.exports.graphs, path)
+
+
+def _content(
+    form: Form,
+    number: int,
+    name: str,
+    updates: list[ExpertUpdate],
+    merged: dict[str, np.ndarray],
+    metrics: dict[str, Any],
+) -> ReleaseContent:
+    """What release `number` holds, from the model that has learned `updates`."""
     stage, recipe, clip = form.stage, form.stage.recipe, form.stage.clip
-    merged = stage.merged(updates)
-    clip.load_(merged)
     learned = {task.name for task in stage.tasks[:number]}
     tasks = tuple(
         TaskClasses(t.name, t.classes, t.templates, class_embeddings(clip, t), t.name in learned) for t in stage.tasks
     )
     values = metrics["accuracy"][number - 1] if number else metrics["zero_shot"]
     trained = dict(zip(metrics["tasks"], values, strict=True))
-    content = ReleaseContent(
-        name=path.name,
+    return ReleaseContent(
+        name=name,
         sequence=number,
         precision=form.precision,
         base=read_json(stage.run.path / "run.json", "train the run first")["base"],
@@ -132,8 +142,6 @@ def _release(form: Form, number: int, path: Path, updates: list[ExpertUpdate], m
         versions={"r1export": __version__} | versions(),
         tolerance=form.tolerance,
     )
-    write_release(content, form.exports.graphs, path)
-    clip.load_(stage.base)
 
 
 def _accuracies(stage: Stage, folder: Path, tasks: tuple[TaskClasses, ...]) -> dict[str, float]:

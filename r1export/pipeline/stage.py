@@ -93,6 +93,16 @@ class Stage:
         """All parameters after `updates`, always from the base."""
         return self.base | ExpertUpdate.stack(updates).apply(self.base)
 
+    @contextmanager
+    def showing(self, updates: Sequence[ExpertUpdate]) -> Iterator[dict[str, np.ndarray]]:
+        """Within it `clip` has learned `updates`; gives all parameters. Afterwards, whatever happened, it is the base again."""
+        merged = self.merged(updates)
+        self.clip.load_(merged)
+        try:
+            yield merged
+        finally:
+            self.clip.load_(self.base)
+
     def _task(self, source: TaskSource, *, test_only: bool = False) -> Task:
         data, seed = self.recipe.data, self.recipe.train.seed
         root = expand_path(data.root) if data.root else None

@@ -52,12 +52,12 @@ def _refresh(stage: Stage, release: int, drop: Sequence[str], folder: Path) -> N
     """Class embeddings and golden outputs in `folder` from the model without the dropped tasks."""
     clip = stage.clip
     learned = zip(stage.recipe.stream, stage.run.updates(stage.recipe)[:release], strict=False)
-    clip.load_(stage.merged([update for task, update in learned if task.name not in drop]))
-    for task in stage.tasks:
-        write_tensors(folder / "classes" / f"{task.name}.safetensors", {"class_embeds": class_embeddings(clip, task)})
     golden = read_tensors(folder / "golden.safetensors")
     images, tokens = (torch.from_numpy(golden[name]).to(clip.device) for name in ("pixel_values", "input_ids"))
-    golden["image_embeds"] = clip.model.encode_image(images, normalize=True).float().cpu().numpy()
-    golden["text_embeds"] = clip.encode_text(tokens).float().cpu().numpy()
+    with stage.showing([update for task, update in learned if task.name not in drop]):
+        for task in stage.tasks:
+            embeddings = class_embeddings(clip, task)
+            write_tensors(folder / "classes" / f"{task.name}.safetensors", {"class_embeds": embeddings})
+        golden["image_embeds"] = clip.model.encode_image(images, normalize=True).float().cpu().numpy()
+        golden["text_embeds"] = clip.encode_text(tokens).float().cpu().numpy()
     write_tensors(folder / "golden.safetensors", golden)
-    clip.load_(stage.base)
