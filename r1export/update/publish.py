@@ -24,9 +24,8 @@ from r1export.update.factors import ExpertUpdate
 from r1export.update.files import sha256_file, write_file
 from r1export.update.manifest import ALIGN, Base, Experts, File, Health, Manifest, Part, Update
 from r1export.update.rebuild import Rebuild
-from r1export.update.release import MANIFEST, Release
+from r1export.update.release import MANIFEST, REPORTS, Release
 
-REPORTS = ("report.json", "report.md", "report.html")  # evidence: their digests travel, they do not
 SHORT = 64  # bytes: a run of equal bytes shorter than this costs more as a part of its own than sent again
 
 
@@ -160,6 +159,7 @@ def bundle_release(
         files=files,
         health=Health(target.golden["max_abs"], target.golden["min_cosine"], terms.min_agreement),
         algorithm=rebuild.procedure,
+        # Their digests travel, they do not.
         evidence={name: sha256_file(target.path / name) for name in REPORTS if (target.path / name).is_file()},
     )
     return _signed(manifest, bytes(payload.data), keys)

@@ -14,6 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from r1export.update.release import REPORTS
 from r1export.verify import tables
 from r1export.verify.checks import FAIL, INCONCLUSIVE, NOT_MEASURED, PASS, Check, checks, overall, verdict_of
 from r1export.verify.templating import WORDS, environment
@@ -26,14 +27,11 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u20
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Write report.json, report.md, report.html and report.xml; each one is renamed into place when all are complete."""
+    """Write the four files of `REPORTS`; each one is renamed into place when all are complete."""
     report = settled(report)
-    texts = {
-        "report.html": render_html(report),
-        "report.md": render_markdown(report),
-        "report.xml": render_junit(report),
-        "report.json": json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-    }
+    plain = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    forms = render_html(report), render_markdown(report), render_junit(report), plain
+    texts = dict(zip(REPORTS, forms, strict=True))
     beside = {name: folder / f".{name}.{os.getpid()}" for name in texts}
     try:
         for name, text in texts.items():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from r1export.errors import CheckFailed, InputError
 from r1export.update.bundle import Bundle
 from r1export.update.container import read_tensors, write_tensors
+from r1export.update.files import sha256_file
 from r1export.update.publish import Terms, _differences, make_bundle, read_factors, read_releases
 
 TERMS = Terms("camera", "v1", created=1_800_000_000)
@@ -30,11 +31,13 @@ def test_the_same_input_gives_the_same_bytes(run, key, tmp_path):
 
 def test_reports_are_named_by_digest_but_do_not_travel(run, key, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    report = tmp_path / "run" / "releases" / "01-digits" / "report.json"
-    report.write_text("{}")
+    release = tmp_path / "run" / "releases" / "01-digits"
+    (release / "report.json").write_text("{}")
+    (release / "report.xml").write_text("<testsuites/>")
     bundle = make_bundle(tmp_path / "run", 1, 0, [key], tmp_path / "u.r1u", terms=TERMS)
-    assert list(bundle.manifest.evidence) == ["report.json"]
-    assert "report.json" not in {file.path for file in bundle.manifest.files}
+    names = {"report.json", "report.xml"}
+    assert bundle.manifest.evidence == {name: sha256_file(release / name) for name in names}
+    assert not names & {file.path for file in bundle.manifest.files}
 
 
 def test_unknown_releases_and_tasks_and_files_that_exist_are_refused(run, key, tmp_path):
