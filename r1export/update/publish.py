@@ -58,12 +58,12 @@ def make_bundle(
     """Write to `out` what a device at release `since` (0: the base) needs for `release` of `run`, without the tasks in `drop`.
 
     `seq` is by default the release's sequence number; a rollback or a version with dropped tasks has to name a higher one.
-    `refresh` computes class embeddings and golden outputs of a version with dropped tasks, see `release_without`.
+    `refresh` computes class embeddings and golden outputs of a version with dropped tasks, which cannot be made without it.
 
     Raises:
         InputError: an unknown release or task, a file that exists, a sequence number that is missing.
         CheckFailed: the release cannot be derived from its base and its factors bit for bit.
-        Unsupported: signing or, for `drop`, onnxruntime is not installed.
+        Unsupported: neither cryptography nor PyNaCl is installed.
     """
     releases = read_releases(run, precision)
     if release not in releases or since not in releases or 0 not in releases:
@@ -80,6 +80,11 @@ def make_bundle(
         )
     factors = read_factors(run)
     if dropped:
+        if refresh is None:
+            raise InputError(
+                "class embeddings and golden outputs of a version without a task have to be computed anew",
+                "give `refresh`",
+            )
         with release_without(releases[0], target, factors, dropped, refresh) as smaller:
             bundle = bundle_release(releases[0], smaller, factors, releases[since].updates, keys, seq, terms)
     else:

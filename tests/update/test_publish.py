@@ -40,13 +40,13 @@ def test_reports_are_named_by_digest_but_do_not_travel(run, key, tmp_path):
     assert not names & {file.path for file in bundle.manifest.files}
 
 
-def test_unknown_releases_and_tasks_and_files_that_exist_are_refused(run, key, tmp_path):
+def test_unknown_releases_and_tasks_and_files_that_exist_are_refused(run, fleet, key, tmp_path):
     out = tmp_path / "u.r1u"
     for release, since in ((9, 0), (1, 9)):
         with pytest.raises(InputError, match="has the releases"):
             make_bundle(run, release, since, [key], out)
     with pytest.raises(InputError, match="no task dogs"):
-        make_bundle(run, 1, 0, [key], out, drop=["dogs"], seq=9)
+        make_bundle(run, 1, 0, [key], out, drop=["dogs"], seq=9, refresh=fleet.refresh)
     with pytest.raises(InputError, match="once"):
         make_bundle(run, 1, 0, [key, key], out)
     assert not out.exists()
@@ -65,7 +65,7 @@ def test_a_rollback_and_a_dropped_task_need_a_sequence_of_their_own(run, key, tm
         make_bundle(run, 3, 3, [key], tmp_path / "u.r1u", drop=["shapes"])
 
 
-def test_a_dropped_task_whose_class_embeddings_would_be_stale_is_refused(run, key, tmp_path):
+def test_a_dropped_task_is_refused_where_class_embeddings_would_be_stale(run, key, tmp_path):
     with pytest.raises(InputError, match="class embeddings"):
         make_bundle(run, 3, 3, [key], tmp_path / "u.r1u", drop=["shapes"], seq=9)
 
