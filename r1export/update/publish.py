@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from r1export.errors import CheckFailed, InputError
-from r1export.update.bundle import MAX_BUNDLE, Bundle, assemble, factors_bytes
+from r1export.update.bundle import MAX_BUNDLE, Bundle, assemble
 from r1export.update.container import NAMES
 from r1export.update.drop import Refresh, release_without
 from r1export.update.envelope import SecretKey, sign
@@ -116,7 +116,7 @@ def read_factors(run: Path) -> dict[str, ExpertUpdate]:
     factors = {}
     for path in sorted((run / "tasks").glob("*/factors.safetensors")):
         update, digest = ExpertUpdate.read(path), sha256_file(path)
-        if hashlib.sha256(factors_bytes(update)).hexdigest() != digest:
+        if hashlib.sha256(update.to_bytes()).hexdigest() != digest:
             raise InputError(f"{path} is not in canonical form", "write it with ExpertUpdate.write")
         factors[digest] = update
     return factors
