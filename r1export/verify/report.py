@@ -8,7 +8,6 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from r1export.verify import tables
 from r1export.verify.checks import FAIL, INCONCLUSIVE, NOT_MEASURED, PASS, Check, checks, overall, verdict_of
 from r1export.verify.templating import WORDS, environment
 
-__all__ = ["SCHEMA", "overall", "render_html", "render_junit", "render_markdown", "schema", "settled", "write_report"]
+__all__ = ["SCHEMA", "overall", "render_html", "render_junit", "render_markdown", "settled", "write_report"]
 
 SCHEMA = "r1export.report/1"
 # Characters that XML forbids, that are no characters, or that turn the direction of the text after them.
@@ -105,11 +104,6 @@ def _suite(report: Mapping[str, Any]) -> dict[str, Any]:
         "failures": count[FAIL],
         "skipped": count[INCONCLUSIVE] + count[NOT_MEASURED],
     }
-
-
-def schema() -> dict[str, Any]:
-    """The published JSON Schema of report.json."""
-    return json.loads(files("r1export.verify").joinpath("report.schema.json").read_text("utf-8"))
 
 
 def _name(report: Mapping[str, Any]) -> str:
