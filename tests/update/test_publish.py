@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from device import fleet
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,7 +41,7 @@ def test_reports_are_named_by_digest_but_do_not_travel(run, key, tmp_path):
     assert not names & {file.path for file in bundle.manifest.files}
 
 
-def test_unknown_releases_and_tasks_and_files_that_exist_are_refused(run, fleet, key, tmp_path):
+def test_unknown_releases_and_tasks_and_files_that_exist_are_refused(run, key, tmp_path):
     out = tmp_path / "u.r1u"
     for release, since in ((9, 0), (1, 9)):
         with pytest.raises(InputError, match="has the releases"):
