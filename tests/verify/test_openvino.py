@@ -5,13 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+from verify.small import WIDTH, weights_of
 
 from r1export.errors import CheckFailed, Unsupported
 from r1export.verify import openvino
 from r1export.verify.latency import added_latency
 from r1export.verify.runtime import check_provider, job, levels, open_session, runner
 
-WIDTH = 6
 QUIET = """
 import os, sys, time
 def watch(event, arguments):
@@ -24,14 +24,6 @@ from r1export.verify.openvino import compile_graph
 compile_graph(Path(sys.argv[1]))
 time.sleep(0.3)
 """
-
-
-def weights_of(seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {
-        "fc.weight": rng.normal(size=(WIDTH, WIDTH)).astype(np.float32),
-        "fc.bias": rng.normal(size=WIDTH).astype(np.float32),
-    }
 
 
 def test_it_gives_what_onnxruntime_gives_at_every_batch(write_graph) -> None:

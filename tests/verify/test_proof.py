@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
+from verify.small import weights_of
 
 from r1export.errors import CheckFailed, Unsupported
 from r1export.update.factors import ExpertUpdate
@@ -14,13 +15,6 @@ from r1export.verify.control import add_branches
 from r1export.verify.execution import Kernel, execute
 from r1export.verify.proof import executions, proof_control, rungs, same_files, same_graphs
 from r1export.verify.runtime import job, open_session, runner
-
-
-def weights_of(seed: int = 0) -> dict[str, np.ndarray]:
-    """The weights of the graphs of conftest.py."""
-    rng = np.random.default_rng(seed)
-    return {"fc.weight": rng.normal(size=(6, 6)).astype(np.float32), "fc.bias": rng.normal(size=6).astype(np.float32)}
-
 
 CAST = (helper.make_node("Cast", ["normed"], ["half"], to=10), helper.make_node("Cast", ["half"], ["embeds"], to=1))
 
