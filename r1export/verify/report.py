@@ -15,7 +15,8 @@ from markupsafe import Markup
 
 from r1export.update.release import REPORTS
 from r1export.verify import tables
-from r1export.verify.checks import FAIL, INCONCLUSIVE, NOT_MEASURED, PASS, Check, checks, overall, verdict_of
+from r1export.verify.checks import FAIL, INCONCLUSIVE, PASS, Check, checks, overall, verdict_of
+from r1export.verify.figures import NOT_MEASURED
 from r1export.verify.templating import WORDS, environment
 
 __all__ = ["SCHEMA", "overall", "render_html", "render_junit", "render_markdown", "settled", "write_report"]
