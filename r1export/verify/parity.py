@@ -176,7 +176,7 @@ def _problems(towers: Mapping[str, Any], flips: Sequence[Mapping[str, Any]], gat
         yield f"{len(grave)} answers flipped that the reference preferred by more than {gate.flip_margin:g}"
 
 
-def failed(detail: str) -> dict[str, Any]:
+def unrunnable(detail: str) -> dict[str, Any]:
     """The stage of a model that cannot even be run: a failed check, not a crash."""
     return {
         "verdict": "fail",

@@ -19,8 +19,6 @@ from r1export.verify.checks import FAIL, INCONCLUSIVE, PASS, Check, checks, over
 from r1export.verify.figures import NOT_MEASURED
 from r1export.verify.templating import WORDS, environment
 
-__all__ = ["SCHEMA", "overall", "render_html", "render_junit", "render_markdown", "settled", "write_report"]
-
 SCHEMA = "r1export.report/1"
 # Characters that XML forbids, that are no characters, or that turn the direction of the text after them.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")

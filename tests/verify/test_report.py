@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1export.verify.report import overall, render_html, render_junit, render_markdown, settled, write_report
+from r1export.verify.checks import overall
+from r1export.verify.report import render_html, render_junit, render_markdown, settled, write_report
 
 EXAMPLE = json.loads((Path(__file__).parent / "report_example.json").read_text("utf-8"))
 SCHEMA = json.loads(files("r1export.verify").joinpath("report.schema.json").read_text("utf-8"))
