@@ -32,7 +32,7 @@ UNLISTED = (MANIFEST, "README.md", *REPORTS, "update.r1u")  # made from the mani
 
 @dataclass(frozen=True)
 class TaskClasses:
-    """Class embeddings (C, D) of one task, the names and templates they were made from, and how well they do."""
+    """Class embeddings (C, D) of one task, the names and templates they were made from, and whether the task was learned."""
 
     name: str
     classes: tuple[str, ...]

@@ -141,7 +141,7 @@ def _cost(name: str, e: Execution) -> str:
 
 
 def proof_control(base: Path, unmerged: Path, feeds: Feeds, provider: str = "cpu") -> dict[str, Any]:
-    """Whether L1, L2 and L3 tell the unmerged model from the base. Both digests are structural, so weights play no part.
+    """Whether L1, L2 and L3 tell the unmerged model from the base. The digests of L1 and L2 are structural, so weights play no part.
 
     Raises CheckFailed if one of them cannot be run.
     """
