@@ -4,16 +4,13 @@ R1EXPORT_SWEEP=full hits every call with every fault (two minutes); otherwise ev
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from device import fleet
+from device import fleet, powercut, strace
 
 from r1export.device.doctor import doctor
 from r1export.device.session import open_version
@@ -22,17 +19,6 @@ from r1export.errors import InputError
 
 STEP = 1 if os.environ.get("R1EXPORT_SWEEP") == "full" else 10
 FAULTS = ("signal=SIGKILL", "error=ENOSPC", "error=EIO")
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-strace, powercut = load("strace"), load("powercut")
 pytestmark = pytest.mark.skipif(
     not strace.available(), reason="strace is not installed or may not trace (apt-get install strace)"
 )
