@@ -99,7 +99,7 @@ def _tensors(path: Path) -> Description:
 def _graph(path: Path) -> Description:
     import onnx
 
-    from r1export.verify.proof import graph_digest
+    from r1export.verify.digest import graph_digest
 
     try:
         model = onnx.load(path, load_external_data=False)

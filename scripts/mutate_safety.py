@@ -48,11 +48,7 @@ RULES = [
     ("update/bundle.py", "if not stat.S_ISREG(found.st_mode) or ", "if "),
     ("update/bundle.py", "if (found := hashlib.sha256(payload).hexdigest()) != manifest.payload_sha256:", "if False:"),
     ("update/bundle.py", "if any(payload[end:offset]):", "if False:"),
-    (
-        "update/bundle.py",
-        "if (found := hashlib.sha256(factors_bytes(factors)).hexdigest()) != update.sha256:",
-        "if False:",
-    ),
+    ("update/bundle.py", "if (found := hashlib.sha256(factors.to_bytes()).hexdigest()) != update.sha256:", "if False:"),
     ("update/strict.py", "    if len(found) != len(pairs):", "    if False:"),
     ("update/strict.py", "    if len(data) > limit:", "    if False:"),
     ("update/strict.py", "    if len(text) > 17:", "    if False:"),

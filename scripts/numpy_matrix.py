@@ -14,8 +14,9 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
+
+from runtime_matrix import environment
 
 from r1export.device.kit import device_kit
 
@@ -23,16 +24,6 @@ ROOT = Path(__file__).parents[1]
 OPTIONAL = "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX2 FMA3 X86_V3 X86_V4"
 DISPATCHED = "from numpy._core._multiarray_umath import __cpu_dispatch__ as d; print(*d)"
 OLD_NAMES = DISPATCHED.replace("numpy._core", "numpy.core")
-
-
-def environment(folder: Path, version: str) -> Path:
-    """The Python of a new environment with this numpy."""
-    venv.create(folder, symlinks=True, with_pip=False)
-    wanted = "numpy" if version == "latest" else f"numpy=={version}"
-    python = folder / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--only-binary=:all:", wanted]
-    subprocess.run(install, check=True)
-    return python
 
 
 def dispatched(python: Path) -> str:
@@ -53,7 +44,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         kit = device_kit(Path(name) / "r1device.pyz")
         for version in asked.numpy:
-            python = environment(Path(name) / version, version)
+            wanted = "numpy" if version == "latest" else f"numpy=={version}"
+            python = environment(Path(name) / version, [wanted])
             found = subprocess.run(
                 [python, "-c", "import numpy; print(numpy.__version__)"], capture_output=True, text=True
             )

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,13 +67,13 @@ RUNTIMES = {
 }
 
 
-def environment(folder: Path, runtime: Runtime) -> Path:
-    """The Python of an environment with this runtime; one that is there already is taken as it is."""
+def environment(folder: Path, packages: Sequence[str]) -> Path:
+    """The Python of an environment with these packages; one that is there already is taken as it is."""
     python = folder / "bin" / "python"
     if not (folder / ".complete").exists():
         venv.create(folder, symlinks=True, with_pip=False, clear=True)
         install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--only-binary=:all:"]
-        subprocess.run([*install, *runtime.packages], check=True)
+        subprocess.run([*install, *packages], check=True)
         (folder / ".complete").touch()
     return python
 
@@ -129,7 +130,7 @@ def said(text: str) -> str:
 def examine(name: str, envs: Path, lab: Path, releases: dict[str, Path], work: Path) -> dict[str, dict[str, Any]]:
     """All layouts in one runtime."""
     runtime = RUNTIMES[name]
-    python = environment(envs / name, runtime)
+    python = environment(envs / name, runtime.packages)
     found = {
         layout: probe(python, runtime.kind, releases[layout], lab, releases[layout])
         for layout in ("plain", "fp16", "int8")

@@ -17,7 +17,7 @@ from r1export.device import worker
 from r1export.device.policy import check_not_revoked, check_offer, counts_as_try
 from r1export.device.store import BASE, BUNDLE, FORMAT, MODES, Config, State, Store, remove, write_new
 from r1export.errors import CheckFailed, InputError, R1ExportError, Unsupported
-from r1export.update.bundle import Bundle, factors_bytes, read_bundle
+from r1export.update.bundle import Bundle, read_bundle
 from r1export.update.envelope import PublicKey
 from r1export.update.files import new_folder, sha256_file, sync_folder, write_file, write_json
 from r1export.update.release import MANIFEST, Release, check_file
@@ -200,7 +200,7 @@ def _write_factors(device: Store, offer: Bundle, added: list[Path]) -> None:
         if path.is_file() and sha256_file(path) == sha256:
             continue
         partial = path.with_name(f".{path.name}.partial")
-        write_new(partial, [factors_bytes(update)])
+        write_new(partial, [update.to_bytes()])
         added.append(path)
         partial.rename(path)
     if added:

@@ -127,12 +127,6 @@ def health(device: Store, name: str) -> None:
 STEPS = {"build": build, "health": health}
 
 
-def in_this_process(device: Store, _: int, verb: str, name: str) -> None:
-    """`run` without a fresh process, for a caller that is one itself."""
-    if verb == "build" or device.config.health != "none":
-        STEPS[verb](device, name)
-
-
 def has_onnxruntime() -> bool:
     """Whether onnxruntime can be imported; it is not."""
     return importlib.util.find_spec("onnxruntime") is not None

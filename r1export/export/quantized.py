@@ -22,16 +22,15 @@ from r1export.export.weight_map import Placement, WeightMap, place_
 
 SCALE, INPUT_SCALE, INPUT_ZERO = ".scale", ".input_scale", ".input_zero_point"
 SMALL = 1 << 12  # elements: a smaller weight costs more in extra nodes than it saves in bytes
+BATCH = 8  # inputs run at a time while calibrating
 Ranges = Mapping[str, tuple[float, float]]
 
 
-def calibrate(
-    release: Path, inputs: Mapping[str, np.ndarray], *, batch: int = 8, share: float = 1.0
-) -> dict[str, tuple[float, float]]:
+def calibrate(release: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float]]:
     """Smallest and largest value at the input of every linear that will be quantised, by the name of its weight.
 
     `release` is a float32 folder of graphs with the base's weights; `inputs` are pixel_values (n, 3, H, W) and input_ids
-    (n, L) of the tasks at hand. With `share` below 1, the middle share of the values of each batch: rare outliers are clipped.
+    (n, L) of the tasks at hand.
     """
     ranges: dict[str, tuple[float, float]] = {}
     for tower, name in (("visual", "pixel_values"), ("textual", "input_ids")):
@@ -42,16 +41,13 @@ def calibrate(
             continue
         session = _session_with_outputs(model, distinct, release)
         seen: dict[str, list[Any]] = {value.name: [] for value in distinct}
-        for start in range(0, len(inputs[name]), batch):
+        for start in range(0, len(inputs[name]), BATCH):
             for value, found in zip(
                 distinct,
-                session.run([v.name for v in distinct], {name: inputs[name][start : start + batch]}),
+                session.run([v.name for v in distinct], {name: inputs[name][start : start + BATCH]}),
                 strict=True,
             ):
-                tails = (1 - share) / 2
-                seen[value.name].append(
-                    (found.min(), found.max()) if share == 1 else np.quantile(found, [tails, 1 - tails])
-                )
+                seen[value.name].append((found.min(), found.max()))
         for weight, value in watched.items():
             low, high = np.array(seen[value.name], np.float64).T
             ranges[weight] = float(low.min()), float(high.max())

@@ -24,24 +24,15 @@ from r1export.export.variants import PROCEDURES
 from r1export.export.weight_map import WeightMap
 from r1export.update.container import NAMES, write_tensors
 from r1export.update.files import new_folder, sha256_bytes, sha256_file, write_file, write_json
-from r1export.update.release import sealed
+from r1export.update.release import FORMAT, MANIFEST, REPORTS, sealed
 
-FORMAT = "r1export.release/1"
 PREPROCESS = "preprocess.onnx"
-UNLISTED = (
-    "manifest.json",
-    "README.md",
-    "report.json",
-    "report.md",
-    "report.html",
-    "report.xml",
-    "update.r1u",
-)  # made from the manifest, or after it
+UNLISTED = (MANIFEST, "README.md", *REPORTS, "update.r1u")  # made from the manifest, or after it
 
 
 @dataclass(frozen=True)
 class TaskClasses:
-    """Class embeddings (C, D) of one task, the names and templates they were made from, and how well they do."""
+    """Class embeddings (C, D) of one task, the names and templates they were made from, and whether the task was learned."""
 
     name: str
     classes: tuple[str, ...]
@@ -102,7 +93,7 @@ def write_release(content: ReleaseContent, graphs: Path, path: Path) -> dict[str
         )
         accuracy = content.accuracy(folder)
         manifest = sealed(_manifest(content, folder, accuracy, weights, tensors))
-        write_json(folder / "manifest.json", manifest)
+        write_json(folder / MANIFEST, manifest)
         write_file(folder / "README.md", model_card(manifest).encode())
     return manifest
 
@@ -186,7 +177,7 @@ def _tensor_map(weights: WeightMap, tensors: Mapping[str, Mapping[str, np.ndarra
 
 def read_manifest(release: Path) -> dict[str, Any]:
     """Raises InputError if `release` is not a release folder."""
-    path = release / "manifest.json"
+    path = release / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -194,7 +185,7 @@ def read_manifest(release: Path) -> dict[str, Any]:
         return manifest
     except FileNotFoundError:
         raise InputError(
-            f"{release}: no manifest.json", "give a release folder, for example RUN/releases/01-NAME"
+            f"{release}: no {MANIFEST}", "give a release folder, for example RUN/releases/01-NAME"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(

@@ -68,7 +68,7 @@ def onnx_parity(
     try:
         found = {provider: _runs(path, provider, outputs) for provider in providers}
     except CheckFailed as error:
-        stages = {name: parity.failed(str(error)) for name in references}
+        stages = {name: parity.unrunnable(str(error)) for name in references}
     else:
         candidate = parity.Outputs.join(found.values())
         stages = {

@@ -57,7 +57,7 @@ def _parity(path: Path, manifest: Mapping[str, Any], beside: Path | None, provid
     """Golden samples on every provider: the worst. The base beside it, if it can be run there, calibrates the gate."""
     try:
         if changed := selftest.changed_graphs(path, manifest):
-            return parity.failed("; ".join(changed))
+            return parity.unrunnable("; ".join(changed))
         stages = {
             provider: selftest.golden_parity(path, manifest, provider, _control(beside, provider) if beside else None)
             for provider in providers
@@ -66,7 +66,7 @@ def _parity(path: Path, manifest: Mapping[str, Any], beside: Path | None, provid
         figures = {name: {key: stage[key] for key in ("max_abs", "min_cosine")} for name, stage in stages.items()}
         return worst | {"providers": list(providers), "by_provider": figures}
     except (CheckFailed, OSError, ValueError, KeyError) as error:
-        return parity.failed(str(error))
+        return parity.unrunnable(str(error))
 
 
 def _control(base: Path, provider: str) -> dict[str, Any] | None:

@@ -24,10 +24,10 @@ from r1export.pipeline.torch_models import TorchModels, torch_models
 from r1export.run_folder import read_json
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import sha256_file
-from r1export.verify.checks import failed
+from r1export.verify.checks import failed, overall
 from r1export.verify.drift import embedding_drift
 from r1export.verify.execution import Execution
-from r1export.verify.report import overall, settled, write_report
+from r1export.verify.report import settled, write_report
 from r1export.verify.runtime import check_provider
 
 

@@ -98,18 +98,11 @@ class Bundle:
             )
             pairs[experts.rows] = Factors(u, v)
         factors = ExpertUpdate(pairs)
-        if (found := hashlib.sha256(factors_bytes(factors)).hexdigest()) != update.sha256:
+        if (found := hashlib.sha256(factors.to_bytes()).hexdigest()) != update.sha256:
             raise CheckFailed(
                 f"the factors of {update.task} have SHA-256 {found}, the manifest says {update.sha256}", REMEDY
             )
         return factors
-
-
-def factors_bytes(update: ExpertUpdate) -> bytes:
-    """What `ExpertUpdate.write` writes: the content whose digest names an update."""
-    tensors = {f"{rows}.{part}": getattr(pair, part) for rows, pair in update.factors.items() for part in "uv"}
-    layout = container.plan((name, array.dtype, array.shape) for name, array in tensors.items())
-    return layout.header + b"".join(array.tobytes() for array in tensors.values())
 
 
 def assemble(envelope: bytes, manifest: bytes, payload: bytes | memoryview) -> bytes:

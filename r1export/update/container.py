@@ -21,6 +21,7 @@ import numpy as np
 
 from r1export.errors import InputError
 from r1export.update.files import write_file
+from r1export.update.strict import no_duplicates
 
 DTYPES = {
     "F64": "<f8",
@@ -135,7 +136,7 @@ def read_layout(path: Path) -> Layout:
 
 
 def _parse(header: bytes, size: int) -> Layout:
-    entries = json.loads(header[8:].decode(), object_pairs_hook=_no_duplicates)
+    entries = json.loads(header[8:].decode(), object_pairs_hook=no_duplicates)
     entries.pop("__metadata__", None)
     specs = sorted(
         (_spec(name, entry, len(header)) for name, entry in entries.items()), key=lambda s: (s.offset, s.nbytes)
@@ -150,12 +151,6 @@ def _parse(header: bytes, size: int) -> Layout:
     if end != size:
         raise ValueError(f"{size} bytes, expected {end}")
     return Layout(header, tuple(specs))
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) != len({key for key, _ in pairs}):
-        raise ValueError("duplicate keys")
-    return dict(pairs)
 
 
 def map_tensors(path: Path) -> dict[str, np.ndarray]:

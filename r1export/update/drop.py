@@ -1,6 +1,7 @@
 """A version without one task: the same release, derived from the base again with that task's experts left out.
 
-Nothing is subtracted, so the result is what training would have written had the task's experts not been selected.
+Nothing is subtracted. Without its last task, a release is what training would have written had it ended before; without an
+earlier one it is not, since the experts of later tasks were trained on top of it.
 """
 
 from __future__ import annotations
@@ -14,20 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from r1export.errors import InputError, Unsupported
-from r1export.update.container import read_tensors, write_tensors
+from r1export.errors import InputError
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import sha256_file, write_file, write_json
 from r1export.update.rebuild import Rebuild
 from r1export.update.release import MANIFEST, Release, sealed
 
-GOLDEN = "golden.safetensors"
-TOWERS = (("visual.onnx", "pixel_values", "image_embeds"), ("textual.onnx", "input_ids", "text_embeds"))
-Refresh = Callable[
-    [Path], None
-]  # rewrites in a release folder what follows from its weights: class embeddings, golden outputs
+# Rewrites in a release folder what follows from its weights: class embeddings, golden outputs.
+Refresh = Callable[[Path], None]
 
 
 @contextmanager
@@ -36,16 +31,11 @@ def release_without(
     target: Release,
     factors: Mapping[str, ExpertUpdate],
     dropped: Sequence[str],
-    refresh: Refresh | None = None,
+    refresh: Refresh,
 ) -> Iterator[Release]:
     """`target` without the tasks `dropped`, as a release folder that lives as long as the block.
 
-    `refresh` is called with the folder once its weights are there; by default golden outputs are computed with onnxruntime
-    and class embeddings are kept, which is right only where the text tower does not change.
-
-    Raises:
-        InputError: no such task, or class embeddings would have to be computed anew.
-        Unsupported: onnxruntime is not installed.
+    `refresh` is called with the folder once its weights are there. Raises InputError if there is no such task.
     """
     tasks = [task for task, _ in target.updates]
     if unknown := set(dropped) - set(tasks):
@@ -63,37 +53,9 @@ def release_without(
                 write_file(folder / path, rebuild.chunks(path))
             else:
                 shutil.copyfile((base if path in unlearned else target).path / path, folder / path)
-        (refresh or _refresh_golden)(folder)
-        if (
-            refresh is None
-            and _text_changed(target, folder)
-            and any(path.startswith("classes/") for path in target.files.keys() - gone)
-        ):
-            raise InputError(
-                "the text tower changes, so class embeddings have to be computed anew",
-                "pass `refresh`, or drop at the next training run",
-            )
+        refresh(folder)
         _write_manifest(folder, target, rebuild, before, kept, dropped)
         yield Release.read(folder)
-
-
-def _refresh_golden(folder: Path) -> None:
-    """Compute the golden outputs of the towers in `folder` with onnxruntime's CPU provider."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise Unsupported("onnxruntime is not installed", "pip install onnxruntime") from None
-    golden = read_tensors(folder / GOLDEN)
-    for graph, given, answer in TOWERS:
-        if given in golden and (folder / graph).is_file():
-            session = onnxruntime.InferenceSession(folder / graph, providers=["CPUExecutionProvider"])
-            (golden[answer],) = session.run([answer], {session.get_inputs()[0].name: golden[given]})
-    write_tensors(folder / GOLDEN, golden)
-
-
-def _text_changed(target: Release, folder: Path) -> bool:
-    one, other = read_tensors(target.path / GOLDEN), read_tensors(folder / GOLDEN)
-    return "text_embeds" in one and not np.array_equal(one["text_embeds"], other["text_embeds"])
 
 
 def _unmeasured(task: Mapping[str, Any], dropped: Sequence[str]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from types import MappingProxyType
 import numpy as np
 
 from r1export.errors import InputError
-from r1export.update.container import read_tensors, write_tensors
+from r1export.update.container import plan, read_tensors
+from r1export.update.files import write_file
 
 PROCEDURE = "r1-f64-v1"
 BLOCK_ROWS = 128  # rows merged at a time: keeps the float64 block of a 3072-wide weight in the second-level cache
@@ -161,12 +162,17 @@ class ExpertUpdate:
                 )
         return merged
 
-    def write(self, path: Path) -> None:
-        """Write `NAME.u` and `NAME.v` of every adapted linear into a safetensors file."""
+    def to_bytes(self) -> bytes:
+        """`NAME.u` and `NAME.v` of every adapted linear as a safetensors file: the content whose digest names an update."""
         tensors: dict[str, np.ndarray] = {}
         for rows, pair in self.factors.items():
             tensors |= {f"{rows}.u": pair.u, f"{rows}.v": pair.v}
-        write_tensors(path, tensors)
+        layout = plan((name, array.dtype, array.shape) for name, array in tensors.items())
+        return layout.header + b"".join(array.tobytes() for array in tensors.values())
+
+    def write(self, path: Path) -> None:
+        """Write `to_bytes` into the file at `path`."""
+        write_file(path, self.to_bytes())
 
     @classmethod
     def read(cls, path: Path) -> ExpertUpdate:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from r1export.errors import CheckFailed, InputError
-from r1export.update.bundle import MAX_BUNDLE, Bundle, assemble, factors_bytes
+from r1export.update.bundle import MAX_BUNDLE, Bundle, assemble
 from r1export.update.container import NAMES
 from r1export.update.drop import Refresh, release_without
 from r1export.update.envelope import SecretKey, sign
@@ -24,9 +24,8 @@ from r1export.update.factors import ExpertUpdate
 from r1export.update.files import sha256_file, write_file
 from r1export.update.manifest import ALIGN, Base, Experts, File, Health, Manifest, Part, Update
 from r1export.update.rebuild import Rebuild
-from r1export.update.release import MANIFEST, Release
+from r1export.update.release import MANIFEST, REPORTS, Release
 
-REPORTS = ("report.json", "report.md", "report.html")  # evidence: their digests travel, they do not
 SHORT = 64  # bytes: a run of equal bytes shorter than this costs more as a part of its own than sent again
 
 
@@ -59,12 +58,12 @@ def make_bundle(
     """Write to `out` what a device at release `since` (0: the base) needs for `release` of `run`, without the tasks in `drop`.
 
     `seq` is by default the release's sequence number; a rollback or a version with dropped tasks has to name a higher one.
-    `refresh` computes class embeddings and golden outputs of a version with dropped tasks, see `release_without`.
+    `refresh` computes class embeddings and golden outputs of a version with dropped tasks, which cannot be made without it.
 
     Raises:
         InputError: an unknown release or task, a file that exists, a sequence number that is missing.
         CheckFailed: the release cannot be derived from its base and its factors bit for bit.
-        Unsupported: signing or, for `drop`, onnxruntime is not installed.
+        Unsupported: neither cryptography nor PyNaCl is installed.
     """
     releases = read_releases(run, precision)
     if release not in releases or since not in releases or 0 not in releases:
@@ -81,6 +80,11 @@ def make_bundle(
         )
     factors = read_factors(run)
     if dropped:
+        if refresh is None:
+            raise InputError(
+                "class embeddings and golden outputs of a version without a task have to be computed anew",
+                "give `refresh`",
+            )
         with release_without(releases[0], target, factors, dropped, refresh) as smaller:
             bundle = bundle_release(releases[0], smaller, factors, releases[since].updates, keys, seq, terms)
     else:
@@ -112,7 +116,7 @@ def read_factors(run: Path) -> dict[str, ExpertUpdate]:
     factors = {}
     for path in sorted((run / "tasks").glob("*/factors.safetensors")):
         update, digest = ExpertUpdate.read(path), sha256_file(path)
-        if hashlib.sha256(factors_bytes(update)).hexdigest() != digest:
+        if hashlib.sha256(update.to_bytes()).hexdigest() != digest:
             raise InputError(f"{path} is not in canonical form", "write it with ExpertUpdate.write")
         factors[digest] = update
     return factors
@@ -160,6 +164,7 @@ def bundle_release(
         files=files,
         health=Health(target.golden["max_abs"], target.golden["min_cosine"], terms.min_agreement),
         algorithm=rebuild.procedure,
+        # Their digests travel, they do not.
         evidence={name: sha256_file(target.path / name) for name in REPORTS if (target.path / name).is_file()},
     )
     return _signed(manifest, bytes(payload.data), keys)

@@ -20,6 +20,12 @@ from r1export.update.strict import Fields, items, parse_json, whole
 
 FORMAT = "r1export.release/1"
 MANIFEST = "manifest.json"
+REPORTS = (
+    "report.html",
+    "report.md",
+    "report.xml",
+    "report.json",
+)  # written in this order once the release is verified
 MAX_MANIFEST = 64 << 20  # bytes; 300 parameters need about 100 kB
 _ANY = re.compile(r"(?s).{1,1000}")
 _PATH = re.compile(r"(?!.*(^|/)\.\.?(/|$))[^/\\\0][^\\\0]{0,999}")

@@ -30,7 +30,7 @@ def parse_json(data: bytes, place: str, limit: int) -> Fields:
     try:
         value = json.loads(
             data.decode("utf-8"),
-            object_pairs_hook=_no_duplicates,
+            object_pairs_hook=no_duplicates,
             parse_constant=_no_constant,
             parse_int=_integer,
             parse_float=_number,
@@ -40,7 +40,8 @@ def parse_json(data: bytes, place: str, limit: int) -> Fields:
     return Fields(value, place)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The members of a JSON object. Raises ValueError if two have the same name."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key occurs twice")

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from r1export.verify.figures import band, cosine, percent, ratio, scientific
+from r1export.verify.figures import NOT_MEASURED, band, cosine, percent, ratio, scientific
 
-PASS, FAIL, INCONCLUSIVE, NOT_MEASURED = "pass", "fail", "inconclusive", "not measured"
+PASS, FAIL, INCONCLUSIVE = "pass", "fail", "inconclusive"
 VERDICTS = (PASS, INCONCLUSIVE, FAIL, NOT_MEASURED)
 
 PARITY = {

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from r1export.errors import InputError
 from r1export.update.files import new_folder
 from r1export.verify.checks import verdict_of
-from r1export.verify.figures import MISSING, percent, points, ratio, scientific, size
+from r1export.verify.figures import NOT_MEASURED, percent, points, ratio, scientific, size
 from r1export.verify.matrix import in_fp32, update_bytes
 from r1export.verify.svg import DASHES, SERIES, page_svg, style
 from r1export.verify.tables import Table, Verdict
@@ -96,7 +96,7 @@ def cells(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The same table as text, for the terminal; what was not measured is a dash."""
     found = table(comparison)
     return list(found.columns), [
-        [cell.verdict if isinstance(cell, Verdict) else "-" if cell == MISSING else cell for cell in row]
+        [cell.verdict if isinstance(cell, Verdict) else "-" if cell == NOT_MEASURED else cell for cell in row]
         for row in found.rows
     ]
 

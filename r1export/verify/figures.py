@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-MISSING = "not measured"
+NOT_MEASURED = "not measured"
 MINUS = "\N{MINUS SIGN}"
 
 
 def scientific(value: float | None) -> str:
     """3.1e-6, with two significant digits and a plain hyphen so that it can be copied into a recipe; exact zero is 0."""
     if value is None:
-        return MISSING
+        return NOT_MEASURED
     if value == 0:
         return "0"
     digits, exponent = f"{value:.1e}".split("e")
@@ -19,7 +19,7 @@ def scientific(value: float | None) -> str:
 def cosine(value: float | None) -> str:
     """Cosines near one as their distance from one: 0.9999999 is 1 minus 1.0e-7."""
     if value is None:
-        return MISSING
+        return NOT_MEASURED
     if value >= 1:
         return "1"
     return f"1 {MINUS} {scientific(1 - value)}" if value > 0.999 else f"{value:.4f}"
@@ -28,7 +28,7 @@ def cosine(value: float | None) -> str:
 def percent(value: float | None, digits: int = 1) -> str:
     """A fraction in percent; the top is only called 100 when nothing at all is missing."""
     if value is None:
-        return MISSING
+        return NOT_MEASURED
     text = f"{100 * value:.{digits}f}"
     if float(text) == 0:
         text = text.removeprefix("-")
@@ -39,32 +39,32 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def points(value: float | None) -> str:
     """A difference of two fractions in percentage points."""
-    return MISSING if value is None else f"{percent(value).removesuffix(' %')} points"
+    return NOT_MEASURED if value is None else f"{percent(value).removesuffix(' %')} points"
 
 
 def ratio(value: float | None) -> str:
     """A ratio of times with three decimals."""
-    return MISSING if value is None else f"{value:.3f}"
+    return NOT_MEASURED if value is None else f"{value:.3f}"
 
 
 def band(interval: Sequence[float | None] | None) -> str:
     """An interval of ratios, `0.996 to 1.004`."""
     if not interval or None in interval:
-        return MISSING
+        return NOT_MEASURED
     return f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def milliseconds(value: float | None) -> str:
     """Times with three significant digits or two decimals, whichever is shorter."""
     if value is None:
-        return MISSING
+        return NOT_MEASURED
     return f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
 def size(count: float | None) -> str:
     """Bytes with decimal prefixes, as disks and networks count them."""
     if count is None:
-        return MISSING
+        return NOT_MEASURED
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -75,5 +75,5 @@ def size(count: float | None) -> str:
 def share(part: float | None, whole: float | None) -> str:
     """`part` of `whole` in percent with two significant digits, for very small shares too."""
     if part is None or not whole:
-        return MISSING
+        return NOT_MEASURED
     return f"{float(f'{100 * part / whole:.2g}'):g} %"

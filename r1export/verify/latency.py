@@ -85,7 +85,7 @@ def _affordable_rounds(jobs: Mapping[str, Job]) -> int:
 
 
 def added_latency(
-    open_base: Callable[[], Job], open_release: Callable[[], Job], *, pairs: int, margin: float, provider: str = "CPUExecutionProvider", batch: int = 1,
+    open_base: Callable[[], Job], open_release: Callable[[], Job], *, pairs: int, margin: float, provider: str = "CPUExecutionProvider",
     open_unmerged: Callable[[], Job] | None = None, torch_jobs: Mapping[str, Job] | None = None, on_block: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Rung L5: the release against the base, and base against itself as noise floor; the unmerged model and torch for comparison.
@@ -111,7 +111,7 @@ def added_latency(
         "verdict": verdict, "ratio": ratio.value, "ci95": [ratio.low, ratio.high], "margin": margin, "noise_floor": _ratio(noise),
         "unmerged_ratio": unmerged, "pairs": int(2 * seconds["base"].size), "advice": advice,
         "pair_ratios": (seconds["merged"] / seconds["base"]).ravel().tolist()[:400],
-        "providers": {provider: {str(batch): table}},
+        "providers": {provider: {"1": table}},  # by batch size
     }  # fmt: skip
 
 

@@ -79,7 +79,6 @@ class Gate:
 GATES = {
     "fp32": Gate(),
     "fp16": Gate(max_abs=5e-3, min_cosine=1 - 1e-4, flip_margin=1e-3, control_factor=3.0, relative=True),
-    "bf16": Gate(max_abs=3e-2, min_cosine=1 - 3e-3, flip_margin=1e-2, control_factor=3.0, relative=True),
     "int8": Gate(max_abs=0.1, min_cosine=0.97, flip_margin=0.02, control_factor=4.0, relative=True),
 }
 
@@ -177,7 +176,7 @@ def _problems(towers: Mapping[str, Any], flips: Sequence[Mapping[str, Any]], gat
         yield f"{len(grave)} answers flipped that the reference preferred by more than {gate.flip_margin:g}"
 
 
-def failed(detail: str) -> dict[str, Any]:
+def unrunnable(detail: str) -> dict[str, Any]:
     """The stage of a model that cannot even be run: a failed check, not a crash."""
     return {
         "verdict": "fail",

@@ -24,17 +24,6 @@ from r1export.verify.digest import graph_digest
 from r1export.verify.execution import Execution, execute
 from r1export.verify.figures import size
 
-__all__ = [
-    "executions",
-    "graph_digest",
-    "not_measured",
-    "proof_control",
-    "rungs",
-    "same_files",
-    "same_graphs",
-    "unclimbed",
-]
-
 OPAQUE = ("tensorrt", "reference")  # an engine that onnxruntime cannot write out; no optimiser at all
 PEAK_TOLERANCE = 0.01  # where threads take turns, the allocator's peak moves by a block
 Feeds = Mapping[str, np.ndarray]
@@ -152,7 +141,7 @@ def _cost(name: str, e: Execution) -> str:
 
 
 def proof_control(base: Path, unmerged: Path, feeds: Feeds, provider: str = "cpu") -> dict[str, Any]:
-    """Whether L1 and L2 tell the unmerged model from the base. Both digests are structural, so weights play no part.
+    """Whether L1, L2 and L3 tell the unmerged model from the base. The digests of L1 and L2 are structural, so weights play no part.
 
     Raises CheckFailed if one of them cannot be run.
     """

@@ -8,17 +8,16 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from r1export.update.release import REPORTS
 from r1export.verify import tables
-from r1export.verify.checks import FAIL, INCONCLUSIVE, NOT_MEASURED, PASS, Check, checks, overall, verdict_of
+from r1export.verify.checks import FAIL, INCONCLUSIVE, PASS, Check, checks, overall, verdict_of
+from r1export.verify.figures import NOT_MEASURED
 from r1export.verify.templating import WORDS, environment
-
-__all__ = ["SCHEMA", "overall", "render_html", "render_junit", "render_markdown", "schema", "settled", "write_report"]
 
 SCHEMA = "r1export.report/1"
 # Characters that XML forbids, that are no characters, or that turn the direction of the text after them.
@@ -26,14 +25,11 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u20
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Write report.json, report.md, report.html and report.xml; each one is renamed into place when all are complete."""
+    """Write the four files of `REPORTS`; each one is renamed into place when all are complete."""
     report = settled(report)
-    texts = {
-        "report.html": render_html(report),
-        "report.md": render_markdown(report),
-        "report.xml": render_junit(report),
-        "report.json": json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-    }
+    plain = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    forms = render_html(report), render_markdown(report), render_junit(report), plain
+    texts = dict(zip(REPORTS, forms, strict=True))
     beside = {name: folder / f".{name}.{os.getpid()}" for name in texts}
     try:
         for name, text in texts.items():
@@ -107,11 +103,6 @@ def _suite(report: Mapping[str, Any]) -> dict[str, Any]:
         "failures": count[FAIL],
         "skipped": count[INCONCLUSIVE] + count[NOT_MEASURED],
     }
-
-
-def schema() -> dict[str, Any]:
-    """The published JSON Schema of report.json."""
-    return json.loads(files("r1export.verify").joinpath("report.schema.json").read_text("utf-8"))
 
 
 def _name(report: Mapping[str, Any]) -> str:

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from r1export.errors import InputError
 from r1export.update.container import read_tensors
 from r1export.update.files import sha256_file
 from r1export.verify.digest import graph_digest
-from r1export.verify.parity import GATES, Gate, Inputs, Model, Outputs, compare, failed, run_in_batches
+from r1export.verify.parity import GATES, Gate, Inputs, Model, Outputs, compare, run_in_batches
 from r1export.verify.runtime import open_session, runner
 
 BATCHES = (1, 2, 5, 0)
@@ -44,7 +45,7 @@ def golden_parity(
 ) -> dict[str, Any]:
     """Stored outputs of torch against this release in onnxruntime on this machine: one stage of parity.
 
-    `control` is the same stage of the base release. Raises CheckFailed if the release cannot be run.
+    `control` is the same stage of the base release. Raises CheckFailed if the release cannot be run, InputError as `manifest_gate`.
     """
     golden = read_tensors(release / "golden.safetensors")
     sessions = {
@@ -61,17 +62,15 @@ def golden_parity(
 
 
 def manifest_gate(manifest: Mapping[str, Any]) -> Gate:
-    """The gate of the release's precision, with the tolerances that its manifest gives."""
-    known = GATES.get(manifest["precision"].split("-")[0], GATES["fp32"])
-    return replace(known, max_abs=manifest["golden"]["max_abs"], min_cosine=manifest["golden"]["min_cosine"])
+    """The gate of the release's precision, with the tolerances that its manifest gives. Raises InputError for an unknown one."""
+    if (precision := manifest["precision"]) not in GATES:
+        raise InputError(
+            f"the release's precision is {precision!r}, known are {', '.join(GATES)}", "verify it with a newer r1export"
+        )
+    return replace(GATES[precision], max_abs=manifest["golden"]["max_abs"], min_cosine=manifest["golden"]["min_cosine"])
 
 
 def golden_problems(release: Path, manifest: Mapping[str, Any]) -> list[str]:
     """One line if the stored samples are not reproduced. Raises as `golden_parity`."""
     found = golden_parity(release, manifest)
     return [] if found["verdict"] == "pass" else [f"golden.safetensors is not reproduced: {found['detail']}"]
-
-
-def damaged(error: Exception) -> dict[str, Any]:
-    """A release that cannot even be run is a failed check, not a crash."""
-    return failed(str(error))

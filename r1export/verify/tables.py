@@ -5,7 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1export.verify.checks import LADDER, PARITY, Check, checks, overall, verdict_of
-from r1export.verify.figures import MISSING, band, cosine, milliseconds, percent, points, ratio, scientific, share, size
+from r1export.verify.figures import (
+    NOT_MEASURED,
+    band,
+    cosine,
+    milliseconds,
+    percent,
+    points,
+    ratio,
+    scientific,
+    share,
+    size,
+)
 from r1export.verify.matrix import in_fp32, matrix_table, update_bytes, weight_bytes
 
 RUNNERS = {
@@ -56,9 +67,9 @@ def groups(found: Sequence[Check]) -> Table:
 
 def _together(part: Sequence[Check]) -> Verdict:
     """The verdict of several checks, and how many of them were not made."""
-    missing = sum(check.verdict == MISSING for check in part)
+    missing = sum(check.verdict == NOT_MEASURED for check in part)
     if missing == len(part):
-        return Verdict(MISSING)
+        return Verdict(NOT_MEASURED)
     return Verdict(
         overall(check.verdict for check in part), f"{missing} of {len(part)} not measured" if missing else ""
     )
@@ -94,7 +105,7 @@ def drift(report: Mapping[str, Any]) -> Table | None:
         [f"Of the {k} nearest, still found", percent(found[key])] for k in (1, 10) if (key := f"recall_at_{k}") in found
     ]
     rows = [
-        ["Index again", found.get("reindex") or MISSING],
+        ["Index again", found.get("reindex") or NOT_MEASURED],
         ["Images", str(found.get("images"))],
         ["Mean cosine", cosine(found.get("mean_cosine"))],
     ]
@@ -139,9 +150,9 @@ _PARITY_ROWS = {
     "Cosine required": lambda s: cosine(s.get("min_cosine_required")),
     "Lowest cosine, base model": lambda s: cosine((s.get("control") or {}).get("min_cosine")),
     "Same top-1 answer": lambda s: percent(s.get("top1_agreement"), 2),
-    "Samples": lambda s: MISSING if s.get("samples") is None else str(s["samples"]),
-    "Batch sizes": lambda s: ", ".join(map(str, s.get("batches") or [])) or MISSING,
-    "Graph optimisation": lambda s: ", ".join(map(str, s.get("levels") or [])) or MISSING,
+    "Samples": lambda s: NOT_MEASURED if s.get("samples") is None else str(s["samples"]),
+    "Batch sizes": lambda s: ", ".join(map(str, s.get("batches") or [])) or NOT_MEASURED,
+    "Graph optimisation": lambda s: ", ".join(map(str, s.get("levels") or [])) or NOT_MEASURED,
 }
 
 
@@ -201,8 +212,8 @@ def _times(times: Mapping[str, Any], base: float | None) -> list[str]:
     return [
         milliseconds(middle),
         milliseconds(times.get("p90_ms")),
-        f"{middle / base:.2f}" if middle and base else MISSING,
-        MISSING if count is None else str(count),
+        f"{middle / base:.2f}" if middle and base else NOT_MEASURED,
+        NOT_MEASURED if count is None else str(count),
     ]
 
 
@@ -306,7 +317,7 @@ def _speed(speed: Mapping[str, Any]) -> str:
             "" if low is None or high is None else " slower" if low > 1 else " faster" if high < 1 else " no difference"
         )
         found.append(f"{provider}: {ratio(times.get('ratio'))}{word}")
-    return "; ".join(found) or MISSING
+    return "; ".join(found) or NOT_MEASURED
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -6,7 +6,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from r1export.verify.checks import FAIL, INCONCLUSIVE, NOT_MEASURED, PASS
+from r1export.verify.checks import FAIL, INCONCLUSIVE, PASS
+from r1export.verify.figures import NOT_MEASURED
 
 WORDS = {PASS: "Passed", FAIL: "Failed", INCONCLUSIVE: "Inconclusive", NOT_MEASURED: "Not measured"}
 MARKS = {PASS: "\N{CHECK MARK}", FAIL: "\N{MULTIPLICATION X}", INCONCLUSIVE: "?", NOT_MEASURED: "\N{EN DASH}"}

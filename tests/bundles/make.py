@@ -5,7 +5,6 @@ The updates are signed with a key that everybody knows: the 32 bytes 00 01 .. 1f
 """
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 import sys
@@ -24,9 +23,9 @@ TERMS = Terms("camera", "v1", created=1_800_000_000)
 
 
 def main(out: Path, precision: str) -> None:
-    spec = importlib.util.spec_from_file_location("fleet", Path(__file__).parents[1] / "device" / "fleet.py")
-    fleet = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fleet)
+    sys.path.append(str(Path(__file__).parents[1]))
+    from device import fleet
+
     out.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as folder:
         run = fleet.make_run(Path(folder) / "run", precision)

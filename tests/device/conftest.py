@@ -1,14 +1,14 @@
 """A run in the lab and devices in the field, small and real."""
 
-import importlib.util
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from device import fleet
+from device.steps import in_this_process
 
-from r1export.device import install, worker
+from r1export.device import install
 from r1export.device.session import open_version
 from r1export.device.store import Store
 from r1export.update.bundle import Bundle
@@ -19,15 +19,6 @@ from r1export.update.publish import Terms, make_bundle
 CREATED = 1_800_000_000  # seconds since 1970, when all updates of these tests were made
 
 
-@pytest.fixture(scope="session")
-def fleet() -> ModuleType:
-    path = Path(__file__).with_name("fleet.py")
-    spec = importlib.util.spec_from_file_location("fleet", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @dataclass
 class Lab:
     """Makes updates, each once."""
@@ -35,7 +26,6 @@ class Lab:
     folder: Path
     run: Path
     key: SecretKey
-    fleet: ModuleType
     made: dict = field(default_factory=dict)
 
     @property
@@ -59,7 +49,7 @@ class Lab:
                 seq=seq,
                 drop=drop,
                 terms=terms,
-                refresh=self.fleet.refresh,
+                refresh=fleet.refresh,
             )
             self.made[name] = path
         return self.made[name]
@@ -75,10 +65,10 @@ class Device:
     path: Path
 
     def apply(self, bundle: Path, **options) -> install.Outcome:
-        return install.apply(self.path, bundle, **{"now": CREATED, "run": worker.in_this_process, **options})
+        return install.apply(self.path, bundle, **{"now": CREATED, "run": in_this_process, **options})
 
     def rollback(self, to=None, **options) -> install.Outcome:
-        return install.rollback(self.path, to, **{"run": worker.in_this_process, **options})
+        return install.rollback(self.path, to, **{"run": in_this_process, **options})
 
     @property
     def store(self) -> Store:
@@ -110,30 +100,30 @@ class Device:
 
 
 @pytest.fixture(scope="session")
-def lab(fleet, tmp_path_factory) -> Lab:
+def lab(tmp_path_factory) -> Lab:
     folder = tmp_path_factory.mktemp("lab")
     key = SecretKey(bytes(range(32)))
     (folder / "fleet.pub").write_text(key.public.to_pem())
-    return Lab(folder, fleet.make_run(folder / "run"), key, fleet)
+    return Lab(folder, fleet.make_run(folder / "run"), key)
 
 
 @pytest.fixture(scope="session")
-def half_lab(fleet, tmp_path_factory) -> Lab:
+def half_lab(tmp_path_factory) -> Lab:
     """The same in float16: weights and factors."""
-    return other_lab(fleet, tmp_path_factory, "fp16", "float16")
+    return other_lab(tmp_path_factory, "fp16", "float16")
 
 
 @pytest.fixture(scope="session")
-def int8_lab(fleet, tmp_path_factory) -> Lab:
+def int8_lab(tmp_path_factory) -> Lab:
     """The same with weights in int8 and factors in float32."""
-    return other_lab(fleet, tmp_path_factory, "int8", "float32")
+    return other_lab(tmp_path_factory, "int8", "float32")
 
 
-def other_lab(fleet, tmp_path_factory, precision, factors) -> Lab:
+def other_lab(tmp_path_factory, precision, factors) -> Lab:
     folder = tmp_path_factory.mktemp(precision)
     key = SecretKey(bytes(range(32)))
     (folder / "fleet.pub").write_text(key.public.to_pem())
-    return Lab(folder, fleet.make_run(folder / "run", precision, factors), key, fleet)
+    return Lab(folder, fleet.make_run(folder / "run", precision, factors), key)
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-DRIVER = """
+DRIVER = f"""
 import sys
 from pathlib import Path
-from r1export.device import install, worker
+sys.path.append({str(Path(__file__).parents[1])!r})
+from device.steps import in_this_process
+from r1export.device import install
 from r1export.errors import R1ExportError
 try:
-    install.apply(Path(sys.argv[1]), Path(sys.argv[2]), now=1_800_000_000, run=worker.in_this_process)
+    install.apply(Path(sys.argv[1]), Path(sys.argv[2]), now=1_800_000_000, run=in_this_process)
 except R1ExportError as error:
     print(error)
     sys.exit(error.exit_code)

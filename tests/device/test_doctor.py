@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from device import fleet
 
 from r1export.device import doctor as module
 from r1export.device.doctor import doctor, status
@@ -71,7 +72,7 @@ def test_what_the_remedy_says_repairs(used, lab):
     used.rollback(1)
     used.apply(lab.bundle(2, 1))
     assert faults(used) == {}
-    assert used.files() == lab.fleet.hashes(lab.release(2))
+    assert used.files() == fleet.hashes(lab.release(2))
 
 
 def test_an_arithmetic_that_is_not_the_labs_is_found(used, monkeypatch):
@@ -115,4 +116,4 @@ def test_a_library_that_turned_subnormals_to_zero_is_noticed_and_the_update_is_b
     line = [sys.executable, "-c", FLUSHED, str(slot_device.path), str(lab.bundle(1, 0))]
     process = subprocess.run(line, capture_output=True, text=True)
     assert process.stdout.splitlines() == ["arithmetic self-test 4", "True"], process.stderr
-    assert lab.fleet.hashes(slot_device.path / "current") == lab.fleet.hashes(lab.release(1))
+    assert fleet.hashes(slot_device.path / "current") == fleet.hashes(lab.release(1))

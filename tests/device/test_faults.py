@@ -4,15 +4,13 @@ R1EXPORT_SWEEP=full hits every call with every fault (two minutes); otherwise ev
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from device import fleet, powercut, strace
 
 from r1export.device.doctor import doctor
 from r1export.device.session import open_version
@@ -21,17 +19,6 @@ from r1export.errors import InputError
 
 STEP = 1 if os.environ.get("R1EXPORT_SWEEP") == "full" else 10
 FAULTS = ("signal=SIGKILL", "error=ENOSPC", "error=EIO")
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-strace, powercut = load("strace"), load("powercut")
 pytestmark = pytest.mark.skipif(
     not strace.available(), reason="strace is not installed or may not trace (apt-get install strace)"
 )
@@ -56,7 +43,7 @@ def copy(device, path):
 def test_every_call_may_fail_or_be_the_last(lab, updated, tmp_path, capsys):
     old, _, calls = updated
     cases = [(call, fault) for call in calls for fault in FAULTS][::STEP]
-    versions = {number: lab.fleet.hashes(lab.release(number)) for number in (1, 2)}
+    versions = {number: fleet.hashes(lab.release(number)) for number in (1, 2)}
 
     def violations(number):
         call, fault = cases[number]
@@ -188,7 +175,7 @@ def test_a_device_goes_on_after_a_power_cut(lab, updated, tmp_path):
         device = dataclasses.replace(old, path=tmp_path / f"cut-{number}")
         assert open_version(device.path).name in ("01-digits", "02-shapes")
         device.apply(lab.bundle(2, 1))
-        assert device.files() == lab.fleet.hashes(lab.release(2))
+        assert device.files() == fleet.hashes(lab.release(2))
         assert [finding for finding in doctor(device.path) if finding.fault] == []
 
 
@@ -201,4 +188,4 @@ def test_three_crashes_in_a_row_give_an_update_up(lab, device):
     process = strace.subprocess.run(strace.command(device.path, lab.bundle(2, 1)), capture_output=True, text=True)
     assert process.returncode == 1
     assert "given up" in process.stdout
-    assert device.files() == lab.fleet.hashes(lab.release(1))
+    assert device.files() == fleet.hashes(lab.release(1))

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from device import fleet
 
 from r1export.device.kit import device_kit
 from r1export.update import bundle, envelope, manifest
@@ -50,7 +51,7 @@ def test_the_mender_module_installs_and_rolls_back(lab, slot_device, kit, tmp_pa
     shutil.copy(lab.bundle(1, 0), tmp_path / "artifact" / "files" / "update.r1u")
     assert run(script, kit, slot_device.path, "SupportsRollback", tmp_path / "artifact").stdout == "Yes\n"
     assert run(script, kit, slot_device.path, "ArtifactInstall", tmp_path / "artifact").returncode == 0
-    assert slot_device.files() == lab.fleet.hashes(lab.release(1))
+    assert slot_device.files() == fleet.hashes(lab.release(1))
     assert run(script, kit, slot_device.path, "ArtifactRollback", tmp_path / "artifact").returncode == 0
     assert slot_device.store.current == "base"
     (tmp_path / "artifact" / "files" / "update.r1u").write_bytes(b"rot")
@@ -61,7 +62,7 @@ def test_the_rauc_hook_installs_and_fails_for_a_bad_file(lab, slot_device, kit, 
     script = tmp_path / "hook.sh"
     script.write_text(example("sh", "slot-install"))
     assert run(script, kit, slot_device.path, "slot-install", RAUC_IMAGE_NAME=str(lab.bundle(1, 0))).returncode == 0
-    assert slot_device.files() == lab.fleet.hashes(lab.release(1))
+    assert slot_device.files() == fleet.hashes(lab.release(1))
     assert run(script, kit, slot_device.path, "slot-install", RAUC_IMAGE_NAME=str(script)).returncode == 2
 
 
@@ -86,7 +87,7 @@ def test_a_device_takes_the_smallest_fitting_update_from_a_plain_folder(lab, slo
         )
         subprocess.run([sys.executable, "-c", code], check=True)
         server.shutdown()
-    assert slot_device.files() == lab.fleet.hashes(lab.release(3))
+    assert slot_device.files() == fleet.hashes(lab.release(3))
     assert (tmp_path / "u").read_bytes() == lab.bundle(3, 1).read_bytes()
 
 

@@ -6,6 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
+from device import fleet
+from device.steps import in_this_process
 
 from r1export.device import install, worker
 from r1export.device.store import State
@@ -39,21 +41,21 @@ def refused(device, error, bundle, match=".", **options):
 def test_applied_in_order_each_version_is_the_labs(lab, device):
     for number in (1, 2, 3):
         device.apply(lab.bundle(number, number - 1))
-        assert device.files() == lab.fleet.hashes(lab.release(number))
+        assert device.files() == fleet.hashes(lab.release(number))
 
 
 def test_skipping_versions_gives_the_labs_bytes(lab, device):
     device.apply(lab.bundle(3, 0))
-    assert device.files() == lab.fleet.hashes(lab.release(3))
+    assert device.files() == fleet.hashes(lab.release(3))
 
 
 def test_a_rolled_back_device_has_the_old_bytes_and_takes_the_next_update(lab, device):
     device.apply(lab.bundle(1, 0))
     device.apply(lab.bundle(2, 1))
     device.rollback()
-    assert device.files() == lab.fleet.hashes(lab.release(1))
+    assert device.files() == fleet.hashes(lab.release(1))
     device.apply(lab.bundle(3, 2))
-    assert device.files() == lab.fleet.hashes(lab.release(3))
+    assert device.files() == fleet.hashes(lab.release(3))
 
 
 def test_the_newest_version_can_come_back_after_a_rollback(lab, device):
@@ -61,13 +63,13 @@ def test_the_newest_version_can_come_back_after_a_rollback(lab, device):
     device.apply(lab.bundle(2, 1))
     device.rollback(0)
     assert device.apply(lab.bundle(2, 1)).changed
-    assert device.files() == lab.fleet.hashes(lab.release(2))
+    assert device.files() == fleet.hashes(lab.release(2))
 
 
 def test_a_remote_rollback_is_an_update_with_fewer_experts(lab, device):
     device.apply(lab.bundle(3, 0))
     device.apply(lab.bundle(1, 3, seq=7))
-    assert device.files() == lab.fleet.hashes(lab.release(1))
+    assert device.files() == fleet.hashes(lab.release(1))
     assert not any(update.experts for update in lab.read(lab.bundle(1, 3, seq=7)).manifest.updates)
 
 
@@ -86,7 +88,7 @@ def test_a_dropped_task_leaves_the_bytes_of_never_having_learned_it(lab, device)
 
 
 @pytest.mark.parametrize("precision", ["half_lab", "int8_lab"])
-def test_float16_and_int8_weights_are_the_labs_too(request, tmp_path, fleet, device, precision):
+def test_float16_and_int8_weights_are_the_labs_too(request, tmp_path, device, precision):
     lab = request.getfixturevalue(precision)
     mode = device.store.config.mode
     install.init(tmp_path / "other", lab.release(0), [lab.public], product="camera", device_class="v1", mode=mode)
@@ -107,7 +109,7 @@ def test_the_algorithm_has_to_be_that_of_the_base(lab, int8_lab, device, tmp_pat
 def test_a_fresh_process_builds_and_checks_the_same_bytes(lab, tmp_path):
     store = install.init(tmp_path / "store", lab.release(0), [lab.public], product="camera", device_class="v1").path
     install.apply(store, lab.bundle(2, 0), now=1_800_000_000)
-    assert lab.fleet.hashes(store / "current") == lab.fleet.hashes(lab.release(2))
+    assert fleet.hashes(store / "current") == fleet.hashes(lab.release(2))
 
 
 @pytest.mark.parametrize("switches", ["", "AVX512F AVX512CD AVX512_SKX", "AVX2 FMA3"])
@@ -121,7 +123,7 @@ def test_processor_features_and_threads_change_no_bit(lab, slot_device, monkeypa
     monkeypatch.setenv("NPY_DISABLE_CPU_FEATURES", " ".join(names))
     monkeypatch.setenv("OMP_NUM_THREADS", "1" if names else "2")
     slot_device.apply(lab.bundle(3, 0), run=worker.run)
-    assert slot_device.files() == lab.fleet.hashes(lab.release(3))
+    assert slot_device.files() == fleet.hashes(lab.release(3))
 
 
 def test_applying_what_is_current_changes_nothing(lab, device):
@@ -269,10 +271,10 @@ def test_an_unhealthy_update_is_reverted_and_given_up_after_three_tries(lab, tmp
         refused(device, CheckFailed, harmful, "health check")
         assert list(device.store.state().tries.values()) == [tries]
     refused(device, CheckFailed, harmful, "given up")
-    assert device.files() == lab.fleet.hashes(lab.release(1))
+    assert device.files() == fleet.hashes(lab.release(1))
     refused(device, CheckFailed, harmful, "health check", retry=True)
     device.apply(lab.bundle(2, 1))
-    assert device.files() == lab.fleet.hashes(lab.release(2))
+    assert device.files() == fleet.hashes(lab.release(2))
 
 
 @pytest.mark.parametrize(
@@ -366,7 +368,7 @@ def test_a_rollback_heals_a_current_link_that_points_nowhere(lab, device):
     with pytest.raises(InputError, match="rollback --to"):
         device.apply(lab.bundle(2, 1))
     device.rollback(1)
-    assert device.files() == lab.fleet.hashes(lab.release(1))
+    assert device.files() == fleet.hashes(lab.release(1))
 
 
 # --- what is kept
@@ -395,7 +397,7 @@ def test_a_damaged_version_that_is_not_current_is_built_anew(lab, slot_device):
     victim = device.path / "slots" / device.store.slots()[1] / "visual.safetensors"
     victim.write_bytes(b"rotten")
     device.apply(lab.bundle(2, 1))
-    assert lab.fleet.hashes(device.path / "current") == lab.fleet.hashes(lab.release(2))
+    assert fleet.hashes(device.path / "current") == fleet.hashes(lab.release(2))
 
 
 def test_a_damaged_base_is_named_and_nothing_is_installed(lab, device):
@@ -413,10 +415,10 @@ def test_the_file_may_change_while_it_is_applied(lab, device, tmp_path):
 
     def run(store, descriptor, verb, name):
         moving.write_bytes(lab.bundle(2, 0).read_bytes())
-        worker.in_this_process(store, descriptor, verb, name)
+        in_this_process(store, descriptor, verb, name)
 
     device.apply(moving, run=run)
-    assert device.files() == lab.fleet.hashes(lab.release(1))
+    assert device.files() == fleet.hashes(lab.release(1))
 
 
 # --- init

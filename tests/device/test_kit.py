@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from device import fleet
 
 from r1export.device.kit import MODULES, PACKAGE, device_kit
 from r1export.errors import InputError
@@ -60,7 +61,7 @@ def test_the_kit_updates_a_device_with_a_fresh_process_of_its_own(kit, lab, tmp_
         0,
         {"slot": lab.read(lab.bundle(2, 0)).slot, "previous": "base", "changed": True},
     )
-    assert lab.fleet.hashes(store / "current") == lab.fleet.hashes(lab.release(2))
+    assert fleet.hashes(store / "current") == fleet.hashes(lab.release(2))
     assert r1device(kit, "doctor", store)[1]["faults"] == 0
 
 
@@ -68,7 +69,7 @@ def test_the_kit_runs_where_only_numpy_is_installed(kit, lab, slot_device, numpy
     listed = subprocess.run([numpy_only, "-c", "import numpy, onnxruntime"], capture_output=True, text=True)
     assert "No module named 'onnxruntime'" in listed.stderr
     assert r1device(kit, "apply", slot_device.path, lab.bundle(1, 0), python=numpy_only)[0] == 0
-    assert lab.fleet.hashes(slot_device.path / "current") == lab.fleet.hashes(lab.release(1))
+    assert fleet.hashes(slot_device.path / "current") == fleet.hashes(lab.release(1))
     assert r1device(kit, "doctor", slot_device.path, python=numpy_only)[0] == 0
 
 

@@ -7,11 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from device import fleet
+from device.steps import in_this_process
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from r1export.device import install, worker
+from r1export.device import install
 from r1export.errors import R1ExportError
 
 CREATED = 1_800_000_000
@@ -23,7 +25,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("mode", ["slot", "overlay"])
 def test_a_devices_life(lab, new_devices, slot_device, mode):
-    files = {number: lab.fleet.hashes(lab.release(number)) for number in range(4)}
+    files = {number: fleet.hashes(lab.release(number)) for number in range(4)}
     bundles = [(release, since, lab.bundle(release, since)) for release in (1, 2, 3) for since in range(release + 1)]
     rotten = lab.folder / "rotten.r1u"
     rotten.write_bytes(bundles[0][2].read_bytes()[:-1] + b"\xff")
@@ -64,7 +66,7 @@ def test_a_devices_life(lab, new_devices, slot_device, mode):
                 raise Killed
 
             def run(store, descriptor, verb, name):
-                worker.in_this_process(store, descriptor, verb, name)
+                in_this_process(store, descriptor, verb, name)
                 if verb == step:
                     freeze()
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from device import fleet
 
 from r1export.device.__main__ import main
 from r1export.update.envelope import SecretKey
@@ -29,7 +30,7 @@ def test_inspect_apply_and_rollback_conform(lab, slot_device):
     assert (code, found["slot"], found["seq"], found["name"]) == (0, bundle.slot, 1, "01-digits")
     code, found = r1device("apply", slot_device.path, lab.bundle(1, 0))
     assert (code, found) == (0, {"slot": bundle.slot, "previous": "base", "changed": True})
-    assert lab.fleet.hashes(slot_device.path / "current") == lab.fleet.hashes(lab.release(1))
+    assert fleet.hashes(slot_device.path / "current") == fleet.hashes(lab.release(1))
     code, found = r1device("apply", slot_device.path, lab.bundle(1, 0, keys=[SecretKey(b"\x07" * 32)]))
     assert (code, found["exit_code"]) == (1, 1)
     assert set(found["error"]) == {"message", "remedy"}

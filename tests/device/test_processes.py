@@ -4,19 +4,27 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
+
+from device import fleet
 
 from r1export.device.session import open_version
 
 MANY = 50 if os.environ.get("R1EXPORT_SWEEP") == "full" else 12
+UPDATER = f"""
+import sys
+from pathlib import Path
+sys.path.append({str(Path(__file__).parents[1])!r})
+from device.steps import in_this_process
+from r1export.device import install
+store, bundle = map(Path, sys.argv[1:])
+print(install.apply(store, bundle, now=1_800_000_000, run=in_this_process).changed)
+"""
 
 
 def updater(device, bundle):
-    line = (
-        "import sys, pathlib; from r1export.device import install, worker; p = [pathlib.Path(a) for a in sys.argv[1:]];"
-    )
-    line += "print(install.apply(p[0], p[1], now=1_800_000_000, run=worker.in_this_process).changed)"
     return subprocess.Popen(
-        [sys.executable, "-c", line, device.path, bundle], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", UPDATER, device.path, bundle], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -25,7 +33,7 @@ def test_of_many_updaters_at_once_one_installs_and_the_others_see_it(lab, slot_d
     answers = [process.communicate()[0].strip() for process in processes]
     assert [process.returncode for process in processes] == [0] * MANY
     assert sorted(answers) == ["False"] * (MANY - 1) + ["True"]
-    assert lab.fleet.hashes(slot_device.path / "current") == lab.fleet.hashes(lab.release(1))
+    assert fleet.hashes(slot_device.path / "current") == fleet.hashes(lab.release(1))
 
 
 def test_many_different_updaters_leave_one_whole_version(lab, slot_device):
@@ -33,12 +41,12 @@ def test_many_different_updaters_leave_one_whole_version(lab, slot_device):
     processes = [updater(slot_device, bundle) for bundle in bundles]
     for process in processes:
         process.communicate()
-    assert slot_device.files() == lab.fleet.hashes(lab.release(3))
+    assert slot_device.files() == fleet.hashes(lab.release(3))
     assert slot_device.store.state().seq == 3
 
 
 def test_an_application_always_sees_one_whole_version(lab, device):
-    known = [lab.fleet.hashes(lab.release(number)) for number in range(4)]
+    known = [fleet.hashes(lab.release(number)) for number in range(4)]
     for number in (1, 2):
         device.apply(lab.bundle(number, number - 1))
     seen, wrong, stop = set(), [], threading.Event()

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from device import fleet
 
 from r1export.device.session import open_version
 from r1export.errors import CheckFailed, InputError
@@ -33,7 +34,7 @@ def test_a_session_answers_like_the_labs_release(lab, device, graph):
     assert onnxruntime.__version__
 
 
-def test_float16_tensors_are_handed_over_too(half_lab, fleet, tmp_path):
+def test_float16_tensors_are_handed_over_too(half_lab, tmp_path):
     from r1export.device import install
 
     stores = {mode: tmp_path / mode for mode in ("slot", "overlay")}
@@ -59,7 +60,7 @@ def test_the_base_is_a_version_like_any_other(lab, device):
     version = open_version(device.path)
     assert version.name == "base"
     assert version.tensors("visual.safetensors") == {}
-    assert device.files() == lab.fleet.hashes(lab.release(0))
+    assert device.files() == fleet.hashes(lab.release(0))
 
 
 def test_a_file_that_is_not_there_is_named_with_those_that_are(lab, device):

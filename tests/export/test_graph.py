@@ -11,6 +11,7 @@ import onnx.reference
 import onnx_ir as ir
 import pytest
 import torch
+from export import exporting
 
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.export import graph as graph_module
@@ -26,14 +27,14 @@ def test_onnxruntime_gives_what_torch_gives_at_every_batch(exported, n) -> None:
     assert exported.error(n) < FP32
 
 
-def test_an_independent_runtime_agrees(exported, exporting) -> None:
+def test_an_independent_runtime_agrees(exported) -> None:
     pixels, tokens = exporting.inputs(exported.model, 3)
     for graph, feeds in (("visual", {"pixel_values": pixels}), ("textual", {"input_ids": tokens})):
         session = onnx.reference.ReferenceEvaluator(onnx.load(exported.folder / f"{graph}.onnx"))
         assert np.abs(session.run(None, feeds)[0] - exported.run(graph, **feeds)).max() < FP32
 
 
-def test_two_models_of_one_architecture_give_the_same_bytes(exported, exporting, tmp_path) -> None:
+def test_two_models_of_one_architecture_give_the_same_bytes(exported, tmp_path) -> None:
     other = copy.deepcopy(exported.model)
     exporting.randomize_(other, 7)
     export_graphs(other, (16, 16), 12, tmp_path, opset=20)
@@ -41,7 +42,7 @@ def test_two_models_of_one_architecture_give_the_same_bytes(exported, exporting,
         assert (tmp_path / file).read_bytes() == (exported.folder / file).read_bytes(), file
 
 
-def test_another_set_of_weights_needs_no_export(exported, exporting, tmp_path) -> None:
+def test_another_set_of_weights_needs_no_export(exported, tmp_path) -> None:
     other = copy.deepcopy(exported.model)
     exporting.randomize_(other, 8)
     for file in GRAPHS:
@@ -50,7 +51,7 @@ def test_another_set_of_weights_needs_no_export(exported, exporting, tmp_path) -
     assert exporting.Exported(tmp_path, exported.weights, other).error(3) < FP32
 
 
-def test_nothing_in_a_graph_says_where_or_when_it_was_made(exported, exporting) -> None:
+def test_nothing_in_a_graph_says_where_or_when_it_was_made(exported) -> None:
     for file in GRAPHS:
         data = (exported.folder / file).read_bytes()
         assert not any(
@@ -90,7 +91,7 @@ def test_the_rows_of_a_packed_projection_lie_as_torch_has_them(exported) -> None
         assert placement.shape == tuple(exported.model.state_dict()[name].shape)
 
 
-def test_classify_gives_scaled_cosines_for_any_class_list(exported, exporting) -> None:
+def test_classify_gives_scaled_cosines_for_any_class_list(exported) -> None:
     pixels, _ = exporting.inputs(exported.model, 2)
     embeds = exported.run("visual", pixel_values=pixels)
     for classes in (1, 4):
@@ -107,7 +108,7 @@ def test_an_opset_out_of_range_is_refused(exported, tmp_path, opset) -> None:
         export_graphs(exported.model, (16, 16), 12, tmp_path, opset=opset)
 
 
-def test_the_oldest_opset_works_too(exported, exporting, tmp_path) -> None:
+def test_the_oldest_opset_works_too(exported, tmp_path) -> None:
     assert exporting.export(exported.model, tmp_path, MIN_OPSET).error(2) < FP32
     assert {o.version for o in onnx.load(tmp_path / "visual.onnx", load_external_data=False).opset_import} == {
         MIN_OPSET

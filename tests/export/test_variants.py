@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from export import exporting
 
 from r1export.errors import Unsupported
 from r1export.export.graph import GRAPHS
@@ -24,7 +25,7 @@ def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def half(exported, exporting, tmp_path_factory):
+def half(exported, tmp_path_factory):
     folder = tmp_path_factory.mktemp("half")
     weights = half_graphs(exported.folder, folder)
     exporting.write_weights(weights, version_tensors(exporting.values_of(exported.model), [], weights, {}), folder)
@@ -32,13 +33,13 @@ def half(exported, exporting, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ranges(exported, exporting):
+def ranges(exported):
     pixels, tokens = exporting.inputs(exported.model, 40, seed=9)
     return calibrate(exported.folder, {"pixel_values": pixels, "input_ids": tokens})
 
 
 @pytest.fixture(scope="module")
-def quantized(exported, exporting, ranges, tmp_path_factory):
+def quantized(exported, ranges, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized")
     weights = quantized_graphs(exported.folder, folder)
     exporting.write_weights(weights, version_tensors(exporting.values_of(exported.model), [], weights, ranges), folder)
@@ -46,7 +47,7 @@ def quantized(exported, exporting, ranges, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("variant", "limit"), [("half", 0.99999), ("quantized", 0.995)])
-def test_a_variant_runs_on_the_cpu_and_stays_near_float32(request, exported, exporting, variant, limit) -> None:
+def test_a_variant_runs_on_the_cpu_and_stays_near_float32(request, exported, variant, limit) -> None:
     other = request.getfixturevalue(variant)
     pixels, tokens = exporting.inputs(exported.model, 5)
     for graph, feeds in (("visual", {"pixel_values": pixels}), ("textual", {"input_ids": tokens})):
@@ -92,7 +93,7 @@ def test_onnxruntime_multiplies_every_quantised_linear_in_one_integer_kernel(qua
     assert ops["DequantizeLinear"] == 0
 
 
-def test_variants_of_two_models_have_the_same_graphs(exported, exporting, half, quantized, tmp_path) -> None:
+def test_variants_of_two_models_have_the_same_graphs(exported, half, quantized, tmp_path) -> None:
     other = exporting.Exported(tmp_path / "other", exported.weights, copy.deepcopy(exported.model))
     exporting.randomize_(other.model, 5)
     (tmp_path / "other").mkdir()
@@ -107,9 +108,7 @@ def test_variants_of_two_models_have_the_same_graphs(exported, exporting, half, 
             assert (folder / file).read_bytes() == (variant.folder / file).read_bytes(), file
 
 
-def test_quantised_weights_are_within_half_a_step_of_the_rows_that_torch_has(
-    exported, exporting, quantized, ranges
-) -> None:
+def test_quantised_weights_are_within_half_a_step_of_the_rows_that_torch_has(exported, quantized, ranges) -> None:
     values = exporting.values_of(exported.model)
     stored = version_tensors(values, [], quantized.weights, ranges)
     name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
@@ -117,7 +116,7 @@ def test_quantised_weights_are_within_half_a_step_of_the_rows_that_torch_has(
     assert (error <= stored[f"{name}.scale"][:, None] * 0.5001).all()
 
 
-def test_merging_changes_weights_and_scales_and_no_range_of_an_input(exported, exporting, quantized, ranges) -> None:
+def test_merging_changes_weights_and_scales_and_no_range_of_an_input(exported, quantized, ranges) -> None:
     values, name = exporting.values_of(exported.model), "visual.transformer.resblocks.0.mlp.c_fc.weight"
     rng = np.random.default_rng(0)
     update = ExpertUpdate(
@@ -135,7 +134,7 @@ def test_a_range_always_holds_zero_exactly() -> None:
         assert (0 - min(low, 0)) / scale == pytest.approx(float(zero), abs=0.5)
 
 
-def test_weights_beyond_float16_are_refused(exported, exporting, half) -> None:
+def test_weights_beyond_float16_are_refused(exported, half) -> None:
     values = exporting.values_of(exported.model)
     name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
     with pytest.raises(Unsupported, match=r"c_fc\.weight has values beyond float16"):

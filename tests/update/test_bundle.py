@@ -13,7 +13,6 @@ from r1export.update.bundle import (
     MAX_BUNDLE,
     Bundle,
     assemble,
-    factors_bytes,
     inspect,
     read_bundle,
     split,
@@ -68,7 +67,7 @@ def test_what_was_written_is_read(bundle, key):
 def test_the_factors_are_those_of_the_task(bundle, run):
     (path,) = (run / "tasks").glob("02-*/factors.safetensors")
     (digest,) = bundle.carried
-    assert factors_bytes(bundle.carried[digest]) == path.read_bytes()
+    assert bundle.carried[digest].to_bytes() == path.read_bytes()
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -4,12 +4,14 @@ import json
 import shutil
 
 import pytest
+from device import fleet
 from hypothesis import given
 from hypothesis import strategies as st
 
 from r1export.errors import CheckFailed, InputError
 from r1export.update.bundle import Bundle
 from r1export.update.container import read_tensors, write_tensors
+from r1export.update.files import sha256_file
 from r1export.update.publish import Terms, _differences, make_bundle, read_factors, read_releases
 
 TERMS = Terms("camera", "v1", created=1_800_000_000)
@@ -30,11 +32,13 @@ def test_the_same_input_gives_the_same_bytes(run, key, tmp_path):
 
 def test_reports_are_named_by_digest_but_do_not_travel(run, key, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    report = tmp_path / "run" / "releases" / "01-digits" / "report.json"
-    report.write_text("{}")
+    release = tmp_path / "run" / "releases" / "01-digits"
+    (release / "report.json").write_text("{}")
+    (release / "report.xml").write_text("<testsuites/>")
     bundle = make_bundle(tmp_path / "run", 1, 0, [key], tmp_path / "u.r1u", terms=TERMS)
-    assert list(bundle.manifest.evidence) == ["report.json"]
-    assert "report.json" not in {file.path for file in bundle.manifest.files}
+    names = {"report.json", "report.xml"}
+    assert bundle.manifest.evidence == {name: sha256_file(release / name) for name in names}
+    assert not names & {file.path for file in bundle.manifest.files}
 
 
 def test_unknown_releases_and_tasks_and_files_that_exist_are_refused(run, key, tmp_path):
@@ -43,7 +47,7 @@ def test_unknown_releases_and_tasks_and_files_that_exist_are_refused(run, key, t
         with pytest.raises(InputError, match="has the releases"):
             make_bundle(run, release, since, [key], out)
     with pytest.raises(InputError, match="no task dogs"):
-        make_bundle(run, 1, 0, [key], out, drop=["dogs"], seq=9)
+        make_bundle(run, 1, 0, [key], out, drop=["dogs"], seq=9, refresh=fleet.refresh)
     with pytest.raises(InputError, match="once"):
         make_bundle(run, 1, 0, [key, key], out)
     assert not out.exists()
@@ -62,7 +66,7 @@ def test_a_rollback_and_a_dropped_task_need_a_sequence_of_their_own(run, key, tm
         make_bundle(run, 3, 3, [key], tmp_path / "u.r1u", drop=["shapes"])
 
 
-def test_a_dropped_task_whose_class_embeddings_would_be_stale_is_refused(run, key, tmp_path):
+def test_a_dropped_task_is_refused_where_class_embeddings_would_be_stale(run, key, tmp_path):
     with pytest.raises(InputError, match="class embeddings"):
         make_bundle(run, 3, 3, [key], tmp_path / "u.r1u", drop=["shapes"], seq=9)
 

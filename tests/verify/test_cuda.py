@@ -5,6 +5,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper
+from verify.small import weights_of
 
 from r1export.verify.latency import added_latency
 from r1export.verify.proof import executions, rungs
@@ -14,20 +15,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.skipif("CUDAExecutionProvider" not in ort.get_available_providers(), reason="onnxruntime without CUDA"),
 ]
-WIDTH = 6
 HALF = (
     helper.make_node("Cast", ["normed"], ["half"], to=TensorProto.FLOAT16),
     helper.make_node("Mul", ["half", "half"], ["square"]),
     helper.make_node("Cast", ["square"], ["embeds"], to=TensorProto.FLOAT),
 )
-
-
-def weights_of(seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {
-        "fc.weight": rng.normal(size=(WIDTH, WIDTH)).astype(np.float32),
-        "fc.bias": rng.normal(size=WIDTH).astype(np.float32),
-    }
 
 
 @pytest.mark.parametrize("level", levels("cuda"))

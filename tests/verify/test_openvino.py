@@ -5,13 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+from verify.small import WIDTH, weights_of
 
 from r1export.errors import CheckFailed, Unsupported
 from r1export.verify import openvino
 from r1export.verify.latency import added_latency
 from r1export.verify.runtime import check_provider, job, levels, open_session, runner
 
-WIDTH = 6
 QUIET = """
 import os, sys, time
 def watch(event, arguments):
@@ -24,14 +24,6 @@ from r1export.verify.openvino import compile_graph
 compile_graph(Path(sys.argv[1]))
 time.sleep(0.3)
 """
-
-
-def weights_of(seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {
-        "fc.weight": rng.normal(size=(WIDTH, WIDTH)).astype(np.float32),
-        "fc.bias": rng.normal(size=WIDTH).astype(np.float32),
-    }
 
 
 def test_it_gives_what_onnxruntime_gives_at_every_batch(write_graph) -> None:
@@ -55,14 +47,6 @@ def test_it_computes_in_float32_with_as_many_threads_as_asked(write_graph) -> No
     assert model.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
     assert model.get_property("INFERENCE_NUM_THREADS") == 1
     assert levels("openvino") == ("all",)
-
-
-def test_an_engine_cache_never_serves_the_weights_of_another_release(write_graph, x, tmp_path) -> None:
-    graphs = {name: write_graph(name, weights_of(seed)) for seed, name in enumerate(("one", "two"))}
-    for name in ("one", "two", "one"):
-        session = open_session(graphs[name], provider="openvino", weights_digest=name, cache=tmp_path / "cache")
-        assert np.abs(runner(session)(x) - runner(open_session(graphs[name]))(x)).max() < 1e-5
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["one", "two"]
 
 
 def test_importing_and_compiling_opens_no_connection_and_starts_no_process(write_graph) -> None:

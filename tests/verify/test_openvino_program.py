@@ -1,19 +1,14 @@
 """The compiled graph of OpenVINO as evidence: the same for other weights, another for another program, every time."""
 
-import numpy as np
 import pytest
 from onnx import helper
+from verify.small import weights_of
 
 from r1export.errors import CheckFailed
 from r1export.update.factors import ExpertUpdate
 from r1export.verify.control import add_branches
 from r1export.verify.openvino_program import execute
 from r1export.verify.proof import executions, proof_control, rungs
-
-
-def weights_of(seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {"fc.weight": rng.normal(size=(6, 6)).astype(np.float32), "fc.bias": rng.normal(size=6).astype(np.float32)}
 
 
 def verdicts(base, release, x) -> dict[str, str]:

@@ -7,20 +7,14 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
+from verify.small import weights_of
 
 from r1export.errors import CheckFailed, Unsupported
 from r1export.update.factors import ExpertUpdate
 from r1export.verify.control import add_branches
 from r1export.verify.execution import Kernel, execute
 from r1export.verify.proof import executions, proof_control, rungs, same_files, same_graphs
-from r1export.verify.runtime import job, open_session, provider_options, runner, weights_digest
-
-
-def weights_of(seed: int = 0) -> dict[str, np.ndarray]:
-    """The weights of the graphs of conftest.py."""
-    rng = np.random.default_rng(seed)
-    return {"fc.weight": rng.normal(size=(6, 6)).astype(np.float32), "fc.bias": rng.normal(size=6).astype(np.float32)}
-
+from r1export.verify.runtime import job, open_session, runner
 
 CAST = (helper.make_node("Cast", ["normed"], ["half"], to=10), helper.make_node("Cast", ["half"], ["embeds"], to=1))
 
@@ -155,16 +149,6 @@ def test_a_graph_that_is_none_is_a_failed_check(tmp_path) -> None:
     (tmp_path / "g.onnx").write_bytes(b"\x00\x01")
     with pytest.raises(CheckFailed, match="onnxruntime refuses the model"):
         open_session(tmp_path / "g.onnx")
-
-
-def test_engine_caches_have_a_folder_for_each_digest_of_weights(tmp_path) -> None:
-    one, other = (
-        provider_options("tensorrt", weights_digest({"visual.safetensors": sha}), tmp_path)
-        for sha in ("a" * 64, "b" * 64)
-    )
-    assert one["trt_engine_cache_path"] != other["trt_engine_cache_path"]
-    assert provider_options("tensorrt", "", None) == provider_options("cpu", "", tmp_path) == {}
-    assert provider_options("cuda", "", None) == {"use_tf32": "0"}
 
 
 def test_a_job_runs_the_session_on_fixed_inputs(write_graph, x) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 
 import jsonschema
@@ -13,9 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1export.verify.report import overall, render_html, render_junit, render_markdown, schema, settled, write_report
+from r1export.verify.checks import overall
+from r1export.verify.report import render_html, render_junit, render_markdown, settled, write_report
 
 EXAMPLE = json.loads((Path(__file__).parent / "report_example.json").read_text("utf-8"))
+SCHEMA = json.loads(files("r1export.verify").joinpath("report.schema.json").read_text("utf-8"))
 RUNGS = {
     "same_file": "L0 Same file",
     "graph": "L1 Graph",
@@ -206,16 +209,16 @@ def test_numpy_numbers_are_written_as_numbers(report: dict, tmp_path: Path) -> N
 
 
 def test_reports_of_releases_and_runs_obey_the_published_schema(report: dict, run: dict) -> None:
-    jsonschema.Draft202012Validator.check_schema(schema())
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
     for example in (report, run, {"verdict": "pass", "release": {"name": "00-base"}}):
-        jsonschema.validate(settled(example), schema())
+        jsonschema.validate(settled(example), SCHEMA)
 
 
 @pytest.mark.parametrize("path", [(), *PARTS], ids=lambda path: ".".join(path) or "report")
 def test_the_schema_refuses_a_word_that_is_no_verdict(report: dict, path: tuple[str, ...]) -> None:
     part_of(report, path)["verdict"] = "passed"
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(report, schema())
+        jsonschema.validate(report, SCHEMA)
 
 
 def hostile(value: object, key: str = "") -> object:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from device.steps import in_this_process
 from running import r1export
 
-from r1export.device import install, worker
+from r1export.device import install
 from r1export.web import server as web
 from r1export.web.source import Source, open_source
 
@@ -74,7 +75,7 @@ def store(request: pytest.FixtureRequest, lab: Lab, tmp_path: Path) -> Path:
 @pytest.fixture
 def apply(lab: Lab) -> Callable[[Path], install.Outcome]:
     """Installs the lab's update on a device."""
-    return lambda store: install.apply(store, lab.update, run=worker.in_this_process)
+    return lambda store: install.apply(store, lab.update, run=in_this_process)
 
 
 @contextmanager

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+from device.steps import in_this_process
 from PIL import Image, PngImagePlugin
 from running import reseal
 
-from r1export.device import install, worker
+from r1export.device import install
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.files import sha256_file
 from r1export.update.release import manifest_digest, sealed
@@ -180,7 +181,7 @@ def test_an_update_is_picked_up_without_a_restart(browser, lab, store: Path, ser
     found, (embedding, _) = saved(browser), answer_of_onnxruntime(lab.release(1), picture, "digits")
     assert found["manifest_sha256"] == sha256_file(lab.release(1) / "manifest.json")
     assert np.abs(np.array(found["embedding"]) - embedding).max() < CLOSE
-    install.rollback(store, run=worker.in_this_process)
+    install.rollback(store, run=in_this_process)
     browser.do("page.waitForSelector", "#versions > li:nth-child(3)")
     browser.do("page.waitForSelector", SETTLED)
     assert lines(browser)[0] == ("Pass", f"{lab.release(0).name}current")

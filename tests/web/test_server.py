@@ -12,9 +12,10 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import pytest
+from device.steps import in_this_process
 from running import r1export
 
-from r1export.device import install, worker
+from r1export.device import install
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.update.files import sha256_file, write_json
 from r1export.update.release import Release, sealed
@@ -215,7 +216,7 @@ def test_a_store_serves_the_bytes_of_the_lab_before_and_after_an_update_and_a_ro
     lab, store: Path, serve, apply
 ) -> None:
     url, seen = serve(store), []
-    for number, step in ((0, None), (1, apply), (0, lambda store: install.rollback(store, run=worker.in_this_process))):
+    for number, step in ((0, None), (1, apply), (0, lambda store: install.rollback(store, run=in_this_process))):
         if step:
             step(store)
         release = Release.read(lab.release(number))

@@ -25,33 +25,6 @@ from PIL import Image
 from r1export.adapt.tasks import ImageSet, Task, images_from_files
 from r1export.errors import InputError
 
-ORDER_I = (
-    "aircraft",
-    "caltech101",
-    "cifar100",
-    "dtd",
-    "eurosat",
-    "flowers102",
-    "food101",
-    "mnist",
-    "oxfordiiitpet",
-    "stanfordcars",
-    "sun397",
-)
-ORDER_II = (
-    "stanfordcars",
-    "food101",
-    "mnist",
-    "oxfordiiitpet",
-    "flowers102",
-    "sun397",
-    "aircraft",
-    "caltech101",
-    "dtd",
-    "eurosat",
-    "cifar100",
-)
-
 SPLIT_SEED = 42  # of the benchmark: another training seed must not move images between train and test
 
 
@@ -76,12 +49,12 @@ def load(name: str, root: Path, *, download: bool = False) -> Task:
 
 
 def class_names(key: str) -> tuple[str, ...]:
-    """Class names of a set of `ORDER_I`, or of cifar10, in torchvision's label order."""
+    """Class names of a set of the benchmark, or of cifar10, in torchvision's label order."""
     return tuple(_prompts()[key]["classes"])
 
 
 def templates(key: str) -> tuple[str, ...]:
-    """Templates of a set of `ORDER_I`, or of cifar10."""
+    """Templates of a set of the benchmark, or of cifar10."""
     return tuple(_prompts()[key]["templates"])
 
 
