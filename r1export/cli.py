@@ -72,20 +72,18 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout;
 
 @contextmanager
 def _terminal(as_json: bool) -> Iterator[Terminal]:
-    """The terminal; an error that r1export raises on purpose becomes one line and its exit code."""
+    """The terminal; what r1export or the operating system refuses becomes one line and an exit code."""
     from r1export.console import Terminal
 
     terminal = Terminal(as_json=as_json, quiet=os.environ.get("RANK", "0") != "0")  # torchrun's other processes
     try:
         yield terminal
-    except R1ExportError as error:
-        terminal.error(str(error))
-        raise typer.Exit(error.exit_code) from None
     except BrokenPipeError:
         raise
-    except OSError as error:
-        terminal.error(str(refused(error)))
-        raise typer.Exit(refused(error).exit_code) from None
+    except (R1ExportError, OSError) as caught:
+        error = refused(caught) if isinstance(caught, OSError) else caught
+        terminal.error(str(error))
+        raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         terminal.error("interrupted; go on with --resume")
         raise typer.Exit(130) from None

@@ -42,6 +42,23 @@ def test_the_second_task_is_learned_on_the_merged_weights_and_the_base_is_put_ba
     assert all(np.array_equal(merged[name], expected.get(name, before[name])) for name in merged)
 
 
+def test_the_base_is_put_back_when_a_step_fails(recipe, tmp_path) -> None:
+    stage = stage_of(recipe, tmp_path / "run")
+    train(stage)
+    learned: dict[str, np.ndarray] = {}
+
+    def fails() -> None:
+        with stage.showing(stage.run.updates(recipe)) as merged:
+            learned.update(stage.clip.parameters())
+            assert all(np.array_equal(learned[name], merged[name]) for name in merged)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert any(not np.array_equal(learned[name], value) for name, value in stage.base.items())
+    assert all(np.array_equal(value, stage.base[name]) for name, value in stage.clip.parameters().items())
+
+
 def test_a_run_stopped_between_tasks_goes_on_with_the_second(recipe, tmp_path) -> None:
     train(stage_of(recipe, tmp_path / "whole"))
     train(stage_of(recipe, tmp_path / "cut"))

@@ -67,10 +67,10 @@ def recall(
     clip.model.eval()
     tokens = clip.tokenize([f"a photo of a {name}." for name in names])
     texts = []
-    for part in tokens.split(BATCH):
-        with short_texts(clip.model):
+    with short_texts(clip.model):
+        for part in tokens.split(BATCH):
             texts.append(clip.encode_text(part))
-        on_batch()
+            on_batch()
     images = texts[0].new_zeros(len(train), texts[0].shape[1])
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]

@@ -61,7 +61,9 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, float]:
 
     On a CPU 16 random bits decide over an element, a sixth of the time of torch's own, which was a fifth of a training step.
     """
-    if p == 0 or x.device.type != "cpu":
+    if p == 0:
+        return x, 1.0
+    if x.device.type != "cpu":
         return F.dropout(x, p), 1.0
     below = min(round(p * 2**16), 2**16 - 1)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)

@@ -45,8 +45,7 @@ def pool_type(tower: Any) -> str:
 def text_ends(tower: Any, tokens: Tensor) -> Tensor:
     """The position of the end of each text, int64 (n,), as open_clip finds it: the end token, or the highest one."""
     if pool_type(tower) == "eos":
-        end: int = getattr(tower, "eos_id", None) or tower.text_eos_id
-        tokens = tokens.eq(end).int()
+        tokens = tokens.eq(tower.eos_id if hasattr(tower, "eos_id") else tower.text_eos_id).int()
     return tokens.argmax(-1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,13 @@ def train(stage: Stage) -> dict[str, Any]:
         for number, task in enumerate(stage.tasks, 1):
             folder = run.task(number, task.name)
             if not (folder / "factors.safetensors").exists():
-                _learn(stage, number, task, updates, folder)
+                with stage.showing(updates):
+                    _learn(stage, number, task, updates, folder)
             together.wait()
             updates.append(ExpertUpdate.read(folder / "factors.safetensors"))
-            stage.clip.load_(stage.merged(updates))
-            rows.append(_remembered(folder / "accuracy.json", partial(_evaluate, stage, f"After {task.name}")))
+            with stage.showing(updates):
+                rows.append(_remembered(folder / "accuracy.json", partial(_evaluate, stage, f"After {task.name}")))
             log_accuracies(stage, number, rows[-1])
-        stage.clip.load_(stage.base)
         metrics = _metrics(recipe, zero_shot, rows)
         if together.is_first():
             write_json(run.metrics_file, metrics)
@@ -112,9 +113,8 @@ def _evaluate(stage: Stage, title: str) -> dict[str, float]:
 
 
 def _learn(stage: Stage, number: int, task: Task, earlier: list[ExpertUpdate], folder: Path) -> None:
-    """Train one task and write its folder: factors.safetensors last, since it says that the task is learned."""
+    """Teach one task to the model that has learned `earlier`; factors.safetensors is written last, since it says so."""
     recipe, started = stage.recipe, time.perf_counter()
-    stage.clip.load_(stage.merged(earlier))
     folder.mkdir(parents=True, exist_ok=True)
     learn = _fine_tune if recipe.train.method == "full" else _teach_pools
     title = f"Task {number} of {len(stage.tasks)}: {task.name}"
@@ -125,43 +125,55 @@ def _learn(stage: Stage, number: int, task: Task, earlier: list[ExpertUpdate], f
             advance(_note(step, recipe))
             log(step)
 
-        losses, update, trainable = learn(stage, number, task, earlier, folder, on_step, knowledge)
+        learned = learn(_Turn(stage, number, task, earlier, folder, on_step, knowledge))
     if not together.is_first():
         return
     write_json(
         folder / "metrics.json",
         {
-            "task": task.name, "images": len(task.train), "losses": losses, "seconds": time.perf_counter() - started, "peak_rss_mb": _peak_rss_mb(),
-            "trainable_parameters": trainable, "factor_bytes": update.nbytes,
+            "task": task.name, "images": len(task.train), "losses": learned.losses, "seconds": time.perf_counter() - started, "peak_rss_mb": _peak_rss_mb(),
+            "trainable_parameters": learned.trainable, "factor_bytes": learned.update.nbytes,
         },
     )  # fmt: skip
-    update.write(folder / "factors.safetensors")
+    learned.update.write(folder / "factors.safetensors")
 
 
-Learned = tuple[list[float], ExpertUpdate, int]
+@dataclass(frozen=True)
+class _Turn:
+    """A task whose turn it is, number `number` of the stream: what was learned before, where its files go, who looks on."""
+
+    stage: Stage
+    number: int
+    task: Task
+    earlier: list[ExpertUpdate]
+    folder: Path
+    on_step: Callable[[Step], None]
+    knowledge: Knowledge | None
 
 
-def _teach_pools(
-    stage: Stage,
-    number: int,
-    task: Task,
-    earlier: list[ExpertUpdate],
-    folder: Path,
-    on_step: Callable[[Step], None],
-    knowledge: Knowledge | None,
-) -> Learned:
+@dataclass(frozen=True)
+class _Learned:
+    """The loss of every step, what to merge, and how many parameters were trained."""
+
+    losses: list[float]
+    update: ExpertUpdate
+    trainable: int
+
+
+def _teach_pools(turn: _Turn) -> _Learned:
+    stage, number, task, folder = turn.stage, turn.number, turn.task, turn.folder
     recipe, settings = stage.recipe, _settings(stage.recipe)
     pools = inject_pools_(stage.clip, recipe)
     try:
         reset_pools_(pools, recipe.train.seed, number)
-        if earlier:
-            remember_(pools, ExpertUpdate.stack(earlier))
+        if turn.earlier:
+            remember_(pools, ExpertUpdate.stack(turn.earlier))
         if settings.orthogonality == "input":
             for i, old in enumerate(stage.tasks[: number - 1], 1):
                 widen_spans_(pools, read_tensors(stage.run.task(i, old.name) / SPANS))
         losses = train_pools_(
             stage.clip, pools, task, stage.trains[task.name], settings, number=number,
-            checkpoint=folder / "checkpoint.safetensors", on_step=on_step, knowledge=knowledge,
+            checkpoint=folder / "checkpoint.safetensors", on_step=turn.on_step, knowledge=turn.knowledge,
         )  # fmt: skip
         if settings.orthogonality == "input":
             prompts = task_prompts(stage.clip, task, settings.seed, number)
@@ -170,7 +182,8 @@ def _teach_pools(
                 write_tensors(folder / SPANS, spans)
         if together.is_first():
             write_tensors(folder / "pool.safetensors", pool_tensors(pools))
-        return losses, pack_experts(pools), sum(p.numel() for pool in pools.values() for p in pool.learned())
+        trainable = sum(p.numel() for pool in pools.values() for p in pool.learned())
+        return _Learned(losses, pack_experts(pools), trainable)
     finally:
         eject_experts_(stage.clip.model)
 
@@ -185,20 +198,13 @@ def _recall(stage: Stage, number: int, task: Task, title: str) -> Knowledge:
         return recall(stage.clip, train, wanted, names, advance)
 
 
-def _fine_tune(
-    stage: Stage,
-    number: int,
-    task: Task,
-    earlier: list[ExpertUpdate],
-    folder: Path,
-    on_step: Callable[[Step], None],
-    knowledge: Knowledge | None,
-) -> Learned:
+def _fine_tune(turn: _Turn) -> _Learned:
+    stage, task = turn.stage, turn.task
     losses, update = fine_tune_(
-        stage.clip, task, stage.trains[task.name], _settings(stage.recipe), number=number, on_step=on_step,
-        knowledge=knowledge,
+        stage.clip, task, stage.trains[task.name], _settings(stage.recipe), number=turn.number, on_step=turn.on_step,
+        knowledge=turn.knowledge,
     )  # fmt: skip
-    return losses, update, sum(p.numel() for p in stage.clip.model.parameters() if p.ndim)
+    return _Learned(losses, update, sum(p.numel() for p in stage.clip.model.parameters() if p.ndim))
 
 
 def _settings(recipe: Recipe) -> TrainSettings:

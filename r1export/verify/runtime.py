@@ -3,6 +3,7 @@ and onnx.reference, which is the specification of the operators as numpy code.""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,19 +68,38 @@ def levels(provider: str) -> tuple[str, ...]:
     return ("all",) if provider in APART else tuple(LEVELS)
 
 
-def open_session(graph: Path, *, level: str = "all", provider: str = "cpu", threads: int = 0) -> Session:
+def provider_options(provider: str, weights_digest: str, cache: Path | None) -> dict[str, Any]:
+    """Options of one provider. An engine cache of TensorRT or OpenVINO ignores weights: it gets a folder for each digest."""
+    options: dict[str, Any] = dict(EXACT.get(provider, {}))
+    if cache is not None and provider == "tensorrt":
+        options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache / weights_digest)}
+    if cache is not None and provider == "openvino":
+        options |= {"CACHE_DIR": str(cache / weights_digest)}
+    return options
+
+
+def open_session(
+    graph: Path,
+    *,
+    level: str = "all",
+    provider: str = "cpu",
+    threads: int = 0,
+    weights_digest: str = "",
+    cache: Path | None = None,
+) -> Session:
     """A session on exactly this provider; `threads` 0 leaves their number to the runtime.
 
     Raises:
         Unsupported: the provider is not here, or onnxruntime silently fell back to another one.
         CheckFailed: the runtime refuses the model.
     """
+    details = provider_options(provider, weights_digest, cache)
     if provider not in APART:
-        return start(graph, session_options(level, threads), provider)
+        return start(graph, session_options(level, threads), provider, details)
     check_provider(provider)
     try:
         if provider == "openvino":
-            return openvino.Compiled(openvino.compile_graph(graph, threads=threads))
+            return openvino.Compiled(openvino.compile_graph(graph, threads=threads, options=details))
         return ReferenceEvaluator(str(graph))
     except Exception as error:  # both raise what they like
         raise CheckFailed(
@@ -87,10 +107,12 @@ def open_session(graph: Path, *, level: str = "all", provider: str = "cpu", thre
         ) from error
 
 
-def start(graph: Path, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
-    """A session of onnxruntime on exactly this provider. Raises as `open_session` does."""
+def start(
+    graph: Path, options: ort.SessionOptions, provider: str, details: dict[str, Any] | None = None
+) -> ort.InferenceSession:
+    """A session on exactly this provider, by default with its plain options. Raises as `open_session` does."""
     check_provider(provider)
-    chosen = (PROVIDERS[provider], EXACT.get(provider, {}))
+    chosen = (PROVIDERS[provider], provider_options(provider, "", None) if details is None else details)
     try:
         session = ort.InferenceSession(str(graph), options, providers=[chosen])
     except Exception as error:  # onnxruntime raises its own classes straight from C++, without a common base
@@ -138,3 +160,8 @@ def spoken(error: Exception) -> str:
     text = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = next((line for line in text if not line.endswith(":")), text[0] if text else type(error).__name__)
     return said.removeprefix("[ONNXRuntimeError] : ")[:300]
+
+
+def weights_digest(digests: dict[str, str]) -> str:
+    """One short name for the weights of a release, from the digests of its files: the key of engine caches."""
+    return hashlib.sha256("".join(f"{name}\0{digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()[:32]

@@ -88,6 +88,14 @@ def test_dropped_elements_are_as_many_as_asked_for_and_the_rest_is_as_it_was(p: 
     assert torch.equal(gradient != 0, stays)
 
 
+def test_where_nothing_is_dropped_no_random_number_is_drawn() -> None:
+    x, state = torch.randn(2, 3), torch.random.get_rng_state()
+    dropped, kept = drop(x, 0.0)
+    assert dropped is x
+    assert kept == 1
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_dropped_elements_follow_from_the_seed_and_are_independent_of_their_neighbours() -> None:
     x = torch.ones(2, 200_003)
     first, second, other = (torch.manual_seed(seed) and drop(x, 0.5)[0] for seed in (1, 1, 2))

@@ -49,6 +49,14 @@ def test_it_computes_in_float32_with_as_many_threads_as_asked(write_graph) -> No
     assert levels("openvino") == ("all",)
 
 
+def test_an_engine_cache_never_serves_the_weights_of_another_release(write_graph, x, tmp_path) -> None:
+    graphs = {name: write_graph(name, weights_of(seed)) for seed, name in enumerate(("one", "two"))}
+    for name in ("one", "two", "one"):
+        session = open_session(graphs[name], provider="openvino", weights_digest=name, cache=tmp_path / "cache")
+        assert np.abs(runner(session)(x) - runner(open_session(graphs[name]))(x)).max() < 1e-5
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["one", "two"]
+
+
 def test_importing_and_compiling_opens_no_connection_and_starts_no_process(write_graph) -> None:
     done = subprocess.run([sys.executable, "-c", QUIET, write_graph("base")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

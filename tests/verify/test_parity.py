@@ -114,7 +114,7 @@ def test_a_control_that_could_not_be_run_calibrates_nothing() -> None:
 
 
 def test_coarser_precisions_have_wider_gates() -> None:
-    order = [GATES[name] for name in ("fp32", "fp16", "int8")]
+    order = [GATES[name] for name in ("fp32", "fp16", "bf16", "int8")]
     for finer, coarser in pairwise(order):
         assert finer.max_abs < coarser.max_abs
         assert finer.min_cosine > coarser.min_cosine

@@ -14,7 +14,7 @@ from r1export.update.factors import ExpertUpdate
 from r1export.verify.control import add_branches
 from r1export.verify.execution import Kernel, execute
 from r1export.verify.proof import executions, proof_control, rungs, same_files, same_graphs
-from r1export.verify.runtime import job, open_session, runner
+from r1export.verify.runtime import job, open_session, provider_options, runner, weights_digest
 
 CAST = (helper.make_node("Cast", ["normed"], ["half"], to=10), helper.make_node("Cast", ["half"], ["embeds"], to=1))
 
@@ -149,6 +149,16 @@ def test_a_graph_that_is_none_is_a_failed_check(tmp_path) -> None:
     (tmp_path / "g.onnx").write_bytes(b"\x00\x01")
     with pytest.raises(CheckFailed, match="onnxruntime refuses the model"):
         open_session(tmp_path / "g.onnx")
+
+
+def test_engine_caches_have_a_folder_for_each_digest_of_weights(tmp_path) -> None:
+    one, other = (
+        provider_options("tensorrt", weights_digest({"visual.safetensors": sha}), tmp_path)
+        for sha in ("a" * 64, "b" * 64)
+    )
+    assert one["trt_engine_cache_path"] != other["trt_engine_cache_path"]
+    assert provider_options("tensorrt", "", None) == provider_options("cpu", "", tmp_path) == {}
+    assert provider_options("cuda", "", None) == {"use_tf32": "0"}
 
 
 def test_a_job_runs_the_session_on_fixed_inputs(write_graph, x) -> None:

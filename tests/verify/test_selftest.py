@@ -88,5 +88,5 @@ def test_the_gate_follows_the_precision_and_the_manifest() -> None:
     gate = manifest_gate({"precision": "int8", "golden": {"max_abs": 0.2, "min_cosine": 0.9}})
     assert (gate.max_abs, gate.min_cosine, gate.relative) == (0.2, 0.9, True)
     assert manifest_gate({"precision": "fp32", "golden": GOLDEN}) == Gate()
-    with pytest.raises(InputError, match="precision is 'int4', known are fp32, fp16, int8"):
+    with pytest.raises(InputError, match="precision is 'int4', known are fp32, fp16, bf16, int8"):
         manifest_gate({"precision": "int4", "golden": GOLDEN})
