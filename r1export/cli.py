@@ -351,25 +351,15 @@ def bundle(
     """Write what a device lacks to run a release, signed: the factors of the tasks since its own release."""
     with _terminal(as_json) as terminal:
         from r1export.update.envelope import SecretKey
-        from r1export.update.publish import Terms
+        from r1export.update.publish import Step, Terms
 
         keys = [SecretKey.read(path) for path in key]
+        step = Step(release, since, tuple(drop or ()), seq, precision)
+        terms = Terms(int(time.time()), product, device_class, min_seq, expires)
         stage = _reopen(run, Device.auto, terminal)
         from r1export import pipeline
 
-        terms = Terms(product, device_class, min_seq=min_seq, created=int(time.time()), expires=expires)
-        pipeline.bundle(
-            stage,
-            release,
-            since,
-            keys,
-            out,
-            drop=drop or (),
-            seq=seq,
-            terms=terms,
-            overwrite=overwrite,
-            precision=precision,
-        )
+        pipeline.bundle(stage, step, keys, terms, out, overwrite=overwrite)
         size = out.stat().st_size
         terminal.say(f"{out}: {size / 1000:.1f} kB, from release {since} to {release}")
         terminal.document({"bundle": str(out), "bytes": size, "release": release, "since": since})

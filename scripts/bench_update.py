@@ -24,19 +24,19 @@ from typing import Any
 
 import numpy as np
 
-from r1export.device import install
+from r1export.device import install, provision
 from r1export.device.kit import device_kit
 from r1export.update.container import NAMES, plan, write_layout, write_tensors
 from r1export.update.envelope import SecretKey
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 from r1export.update.files import sha256_file, write_file, write_json
-from r1export.update.publish import Terms, make_bundle
+from r1export.update.publish import Step, Terms, make_bundle
 from r1export.update.rebuild import Rebuild
 from r1export.update.release import Release
 
 EXPERTS = 4  # rank-1 experts of each adapted linear and task
 KEY = SecretKey(bytes(range(32)))
-TERMS = Terms("default", "default", created=1_800_000_000)
+TERMS = Terms(created=1_800_000_000)
 CLASSES = 10  # classes of a task
 TOWERS = {
     "visual": ("visual.transformer.resblocks", 768, 12),
@@ -201,7 +201,7 @@ def sizes(folder: Path) -> list[dict[str, Any]]:
         (["visual"], "float16"),
     ):
         run = make_run(folder / f"sizes-{'-'.join(towers)}-{dtype}", towers, 1, dtype)
-        bundle = make_bundle(run, 1, 0, [KEY], folder / "size.r1u", terms=TERMS, overwrite=True)
+        bundle = make_bundle(run, Step(1), [KEY], TERMS)
         whole = sum((run / "releases" / "00-base" / f"{tower}.safetensors").stat().st_size for tower in towers)
         carried = sum(update.nbytes for update in bundle.carried.values())
         rows.append(
@@ -276,12 +276,13 @@ def costs(folder: Path, tasks: int) -> dict[str, Any]:
     """Time and memory of applying `tasks` tasks at once to both towers, and of the writing and hashing alone."""
     run = make_run(folder / "costs", ["visual", "textual"], tasks, "float16")
     (folder / "key.pub").write_text(KEY.public.to_pem())
-    bundle = make_bundle(run, tasks, 0, [KEY], folder / "cost.r1u", terms=TERMS)
+    bundle = make_bundle(run, Step(tasks), [KEY], TERMS)
+    (folder / "cost.r1u").write_bytes(bundle.to_bytes())
     kit = device_kit(folder / "r1device.pyz", overwrite=True)
     found: dict[str, Any] = {"tasks": tasks, "update_bytes": len(bundle.to_bytes())}
     for mode in ("slot", "overlay"):
         store = folder / f"store-{mode}"
-        install.init(store, run / "releases" / "00-base", [folder / "key.pub"], mode=mode, health="none")
+        provision.init(store, run / "releases" / "00-base", [folder / "key.pub"], mode=mode, health="none")
         seconds, busy, peak = measured([sys.executable, str(kit), "apply", str(store), str(folder / "cost.r1u")])
         found |= {f"{mode}_seconds": seconds, f"{mode}_processor_seconds": busy, f"{mode}_peak_bytes": peak}
         if mode == "slot":
@@ -309,10 +310,11 @@ def loads(folder: Path, run: Path, rounds: int = 10) -> dict[str, Any]:
     """Seconds to open both towers of the last release of `run` on a device, in processes of their own, taking turns."""
     releases = sorted((run / "releases").iterdir())
     (folder / "key.pub").write_text(KEY.public.to_pem())
-    make_bundle(run, len(releases) - 1, 0, [KEY], folder / "load.r1u", terms=TERMS)
+    bundle = make_bundle(run, Step(len(releases) - 1), [KEY], TERMS)
+    (folder / "load.r1u").write_bytes(bundle.to_bytes())
     seconds: dict[str, list[float]] = {"slot": [], "overlay": []}
     for mode in seconds:
-        install.init(folder / mode, releases[0], [folder / "key.pub"], mode=mode, health="none")
+        provision.init(folder / mode, releases[0], [folder / "key.pub"], mode=mode, health="none")
         install.apply(folder / mode, folder / "load.r1u")
     for _ in range(rounds + 1):
         for mode, found in seconds.items():

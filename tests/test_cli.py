@@ -440,6 +440,10 @@ def test_a_device_that_takes_the_updates_holds_the_released_bytes_and_a_version_
         "-o",
         tmp_path / "dropped.r1u",
     )
+    made = sha256_file(tmp_path / "1.r1u")
+    again = r1export("bundle", out, "--release", 2, "--key", f"{keys}.key", "-o", tmp_path / "1.r1u")
+    one_line_error(again, 2, "exists")
+    assert sha256_file(tmp_path / "1.r1u") == made
     must("device", "init", store, "--base", out / "releases/00-base", "--trust", f"{keys}.pub")
     for number, name in ((1, "01-digits"), (2, "02-arrows")):
         must("device", "apply", store, tmp_path / f"{number}.r1u")

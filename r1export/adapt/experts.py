@@ -9,94 +9,18 @@ apart by their parts, not by their names or versions.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r1export.adapt.layers import AnyModule, RankOneAttention, RankOneLinear, RankOnePacked
 from r1export.adapt.pool import EndOfText, ExpertPool, PoolSettings
 from r1export.adapt.texts import pool_type, text_ends
 from r1export.errors import Unsupported
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 
-AnyModule = Any  # an nn.Module of open_clip or timm whose parts are found by name: families have no type in common
 TARGETS = ("q", "k", "v", "out", "fc", "proj")
-
-
-class RankOneLinear(nn.Module):
-    """A frozen linear with a pool of rank-1 experts beside it."""
-
-    def __init__(self, base: nn.Linear, pool: ExpertPool) -> None:
-        super().__init__()
-        self.base, self.pool = base, pool
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight (out, in): open_clip asks the MLP for its dtype."""
-        return self.base.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.pool(x)
-
-
-class RankOnePacked(nn.Module):
-    """A frozen linear (3d, in) that gives q, k and v together, with a pool beside each third that is targeted."""
-
-    def __init__(self, base: nn.Linear, pools: dict[str, ExpertPool]) -> None:
-        super().__init__()
-        self.base, self.pools = base, nn.ModuleDict(pools)
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = self.base(x).chunk(3, -1)
-        return torch.cat(
-            [
-                part + self.pools[name](x) if name in self.pools else part
-                for name, part in zip("qkv", parts, strict=True)
-            ],
-            -1,
-        )
-
-
-class RankOneAttention(nn.Module):
-    """A frozen nn.MultiheadAttention (batch first), or open_clip's own, with pools beside q, k, v and out; self-attention only."""
-
-    def __init__(self, base: AnyModule, pools: dict[str, ExpertPool]) -> None:
-        super().__init__()
-        self.base, self.pools = base, nn.ModuleDict(pools)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        *,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, None]:
-        """(n, tokens, d) -> (n, tokens, d); `key` and `value` are `query`. A mask is (L, L) or (n*heads, L, L), additive."""
-        base, (n, tokens, width) = self.base, query.shape
-        parts = F.linear(query, base.in_proj_weight, base.in_proj_bias).chunk(3, -1)
-        q, k, v = (
-            (part + self.pools[name](query) if name in self.pools else part)
-            .view(n, tokens, base.num_heads, -1)
-            .transpose(1, 2)
-            for name, part in zip("qkv", parts, strict=True)
-        )
-        if attn_mask is not None and attn_mask.ndim == 3:
-            attn_mask = attn_mask.view(n, base.num_heads, tokens, tokens)
-        ours = not isinstance(base, nn.MultiheadAttention)
-        if ours:
-            q, k = base.ln_q(q), base.ln_k(k)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        if ours and base.head_scale is not None:
-            mixed = mixed * base.head_scale
-        mixed = mixed.transpose(1, 2).reshape(n, tokens, width)
-        mixed = base.ln_inner(mixed) if ours else mixed
-        out = base.out_proj(mixed)
-        out = out + self.pools["out"](mixed) if "out" in self.pools else out
-        return out if ours else (out, None)
 
 
 def _tower(model: AnyModule, name: str) -> tuple[str, AnyModule]:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from r1export.device import doctor, install
+from r1export.device import doctor, install, provision
 from r1export.device.store import MODES
 from r1export.errors import R1ExportError, refused
 from r1export.update import bundle
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None, program: str = "r1device") -> int:
 
 
 def _init(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    store = install.init(
+    store = provision.init(
         options.store,
         options.base,
         options.trust,

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1export.device import worker
 from r1export.device.policy import check_not_revoked, check_offer, counts_as_try
-from r1export.device.store import BASE, BUNDLE, FORMAT, MODES, Config, State, Store, remove, write_new
+from r1export.device.store import BASE, BUNDLE, State, Store, remove, write_new
 from r1export.errors import CheckFailed, InputError, R1ExportError, Unsupported
 from r1export.update.bundle import Bundle, read_bundle
-from r1export.update.envelope import PublicKey
-from r1export.update.files import new_folder, sha256_file, sync_folder, write_file, write_json
-from r1export.update.release import MANIFEST, Release, check_file
+from r1export.update.files import sha256_file, sync_folder
+from r1export.update.release import check_file
 
 WAIT = 60.0  # seconds that an updater waits for another one
 Run = Callable[[Store, int, str, str], None]  # (store, descriptor to inherit, verb, name of the folder in slots/)
@@ -33,58 +32,6 @@ class Outcome:
     slot: str
     previous: str
     changed: bool
-
-
-def init(
-    store: Path,
-    base: Path,
-    trust: Sequence[Path],
-    *,
-    product: str = "default",
-    device_class: str = "default",
-    mode: str = "slot",
-    health: str = "onnxruntime",
-    threshold: int = 1,
-    keep: int = 2,
-) -> Store:
-    """Make a store from a base release and public keys; the base is its first version.
-
-    Raises:
-        InputError: the store exists, the release is no base, or an argument does not fit.
-        CheckFailed: a file of the release is damaged.
-        Unsupported: onnxruntime is missing while `health` asks for it.
-    """
-    if store.exists():
-        raise InputError(f"{store} exists", "choose another folder; a store is changed by `apply` and `rollback` only")
-    keys = [PublicKey.read(path) for path in trust]
-    if mode not in MODES or keep < 1 or not 1 <= threshold <= len(set(keys)):
-        raise InputError(
-            f"mode {mode}, {threshold} of {len(set(keys))} keys, keep {keep}",
-            f"mode is {' or '.join(MODES)}; need 1 <= threshold <= keys, keep >= 1",
-        )
-    if health == "onnxruntime" and not worker.has_onnxruntime():
-        raise Unsupported("onnxruntime is not installed", "install it, or say --health none to rely on hashes alone")
-    release = Release.read(base)
-    if release.updates:
-        raise InputError(
-            f"{base} is release {release.sequence} with {len(release.updates)} updates",
-            "give the base release, 00-base",
-        )
-    release.check()
-    config = Config(product, device_class, mode, health, threshold, keep, release.manifest_sha256)
-    with new_folder(store) as folder:
-        for name in ("slots", "factors", "trust"):
-            (folder / name).mkdir()
-        for path in [*release.files, MANIFEST]:
-            (folder / BASE / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base / path, folder / BASE / path)
-            (folder / BASE / path).chmod(0o444)
-        for key in set(keys):
-            write_file(folder / "trust" / f"{key.keyid}.pub", key.to_pem().encode())
-        write_json(folder / "store.json", {"format": FORMAT, **vars(config)})
-        Store(folder, config).switch(BASE)
-        Store(folder, config).write_state(State())
-    return Store(store, config)
 
 
 def apply(
@@ -296,15 +243,13 @@ def _sequence(slot: str) -> int:
     return 0 if slot in ("", BASE) else int(slot.split("-")[0])
 
 
-class _plain_errors:
+@contextmanager
+def _plain_errors() -> Iterator[None]:
     """Turn an operating system's error into one line with a remedy."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, OSError):
-            raise Unsupported(
-                f"{error.filename or 'store'}: {error.strerror or error}",
-                "the old version stays active; see to the disk and try again",
-            ) from error
+    try:
+        yield
+    except OSError as error:
+        raise Unsupported(
+            f"{error.filename or 'store'}: {error.strerror or error}",
+            "the old version stays active; see to the disk and try again",
+        ) from error

@@ -8,53 +8,38 @@ from pathlib import Path
 import torch
 
 from r1export.adapt.evaluate import class_embeddings
+from r1export.errors import InputError
 from r1export.pipeline.stage import Stage
 from r1export.update.bundle import Bundle
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.envelope import SecretKey
-from r1export.update.publish import Terms, make_bundle
+from r1export.update.files import write_file
+from r1export.update.publish import Step, Terms, make_bundle
 
 
 def bundle(
-    stage: Stage,
-    release: int,
-    since: int,
-    keys: Sequence[SecretKey],
-    out: Path,
-    *,
-    drop: Sequence[str] = (),
-    seq: int = 0,
-    terms: Terms | None = None,
-    overwrite: bool = False,
-    precision: str = "fp32",
+    stage: Stage, step: Step, keys: Sequence[SecretKey], terms: Terms, out: Path, *, overwrite: bool = False
 ) -> Bundle:
-    """Write to `out` what a device at release `since` needs for `release`, without the tasks in `drop`.
+    """Write to `out` what a device lacks to take `step` between two releases of the run.
 
-    Raises what `make_bundle` raises.
+    Raises:
+        InputError: `out` exists, and what `make_bundle` raises.
     """
-    return make_bundle(
-        stage.run.path,
-        release,
-        since,
-        keys,
-        out,
-        drop=drop,
-        seq=seq,
-        terms=terms,
-        overwrite=overwrite,
-        precision=precision,
-        refresh=lambda folder: _refresh(stage, release, drop, folder),
-    )
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists", "choose another name, or overwrite it on purpose")
+    made = make_bundle(stage.run.path, step, keys, terms, lambda folder: _refresh(stage, step, folder))
+    write_file(out, made.to_bytes())
+    return made
 
 
 @torch.inference_mode()
-def _refresh(stage: Stage, release: int, drop: Sequence[str], folder: Path) -> None:
+def _refresh(stage: Stage, step: Step, folder: Path) -> None:
     """Class embeddings and golden outputs in `folder` from the model without the dropped tasks."""
     clip = stage.clip
-    learned = zip(stage.recipe.stream, stage.run.updates(stage.recipe)[:release], strict=False)
+    learned = zip(stage.recipe.stream, stage.run.updates(stage.recipe)[: step.release], strict=False)
     golden = read_tensors(folder / "golden.safetensors")
     images, tokens = (torch.from_numpy(golden[name]).to(clip.device) for name in ("pixel_values", "input_ids"))
-    with stage.showing([update for task, update in learned if task.name not in drop]):
+    with stage.showing([update for task, update in learned if task.name not in step.drop]):
         for task in stage.tasks:
             embeddings = class_embeddings(clip, task)
             write_tensors(folder / "classes" / f"{task.name}.safetensors", {"class_embeds": embeddings})

@@ -6,93 +6,85 @@ is written only if all bytes agree.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from r1export.errors import CheckFailed, InputError
 from r1export.update.bundle import MAX_BUNDLE, Bundle, assemble
 from r1export.update.container import NAMES
+from r1export.update.differences import differences
 from r1export.update.drop import Refresh, release_without
 from r1export.update.envelope import SecretKey, sign
 from r1export.update.factors import ExpertUpdate
-from r1export.update.files import sha256_file, write_file
+from r1export.update.files import sha256_bytes, sha256_file
 from r1export.update.manifest import ALIGN, Base, Experts, File, Health, Manifest, Part, Update
 from r1export.update.rebuild import Rebuild
 from r1export.update.release import MANIFEST, REPORTS, Release
 
-SHORT = 64  # bytes: a run of equal bytes shorter than this costs more as a part of its own than sent again
+
+@dataclass(frozen=True)
+class Step:
+    """From which version to which: a device at release `since` (0: the base) gets `release`, without the tasks in `drop`.
+
+    `seq` 0 stands for the release's own sequence number; a rollback or a version with dropped tasks has to name a higher one.
+    `precision` is that of both releases: fp32, or a variant of the run.
+    """
+
+    release: int
+    since: int = 0
+    drop: tuple[str, ...] = ()
+    seq: int = 0
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What the fleet's owner decides about an update. `expires` 0 means never; `created` is seconds since 1970 UTC."""
+    """What the fleet's owner decides about an update. Times are seconds since 1970 UTC; `expires` 0 means never."""
 
-    product: str
-    device_class: str
+    created: int
+    product: str = "default"
+    device_class: str = "default"
     min_seq: int = 0
-    created: int = 0
     expires: int = 0
     min_agreement: float = 0.9
 
 
 def make_bundle(
-    run: Path,
-    release: int,
-    since: int,
-    keys: Sequence[SecretKey],
-    out: Path,
-    *,
-    drop: Iterable[str] = (),
-    seq: int = 0,
-    terms: Terms | None = None,
-    refresh: Refresh | None = None,
-    overwrite: bool = False,
-    precision: str = "fp32",
+    run: Path, step: Step, keys: Sequence[SecretKey], terms: Terms, refresh: Refresh | None = None
 ) -> Bundle:
-    """Write to `out` what a device at release `since` (0: the base) needs for `release` of `run`, without the tasks in `drop`.
+    """What a device lacks to take `step` between two releases of `run`, signed with `keys`.
 
-    `seq` is by default the release's sequence number; a rollback or a version with dropped tasks has to name a higher one.
     `refresh` computes class embeddings and golden outputs of a version with dropped tasks, which cannot be made without it.
 
     Raises:
-        InputError: an unknown release or task, a file that exists, a sequence number that is missing.
+        InputError: an unknown release or task, a sequence number that is missing.
         CheckFailed: the release cannot be derived from its base and its factors bit for bit.
         Unsupported: neither cryptography nor PyNaCl is installed.
     """
-    releases = read_releases(run, precision)
-    if release not in releases or since not in releases or 0 not in releases:
+    releases = read_releases(run, step.precision)
+    if not {0, step.since, step.release} <= releases.keys():
         raise InputError(
-            f"{run} has the releases {sorted(releases)}, wanted were 0, {since} and {release}", "choose among them"
+            f"{run} has the releases {sorted(releases)}, wanted were 0, {step.since} and {step.release}",
+            "choose among them",
         )
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists", "choose another name, or overwrite it on purpose")
-    target, dropped = releases[release], tuple(drop)
-    if (dropped or release < since) and not seq:
+    if (step.drop or step.release < step.since) and not step.seq:
         raise InputError(
             "a rollback or a version without a task needs a sequence number of its own",
             "give one above all that the fleet has seen",
         )
+    base, target, held = releases[0], releases[step.release], releases[step.since].updates
     factors = read_factors(run)
-    if dropped:
-        if refresh is None:
-            raise InputError(
-                "class embeddings and golden outputs of a version without a task have to be computed anew",
-                "give `refresh`",
-            )
-        with release_without(releases[0], target, factors, dropped, refresh) as smaller:
-            bundle = bundle_release(releases[0], smaller, factors, releases[since].updates, keys, seq, terms)
-    else:
-        bundle = bundle_release(
-            releases[0], target, factors, releases[since].updates, keys, seq or target.sequence, terms
+    if not step.drop:
+        return _bundle_release(base, target, factors, held, keys, step.seq or target.sequence, terms)
+    if refresh is None:
+        raise InputError(
+            "class embeddings and golden outputs of a version without a task have to be computed anew",
+            "give `refresh`",
         )
-    write_file(out, bundle.to_bytes())
-    return bundle
+    with release_without(base, target, factors, step.drop, refresh) as smaller:
+        return _bundle_release(base, smaller, factors, held, keys, step.seq, terms)
 
 
 def read_releases(run: Path, precision: str = "fp32") -> dict[int, Release]:
@@ -116,23 +108,22 @@ def read_factors(run: Path) -> dict[str, ExpertUpdate]:
     factors = {}
     for path in sorted((run / "tasks").glob("*/factors.safetensors")):
         update, digest = ExpertUpdate.read(path), sha256_file(path)
-        if hashlib.sha256(update.to_bytes()).hexdigest() != digest:
+        if sha256_bytes(update.to_bytes()) != digest:
             raise InputError(f"{path} is not in canonical form", "write it with ExpertUpdate.write")
         factors[digest] = update
     return factors
 
 
-def bundle_release(
+def _bundle_release(
     base: Release,
     target: Release,
     factors: Mapping[str, ExpertUpdate],
     held: Iterable[tuple[str, str]],
     keys: Sequence[SecretKey],
     seq: int,
-    terms: Terms | None = None,
+    terms: Terms,
 ) -> Bundle:
     """The bundle that turns `base` into `target` on a device that holds the updates `held`; see `make_bundle`."""
-    terms = terms or Terms("default", "default")
     lacking = [sha256 for _, sha256 in target.updates if sha256 not in factors]
     if lacking:
         raise InputError(
@@ -154,11 +145,11 @@ def bundle_release(
         device_class=terms.device_class,
         seq=seq,
         min_seq=terms.min_seq,
-        created=terms.created or int(time.time()),
+        created=terms.created,
         expires=terms.expires,
         base=Base(base.base_name, base.base_sha256, base.manifest_sha256),
         payload_bytes=len(payload.data),
-        payload_sha256=hashlib.sha256(payload.data).hexdigest(),
+        payload_sha256=sha256_bytes(payload.data),
         updates=updates,
         tensors={name: target.tensors[name].sha256 for name in rebuild.changed},
         files=files,
@@ -241,43 +232,10 @@ def _file(payload: _Payload, rebuild: Rebuild, target: Release, path: str) -> Fi
     new = source.read_bytes()
     old = (base.path / path).read_bytes() if path in base.files or path == MANIFEST else b""
     parts = []
-    for kind, start, stop in _differences(old, new):
+    for kind, start, stop in differences(old, new):
         if kind == "base":
             parts.append(Part("base", start, stop - start))
         else:
             payload.align()
             parts.append(Part("payload", payload.add(new[start:stop]), stop - start))
     return File(path, nbytes, digest, tuple(parts))
-
-
-def _differences(old: bytes, new: bytes) -> list[tuple[str, int, int]]:
-    """How to write `new` from pieces: ("base", start, stop) of `old`, ("payload", start, stop) of `new`."""
-    if len(old) == len(new):
-        runs = _equal_runs(old, new)
-    elif b"\0" in new or not old:
-        runs = []
-    else:
-        runs = _equal_lines(old, new)
-    pieces, position = [], 0
-    for start, at, length in [*((a, b, n) for a, b, n in runs if n >= SHORT), (0, len(new), 0)]:
-        if at > position:
-            pieces.append(("payload", position, at))
-        if length:
-            pieces.append(("base", start, start + length))
-        position = at + length
-    return pieces
-
-
-def _equal_runs(old: bytes, new: bytes) -> list[tuple[int, int, int]]:
-    """(start in old, start in new, length) of the bytes that are equal where they stand."""
-    same = np.frombuffer(old, np.uint8) == np.frombuffer(new, np.uint8)
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]])))
-    return [(int(a), int(a), int(b - a)) for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a >= SHORT]
-
-
-def _equal_lines(old: bytes, new: bytes) -> list[tuple[int, int, int]]:
-    """(start in old, start in new, length) of the lines that both have, in order."""
-    olds, news = old.splitlines(keepends=True), new.splitlines(keepends=True)
-    starts = [np.cumsum([0, *map(len, lines)]).tolist() for lines in (olds, news)]
-    blocks = difflib.SequenceMatcher(None, olds, news).get_matching_blocks()
-    return [(starts[0][a], starts[1][b], starts[1][b + n] - starts[1][b]) for a, b, n in blocks]

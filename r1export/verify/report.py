@@ -14,7 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from r1export.update.release import REPORTS
-from r1export.verify import tables
+from r1export.verify import parity_tables, run_tables, tables
 from r1export.verify.checks import FAIL, INCONCLUSIVE, PASS, Check, checks, overall, verdict_of
 from r1export.verify.figures import NOT_MEASURED
 from r1export.verify.templating import WORDS, environment
@@ -120,10 +120,10 @@ def _page(report: Mapping[str, Any], pictures: bool) -> dict[str, Any]:
         "heading": _heading(report),
         "origin": _origin(report),
         "lead": _lead(found),
-        "facts": tables.facts(tables.worst(report) if is_run else report),
+        "facts": tables.facts(run_tables.worst(report) if is_run else report),
         "groups": tables.groups(found),
-        "releases": tables.releases(report) if is_run else None,
-        "variants": tables.variants(parts),
+        "releases": run_tables.releases(report) if is_run else None,
+        "variants": run_tables.variants(parts),
         "sections": [_section(part, f"r{n}", pictures) for n, part in enumerate(parts)],
         "accuracy": tables.accuracies(accuracy),
         "summary": tables.accuracy_summary(accuracy),
@@ -169,8 +169,8 @@ def _section(report: Mapping[str, Any], key: str, pictures: bool) -> dict[str, A
         "contents": tables.contents(report),
         "ladder": tables.ladder(report),
         "drift": tables.drift(report),
-        "parity": tables.parity(report),
-        "flips": tables.flips(report),
+        "parity": parity_tables.parity(report),
+        "flips": parity_tables.flips(report),
         "timings": tables.timings(report),
         "advice": (report.get("latency") or {}).get("advice"),
         "digests": tables.digests(report),

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from r1export.verify.checks import LADDER, PARITY, Check, checks, overall, verdict_of
+from r1export.verify.checks import LADDER, Check, checks, overall
 from r1export.verify.figures import (
     NOT_MEASURED,
     band,
@@ -17,7 +17,7 @@ from r1export.verify.figures import (
     share,
     size,
 )
-from r1export.verify.matrix import in_fp32, matrix_table, update_bytes, weight_bytes
+from r1export.verify.matrix import matrix_table, update_bytes, weight_bytes
 
 RUNNERS = {
     "routed_torch": "torch, unmerged (routed)",
@@ -61,11 +61,11 @@ def groups(found: Sequence[Check]) -> Table:
         "Added latency": [check for check in found if check.key == "time"],
         "Control": [check for check in found if check.key == "control"],
     }
-    rows = [[name, QUESTIONS[name], _together(part)] for name, part in parts.items()]
+    rows = [[name, QUESTIONS[name], together(part)] for name, part in parts.items()]
     return Table(["Question", "What holds if it passed", "Verdict"], rows)
 
 
-def _together(part: Sequence[Check]) -> Verdict:
+def together(part: Sequence[Check]) -> Verdict:
     """The verdict of several checks, and how many of them were not made."""
     missing = sum(check.verdict == NOT_MEASURED for check in part)
     if missing == len(part):
@@ -122,77 +122,6 @@ def _digest(rung: Mapping[str, Any] | None) -> str:
     if expected and expected != digest:
         return f"Found `{digest[:16]}`, expected `{expected[:16]}`."
     return f"sha256 `{digest[:16]}`"
-
-
-def parity(report: Mapping[str, Any]) -> Table | None:
-    """One column per stage, one row per figure."""
-    stages = [(report.get("parity") or {}).get(key) or {} for key in PARITY]
-    if not any(stages):
-        return None
-    verdicts = [Verdict(check.verdict) for check in checks(report) if check.group == "parity"]
-    rows: list[Sequence[Any]] = [
-        ["Compares", "unmerged torch, merged torch", "merged torch, ONNX", "unmerged torch, ONNX"],
-        ["Verdict", *verdicts],
-        *[[name, *(write(stage) for stage in stages)] for name, write in _PARITY_ROWS.items()],
-        *_towers(stages),
-        *_by_provider(stages),
-    ]
-    return Table(["Measure", *(title for title, _ in PARITY.values())], rows)
-
-
-_PARITY_ROWS = {
-    "Largest difference": lambda s: scientific(s.get("max_abs")),
-    "Tolerance": lambda s: scientific(s.get("tolerance")),
-    "Least tolerance that would pass": lambda s: scientific(s.get("least_tolerance")),
-    "Control: base model": lambda s: scientific((s.get("control") or {}).get("max_abs")),
-    "99th percentile": lambda s: scientific(s.get("p99_abs")),
-    "Lowest cosine": lambda s: cosine(s.get("min_cosine")),
-    "Cosine required": lambda s: cosine(s.get("min_cosine_required")),
-    "Lowest cosine, base model": lambda s: cosine((s.get("control") or {}).get("min_cosine")),
-    "Same top-1 answer": lambda s: percent(s.get("top1_agreement"), 2),
-    "Samples": lambda s: NOT_MEASURED if s.get("samples") is None else str(s["samples"]),
-    "Batch sizes": lambda s: ", ".join(map(str, s.get("batches") or [])) or NOT_MEASURED,
-    "Graph optimisation": lambda s: ", ".join(map(str, s.get("levels") or [])) or NOT_MEASURED,
-}
-
-
-def _towers(stages: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    names = list(dict.fromkeys(name for stage in stages for name in stage.get("towers") or {}))
-    towers = [[(stage.get("towers") or {}).get(name) or {} for stage in stages] for name in names]
-    return [
-        [f"Largest difference, {name} tower", *(scientific(tower.get("max_abs")) for tower in row)]
-        for name, row in zip(names, towers, strict=True)
-    ]
-
-
-def _by_provider(stages: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """One row per provider where there are several."""
-    names = list(dict.fromkeys(name for stage in stages for name in stage.get("by_provider") or {}))
-    if len(names) < 2:
-        return []
-    found = [[(stage.get("by_provider") or {}).get(name) or {} for stage in stages] for name in names]
-    return [
-        [f"Largest difference on {name}", *(scientific(stage.get("max_abs")) for stage in row)]
-        for name, row in zip(names, found, strict=True)
-    ]
-
-
-def flips(report: Mapping[str, Any]) -> Table | None:
-    """Samples whose answer changed, at most ten per stage, widest margin first."""
-    rows = []
-    for key, (title, _) in PARITY.items():
-        found = ((report.get("parity") or {}).get(key) or {}).get("flips") or []
-        for flip in sorted(found, key=lambda flip: -(flip.get("margin") or 0))[:10]:
-            rows.append(
-                [
-                    title,
-                    str(flip.get("sample")),
-                    str(flip.get("from")),
-                    str(flip.get("to")),
-                    scientific(flip.get("margin")),
-                ]
-            )
-    return Table(["Stage", "Sample", "From", "To", "Margin"], rows) if rows else None
 
 
 def timings(report: Mapping[str, Any]) -> Table | None:
@@ -264,66 +193,6 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
-def releases(run: Mapping[str, Any]) -> Table:
-    """One row per release of a run."""
-    rows = []
-    for report in run["releases"]:
-        release, found = report.get("release") or {}, checks(report)
-        total, latency = (report.get("parity") or {}).get("total") or {}, report.get("latency") or {}
-        program = _together([check for check in found if check.key in LADDER])
-        rows.append(
-            [
-                release.get("name") or "unnamed",
-                Verdict(verdict_of(report)),
-                scientific(total.get("max_abs")),
-                program,
-                ratio(latency.get("ratio")),
-                size(update_bytes(release)),
-            ]
-        )
-    return Table(["Release", "Verdict", "Largest difference", "Same program", "Time, to base", "Update"], rows)
-
-
-def variants(reports: Sequence[Mapping[str, Any]]) -> Table | None:
-    """One row per release in a coarser precision: what it saves and what it costs against the same release in fp32."""
-    rows = []
-    for report in reports:
-        if not (variant := report.get("variant")):
-            continue
-        bytes_, single = (sum((variant.get(key) or {}).values()) for key in ("bytes", "bytes_fp32"))
-        accuracy, accuracy_fp32 = variant.get("accuracy") or {}, variant.get("accuracy_fp32") or {}
-        shared = [task for task in accuracy if None not in (accuracy[task], accuracy_fp32.get(task))]
-        lost = max((accuracy_fp32[task] - accuracy[task] for task in shared), default=None)
-        rows.append(
-            [
-                (report.get("release") or {}).get("name") or "unnamed",
-                f"{size(bytes_)}, {share(bytes_, single)}",
-                _speed(variant.get("speed") or {}),
-                percent(_mean([accuracy[task] for task in shared])),
-                percent(_mean([accuracy_fp32[task] for task in shared])),
-                points(lost),
-            ]
-        )
-    columns = ["Release", "Weights, of fp32", "Time, to fp32", "Accuracy", "Accuracy, fp32", "Most lost on a task"]
-    return Table(columns, rows) if rows else None
-
-
-def _speed(speed: Mapping[str, Any]) -> str:
-    """The ratio on every provider, and in words whether the variant is slower on this machine."""
-    found = []
-    for provider, times in speed.items():
-        low, high = times.get("ci95") or (None, None)
-        word = (
-            "" if low is None or high is None else " slower" if low > 1 else " faster" if high < 1 else " no difference"
-        )
-        found.append(f"{provider}: {ratio(times.get('ratio'))}{word}")
-    return "; ".join(found) or NOT_MEASURED
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
 def digests(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Whole sha256 of the base model, of the files and of the rungs that have one."""
     release, proof = report.get("release") or {}, report.get("proof") or {}
@@ -342,20 +211,3 @@ def settings(value: Any, path: str = "") -> list[tuple[str, str]]:
     if isinstance(value, list):
         value = ", ".join(map(str, value))
     return [(path, "none" if value is None else str(value))]
-
-
-def worst(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a run as if it were one release: the largest difference, the slowest ratio, the last update."""
-    reports = in_fp32(run["releases"])
-    totals = [
-        total
-        for report in reports
-        if (total := (report.get("parity") or {}).get("total") or {}).get("max_abs") is not None
-    ]
-    times = [time for report in reports if (time := report.get("latency") or {}).get("ratio") is not None]
-    return {
-        "parity": {"total": max(totals, key=lambda total: total["max_abs"], default=None)},
-        "latency": max(times, key=lambda time: time["ratio"], default=None),
-        "release": reports[-1].get("release") if reports else None,
-        "accuracy": run.get("accuracy"),
-    }

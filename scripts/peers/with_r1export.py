@@ -28,10 +28,10 @@ from r1export.run_folder import RunFolder, open_run, read_json
 from r1export.update.container import read_layout, write_tensors
 from r1export.update.envelope import SecretKey
 from r1export.update.factors import Rows
-from r1export.update.publish import Terms
+from r1export.update.publish import Step, Terms
 
 KEY = SecretKey(bytes(range(32)))
-TERMS = Terms("default", "default", created=1_800_000_000)
+TERMS = Terms(created=1_800_000_000)
 VERIFY = "from r1export.cli import main; main()"
 # The program with the scaling counted twice in every merge, in export and in verify.
 TWICE = f"""
@@ -56,7 +56,7 @@ def build(work: Path) -> Row:
     with timed(seconds, "later"):
         export(fresh(stage))
     with timed(seconds, "bundle"):
-        bundle(fresh(stage), 1, 0, [KEY], folder / "update.r1u", terms=TERMS)
+        bundle(fresh(stage), Step(1), [KEY], TERMS, folder / "update.r1u")
     base, release = run_folder.releases(recipe)
     graphs = {"image_embeds": release / "visual.onnx", "text_embeds": release / "textual.onnx"}
     return {

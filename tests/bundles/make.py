@@ -16,10 +16,10 @@ import numpy as np
 from r1export.device.selftest import KNOWN_ANSWERS
 from r1export.update.bundle import Bundle, assemble
 from r1export.update.envelope import SecretKey, sign
-from r1export.update.publish import Terms, make_bundle
+from r1export.update.publish import Step, Terms, make_bundle
 
 KEY, STRANGER = SecretKey(bytes(range(32))), SecretKey(b"\x09" * 32)
-TERMS = Terms("camera", "v1", created=1_800_000_000)
+TERMS = Terms(1_800_000_000, "camera", "v1")
 
 
 def main(out: Path, precision: str) -> None:
@@ -40,7 +40,8 @@ def main(out: Path, precision: str) -> None:
         ]
         steps = []
         for name, release, since, seq in accepted:
-            bundle = make_bundle(run, release, since, [KEY], out / name, seq=seq, terms=TERMS)
+            bundle = make_bundle(run, Step(release, since, seq=seq), [KEY], TERMS)
+            (out / name).write_bytes(bundle.to_bytes())
             steps.append(
                 {"update": name, "exit_code": 0, "slot": bundle.slot, "files": fleet.hashes(releases[release])}
             )

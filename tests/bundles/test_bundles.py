@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r1export.device import install
+from r1export.device import provision
 from r1export.device.__main__ import main
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 
@@ -31,7 +31,7 @@ def vectors(request) -> Path:
 def store(vectors, tmp_path) -> Path:
     expected = json.loads((vectors / "expected.json").read_text())
     names = {name: expected[name] for name in ("product", "device_class")}
-    return install.init(tmp_path / "store", vectors / "base", [vectors / "key.pub"], health="none", **names).path
+    return provision.init(tmp_path / "store", vectors / "base", [vectors / "key.pub"], health="none", **names).path
 
 
 @pytest.fixture

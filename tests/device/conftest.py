@@ -8,13 +8,13 @@ import pytest
 from device import fleet
 from device.steps import in_this_process
 
-from r1export.device import install
+from r1export.device import install, provision
 from r1export.device.session import open_version
 from r1export.device.store import Store
 from r1export.update.bundle import Bundle
 from r1export.update.envelope import SecretKey
 from r1export.update.files import sha256_file
-from r1export.update.publish import Terms, make_bundle
+from r1export.update.publish import Step, Terms, make_bundle
 
 CREATED = 1_800_000_000  # seconds since 1970, when all updates of these tests were made
 
@@ -40,17 +40,9 @@ class Lab:
         if name not in self.made:
             path = self.folder / f"update-{len(self.made)}.r1u"
             terms = Terms(**{"product": "camera", "device_class": "v1", "created": CREATED, **terms})
-            make_bundle(
-                self.run,
-                release,
-                since,
-                keys or [self.key],
-                path,
-                seq=seq,
-                drop=drop,
-                terms=terms,
-                refresh=fleet.refresh,
-            )
+            step = Step(release, since, tuple(drop), seq)
+            made = make_bundle(self.run, step, keys or [self.key], terms, fleet.refresh)
+            path.write_bytes(made.to_bytes())
             self.made[name] = path
         return self.made[name]
 
@@ -130,7 +122,7 @@ def other_lab(tmp_path_factory, precision, factors) -> Lab:
 def new_devices(lab, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("factory")
     for mode in ("slot", "overlay"):
-        install.init(
+        provision.init(
             folder / mode, lab.release(0), [lab.public], product="camera", device_class="v1", mode=mode, health="none"
         )
     return {mode: folder / mode for mode in ("slot", "overlay")}

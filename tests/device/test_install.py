@@ -1,7 +1,6 @@
 """Updates on a device: the bytes of the lab in every order of events, and the old version whenever something is wrong."""
 
 import dataclasses
-import os
 import shutil
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from device import fleet
 from device.steps import in_this_process
 
-from r1export.device import install, worker
+from r1export.device import install, provision, worker
 from r1export.device.store import State
 from r1export.errors import CheckFailed, Inconclusive, InputError, R1ExportError, Unsupported
 from r1export.update.bundle import assemble, split
@@ -78,7 +77,7 @@ def test_a_dropped_task_leaves_the_bytes_of_never_having_learned_it(lab, device)
     device.apply(lab.bundle(3, 3, seq=8, drop=("shapes",)))
     manifest = device.store.bundle(device.store.current).manifest
     assert [update.task for update in manifest.updates] == ["digits", "colours"]
-    other = install.init(
+    other = provision.init(
         device.path.with_name("other"), lab.release(0), [lab.public], product="camera", device_class="v1", health="none"
     )
     fresh = dataclasses.replace(device, path=other.path)
@@ -91,7 +90,7 @@ def test_a_dropped_task_leaves_the_bytes_of_never_having_learned_it(lab, device)
 def test_float16_and_int8_weights_are_the_labs_too(request, tmp_path, device, precision):
     lab = request.getfixturevalue(precision)
     mode = device.store.config.mode
-    install.init(tmp_path / "other", lab.release(0), [lab.public], product="camera", device_class="v1", mode=mode)
+    provision.init(tmp_path / "other", lab.release(0), [lab.public], product="camera", device_class="v1", mode=mode)
     other = dataclasses.replace(device, path=tmp_path / "other")
     for number in (1, 3):
         other.apply(lab.bundle(number, number // 2))
@@ -107,7 +106,7 @@ def test_the_algorithm_has_to_be_that_of_the_base(lab, int8_lab, device, tmp_pat
 
 
 def test_a_fresh_process_builds_and_checks_the_same_bytes(lab, tmp_path):
-    store = install.init(tmp_path / "store", lab.release(0), [lab.public], product="camera", device_class="v1").path
+    store = provision.init(tmp_path / "store", lab.release(0), [lab.public], product="camera", device_class="v1").path
     install.apply(store, lab.bundle(2, 0), now=1_800_000_000)
     assert fleet.hashes(store / "current") == fleet.hashes(lab.release(2))
 
@@ -198,7 +197,7 @@ def test_a_strangers_update_is_refused(lab, device):
 def test_two_keys_are_needed_where_two_are_required(lab, tmp_path, device):
     (tmp_path / "second.pub").write_text(STRANGER.public.to_pem())
     shutil.rmtree(device.path)
-    install.init(
+    provision.init(
         device.path,
         lab.release(0),
         [lab.public, tmp_path / "second.pub"],
@@ -264,7 +263,7 @@ def test_experts_for_rows_that_the_base_lacks_are_refused(lab, device, tmp_path)
 
 def test_an_unhealthy_update_is_reverted_and_given_up_after_three_tries(lab, tmp_path, device):
     shutil.rmtree(device.path)
-    install.init(device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health="onnxruntime")
+    provision.init(device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health="onnxruntime")
     device.apply(lab.bundle(1, 0))
     harmful = resigned(lab, lab.bundle(2, 1), tmp_path, health=Health(0.0, 1.0, 1.0))
     for tries in (1, 2, 3):
@@ -283,7 +282,7 @@ def test_an_unhealthy_update_is_reverted_and_given_up_after_three_tries(lab, tmp
 )
 def test_a_health_command_gets_the_new_version_and_decides(lab, device, command, healthy):
     shutil.rmtree(device.path)
-    install.init(device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health=command)
+    provision.init(device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health=command)
     if healthy:
         assert device.apply(lab.bundle(1, 0), run=worker.run).changed
     else:
@@ -292,7 +291,7 @@ def test_a_health_command_gets_the_new_version_and_decides(lab, device, command,
 
 def test_a_hanging_health_check_is_ended(lab, device, monkeypatch):
     shutil.rmtree(device.path)
-    install.init(
+    provision.init(
         device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health="sh -c 'sleep 60'"
     )
     monkeypatch.setitem(worker.SECONDS, "health", 0.2)
@@ -383,7 +382,9 @@ def test_two_versions_are_kept_and_all_factors(lab, device):
 
 def test_more_versions_are_kept_where_asked(lab, device):
     shutil.rmtree(device.path)
-    install.init(device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health="none", keep=3)
+    provision.init(
+        device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health="none", keep=3
+    )
     for number in (1, 2, 3):
         device.apply(lab.bundle(number, number - 1))
     assert len(device.store.slots()) == 3
@@ -419,41 +420,6 @@ def test_the_file_may_change_while_it_is_applied(lab, device, tmp_path):
 
     device.apply(moving, run=run)
     assert device.files() == fleet.hashes(lab.release(1))
-
-
-# --- init
-
-
-def test_init_refuses_what_could_not_work(lab, tmp_path, monkeypatch):
-    def init(store="new", base=0, trust=(lab.public,), **options):
-        return install.init(tmp_path / store, lab.release(base), list(trust), **options)
-
-    for options in (
-        {"base": 1},
-        {"mode": "both"},
-        {"threshold": 2},
-        {"threshold": 0},
-        {"keep": 0},
-        {"trust": ()},
-        {"trust": (lab.run,)},
-    ):
-        with pytest.raises((InputError, IsADirectoryError)):
-            init(**options)
-    monkeypatch.setattr(worker, "has_onnxruntime", lambda: False)
-    with pytest.raises(Unsupported, match="--health none"):
-        init()
-    init(health="none")
-    with pytest.raises(InputError, match="exists"):
-        init(health="none")
-    assert os.listdir(tmp_path) == ["new"]
-
-
-def test_init_refuses_a_damaged_base(lab, tmp_path):
-    shutil.copytree(lab.release(0), tmp_path / "base")
-    (tmp_path / "base" / "visual.onnx").write_bytes(b"")
-    with pytest.raises(CheckFailed, match=r"visual\.onnx is damaged"):
-        install.init(tmp_path / "store", tmp_path / "base", [lab.public], health="none")
-    assert not (tmp_path / "store").exists()
 
 
 # --- numbers past 2 and 4 GiB

@@ -35,12 +35,12 @@ def test_a_session_answers_like_the_labs_release(lab, device, graph):
 
 
 def test_float16_tensors_are_handed_over_too(half_lab, tmp_path):
-    from r1export.device import install
+    from r1export.device import install, provision
 
     stores = {mode: tmp_path / mode for mode in ("slot", "overlay")}
     found = []
     for mode, path in stores.items():
-        install.init(path, half_lab.release(0), [half_lab.public], product="camera", device_class="v1", mode=mode)
+        provision.init(path, half_lab.release(0), [half_lab.public], product="camera", device_class="v1", mode=mode)
         install.apply(path, half_lab.bundle(2, 0), now=1_800_000_000)
         found.append(answers(open_version(path), half_lab, "visual.onnx"))
     assert np.array_equal(*found)

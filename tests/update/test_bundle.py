@@ -20,15 +20,14 @@ from r1export.update.bundle import (
 from r1export.update.envelope import SecretKey, sign
 from r1export.update.factors import ExpertUpdate
 from r1export.update.manifest import Base, File, Health, Manifest, Part
-from r1export.update.publish import bundle_release, read_factors, read_releases
+from r1export.update.publish import Step, Terms, make_bundle
 
 ZERO = "0" * 64
 
 
 @pytest.fixture(scope="session")
 def bundle(run, key) -> Bundle:
-    releases = read_releases(run)
-    return bundle_release(releases[0], releases[2], read_factors(run), releases[1].updates, [key], 2)
+    return make_bundle(run, Step(2, since=1), [key], Terms(created=1_800_000_000))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from r1export.errors import InputError, R1ExportError, Unsupported
 from r1export.update.manifest import MAX_MANIFEST, Manifest
-from r1export.update.publish import bundle_release, read_factors, read_releases
+from r1export.update.publish import Step, Terms, make_bundle
 
 HOSTILE_PATHS = [
     "../x",
@@ -60,8 +60,7 @@ HOSTILE_PATHS = [
 
 @pytest.fixture(scope="session")
 def text(run: Path, key) -> bytes:
-    releases = read_releases(run)
-    return bundle_release(releases[0], releases[2], read_factors(run), releases[1].updates, [key], 2).manifest_bytes
+    return make_bundle(run, Step(2, since=1), [key], Terms(created=1_800_000_000)).manifest_bytes
 
 
 @pytest.fixture

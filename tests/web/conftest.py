@@ -19,7 +19,7 @@ import pytest
 from device.steps import in_this_process
 from running import r1export
 
-from r1export.device import install
+from r1export.device import install, provision
 from r1export.web import server as web
 from r1export.web.source import Source, open_source
 
@@ -68,7 +68,7 @@ def release(lab: Lab, tmp_path: Path) -> Path:
 @pytest.fixture(params=["slot", "overlay"])
 def store(request: pytest.FixtureRequest, lab: Lab, tmp_path: Path) -> Path:
     """A device at the base release, once in each mode."""
-    install.init(tmp_path / "store", lab.release(0), [lab.public], mode=request.param, health="none")
+    provision.init(tmp_path / "store", lab.release(0), [lab.public], mode=request.param, health="none")
     return tmp_path / "store"
 
 
