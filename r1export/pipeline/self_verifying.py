@@ -13,13 +13,12 @@ from r1export.export.release import read_manifest
 from r1export.pipeline.environment import report_head
 from r1export.pipeline.expected import own_identity
 from r1export.pipeline.proving import opener, timeable
+from r1export.recipe import Verify
 from r1export.update.container import read_tensors
 from r1export.verify import contents, latency, parity, proof, selftest
 from r1export.verify.checks import failed
 from r1export.verify.report import settled
 from r1export.verify.runtime import PROVIDERS, check_provider
-
-MARGIN, PAIRS = 0.02, 400  # as in a recipe
 
 
 def verify_release(path: Path, providers: Sequence[str] = ()) -> dict[str, Any]:
@@ -99,8 +98,8 @@ def _beside(path: Path, base: Path, manifest: Mapping[str, Any], providers: Sequ
         latency.added_latency(
             opener(base / "visual.onnx", image, name),
             opener(path / "visual.onnx", image, name),
-            pairs=PAIRS,
-            margin=MARGIN,
+            pairs=Verify().pairs,
+            margin=Verify().margin,
             provider=PROVIDERS[name],
         )
         for name in timeable(providers)
