@@ -75,9 +75,9 @@ def test_a_run_stopped_between_tasks_goes_on_with_the_second(recipe, tmp_path) -
 def test_a_run_holds_on_to_what_was_said_of_imagenets_names_and_of_earlier_tasks(recipe, tmp_path, monkeypatch) -> None:
     asked = []
 
-    def listening(clip, train, wanted, names, on_batch):
+    def listening(clip, train, wanted, names, on_batch, *, weight):
         asked.append(names)
-        return recall(clip, train, wanted, names, on_batch)
+        return recall(clip, train, wanted, names, on_batch, weight=weight)
 
     monkeypatch.setattr(training, "recall", listening)
     factors = []

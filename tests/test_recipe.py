@@ -95,7 +95,7 @@ def test_the_defaults_are_the_faithful_settings(tmp_path) -> None:
 
 
 def test_recipe_and_code_agree_on_the_defaults() -> None:
-    assert TrainSettings(**Train().model_dump(exclude={"method", "tensorboard"})) == TrainSettings()
+    assert TrainSettings(**Train().model_dump(exclude={"method", "keep", "tensorboard"})) == TrainSettings()
     assert (
         PoolSettings(
             **{key: value for key, value in Pool().model_dump().items() if key in PoolSettings.__dataclass_fields__}

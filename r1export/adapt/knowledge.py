@@ -1,6 +1,6 @@
 """What a model knew before a task, held on to while it learns: distillation with names instead of images.
 
-    L = mean_n KL( softmax(s I_n T^T) || softmax(s i_n t^T) )        s = exp(logit_scale)
+    L = weight mean_n KL( softmax(s I_n T^T) || softmax(s i_n t^T) )        s = exp(logit_scale)
 
 I_n, T are unit-norm embeddings of the task's own images and of reference texts by the model as it stood before the task,
 i_n, t those of the model that learns. The texts are the 1,000 class names of ImageNet in open_clip's wording and the
@@ -29,11 +29,15 @@ BATCH = 64  # names or images embedded at a time
 
 @dataclass(frozen=True)
 class Knowledge:
-    """Embeddings by the model before a task: `images` (N, D) of its training images, `texts` (M, D) of `tokens` (M, L)."""
+    """Embeddings by the model before a task: `images` (N, D) of its training images, `texts` (M, D) of `tokens` (M, L).
+
+    `weight` is that of the loss beside the supervised one.
+    """
 
     images: Tensor
     texts: Tensor
     tokens: Tensor
+    weight: float = 1.0
 
     def draw(self, seed: int) -> np.ndarray:
         """REFERENCES different texts, int64; the same for the same seed."""
@@ -43,7 +47,8 @@ class Knowledge:
         """The loss above for embeddings (n, D), (m, D) of training images `images` (n,) and reference texts `texts` (m,)."""
         known = scale * self.images[images] @ self.texts[texts].T
         found = scale * image @ text.T
-        return F.kl_div(found.float().log_softmax(1), known.float().softmax(1), reduction="batchmean")
+        apart = F.kl_div(found.float().log_softmax(1), known.float().softmax(1), reduction="batchmean")
+        return self.weight * apart
 
 
 def reference_names(learned: Sequence[str] = ()) -> tuple[str, ...]:
@@ -58,6 +63,8 @@ def recall(
     wanted: np.ndarray,
     names: Sequence[str],
     on_batch: Callable[[], None] = lambda: None,
+    *,
+    weight: float = 1.0,
 ) -> Knowledge:
     """What the model as it stands says about the training images `wanted`, int64 (n,), and texts with `names`.
 
@@ -76,4 +83,4 @@ def recall(
         part = wanted[start : start + BATCH]
         images[part] = clip.encode_image(train.batch(part))
         on_batch()
-    return Knowledge(images, torch.cat(texts), tokens)
+    return Knowledge(images, torch.cat(texts), tokens, weight)

@@ -33,10 +33,10 @@ SPAN = 16  # directions kept of each task's inputs for the input side of orthogo
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Optimisation of one task: AdamW with a cosine schedule. Defaults: arXiv 2601.22828, but for `keep` and `consolidate`.
+    """Optimisation of one task: AdamW with a cosine schedule. Defaults: arXiv 2601.22828, but for `consolidate`.
 
-    `loss` is "in-batch" or "all-classes", `orthogonality` "output", "input" or "none", `keep` the weight of the distillation
-    loss, `precision` "fp32" or "bf16" (autocast; experts stay in float32).
+    `loss` is "in-batch" or "all-classes", `orthogonality` "output", "input" or "none",
+    `precision` "fp32" or "bf16" (autocast; experts stay in float32).
     """
 
     iterations: int = 500
@@ -47,7 +47,6 @@ class TrainSettings:
     loss: str = "in-batch"
     orthogonality: str = "output"
     orthogonality_weight: float = 0.1
-    keep: float = 0.2
     precision: str = "fp32"
     consolidate: float = 0.3
     checkpoint_every: int = 50
@@ -253,7 +252,7 @@ class _Lesson:
         supervised = (F.cross_entropy if everything else in_batch_loss)(logits, positions)
         if self.knowledge is None:
             return supervised, supervised.new_zeros(())
-        return supervised, self.settings.keep * self.knowledge.loss(image, text[len(classes) :], images, drawn, scale)
+        return supervised, self.knowledge.loss(image, text[len(classes) :], images, drawn, scale)
 
     def _seed(self, *path: int) -> int:
         return seed_of(self.settings.seed, self.number, *path)

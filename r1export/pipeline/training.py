@@ -195,7 +195,7 @@ def _recall(stage: Stage, number: int, task: Task, title: str) -> Knowledge:
     names = reference_names([name for old in stage.tasks[: number - 1] for name in old.classes])
     batches = sum(-(-len(some) // BATCH) for some in (names, wanted))
     with stage.watch.track(f"{title}: what the model knows before", batches) as advance:
-        return recall(stage.clip, train, wanted, names, advance)
+        return recall(stage.clip, train, wanted, names, advance, weight=stage.recipe.train.keep)
 
 
 def _fine_tune(turn: _Turn) -> _Learned:
@@ -208,7 +208,7 @@ def _fine_tune(turn: _Turn) -> _Learned:
 
 
 def _settings(recipe: Recipe) -> TrainSettings:
-    return TrainSettings(**recipe.train.model_dump(exclude={"method", "tensorboard"}))
+    return TrainSettings(**recipe.train.model_dump(exclude={"method", "keep", "tensorboard"}))
 
 
 def _note(step: Step, recipe: Recipe) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -64,15 +66,18 @@ def test_each_step_draws_other_texts_and_the_same_step_the_same(tiny_clip, train
 
 
 def test_what_is_held_on_to_changes_less(tiny_clip, stripes, train) -> None:
-    knowledge, texts, changes = recall(tiny_clip, train, EVERY, NAMES), np.arange(100), []
+    texts, changes = np.arange(100), []
+    settings = TrainSettings(iterations=30, batch_size=8, learning_rate=1e-2, seed=1)
     for keep in (0.0, 5.0):
-        settings = TrainSettings(iterations=30, batch_size=8, learning_rate=1e-2, keep=keep, seed=1)
+        knowledge = recall(tiny_clip, train, EVERY, NAMES, weight=keep)
         pools = inject_experts_(tiny_clip.model, PoolSettings(alpha=12.0))
         reset_pools_(pools, 1, 1)
-        train_pools_(tiny_clip, pools, stripes, train, settings, number=1, knowledge=knowledge if keep else None)
+        train_pools_(tiny_clip, pools, stripes, train, settings, number=1, knowledge=knowledge)
         for pool in pools.values():
             pool.freeze_()
-        loss = knowledge.loss(*now(tiny_clip, train, knowledge, texts), EVERY, texts, torch.tensor(14.0))
+        loss = replace(knowledge, weight=1.0).loss(
+            *now(tiny_clip, train, knowledge, texts), EVERY, texts, torch.tensor(14.0)
+        )
         changes.append(loss.item())
         eject_experts_(tiny_clip.model)
     assert changes[1] < 0.5 * changes[0]

@@ -31,7 +31,7 @@ from r1export.adapt.trainer import (
 )
 from r1export.errors import InputError, Unsupported
 
-PUBLISHED = TrainSettings(consolidate=1.0, keep=0.0, batch_size=8, seed=1)
+PUBLISHED = TrainSettings(consolidate=1.0, batch_size=8, seed=1)
 SETTINGS = replace(PUBLISHED, iterations=8, learning_rate=5e-3, checkpoint_every=3)
 POOL = PoolSettings(alpha=12.0)
 
@@ -40,11 +40,10 @@ class Killed(Exception):
     pass
 
 
-def train(clip, task, settings=SETTINGS, *, number=1, earlier=None, checkpoint=None, kill_at=None):
+def train(clip, task, settings=SETTINGS, *, number=1, keep=0.0, earlier=None, checkpoint=None, kill_at=None):
     pixels = Pixels(task.train, clip.preprocess)
-    knowledge = (
-        recall(clip, pixels, visited(len(pixels), settings, number), reference_names()) if settings.keep else None
-    )
+    wanted = visited(len(pixels), settings, number)
+    knowledge = recall(clip, pixels, wanted, reference_names(), weight=keep) if keep else None
     pools = inject_experts_(clip.model, POOL)
     reset_pools_(pools, settings.seed, number)
     if earlier:
@@ -115,13 +114,12 @@ def test_the_random_state_of_the_program_does_not_matter(tiny_clip, stripes) -> 
 def test_a_run_killed_inside_a_task_and_resumed_is_the_uninterrupted_run(
     tiny_clip, stripes, tmp_path, kill_at: int, keep: float
 ) -> None:
-    settings = replace(SETTINGS, keep=keep)
-    whole, losses = train(tiny_clip, stripes, settings)
+    whole, losses = train(tiny_clip, stripes, keep=keep)
     checkpoint = tmp_path / "checkpoint.safetensors"
     with pytest.raises(Killed):
-        train(tiny_clip, stripes, settings, checkpoint=checkpoint, kill_at=kill_at)
+        train(tiny_clip, stripes, keep=keep, checkpoint=checkpoint, kill_at=kill_at)
     assert checkpoint.exists() == (kill_at > 3)
-    resumed, again = train(tiny_clip, stripes, settings, checkpoint=checkpoint)
+    resumed, again = train(tiny_clip, stripes, keep=keep, checkpoint=checkpoint)
     assert same(pool_tensors(whole), pool_tensors(resumed))
     assert losses == again
     assert not checkpoint.exists()
