@@ -49,7 +49,7 @@ class Data(_Section):
     test_limit: int = Field(0, ge=0)
     """Test images per task, drawn by seed; 0 takes all."""
     download: bool = False
-    """Let torchvision download a data set that is not there."""
+    """Let torchvision or the Hugging Face Hub download a data set that is not there."""
     candidates: Literal["task", "all"] = "task"
     """Classes among which a test image is classified: those of its task, or of all tasks together (X-TAIL)."""
 
@@ -59,7 +59,7 @@ class TaskSource(_Section):
 
     name: TaskName
     source: str
-    """`torchvision:NAME`, `folder:DIR`, `npz:FILE` or `builtin:NAME`."""
+    """`torchvision:NAME`, `folder:DIR`, `npz:FILE`, `hf:NAME` (Hugging Face; `hf:NAME:CONFIG`) or `builtin:NAME`."""
     templates: tuple[str, ...] = ()
     """Prompts with one `{}` for the class name; empty takes those of the source."""
 

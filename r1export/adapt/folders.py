@@ -53,13 +53,13 @@ def _own_split(folder: Path, seed: int, test_only: bool) -> tuple[Files, Files]:
     files = _by_class(folder)
     if test_only:
         return {}, files
-    held_out = {name: _held_out(len(images), seed) for name, images in files.items()}
-    train = {name: [file for i, file in enumerate(images) if i not in held_out[name]] for name, images in files.items()}
-    test = {name: [file for i, file in enumerate(images) if i in held_out[name]] for name, images in files.items()}
+    held = {name: held_out(len(images), seed) for name, images in files.items()}
+    train = {name: [file for i, file in enumerate(images) if i not in held[name]] for name, images in files.items()}
+    test = {name: [file for i, file in enumerate(images) if i in held[name]] for name, images in files.items()}
     return train, test
 
 
-def _held_out(count: int, seed: int) -> set[int]:
+def held_out(count: int, seed: int) -> set[int]:
     """A fifth of `count` images, at least one of two. Seeded anew for each class, so that another class does not change this one's split."""
     size = max(count // 5, min(1, count - 1), 0)
     return set(np.random.default_rng(seed).permutation(count)[:size].tolist())

@@ -3,6 +3,7 @@
 folder:DIR         images in folders by class: DIR/train/CLASS/* and DIR/test/CLASS/*, or DIR/CLASS/* (split 80/20)
 npz:FILE           packed images (arrays `blob`, `off`, `label`, `split`, `names`)
 torchvision:NAME   one of the eleven MTIL sets, or CIFAR10
+hf:NAME            of the Hugging Face Hub, or a folder laid out like one of its data sets
 builtin:NAME       comes with r1export: drawn, or in an installed package
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from r1export.adapt import mtil
 from r1export.adapt.folders import read_folder
+from r1export.adapt.hub import read_hub
 from r1export.adapt.packs import read_pack
 from r1export.adapt.tasks import Task, check_task
 from r1export.adapt.world import load_builtin
@@ -37,8 +39,8 @@ def load_task(
         name: instead of the name that the source suggests.
         root: relative paths start here, and torchvision keeps its data sets here; may hold `~` and `${VARIABLE}`.
         templates: instead of the prompts of the source.
-        download: let torchvision fetch what is not there.
-        seed: splits a folder that has no train and test.
+        download: let torchvision and the Hub fetch what is not there.
+        seed: splits what has no train and test.
         test_only: for a probe, which needs no training images.
 
     Raises:
@@ -54,11 +56,14 @@ def load_task(
         task = read_pack(Path(place))
     elif kind == "torchvision" and rest:
         task = mtil.load(rest, _torchvision_root(source, root), download=download)
+    elif kind == "hf" and rest:
+        hub_name, _, config = rest.partition(":")
+        task = read_hub(hub_name, expand_path(hub_name, root), config, seed, download=download, test_only=test_only)
     elif kind == "builtin" and rest:
         task = load_builtin(rest)
     else:
         raise InputError(
-            f"source {source!r} is unknown", "write folder:DIR, npz:FILE, torchvision:NAME or builtin:NAME"
+            f"source {source!r} is unknown", "write folder:DIR, npz:FILE, torchvision:NAME, hf:NAME or builtin:NAME"
         )
     task = replace(task, name=name or task.name, templates=tuple(templates) or task.templates)
     check_task(task, place, test_only=test_only)
