@@ -33,6 +33,7 @@ MODULES = {  # what a device runs; the rest of the package stays in the lab
         "health",
         "install",
         "policy",
+        "provision",
         "selftest",
         "session",
         "store",
