@@ -77,6 +77,8 @@ class Pool(_Section):
     """Scaling is alpha / rank."""
     dropout: float = Field(0.2, ge=0, lt=1)
     """Dropout on the input of the experts."""
+    factors: Literal["fp32", "fp16"] = "fp32"
+    """Precision in which merged experts are packed and shipped: `fp16` halves the updates of devices."""
     router: Literal["random", "straight-through"] = "random"
     """`random` keeps the router as it was drawn, as the published code does; `straight-through` trains it."""
     text_token: Literal["start", "end"] = "start"

@@ -217,8 +217,8 @@ def eject_experts_(model: AnyModule) -> None:
                 del child.end_of_text
 
 
-def pack_experts(pools: dict[Rows, ExpertPool]) -> ExpertUpdate:
-    """The selected experts of every pool, scaling and gate folded in, as they are merged and shipped."""
+def pack_experts(pools: dict[Rows, ExpertPool], dtype: np.typing.DTypeLike = np.float32) -> ExpertUpdate:
+    """The selected experts of every pool in float32 or float16, scaling and gate folded in, as they are merged and shipped."""
     factors = {}
     for rows, pool in pools.items():
         chosen, gate = pool.selected(), pool.frozen_gate()
@@ -226,8 +226,18 @@ def pack_experts(pools: dict[Rows, ExpertPool]) -> ExpertUpdate:
             tensor.detach().float().cpu().numpy()
             for tensor in (pool.lora_A[chosen], pool.lora_B[:, chosen] * gate[chosen])
         )
-        factors[rows] = Factors.pack(lora_A, lora_B, pool.settings.scaling)
+        factors[rows] = Factors.pack(lora_A, lora_B, pool.settings.scaling, dtype)
     return ExpertUpdate(factors)
+
+
+@torch.no_grad()
+def adopt_(pools: dict[Rows, ExpertPool], update: ExpertUpdate) -> None:
+    """Give the selected experts the values that `pack_experts` rounded them to: the unmerged model is what is merged."""
+    for rows, pool in pools.items():
+        pair, chosen = update.factors[rows], pool.selected()
+        u, v = (torch.from_numpy(values.astype(np.float32)).to(pool.lora_A) for values in (pair.u, pair.v))
+        weight = pool.settings.scaling * pool.frozen_gate()[chosen]
+        pool.lora_A[chosen], pool.lora_B[:, chosen] = v, u / weight.where(weight != 0, 1)
 
 
 def remember_(pools: dict[Rows, ExpertPool], earlier: ExpertUpdate) -> None:

@@ -17,7 +17,7 @@ from r1export.adapt import together
 from r1export.adapt.baselines import fine_tune_
 from r1export.adapt.clip import digest, licence
 from r1export.adapt.evaluate import accuracy, all_classes
-from r1export.adapt.experts import eject_experts_, pack_experts, pool_tensors, remember_, widen_spans_
+from r1export.adapt.experts import adopt_, eject_experts_, pack_experts, pool_tensors, remember_, widen_spans_
 from r1export.adapt.knowledge import BATCH, Knowledge, recall, reference_names
 from r1export.adapt.metrics import stream_metrics
 from r1export.adapt.tasks import Task
@@ -41,6 +41,7 @@ from r1export.update.container import read_tensors, write_tensors
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import write_json
 
+DTYPES = {"fp32": np.float32, "fp16": np.float16}
 SPANS = "inputs.safetensors"  # leading directions of a task's inputs, kept for train.orthogonality = "input"
 
 
@@ -180,10 +181,13 @@ def _teach_pools(turn: _Turn) -> _Learned:
             spans = input_directions(stage.clip, pools, stage.trains[task.name], prompts)
             if together.is_first():
                 write_tensors(folder / SPANS, spans)
+        update = pack_experts(pools, DTYPES[recipe.pool.factors])
+        if recipe.pool.factors != "fp32":
+            adopt_(pools, update)
         if together.is_first():
             write_tensors(folder / "pool.safetensors", pool_tensors(pools))
         trainable = sum(p.numel() for pool in pools.values() for p in pool.learned())
-        return _Learned(losses, pack_experts(pools), trainable)
+        return _Learned(losses, update, trainable)
     finally:
         eject_experts_(stage.clip.model)
 

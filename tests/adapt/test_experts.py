@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from r1export.adapt.experts import (
+    adopt_,
     eject_experts_,
     inject_experts_,
     load_pool_tensors_,
@@ -109,6 +110,26 @@ def test_the_one_merge_gives_the_frozen_model(tiny_clip) -> None:
     for one, other, base in zip(frozen, encode(tiny_clip), before, strict=True):
         assert (one - other).abs().max() < 1e-5
         assert (one - base).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("gate", ["binary", "frequency"])
+def test_experts_packed_in_float16_are_those_of_the_unmerged_model(tiny_clip, gate: str) -> None:
+    pools = inject_experts_(tiny_clip.model, PoolSettings(alpha=12.0, gate=gate))
+    train_at_random_(pools)
+    for pool in pools.values():
+        pool.counts[:] = torch.arange(12)
+    update = pack_experts(pools, np.float16)
+    adopt_(pools, update)
+    for pool in pools.values():
+        pool.freeze_()
+    frozen = encode(tiny_clip)
+    again = pack_experts(pools, np.float16)
+    assert 2 * update.nbytes == pack_experts(pools).nbytes
+    assert all(np.array_equal(pair.u, again.factors[rows].u) for rows, pair in update.factors.items())
+    eject_experts_(tiny_clip.model)
+    tiny_clip.load_(update.apply(tiny_clip.parameters()))
+    for one, other in zip(frozen, encode(tiny_clip), strict=True):
+        assert (one - other).abs().max() < 1e-5
 
 
 def test_the_update_holds_the_selected_experts_in_order(tiny_clip) -> None:
