@@ -5,6 +5,7 @@
 
 Each sample votes with the top-k_train of softmax(R z + bias), z = its routing token: position 0 of the linear's input,
 the end of the text, or the mean over positions in a tower that has neither.
+In the text tower each text of a step votes once, however many images share it, and so do the texts of a distillation loss.
 Probabilities only choose; the sum over experts is unweighted. Source: arXiv 2601.22828.
 
 Two variations of g, both of which merge as well: the router learns through g + p - stopgrad(p), p the mean of the batch's
