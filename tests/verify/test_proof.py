@@ -10,7 +10,7 @@ from onnx import helper
 from verify.small import weights_of
 
 from r1export.errors import CheckFailed, Unsupported
-from r1export.update.factors import ExpertUpdate
+from r1export.update.factors import ExpertUpdate, Factors, Rows
 from r1export.verify.control import add_branches
 from r1export.verify.execution import Kernel, execute
 from r1export.verify.proof import executions, proof_control, rungs, same_files, same_graphs
@@ -119,6 +119,47 @@ def test_the_control_with_its_branches_computes_what_the_merged_model_computes(
     one, other = (runner(open_session(path))(x) for path in (merged, unmerged))
     assert np.abs(one - other).max() < 1e-5  # float32 rounding of values of order one through a norm
     assert np.abs(one - runner(open_session(base))(x)).max() > 1e-2
+
+
+ROWS_OF = {"q": (0, 2), "k": (2, 4), "v": (4, 6)}  # of a weight of six rows
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["Gemm", "MatMul"])
+@pytest.mark.parametrize("targets", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
+def test_experts_beside_any_of_q_k_and_v_make_a_control(write_graph, x, targets: str, turned: bool) -> None:
+    rng = np.random.default_rng(3)
+    update = ExpertUpdate(
+        {
+            Rows("fc.weight", *ROWS_OF[target]): Factors(
+                rng.normal(size=(2, 3)).astype(np.float32), rng.normal(size=(3, 6)).astype(np.float32)
+            )
+            for target in targets
+        }
+    )
+    merged = weights_of() | update.apply(weights_of())
+    if turned:
+        merged["fc.weight"] = np.ascontiguousarray(merged["fc.weight"].T)
+    stored = weights_of()
+    stored["fc.weight"] = np.ascontiguousarray(stored["fc.weight"].T) if turned else stored["fc.weight"]
+    expected = write_graph("merged", merged, turned=turned)
+    base = write_graph("base", stored, turned=turned)
+    unmerged = add_branches(base, update, write_graph("unmerged", stored, turned=turned))
+    one, other, untouched = (runner(open_session(path))(x) for path in (expected, unmerged, base))
+    assert np.abs(one - other).max() < 1e-5  # float32 rounding of values of order one through a norm
+    assert np.abs(one - untouched).max() > 1e-2
+    assert proof_control(base, unmerged, x)["unmerged"]["detected"] is True
+
+
+def test_complete_branches_are_joined_without_padding(write_graph) -> None:
+    update = ExpertUpdate(
+        {
+            Rows("fc.weight", *rows): Factors(np.ones((2, 3), np.float32), np.ones((3, 6), np.float32))
+            for rows in ROWS_OF.values()
+        }
+    )
+    graph = onnx.load(add_branches(write_graph("base"), update, write_graph("unmerged"))).graph
+    sizes = [list(tensor.dims) for tensor in graph.initializer if ".u.weight" in tensor.name]
+    assert sizes == [[3, 2]] * 3
 
 
 def test_a_control_for_a_graph_that_the_update_does_not_touch_is_refused(
