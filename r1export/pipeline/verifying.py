@@ -17,9 +17,10 @@ from r1export.pipeline import expected, gaps
 from r1export.pipeline.comparing import TorchOutputs, merge_parity, onnx_parity
 from r1export.pipeline.environment import absent, report_head
 from r1export.pipeline.forms import Form
-from r1export.pipeline.proving import added_latency, ladder, speed
+from r1export.pipeline.proving import ladder
 from r1export.pipeline.samples import gallery, parity_inputs, test_images
 from r1export.pipeline.stage import Stage
+from r1export.pipeline.timing import added_latency, speed
 from r1export.pipeline.torch_models import TorchModels, torch_models
 from r1export.run_folder import read_json
 from r1export.update.factors import ExpertUpdate
@@ -121,7 +122,8 @@ def _verify_release(
         if number and not failed(found["proof"]):
             if form.precision == "fp32":
                 found["gaps"] = _gaps(stage, stage.tasks[number - 1], outputs, models)
-            found["latency"] = added_latency(form, number, inputs, models, updates, providers)
+            if seen.executions:  # a base that cannot be run cannot be timed either
+                found["latency"] = added_latency(form, number, inputs, models, updates, providers)
     return found
 
 
