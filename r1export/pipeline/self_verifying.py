@@ -11,7 +11,7 @@ import numpy as np
 from r1export.errors import CheckFailed, R1ExportError, Unsupported
 from r1export.export.release import read_manifest
 from r1export.pipeline.environment import report_head
-from r1export.pipeline.expected import own_identity
+from r1export.pipeline.expected import own_classifier, own_identity
 from r1export.pipeline.timing import ENTRIES, opener, timeable
 from r1export.recipe import Verify
 from r1export.update.container import read_tensors
@@ -47,10 +47,11 @@ def verify_release(path: Path, providers: Sequence[str] = ()) -> dict[str, Any]:
     found["contents"]["weights"] = contents.part(
         problems, f"{len(manifest['tensors'])} tensors lie where the manifest says"
     )
+    found["contents"]["classifier"] = own_classifier(path)
     base = path.parent / "00-base"
     beside = base if base.is_dir() and base.resolve() != path.resolve() else None
     found["parity"] = {"export": _parity(path, manifest, beside, providers)}
-    if beside and not failed(found["parity"]):
+    if beside and not failed(found["contents"]) and not failed(found["parity"]):
         found |= _beside(path, beside, manifest, providers)
     return settled(found)
 

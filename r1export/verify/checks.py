@@ -33,6 +33,7 @@ CONTENTS = {
     "graphs": ("Graphs", "The norms of the graphs have the model's own epsilons."),
     "weights": ("Weights", "Every parameter is base + factors, bit for bit, where the manifest says it lies."),
     "classes": ("Classes", "Class embeddings are what the release's own text tower gives."),
+    "classifier": ("Classifier", "classify.onnx gives the scaled products of image and class embeddings."),
     "golden": ("Golden samples", "The stored inputs give the stored outputs."),
 }
 TIME = ("L5 Time", "In interleaved pairs the merged model takes as long as the base model.")
