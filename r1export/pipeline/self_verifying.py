@@ -12,14 +12,13 @@ from r1export.errors import CheckFailed, R1ExportError, Unsupported
 from r1export.export.release import read_manifest
 from r1export.pipeline.environment import report_head
 from r1export.pipeline.expected import own_classifier, own_identity
-from r1export.pipeline.timing import ENTRIES, opener, timeable
+from r1export.pipeline.timing import opener, timeable
 from r1export.recipe import Verify
 from r1export.update.container import read_tensors
 from r1export.update.files import sha256_file
 from r1export.verify import contents, latency, parity, proof, selftest
 from r1export.verify.checks import failed
 from r1export.verify.execution import Execution
-from r1export.verify.parity import TOWERS
 from r1export.verify.report import settled
 from r1export.verify.runtime import PROVIDERS, check_provider
 
@@ -84,7 +83,7 @@ def _beside(path: Path, base: Path, manifest: Mapping[str, Any], providers: Sequ
     graphs = [{name: folder / name for name in manifest["graphs"]} for folder in (base, path)]
     golden = read_tensors(path / "golden.safetensors")
     width = golden["image_embeds"].shape[1]
-    image, text = ({name: golden[name][:1]} for name in ENTRIES.values())
+    image, text = ({name: golden[name][:1]} for name in parity.ENTRIES.values())
     feeds = {
         "visual.onnx": image,
         "textual.onnx": text,
@@ -99,7 +98,7 @@ def _beside(path: Path, base: Path, manifest: Mapping[str, Any], providers: Sequ
         found |= proof.unclimbed(str(error) if ran else f"the base beside it cannot be run: {error}")
     if failed(found) or not ran:
         return {"proof": found}
-    tower = next((tower for tower in TOWERS if _weights_differ(path, base, tower)), "visual")
+    tower = next((tower for tower in parity.TOWERS if _weights_differ(path, base, tower)), "visual")
     return {"proof": found, "latency": _latency(path, base, tower, feeds[f"{tower}.onnx"], providers)}
 
 

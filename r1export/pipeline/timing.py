@@ -18,8 +18,6 @@ from r1export.update.factors import ExpertUpdate
 from r1export.verify import latency, parity
 from r1export.verify.runtime import PROVIDERS, UNTIMED, job, open_session
 
-ENTRIES = {"visual": "pixel_values", "textual": "input_ids"}  # what a tower takes
-
 
 def added_latency(
     form: Form,
@@ -37,7 +35,7 @@ def added_latency(
     stage, releases = form.stage, form.exports.releases(form.stage.recipe)
     tower = next(iter(touched_towers(form, updates)), "visual")
     settings, value = stage.recipe.verify, inputs.tower(tower)[:1]
-    feeds = {ENTRIES[tower]: value}
+    feeds = {parity.ENTRIES[tower]: value}
     base, release = releases[0] / f"{tower}.onnx", releases[number] / f"{tower}.onnx"
     torch_jobs = _torch_jobs(models, tower, value) if form.precision == "fp32" else None
     found = []
