@@ -131,16 +131,22 @@ def _same_cost(base: Mapping[str, Execution], release: Mapping[str, Execution]) 
     facts = "; ".join(_cost(name, e) for name, e in release.items())
     return {
         "verdict": "fail" if problems else "pass",
-        "digest": None,
-        "expected": None,
+        "digest": _cost_digest(release),
+        "expected": _cost_digest(base),
         "detail": "; ".join(problems) or facts,
     }
 
 
+def _cost_digest(executions: Mapping[str, Execution]) -> str:
+    """SHA-256 of all that has to be exactly equal; the peak of memory has a tolerance and is not in it."""
+    costs = sorted((name, e.flops, e.weight_bytes) for name, e in executions.items())
+    return hashlib.sha256(repr(costs).encode()).hexdigest()
+
+
 def _cost(name: str, e: Execution) -> str:
-    peak = f", {size(e.peak_bytes)} at its peak" if e.peak_bytes else ""
+    peak = f"{size(e.peak_bytes)} at its peak" if e.peak_bytes else "peak not told"
     flops = "" if e.flops is None else f"{e.flops / 1e6:.1f} MFLOPs, "
-    return f"{name}: {flops}{size(e.weight_bytes)} of weights{peak}"
+    return f"{name}: {flops}{size(e.weight_bytes)} of weights, {peak}"
 
 
 def proof_control(base: Path, unmerged: Path, feeds: Feeds, provider: str = "cpu") -> dict[str, Any]:

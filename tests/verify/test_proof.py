@@ -12,7 +12,7 @@ from verify.small import weights_of
 from r1export.errors import CheckFailed, Unsupported
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 from r1export.verify.control import add_branches
-from r1export.verify.execution import Kernel, execute
+from r1export.verify.execution import Execution, Kernel, execute
 from r1export.verify.proof import executions, proof_control, rungs, same_files, same_graphs
 from r1export.verify.runtime import job, open_session, provider_options, runner, weights_digest
 
@@ -64,6 +64,28 @@ def test_a_missing_graph_and_one_that_is_no_graph_fail(write_graph, tmp_path) ->
 def test_the_peak_of_memory_and_all_digests_are_the_same_every_time(write_graph, x) -> None:
     graph = write_graph("base")
     assert execute(graph, x) == execute(graph, x)
+
+
+def costing(flops: int | None, weight_bytes: int, peak: int | None) -> dict[str, Execution]:
+    return {"visual.onnx on cpu": Execution("d", 1, (), weight_bytes, peak, flops)}
+
+
+def test_the_digest_of_the_cost_is_of_arithmetic_and_weights_and_leaves_the_peak_out() -> None:
+    base = costing(100, 50, 1000)
+    same = rungs(base, lambda: costing(100, 50, 1005))["cost"]
+    assert (same["verdict"], same["digest"]) == ("pass", same["expected"])
+    assert len(same["digest"]) == 64
+    for other in (costing(101, 50, 1000), costing(100, 51, 1000)):
+        found = rungs(base, lambda other=other: other)["cost"]
+        assert (found["verdict"], found["expected"]) == ("fail", same["expected"])
+        assert found["digest"] != found["expected"]
+    heavier = rungs(base, lambda: costing(100, 50, 1100))["cost"]
+    assert (heavier["verdict"], heavier["digest"]) == ("fail", heavier["expected"])
+
+
+def test_a_peak_that_the_profile_does_not_tell_is_said_to_be_missing() -> None:
+    untold = costing(None, 50, None)
+    assert rungs(untold, lambda: untold)["cost"]["detail"] == "visual.onnx on cpu: 50 B of weights, peak not told"
 
 
 def test_flops_follow_from_shapes() -> None:
@@ -200,6 +222,12 @@ def test_engine_caches_have_a_folder_for_each_digest_of_weights(tmp_path) -> Non
     assert one["trt_engine_cache_path"] != other["trt_engine_cache_path"]
     assert provider_options("tensorrt", "", None) == provider_options("cpu", "", tmp_path) == {}
     assert provider_options("cuda", "", None) == {"use_tf32": "0"}
+
+
+@pytest.mark.parametrize("provider", ["cpu", "tensorrt", "openvino"])
+def test_a_cache_without_the_digest_of_the_weights_is_refused(write_graph, tmp_path, provider: str) -> None:
+    with pytest.raises(ValueError, match="weights_digest"):
+        open_session(write_graph("base"), provider=provider, cache=tmp_path)
 
 
 def test_a_job_runs_the_session_on_fixed_inputs(write_graph, x) -> None:
