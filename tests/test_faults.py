@@ -201,6 +201,24 @@ def test_a_text_tower_without_its_causal_mask_is_found(run: Path) -> None:
     assert "textual.onnx: first diverging node" in said
 
 
+def classifier_node(model: onnx.ModelProto, op: str) -> onnx.NodeProto:
+    """The node that the classifier adds to the image tower; its names are those that export gives."""
+    return next(node for node in model.graph.node if node.op_type == op and node.name in ("scale", "logits_mul"))
+
+
+def test_a_classifier_without_the_exponential_of_its_scale_is_found(run: Path) -> None:
+    change_graph(run, "classify.onnx", lambda model: setattr(classifier_node(model, "Exp"), "op_type", "Identity"))
+    said = found_by_verify(run)
+    assert "Classifier: failed. classify.onnx: logits of classes/digits.safetensors differ" in said
+
+
+def test_a_classifier_that_adds_its_scale_is_found_in_a_release_by_itself(run: Path) -> None:
+    change_graph(run, "classify.onnx", lambda model: setattr(classifier_node(model, "Mul"), "op_type", "Add"))
+    done = r1export("verify", run / "releases" / "01-digits")
+    assert done.returncode == 1, done.output
+    assert "classify.onnx: logits of classes/digits.safetensors differ" in done.output
+
+
 def test_a_batch_baked_to_one_is_found(run: Path) -> None:
     def change(model: onnx.ModelProto) -> None:
         model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1

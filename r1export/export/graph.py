@@ -37,7 +37,7 @@ MIN_OPSET, MAX_OPSET = (
     23,
 )  # LayerNormalization needs 17, torch's exporter writes 18; nothing here gains from more than 23
 IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}  # the oldest that carries each opset
-SENTINEL_SEED = 1
+SENTINEL_SEED, PROOF_SEED = 1, 2
 
 
 def export_graphs(
@@ -46,7 +46,7 @@ def export_graphs(
     """Write visual.onnx, textual.onnx and classify.onnx into `folder`, and weight_map.json that says how to fill them.
 
     The graphs refer to visual.safetensors and textual.safetensors beside them; classify.onnx shares the visual weights
-    and takes the class embeddings as an input. Written only after onnxruntime gave torch's outputs from sentinel weights.
+    and takes the class embeddings as an input. Written only after onnxruntime gave torch's outputs from sentinel weights other than those of the map.
 
     Raises:
         InputError: `opset` is out of range.
@@ -71,7 +71,8 @@ def export_graphs(
         placements[location] = (*placed, *extra)
         externalize_(placed, WeightMap(placements).layout(location), location)
     weights = WeightMap(placements)
-    prove({tower: graphs[tower.name] for tower in towers}, weights, sentinels)
+    others = fill_with_sentinels_(model, PROOF_SEED)  # what a graph remembers of the first sentinels shows with these
+    prove({t: graphs[t.name] for t in make_towers(model, image_size, context_length)}, weights, others)
     for name, graph in graphs.items():
         write_graph(graph, folder / f"{name}.onnx")
     add_classifier_(graphs["visual"], weights, "visual.safetensors")

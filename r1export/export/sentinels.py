@@ -1,6 +1,6 @@
 """Sentinel weights: random tensors no two of which are equal, by which every parameter is recognised in a graph.
 
-They also prove the map that was found with them: onnxruntime, fed through the map, has to give torch's outputs.
+Others of them prove the map that was found: onnxruntime, fed through the map, has to give torch's outputs.
 """
 
 from __future__ import annotations

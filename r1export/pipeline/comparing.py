@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from r1export.pipeline.torch_models import TorchModels, encoders, module_boundar
 from r1export.verify import parity
 from r1export.verify.locate import locate
 from r1export.verify.runtime import levels, open_session, runner
+from r1export.verify.ways import Way, Worst, erring_ways, unlocated, worst_of
 
 
 class TorchOutputs:
@@ -43,11 +44,25 @@ class TorchOutputs:
         return self._unmerged
 
 
+def base_control(
+    form: Form, path: Path, outputs: TorchOutputs, models: TorchModels, providers: tuple[str, ...]
+) -> dict[str, Any]:
+    """What the base's own export errs by on the inputs of a task, optimised as clients run it: all inputs at once."""
+    try:
+        found = parity.Outputs.join(
+            parity.run_in_batches(_onnx(path, "all", provider), outputs.inputs, (0,)) for provider in providers
+        )
+    except CheckFailed as error:
+        return parity.unrunnable(str(error))
+    return parity.compare(outputs.merged(models), found, form.gate, answers=outputs.inputs.answers)
+
+
 def merge_parity(
     form: Form, outputs: TorchOutputs, models: TorchModels, control: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Merged torch, all inputs at once, against unmerged torch in every batch size."""
-    found = parity.compare(outputs.merged(models), outputs.unmerged(models), form.gate, control)
+    answers = outputs.inputs.answers
+    found = parity.compare(outputs.merged(models), outputs.unmerged(models), form.gate, control, answers)
     return found | {"batches": outputs.counts}
 
 
@@ -69,34 +84,51 @@ def onnx_parity(
         found = {provider: _runs(path, provider, outputs) for provider in providers}
     except CheckFailed as error:
         stages = {name: parity.unrunnable(str(error)) for name in references}
-    else:
-        candidate = parity.Outputs.join(found.values())
-        stages = {
-            name: parity.compare(reference, candidate, form.gate, control)
-            | facts
-            | {"by_provider": {provider: parity.figures(reference, ways) for provider, ways in found.items()}}
-            for name, reference in references.items()
-        }
-    if stages["export"]["verdict"] == "fail":
-        stages["export"]["detail"] = _located(form, path, outputs.inputs, models, stages["export"])
+        stages["export"]["detail"] = "; ".join([str(error), *_located(form, path, outputs.inputs, models, {}, {})])
+        return stages
+    candidate = parity.Outputs.join(found.values())
+    ways = [Way(name, level, size) for name in providers for level in levels(name) for size in outputs.batches]
+    stages = {
+        name: parity.compare(reference, candidate, form.gate, control, outputs.inputs.answers)
+        | facts
+        | {"by_provider": {provider: parity.figures(reference, one) for provider, one in found.items()}}
+        for name, reference in references.items()
+    }
+    for name, stage in stages.items():
+        if stage["verdict"] == "fail":
+            by_tower = {t: worst_of(t, references[name], candidate, ways) for t in parity.TOWERS}
+            said = [stage["detail"], f"worst: {max(by_tower.values(), key=lambda worst: worst.error)}"]
+            if name == "export":
+                erring = {t: erring_ways(t, references[name], candidate, ways, stage["tolerance"]) for t in by_tower}
+                said += _located(form, path, outputs.inputs, models, by_tower, erring)
+            stage["detail"] = "; ".join(said)
     return stages
 
 
-def _located(form: Form, path: Path, inputs: parity.Inputs, models: TorchModels, failed: Mapping[str, Any]) -> str:
-    """What failed, with the first diverging node of each tower and a reproducer beside the releases."""
-    found = [failed.get("detail") or "parity failed"]
-    encode, few = encoders(models.merged.model), parity.Inputs(inputs.visual[:2], inputs.textual[:2])
-    for tower, name in (("visual", "pixel_values"), ("textual", "input_ids")):
-        boundaries, output = module_boundaries(models.merged.model, partial(encode.tower(tower), few.tower(tower)))
+def _located(
+    form: Form,
+    path: Path,
+    inputs: parity.Inputs,
+    models: TorchModels,
+    worst: Mapping[str, Worst],
+    erring: Mapping[str, Sequence[Way]],
+) -> Iterator[str]:
+    """The first diverging node of each tower on its worst sample and the next, with a reproducer beside the releases."""
+    encode = encoders(models.merged.model)
+    for tower, name in parity.ENTRIES.items():
+        values, first = inputs.tower(tower), worst[tower].sample if tower in worst else 0
+        few = values[[first, (first + 1) % len(values)]]
+        boundaries, output = module_boundaries(models.merged.model, partial(encode.tower(tower), few))
         case = form.exports.path / "failures" / path.name / tower
         try:
-            at = locate(path / f"{tower}.onnx", {name: few.tower(tower)}, boundaries, output, case, form.precision)
+            at = locate(path / f"{tower}.onnx", {name: few}, boundaries, output, case, form.precision)
         except CheckFailed as error:
-            found.append(f"{tower}.onnx: {error.message}")
+            yield f"{tower}.onnx: {error.message}"
             continue
         if at:
-            found.append(f"{tower}.onnx: {at}; to reproduce it: {case.relative_to(form.stage.run.path)}/reproduce.py")
-    return "; ".join(found)
+            yield f"{tower}.onnx: {at}; to reproduce it: {case.relative_to(form.stage.run.path)}/reproduce.py"
+        elif ways := erring.get(tower):
+            yield f"{tower}.onnx: {unlocated(ways)}"
 
 
 def _runs(path: Path, provider: str, outputs: TorchOutputs) -> parity.Outputs:

@@ -16,12 +16,14 @@ from r1export.export.variants import PROCEDURES
 from r1export.pipeline.forms import Form
 from r1export.pipeline.stage import Stage
 from r1export.run_folder import read_json
+from r1export.update.container import map_tensors
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import sha256_file
 from r1export.update.release import Release, manifest_digest
 from r1export.verify import contents, digest, selftest
 from r1export.verify.runtime import open_session, runner
 
+CLASSIFIER = "the logits of golden images are the scaled products of their embeddings with those of the classes"
 BATCH = 64  # prompts embedded at a time
 
 
@@ -55,12 +57,13 @@ def own_identity(
 def holdings(
     form: Form, number: int, path: Path, manifest: Mapping[str, Any], updates: list[ExpertUpdate]
 ) -> dict[str, dict[str, str]]:
-    """Does it hold what it has to: weights, the map of tensors, class embeddings, golden samples."""
+    """Does it hold what it has to: weights, the map of tensors, class embeddings, classifier, golden samples."""
     stage, names = form.stage, [task.name for task in form.stage.tasks[:number]]
     expected = form.tensors(updates)
     weights = contents.weight_problems(path, manifest, expected, list(zip(names, updates, strict=True)))
     weights += contents.tensor_map_problems(path, manifest)
     classes = _tried(lambda: _class_problems(form, number, path))
+    classifier = _tried(lambda: selftest.classifier_problems(path, expected))
     golden = _tried(lambda: selftest.golden_problems(path, manifest))
     epsilons = {name: module.eps for name, module in stage.clip.model.named_modules() if isinstance(module, LayerNorm)}
     norms = _tried(
@@ -74,6 +77,7 @@ def holdings(
         "graphs": contents.part(norms, f"{len(epsilons)} norms have their epsilon"),
         "weights": contents.part(weights, f"{len(expected)} tensors are base + factors, bit for bit"),
         "classes": contents.part(classes, _CLASSES[form.precision == "fp32"].format(len(stage.tasks))),
+        "classifier": contents.part(classifier, CLASSIFIER),
         "golden": contents.part(golden, "the stored samples are reproduced"),
     }
 
@@ -92,6 +96,13 @@ def _class_problems(form: Form, number: int, path: Path) -> list[str]:
     tasks = [(task.name, task.classes, task.templates) for task in stage.tasks]
     stale = contents.class_problems(path, tasks, _embedder(stage, path), 2 * form.gate.max_abs)
     return stale + _listed_classes(stage, path)
+
+
+def own_classifier(path: Path) -> dict[str, str]:
+    """The classifier of a release by itself, with the scale that its weights hold."""
+    return contents.part(
+        _tried(lambda: selftest.classifier_problems(path, map_tensors(path / "visual.safetensors"))), CLASSIFIER
+    )
 
 
 def _tried(look: Callable[[], list[str]]) -> list[str]:

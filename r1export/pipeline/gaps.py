@@ -2,7 +2,8 @@
 
 G1  merge exactness: largest logit difference and top-1 agreement of FROZEN and MERGED
 G2  freezing gap: accuracy of per-input routing minus FROZEN with the same number of experts
-G3  shrink gap: accuracy of FROZEN with k_train experts minus FROZEN with the k_merge that are merged
+G3  shrink gap: accuracy of FROZEN with k_train experts minus FROZEN with the k_merge that are merged; None for a sparse
+    gate, which itself decides how many are merged
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from r1export.adapt.clip import Clip
-from r1export.adapt.evaluate import class_embeddings
 from r1export.adapt.metrics import top1
 from r1export.adapt.pool import ExpertPool
 from r1export.adapt.tasks import Task
+from r1export.adapt.texts import short_texts
 from r1export.adapt.trainer import Pools
 from r1export.verify.parity import Outputs
 
@@ -60,7 +62,7 @@ def freezing(clip: Clip, pools: Pools, task: Task, pixels: Tensor, labels: np.nd
     gaps = {
         "G2": found["routed_batch_1"] - same,
         "G2_batch_32": found["routed_batch_32"] - same,
-        "G3": same - found[f"frozen_{settings.k_merge}"],
+        "G3": None if settings.gate == "sparse" else same - found[f"frozen_{settings.k_merge}"],
     }
     return gaps | {"images": len(labels), "accuracies": found}
 
@@ -84,7 +86,16 @@ def _route_each(pool: ExpertPool, token: Tensor) -> Tensor:
 @torch.inference_mode()
 def _accuracy(clip: Clip, task: Task, pixels: Tensor, labels: np.ndarray) -> float:
     images = torch.cat([clip.encode_image(part) for part in pixels.split(BATCH)]).float().cpu().numpy()
-    return top1(images, class_embeddings(clip, task), labels)
+    return top1(images, _class_embeddings(clip, task), labels)
+
+
+def _class_embeddings(clip: Clip, task: Task) -> np.ndarray:
+    """Unit-norm (C, D) as adapt.evaluate has them, but in batches of BATCH: where the end of a text votes, who shares its batch matters."""
+    tokens = clip.tokenize([template.format(name) for name in task.classes for template in task.templates])
+    with short_texts(clip.model):
+        embeds = torch.cat([clip.encode_text(part) for part in tokens.split(BATCH)])
+    means = embeds.view(len(task.classes), len(task.templates), -1).mean(1)
+    return F.normalize(means, dim=-1).float().cpu().numpy()
 
 
 def summarised(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -92,5 +103,6 @@ def summarised(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | Non
     if not by_task:
         return None
     largest = max(gap["G1"] for gap in by_task.values())
-    means = {name: float(np.mean([gap[name] for gap in by_task.values()])) for name in ("G2", "G3")}
+    known = {name: [gap[name] for gap in by_task.values() if gap[name] is not None] for name in ("G2", "G3")}
+    means = {name: float(np.mean(values)) if values else None for name, values in known.items()}
     return {"G1": largest, **means, "tasks": dict(by_task)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,19 @@ CALIBRATION = 128  # images, and prompts, from which the input ranges of int8 ar
 
 def parity_inputs(stage: Stage, task: Task) -> Inputs:
     """`verify.samples` test images of the task, and as many prompts of its classes."""
-    count, rng = sample_count(stage), np.random.default_rng(stage.recipe.train.seed)
-    images = np.sort(rng.permutation(len(task.test))[:count])
-    prompts = [task.templates[i % len(task.templates)].format(name) for i, name in enumerate(task.classes)][:count]
+    rng = np.random.default_rng(stage.recipe.train.seed)
+    images = np.sort(rng.permutation(len(task.test))[: sample_count(stage)])
     values = stage.clip.preprocess.normalize(stage.tests[task.name].batch(images))
-    return Inputs(values.numpy(), stage.clip.tokenize(prompts).cpu().numpy())
+    prompts = list(islice(cycle(every_prompt(task)), len(images)))
+    return Inputs(values.numpy(), stage.clip.tokenize(prompts).cpu().numpy(), min(len(task.classes), len(prompts)))
+
+
+def every_prompt(task: Task) -> list[str]:
+    """Each class in each template: one of every class first, with the templates in turn, then the next of every class."""
+    count = len(task.templates)
+    return [
+        task.templates[(i + turn) % count].format(name) for turn in range(count) for i, name in enumerate(task.classes)
+    ]
 
 
 def image_count(stage: Stage) -> int:

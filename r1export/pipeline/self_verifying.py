@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from r1export.errors import CheckFailed, R1ExportError
+from r1export.errors import CheckFailed, R1ExportError, Unsupported
 from r1export.export.release import read_manifest
 from r1export.pipeline.environment import report_head
-from r1export.pipeline.expected import own_identity
-from r1export.pipeline.proving import opener, timeable
+from r1export.pipeline.expected import own_classifier, own_identity
+from r1export.pipeline.timing import opener, timeable
 from r1export.recipe import Verify
 from r1export.update.container import read_tensors
+from r1export.update.files import sha256_file
 from r1export.verify import contents, latency, parity, proof, selftest
 from r1export.verify.checks import failed
+from r1export.verify.execution import Execution
 from r1export.verify.report import settled
 from r1export.verify.runtime import PROVIDERS, check_provider
 
@@ -44,10 +46,11 @@ def verify_release(path: Path, providers: Sequence[str] = ()) -> dict[str, Any]:
     found["contents"]["weights"] = contents.part(
         problems, f"{len(manifest['tensors'])} tensors lie where the manifest says"
     )
+    found["contents"]["classifier"] = own_classifier(path)
     base = path.parent / "00-base"
     beside = base if base.is_dir() and base.resolve() != path.resolve() else None
     found["parity"] = {"export": _parity(path, manifest, beside, providers)}
-    if beside and not failed(found["parity"]):
+    if beside and not failed(found["contents"]) and not failed(found["parity"]):
         found |= _beside(path, beside, manifest, providers)
     return settled(found)
 
@@ -80,28 +83,41 @@ def _beside(path: Path, base: Path, manifest: Mapping[str, Any], providers: Sequ
     graphs = [{name: folder / name for name in manifest["graphs"]} for folder in (base, path)]
     golden = read_tensors(path / "golden.safetensors")
     width = golden["image_embeds"].shape[1]
-    image, text = {"pixel_values": golden["pixel_values"][:1]}, {"input_ids": golden["input_ids"][:1]}
+    image, text = ({name: golden[name][:1]} for name in parity.ENTRIES.values())
     feeds = {
         "visual.onnx": image,
         "textual.onnx": text,
         "classify.onnx": image | {"class_embeds": np.zeros((2, width), image["pixel_values"].dtype)},
     }
     found = {"same_file": proof.same_files(*graphs), "graph": proof.same_graphs(*graphs)}
+    ran: dict[str, Execution] = {}
     try:
         ran = proof.executions(graphs[0], feeds, providers)
         found |= proof.rungs(ran, lambda: proof.executions(graphs[1], feeds, providers))
-    except CheckFailed as error:
-        found |= proof.unclimbed(f"the base beside it cannot be run: {error}")
-    if failed(found):
+    except (CheckFailed, Unsupported) as error:
+        found |= proof.unclimbed(str(error) if ran else f"the base beside it cannot be run: {error}")
+    if failed(found) or not ran:
         return {"proof": found}
+    tower = next((tower for tower in parity.TOWERS if _weights_differ(path, base, tower)), "visual")
+    return {"proof": found, "latency": _latency(path, base, tower, feeds[f"{tower}.onnx"], providers)}
+
+
+def _weights_differ(path: Path, base: Path, tower: str) -> bool:
+    return sha256_file(path / f"{tower}.safetensors") != sha256_file(base / f"{tower}.safetensors")
+
+
+def _latency(
+    path: Path, base: Path, tower: str, feeds: dict[str, np.ndarray], providers: Sequence[str]
+) -> dict[str, Any] | None:
+    """Rung L5 on one tower; None if no provider can be timed."""
     timed = [
         latency.added_latency(
-            opener(base / "visual.onnx", image, name),
-            opener(path / "visual.onnx", image, name),
+            opener(base / f"{tower}.onnx", feeds, name),
+            opener(path / f"{tower}.onnx", feeds, name),
             pairs=Verify().pairs,
             margin=Verify().margin,
             provider=PROVIDERS[name],
         )
         for name in timeable(providers)
     ]
-    return {"proof": found, "latency": latency.slowest(timed) if timed else None}
+    return latency.slowest(timed) | {"tower": tower} if timed else None

@@ -14,12 +14,13 @@ from r1export.errors import InputError, R1ExportError, Unsupported
 from r1export.export.graph import GRAPHS
 from r1export.export.release import read_manifest
 from r1export.pipeline import expected, gaps
-from r1export.pipeline.comparing import TorchOutputs, merge_parity, onnx_parity
+from r1export.pipeline.comparing import TorchOutputs, base_control, merge_parity, onnx_parity
 from r1export.pipeline.environment import absent, report_head
 from r1export.pipeline.forms import Form
-from r1export.pipeline.proving import added_latency, ladder, speed
+from r1export.pipeline.proving import ladder
 from r1export.pipeline.samples import gallery, parity_inputs, test_images
 from r1export.pipeline.stage import Stage
+from r1export.pipeline.timing import added_latency, speed
 from r1export.pipeline.torch_models import TorchModels, torch_models
 from r1export.run_folder import read_json
 from r1export.update.factors import ExpertUpdate
@@ -35,7 +36,7 @@ from r1export.verify.runtime import check_provider
 class _Seen:
     """What the base release showed in one precision, for the releases after it."""
 
-    control: dict[str, Any] | None = None
+    controls: dict[str, dict[str, Any]] = field(default_factory=dict)  # by task: its export parity on the task's inputs
     executions: dict[str, Execution] = field(default_factory=dict)
     embeddings: list[tuple[str, np.ndarray]] = field(default_factory=list)
     speed: dict[str, Any] | None = None
@@ -121,7 +122,8 @@ def _verify_release(
         if number and not failed(found["proof"]):
             if form.precision == "fp32":
                 found["gaps"] = _gaps(stage, stage.tasks[number - 1], outputs, models)
-            found["latency"] = added_latency(form, number, inputs, models, updates, providers)
+            if seen.executions:  # a base that cannot be run cannot be timed either
+                found["latency"] = added_latency(form, number, inputs, models, updates, providers)
     return found
 
 
@@ -135,11 +137,16 @@ def _parity(
     providers: tuple[str, ...],
 ) -> dict[str, Any]:
     """The three stages; the base has only its export, and the merge is the same in every precision."""
-    found = onnx_parity(form, path, outputs, models, seen.control, providers)
-    if not number:
-        seen.control = found["export"]
+    stage = form.stage
+    control = seen.controls.get(stage.tasks[number - 1].name) if number else None
+    found = onnx_parity(form, path, outputs, models, control, providers)
+    if not number:  # its own inputs are those of the first task
+        seen.controls[stage.tasks[0].name] = found["export"]
+        for task in stage.tasks[1:]:
+            asked = TorchOutputs(stage, parity_inputs(stage, task))
+            seen.controls[task.name] = base_control(form, path, asked, models, providers)
     if models.pools and form.precision == "fp32":
-        found = {"merge": merge_parity(form, outputs, models, seen.control), **found}
+        found = {"merge": merge_parity(form, outputs, models, control), **found}
     return found
 
 
@@ -161,7 +168,8 @@ def _variant(form: Form, number: int, manifest: Mapping[str, Any], seen: _Seen) 
 def _gaps(stage: Stage, task: Task, outputs: TorchOutputs, models: TorchModels) -> dict[str, Any]:
     """G1 to G3 of one task."""
     scale = float(models.merged.model.logit_scale.exp())
-    gap = gaps.exactness(outputs.unmerged(models).last(), outputs.merged(models), scale)
+    answers = outputs.inputs.answers
+    gap = gaps.exactness(outputs.unmerged(models).last().among(answers), outputs.merged(models).among(answers), scale)
     return gap | gaps.freezing(models.unmerged, models.pools, task, *test_images(stage, task))
 
 

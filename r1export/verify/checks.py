@@ -33,6 +33,7 @@ CONTENTS = {
     "graphs": ("Graphs", "The norms of the graphs have the model's own epsilons."),
     "weights": ("Weights", "Every parameter is base + factors, bit for bit, where the manifest says it lies."),
     "classes": ("Classes", "Class embeddings are what the release's own text tower gives."),
+    "classifier": ("Classifier", "classify.onnx gives the scaled products of image and class embeddings."),
     "golden": ("Golden samples", "The stored inputs give the stored outputs."),
 }
 TIME = ("L5 Time", "In interleaved pairs the merged model takes as long as the base model.")
@@ -129,7 +130,7 @@ def _latency_evidence(latency: Mapping[str, Any]) -> Iterator[str]:
         margin = f", margin {percent(latency['margin'], 0)}" if latency.get("margin") else ""
         yield f"{ratio(latency['ratio'])} times the base, 95 % interval {band(latency.get('ci95'))}{margin}."
     if latency.get("pairs"):
-        yield f"{latency['pairs']} pairs."
+        yield f"{latency['pairs']} pairs{f' of the {tower} tower' if (tower := latency.get('tower')) else ''}."
     if len(by_provider := latency.get("by_provider") or {}) > 1:
         found = (
             f"{_short(name)} {ratio(one.get('ratio'))}, {band(one.get('ci95'))}" for name, one in by_provider.items()
@@ -149,8 +150,8 @@ def _short(provider: str) -> str:
 
 def _control(report: Mapping[str, Any]) -> Check:
     control = ((report.get("proof") or {}).get("control") or {}).get("unmerged") or {}
-    told: dict[Any, str] = {True: PASS, False: FAIL}
-    verdict = told.get(control.get("detected"), NOT_MEASURED)
+    told: dict[Any, str] = {True: PASS, False: FAIL}  # anything else: it was tried and gave no answer
+    verdict = told.get(control.get("detected"), INCONCLUSIVE) if control else NOT_MEASURED
     return Check("proof", "control", *CONTROL, verdict, control.get("detail") or "")
 
 

@@ -1,6 +1,6 @@
 """The positive control: the base graph with its low-rank branches beside the linears, as a runtime adapter would run it.
 
-    Y = X W^T + bias + (X V^T) U^T      beside every linear that the update touches
+    Y = X W^T + bias + (X V^T) U^T      beside every linear that the update touches, U with zeros in rows without experts
 
 Built from the exported graph itself, so the branches are the only difference. A proof that cannot tell it from the base
 model would not notice an export that forgot to merge.
@@ -8,7 +8,7 @@ model would not notice an export that forgot to merge.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +33,14 @@ def add_branches(graph: Path, update: ExpertUpdate, out: Path) -> Path:
     nodes: list[NodeProto] = []
     tensors: list[TensorProto] = []
     touched = set()
+    dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     for node in model.graph.node:
         parameter = next((name for name in node.input[1:2] if name in groups), None)
         if node.op_type not in ("MatMul", "Gemm") or parameter is None:
             nodes.append(node)
             continue
         touched.add(parameter)
-        nodes += _branched(node, parameter, groups[parameter], tensors)
+        nodes += _branched(node, parameter, _height(node, dims[parameter]), groups[parameter], tensors)
     if not touched:
         raise Unsupported(
             f"{graph.name} has no linear that the update changes", "the control needs a tower with experts"
@@ -52,36 +53,38 @@ def add_branches(graph: Path, update: ExpertUpdate, out: Path) -> Path:
 
 
 def _branched(
-    node: NodeProto, parameter: str, groups: Sequence[tuple[Rows, Factors]], tensors: list[TensorProto]
+    node: NodeProto, parameter: str, height: int, groups: Sequence[tuple[Rows, Factors]], tensors: list[TensorProto]
 ) -> list[NodeProto]:
-    """The linear, its branches, and the sum under the linear's old name."""
+    """The linear, its branches, and the sum under the linear's old name. `height` is the number of its outputs."""
     name, found = node.output[0], NodeProto()
     found.CopyFrom(node)
     found.output[0] = f"{name}.base"
     parts, branches = [], []
-    for i, (rows, pair) in enumerate(sorted(groups, key=lambda group: group[0])):
+    for i, (u, v) in enumerate(_side_by_side(groups, height)):
         low, high = f"{name}.branch{i}.v", f"{name}.branch{i}.u"
-        for edge, value in ((low, pair.v), (high, pair.u)):
+        for edge, value in ((low, v), (high, u)):
             tensors.append(numpy_helper.from_array(np.ascontiguousarray(value.T.astype(np.float32)), f"{edge}.weight"))
         branches += [
             helper.make_node("MatMul", [node.input[0], f"{low}.weight"], [low], name=low),
             helper.make_node("MatMul", [low, f"{high}.weight"], [high], name=high),
         ]
-        parts.append((rows, high))
-    side, joined = _joined(name, parts)
-    return [found, *branches, *joined, helper.make_node("Add", [f"{name}.base", side], [name], name=f"{name}.sum")]
+        parts.append(high)
+    side = parts[0]
+    if len(parts) > 1:
+        side = f"{name}.side"
+        branches.append(helper.make_node("Concat", parts, [side], name=side, axis=-1))
+    return [found, *branches, helper.make_node("Add", [f"{name}.base", side], [name], name=f"{name}.sum")]
 
 
-def _joined(name: str, parts: Sequence[tuple[Rows, str]]) -> tuple[str, list[NodeProto]]:
-    """The branches side by side. Rows between them that have no expert would need padding, which no recipe asks for."""
-    starts, stops = [rows.start for rows, _ in parts], [rows.stop for rows, _ in parts]
-    if starts != [0, *stops[:-1]]:
-        raise Unsupported(
-            f"experts beside {', '.join(str(rows) for rows, _ in parts)} only",
-            "the control needs experts beside q, k and v",
-        )
-    if len(parts) == 1:
-        return parts[0][1], []
-    return f"{name}.side", [
-        helper.make_node("Concat", [edge for _, edge in parts], [f"{name}.side"], name=f"{name}.side", axis=-1)
-    ]
+def _side_by_side(groups: Sequence[tuple[Rows, Factors]], height: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(u, v) of every branch, u with rows of zeros where no expert is, so that all of them fill the `height` of the weight."""
+    ordered = sorted(groups, key=lambda group: group[0])
+    starts = [0, *(rows.start for rows, _ in ordered[1:]), height]
+    for (rows, pair), start, stop in zip(ordered, starts, starts[1:], strict=False):
+        yield np.pad(pair.u, ((rows.start - start, stop - rows.stop), (0, 0))), pair.v
+
+
+def _height(node: NodeProto, dims: Sequence[int]) -> int:
+    """How many outputs a linear has: its weight is (in, out), of a Gemm with transB (out, in)."""
+    turned = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    return dims[0] if turned else dims[1]

@@ -29,18 +29,26 @@ Job = Callable[[], object]
 def time_rounds(
     jobs: Mapping[str, Job], rounds: int, rng: np.random.Generator, clock: Callable[[], float] | None = None
 ) -> dict[str, np.ndarray]:
-    """Seconds per round (rounds,) of each job, the mean of its two runs in the round; `clock` is the wall clock if not given."""
+    """Seconds per round (rounds,) of each job, the mean of its two runs in the round."""
+    return {name: runs.mean(-1) for name, runs in time_runs(jobs, rounds, rng, clock).items()}
+
+
+def time_runs(
+    jobs: Mapping[str, Job], rounds: int, rng: np.random.Generator, clock: Callable[[], float] | None = None
+) -> dict[str, np.ndarray]:
+    """Seconds (rounds, 2) of each job's two runs in every round; `clock` is the wall clock if not given."""
     clock = clock or time.perf_counter
     for job in jobs.values():
         for _ in range(WARM_UP):
             job()
-    seconds = {name: np.zeros(rounds) for name in jobs}
+    seconds = {name: np.zeros((rounds, 2)) for name in jobs}
     for i in range(rounds):
         order = rng.permutation(list(jobs))
-        for name in (*order, *order[::-1]):
-            start = clock()
-            jobs[name]()
-            seconds[name][i] += (clock() - start) / 2
+        for turn, names in enumerate((order, order[::-1])):
+            for name in names:
+                start = clock()
+                jobs[name]()
+                seconds[name][i, turn] = clock() - start
     return seconds
 
 
@@ -51,7 +59,7 @@ def measure(
     seed: int = 0,
     on_block: Callable[[], None] = lambda: None,
 ) -> dict[str, np.ndarray]:
-    """Seconds (blocks, rounds) of base and whatever is to be held against it, all opened afresh in every block.
+    """Seconds (blocks, rounds, 2) of base and whatever is to be held against it, all opened afresh in every block.
 
     After `pairs` pairs, or as many as fit into BUDGET, it goes on until all intervals are narrower than `halfwidth` or
     PATIENCE is at its end. How long it goes on depends on the width of the intervals, not on where they lie, so it favours
@@ -64,14 +72,14 @@ def measure(
         jobs = {str(name): openers[str(name)]() for name in rng.permutation(list(openers))}
         if not blocks:
             rounds = min(rounds, _affordable_rounds(jobs))
-        blocks.append(time_rounds(jobs, rounds, rng))
+        blocks.append(time_runs(jobs, rounds, rng))
         on_block()
         if len(blocks) < BLOCKS:
             continue
         now = time.perf_counter()
         deadline = deadline or now + max(PATIENCE, (now - started) / 2)
         seconds = {name: np.stack([block[name] for block in blocks]) for name in openers}
-        widest = max(paired_ratio(seconds[name], seconds["base"]).halfwidth for name in openers if name != "base")
+        widest = max(_paired(seconds, name).halfwidth for name in openers if name != "base")
         if widest <= halfwidth or now > deadline:
             return seconds
 
@@ -94,23 +102,23 @@ def added_latency(
     """
     openers = {"base": open_base, "again": open_base, "merged": open_release}
     seconds = measure(openers, pairs, margin / PRECISION, on_block=on_block)
-    ratio, noise = paired_ratio(seconds["merged"], seconds["base"]), paired_ratio(seconds["again"], seconds["base"])
+    ratio, noise = _paired(seconds, "merged"), _paired(seconds, "again")
     verdict, advice = latency_verdict(ratio, noise, margin)
     table = {name: _times(seconds[name]) for name in ("base", "merged")}
     unmerged = None
     if open_unmerged:  # Apart from the pairs above, which have to be narrow: here a difference is expected.
         apart = measure({"base": open_base, "unmerged": open_unmerged}, RELATIVE_PAIRS, RELATIVE_HALFWIDTH)
-        table["unmerged"], unmerged = _times(apart["unmerged"]), paired_ratio(apart["unmerged"], apart["base"]).value
+        table["unmerged"], unmerged = _times(apart["unmerged"]), _paired(apart, "unmerged").value
     if torch_jobs:
         # Apart from the pairs above: torch's own threads spin for a while after each call and would slow them.
-        compared = time_rounds({"base": open_base(), **torch_jobs}, TORCH_ROUNDS, np.random.default_rng(1))
+        compared = time_runs({"base": open_base(), **torch_jobs}, TORCH_ROUNDS, np.random.default_rng(1))
         table |= {name: _times(compared[name]) for name in torch_jobs}
         if unmerged is None and "unmerged_torch" in torch_jobs:
-            unmerged = float(np.median(compared["unmerged_torch"] / compared["base"]))
+            unmerged = float(np.median(compared["unmerged_torch"].mean(-1) / compared["base"].mean(-1)))
     return {
         "verdict": verdict, "ratio": ratio.value, "ci95": [ratio.low, ratio.high], "margin": margin, "noise_floor": _ratio(noise),
-        "unmerged_ratio": unmerged, "pairs": int(2 * seconds["base"].size), "advice": advice,
-        "pair_ratios": (seconds["merged"] / seconds["base"]).ravel().tolist()[:400],
+        "unmerged_ratio": unmerged, "pairs": int(seconds["base"].size), "advice": advice,
+        "pair_ratios": (seconds["merged"].mean(-1) / seconds["base"].mean(-1)).ravel().tolist()[:400],
         "providers": {provider: {"1": table}},  # by batch size
     }  # fmt: skip
 
@@ -118,7 +126,7 @@ def added_latency(
 def relative_time(open_base: Callable[[], Job], open_other: Callable[[], Job]) -> dict[str, Any]:
     """Time of another program to the time of the base, where a difference is expected: ratio and interval, no verdict."""
     seconds = measure({"base": open_base, "other": open_other}, RELATIVE_PAIRS, RELATIVE_HALFWIDTH)
-    return _ratio(paired_ratio(seconds["other"], seconds["base"]))
+    return _ratio(_paired(seconds, "other"))
 
 
 def slowest(by_provider: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -131,14 +139,20 @@ def slowest(by_provider: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**worst, "providers": tables, "by_provider": ratios}
 
 
+def _paired(seconds: Mapping[str, np.ndarray], name: str) -> Ratio:
+    """A contender against the base, round by round: the two runs of a round are one figure, in which drift cancels."""
+    return paired_ratio(seconds[name].mean(-1), seconds["base"].mean(-1))
+
+
 def _ratio(ratio: Ratio) -> dict[str, Any]:
     return {"ratio": ratio.value, "ci95": [ratio.low, ratio.high]}
 
 
 def _times(seconds: np.ndarray) -> dict[str, Any]:
+    """Quantiles of single runs: what a client waits for once is not the mean of two."""
     values = 1000 * seconds.ravel()
     quantiles = {
         f"p{q}_ms": float(np.quantile(values, q / 100)) if len(values) >= count else None
         for q, count in ((90, P90_COUNT), (99, P99_COUNT))
     }
-    return {"median_ms": float(np.median(values)), **quantiles, "n": int(2 * len(values))}
+    return {"median_ms": float(np.median(values)), **quantiles, "n": len(values)}

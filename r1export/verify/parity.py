@@ -19,6 +19,7 @@ from r1export.errors import CheckFailed
 
 Encode = Callable[[np.ndarray], np.ndarray]
 TOWERS = ("visual", "textual")
+ENTRIES = {"visual": "pixel_values", "textual": "input_ids"}  # the input of each tower's graph
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Real inputs: images of the task's test set and the prompts of its classes."""
+    """Real inputs: images of the task's test set and prompts of its classes.
+
+    The first `answers` prompts are those among which a top-1 is chosen: no two of one class. None: all of them.
+    """
 
     visual: np.ndarray
     textual: np.ndarray
+    answers: int | None = None
 
     def tower(self, name: str) -> np.ndarray:
         return self.visual if name == "visual" else self.textual
@@ -97,6 +102,10 @@ class Outputs:
         parts = tuple(parts)
         return cls(*(tuple(way for part in parts for way in getattr(part, tower)) for tower in TOWERS))
 
+    def among(self, answers: int | None) -> Outputs:
+        """The same with the first `answers` texts alone."""
+        return Outputs(self.visual, tuple(way[:answers] for way in self.textual))
+
     def last(self) -> Outputs:
         """The last way alone."""
         return Outputs(self.visual[-1:], self.textual[-1:])
@@ -127,14 +136,19 @@ def _encode(model: Model, tower: str, values: np.ndarray, size: int) -> np.ndarr
 
 
 def compare(
-    reference: Outputs, candidate: Outputs, gate: Gate, control: Mapping[str, Any] | None = None
+    reference: Outputs,
+    candidate: Outputs,
+    gate: Gate,
+    control: Mapping[str, Any] | None = None,
+    answers: int | None = None,
 ) -> dict[str, Any]:
     """One stage of parity as it stands in the report: the worst over all ways of running, and the verdict.
 
-    `least_tolerance` is the smallest max_abs that would pass. Differences with NaN or Inf fail whatever the tolerance.
+    Top-1 is chosen among the first `answers` texts. `least_tolerance` is the smallest max_abs that would pass, None where
+    none would: for NaN, Inf, a cosine that is too low or a flip that counts.
     """
     towers = {name: _tower(getattr(reference, name)[0], getattr(candidate, name)) for name in TOWERS}
-    flips, agreement = _flips(reference, candidate)
+    flips, agreement = _flips(reference.among(answers), candidate.among(answers))
     worst = {
         "max_abs": max(t["max_abs"] for t in towers.values()),
         "p99_abs": max(t["p99_abs"] for t in towers.values()),
@@ -146,7 +160,7 @@ def compare(
     problems = list(_problems(towers, flips, asked))
     return worst | {
         "tolerance": asked.max_abs,
-        "least_tolerance": worst["max_abs"] if np.isfinite(worst["max_abs"]) else None,
+        "least_tolerance": None if list(_problems(towers, flips, replace(asked, max_abs=np.inf))) else worst["max_abs"],
         "min_cosine_required": asked.min_cosine,
         "verdict": "fail" if problems else "pass",
         "detail": "; ".join(problems) or None,
@@ -179,14 +193,8 @@ def _problems(towers: Mapping[str, Any], flips: Sequence[Mapping[str, Any]], gat
 
 def unrunnable(detail: str) -> dict[str, Any]:
     """The stage of a model that cannot even be run: a failed check, not a crash."""
-    return {
-        "verdict": "fail",
-        "detail": detail,
-        "max_abs": None,
-        "min_cosine": None,
-        "top1_agreement": None,
-        "samples": 0,
-    }
+    figures = dict.fromkeys(("max_abs", "min_cosine", "top1_agreement"))
+    return {"verdict": "fail", "detail": detail, **figures, "samples": 0}
 
 
 def _tower(reference: np.ndarray, candidates: Sequence[np.ndarray]) -> dict[str, float]:

@@ -88,8 +88,11 @@ def rungs(base: Mapping[str, Execution], release: Callable[[], Mapping[str, Exec
 
 
 def unclimbed(reason: str) -> dict[str, dict[str, Any]]:
-    """Rungs L2 to L4 where nothing could be run."""
-    return {name: not_measured(reason) for name in ("optimized_graph", "executed_ops", "cost")}
+    """Rungs L2 to L4 that were to be climbed and could not be: neither passed nor failed, and no pass without them."""
+    return {
+        name: {"verdict": "inconclusive", "digest": None, "expected": None, "detail": reason}
+        for name in ("optimized_graph", "executed_ops", "cost")
+    }
 
 
 def _same_optimized(base: Mapping[str, Execution], release: Mapping[str, Execution]) -> dict[str, Any]:
@@ -128,20 +131,26 @@ def _same_cost(base: Mapping[str, Execution], release: Mapping[str, Execution]) 
     facts = "; ".join(_cost(name, e) for name, e in release.items())
     return {
         "verdict": "fail" if problems else "pass",
-        "digest": None,
-        "expected": None,
+        "digest": _cost_digest(release),
+        "expected": _cost_digest(base),
         "detail": "; ".join(problems) or facts,
     }
 
 
+def _cost_digest(executions: Mapping[str, Execution]) -> str:
+    """SHA-256 of all that has to be exactly equal; the peak of memory has a tolerance and is not in it."""
+    costs = sorted((name, e.flops, e.weight_bytes) for name, e in executions.items())
+    return hashlib.sha256(repr(costs).encode()).hexdigest()
+
+
 def _cost(name: str, e: Execution) -> str:
-    peak = f", {size(e.peak_bytes)} at its peak" if e.peak_bytes else ""
+    peak = f"{size(e.peak_bytes)} at its peak" if e.peak_bytes else "peak not told"
     flops = "" if e.flops is None else f"{e.flops / 1e6:.1f} MFLOPs, "
-    return f"{name}: {flops}{size(e.weight_bytes)} of weights{peak}"
+    return f"{name}: {flops}{size(e.weight_bytes)} of weights, {peak}"
 
 
 def proof_control(base: Path, unmerged: Path, feeds: Feeds, provider: str = "cpu") -> dict[str, Any]:
-    """Whether L1, L2 and L3 tell the unmerged model from the base. The digests of L1 and L2 are structural, so weights play no part.
+    """Whether L1, L2 and L3 tell an unmerged tower from the base. The digests of L1 and L2 are structural, so weights play no part.
 
     Raises CheckFailed if one of them cannot be run.
     """
@@ -162,13 +171,28 @@ def proof_control(base: Path, unmerged: Path, feeds: Feeds, provider: str = "cpu
     return {"unmerged": {"detected": not blind, "detail": detail}}
 
 
+def no_answer(reason: str) -> dict[str, Any]:
+    """A control that was tried and could not be run: the rungs may be blind."""
+    return {"unmerged": {"detected": None, "detail": reason}}
+
+
+def joined_controls(by_tower: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """One control of several towers, which has to be told apart in all of them."""
+    if not by_tower:
+        return no_answer("the update changes no weight of either tower")
+    controls = {tower: control["unmerged"] for tower, control in by_tower.items()}
+    told = [control["detected"] for control in controls.values()]
+    detected = False if False in told else None if None in told else True
+    return {
+        "unmerged": {
+            "detected": detected,
+            "detail": "; ".join(f"{tower} tower: {control['detail']}" for tower, control in controls.items()),
+        }
+    }
+
+
 def _times_flops(base: Execution, other: Execution) -> str:
     return f": {other.flops / base.flops:.3f} times the FLOPs" if base.flops and other.flops else ""
-
-
-def not_measured(detail: str) -> dict[str, Any]:
-    """A rung nobody climbed: neither passed nor failed."""
-    return {"verdict": "not measured", "digest": None, "expected": None, "detail": detail}
 
 
 def _rung(digests: Mapping[str, tuple[str, str]], same: str, other: str) -> dict[str, Any]:

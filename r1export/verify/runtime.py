@@ -92,7 +92,10 @@ def open_session(
     Raises:
         Unsupported: the provider is not here, or onnxruntime silently fell back to another one.
         CheckFailed: the runtime refuses the model.
+        ValueError: a `cache` without `weights_digest`, which would serve the engine of other weights.
     """
+    if cache is not None and not weights_digest:
+        raise ValueError(f"found the cache {cache} without a weights_digest, expected both: it is the key of the cache")
     details = provider_options(provider, weights_digest, cache)
     if provider not in APART:
         return start(graph, session_options(level, threads), provider, details)

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from r1export.errors import InputError
 from r1export.update.container import read_tensors
 from r1export.update.files import sha256_file
@@ -15,6 +17,9 @@ from r1export.verify.parity import GATES, Gate, Inputs, Model, Outputs, compare,
 from r1export.verify.runtime import open_session, runner
 
 BATCHES = (1, 2, 5, 0)
+CLASSIFIED = 4  # golden images that are classified: each one meets the classes of every task
+FLOAT32 = 2.0**-24  # rounding of one operation
+ROUNDED = 16  # operations beside the products of a logit: exp, scale, bias, and a unit norm that is not quite one
 
 
 def changed_files(release: Path, manifest: Mapping[str, Any], unlisted: tuple[str, ...]) -> list[str]:
@@ -74,3 +79,35 @@ def golden_problems(release: Path, manifest: Mapping[str, Any]) -> list[str]:
     """One line if the stored samples are not reproduced. Raises as `golden_parity`."""
     found = golden_parity(release, manifest)
     return [] if found["verdict"] == "pass" else [f"golden.safetensors is not reproduced: {found['detail']}"]
+
+
+def classifier_problems(release: Path, tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """classify.onnx against logits = exp(logit_scale) image_embeds class_embeds^T + logit_bias, in float64 from visual.onnx.
+
+    Scale and bias are taken from `tensors`, 1 and 0 where they are not. One line per task whose logits are others. The
+    embeddings have unit norm and are the same in both graphs, and what follows them is float32 in every precision: a sum of
+    D products errs by at most D roundings of (scale + |bias|). Raises CheckFailed if a graph cannot be run.
+    """
+    pixels = {"pixel_values": read_tensors(release / "golden.safetensors")["pixel_values"][:CLASSIFIED]}
+    embed, classify = (runner(open_session(release / f"{name}.onnx")) for name in ("visual", "classify"))
+    embeds = embed(pixels).astype(np.float64)
+    scale, bias = np.exp(_scalar(tensors, "logit_scale")), _scalar(tensors, "logit_bias")
+    allowed = (scale + abs(bias)) * (embeds.shape[1] + ROUNDED) * FLOAT32
+    problems = []
+    for path in sorted((release / "classes").glob("*.safetensors")):
+        classes = read_tensors(path)["class_embeds"]
+        expected, found = (
+            scale * embeds @ classes.T.astype(np.float64) + bias,
+            classify(pixels | {"class_embeds": classes}),
+        )
+        error = np.abs(found - expected).max() if found.shape == expected.shape else np.inf
+        if not error <= allowed:  # NaN is not
+            problems.append(
+                f"classify.onnx: logits of classes/{path.name} differ by {error:.2g} from "
+                f"{scale:.6g} image_embeds class_embeds^T{f' {bias:+.6g}' if bias else ''}, allowed {allowed:.2g}"
+            )
+    return problems
+
+
+def _scalar(tensors: Mapping[str, np.ndarray], name: str) -> float:
+    return float(np.ravel(tensors[name])[0]) if name in tensors else 0.0

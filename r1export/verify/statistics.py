@@ -59,6 +59,12 @@ def latency_verdict(merged: Ratio, noise: Ratio, margin: float) -> tuple[str, st
         )
     if merged.low > 1 + margin:
         return "fail", f"the merged model is at least {merged.low:.3f} times as slow as the base model"
+    if merged.high < 1 / (1 + margin):
+        return (
+            "inconclusive",
+            f"the merged model takes at most {merged.high:.3f} times as long as the base model: an equal program cannot be "
+            "faster by more than the margin, so look for what disturbed the base, and verify again",
+        )
     if not merged.within(margin):
         return (
             "inconclusive",

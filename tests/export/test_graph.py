@@ -161,6 +161,30 @@ def test_a_graph_that_computes_something_else_is_not_written(exported, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_graph_that_remembers_the_weights_it_was_found_by_is_not_written(exported, tmp_path, monkeypatch) -> None:
+    """It adds sum(2 b - B) to the embeddings, where B is 2 b of the sentinels: nothing, as long as b is theirs."""
+
+    def remembering(tower, opset):
+        model, used = original(tower, opset)
+        if tower.name == "visual":
+            graph, bias = model.graph, tower.tensors["visual.ln_post.bias"].detach().numpy()
+            parameter = next(v for v in graph.initializers.values() if np.array_equal(v.const_value.numpy(), bias))
+            doubled = ir.val("doubled", const_value=ir.tensor(2 * bias, name="doubled"))
+            graph.register_initializer(doubled)
+            embeds, node = graph.outputs[0], graph_module._node
+            rest = node(graph, "Sub", node(graph, "Add", parameter, parameter, name="twice"), doubled, name="rest")
+            changed = node(graph, "Add", embeds, node(graph, "ReduceSum", rest, name="sum"), name="changed")
+            changed.type, changed.shape = embeds.type, embeds.shape
+            graph.outputs[0] = changed
+        return model, used
+
+    original = graph_module.trace
+    monkeypatch.setattr(graph_module, "trace", remembering)
+    with pytest.raises(Unsupported, match="the exported visual tower differs from torch"):
+        export_graphs(exported.model, (16, 16), 12, tmp_path, opset=20)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_fresh_export_of_the_merged_model_is_the_release(exported) -> None:
     audit = audit_reexport(exported.model, (16, 16), 12, exported.folder, opset=20)
     assert (

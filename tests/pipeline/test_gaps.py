@@ -5,13 +5,24 @@ import pytest
 import torch
 
 from r1export.adapt.clip import Clip
+from r1export.adapt.evaluate import class_embeddings
 from r1export.adapt.experts import eject_experts_, inject_experts_, pack_experts
 from r1export.adapt.pixels import Pixels
 from r1export.adapt.pool import PoolSettings
-from r1export.pipeline.gaps import _routed_each, exactness, freezing, summarised
+from r1export.adapt.tasks import Task
+from r1export.pipeline.gaps import (
+    BATCH,
+    _accuracy,
+    _class_embeddings,
+    _routed_each,
+    exactness,
+    freezing,
+    summarised,
+)
 from r1export.pipeline.torch_models import encoders, module_boundaries
 from r1export.update.factors import ExpertUpdate
 from r1export.verify.parity import Inputs, run_in_batches
+from r1export.verify.tables import accuracy_summary
 
 
 def taught(clip: Clip) -> dict:
@@ -81,6 +92,33 @@ def test_gaps_are_differences_of_accuracies_and_leave_the_pools_frozen(
     assert all(
         torch.equal(pool.gate, gates[rows]) and torch.equal(pool.counts, counts[rows]) for rows, pool in pools.items()
     )
+
+
+def test_texts_are_routed_in_batches_of_the_same_size_as_images(tiny_clip: Clip, stripes, pixels, monkeypatch) -> None:
+    """Where the end of a text votes, the texts of a batch choose for each other."""
+    taught(tiny_clip)
+    many = Task("many", tuple(f"thing {i}" for i in range(40)), ("a photo of {}.",), stripes.train, stripes.test)
+    sizes, encode = [], Clip.encode_text
+    monkeypatch.setattr(Clip, "encode_text", lambda clip, part: sizes.append(len(part)) or encode(clip, part))
+    assert 0 <= _accuracy(tiny_clip, many, pixels, stripes.test.labels[:16]) <= 1
+    assert sizes == [BATCH, 8]
+
+
+def test_class_embeddings_are_those_that_accuracies_are_made_of(tiny_clip: Clip, stripes) -> None:
+    assert np.array_equal(_class_embeddings(tiny_clip, stripes), class_embeddings(tiny_clip, stripes))
+
+
+def test_a_sparse_gate_has_no_shrink_gap(tiny_clip: Clip, stripes, pixels: torch.Tensor) -> None:
+    """It decides by itself how many experts are merged: a difference of nothing would look like a shrink that costs nothing."""
+    pools = inject_experts_(tiny_clip.model, PoolSettings(gate="sparse"))
+    for pool in pools.values():
+        pool.reset_(torch.Generator().manual_seed(0))
+        pool.freeze_()
+    tiny_clip.model.eval()
+    assert freezing(tiny_clip, pools, stripes, pixels, stripes.test.labels[:16])["G3"] is None
+    tasks = {"a": {"G1": 1e-6, "G2": 0.1, "G3": None}, "b": {"G1": 3e-6, "G2": 0.3, "G3": None}}
+    assert summarised(tasks) == {"G1": 3e-6, "G2": pytest.approx(0.2), "G3": None, "tasks": tasks}
+    assert accuracy_summary({"gaps": summarised(tasks)})[-1][0].startswith("Freezing gap")
 
 
 def test_the_gaps_of_a_run_are_the_worst_g1_and_the_mean_of_the_others() -> None:

@@ -28,12 +28,18 @@ def external(name: str, layout: Layout) -> TensorProto:
 
 
 def small_graph(
-    batch: str | int = "batch", extra: tuple[onnx.NodeProto, ...] = (), epsilon: float = 1e-5
+    batch: str | int = "batch", extra: tuple[onnx.NodeProto, ...] = (), epsilon: float = 1e-5, turned: bool = False
 ) -> onnx.ModelProto:
-    """embeds = LayerNorm(relu(x W^T + b)), and `extra` nodes from `normed` to `embeds`."""
+    """embeds = LayerNorm(relu(x W^T + b)), and `extra` nodes from `normed` to `embeds`; W is stored as (in, out) if `turned`."""
     layout = plan((name, value.dtype, value.shape) for name, value in weights_of().items())
+    linear = [helper.make_node("Gemm", ["x", "fc.weight", "fc.bias"], ["fc"], name="node_fc", transB=1)]
+    if turned:
+        linear = [
+            helper.make_node("MatMul", ["x", "fc.weight"], ["product"], name="node_product"),
+            helper.make_node("Add", ["product", "fc.bias"], ["fc"], name="node_fc"),
+        ]
     nodes = [
-        helper.make_node("Gemm", ["x", "fc.weight", "fc.bias"], ["fc"], name="node_fc", transB=1),
+        *linear,
         helper.make_node("Relu", ["fc"], ["act"], name="node_relu"),
         helper.make_node(
             "LayerNormalization",

@@ -75,6 +75,22 @@ def test_the_least_tolerance_passes_and_anything_less_fails(by: float) -> None:
     assert compare(REFERENCE, moved(by), Gate(max_abs=np.nextafter(least, 0), **lenient))["verdict"] == "fail"
 
 
+def test_no_tolerance_would_pass_where_a_cosine_or_a_flip_fails_too() -> None:
+    assert compare(REFERENCE, moved(0.3), Gate(max_abs=1e-9))["least_tolerance"] is None
+    one, other = undecided(2e-4)
+    assert compare(one, other, Gate(max_abs=1e-9, min_cosine=0.5))["least_tolerance"] is None
+    assert compare(one, other, Gate(max_abs=1e-9, min_cosine=0.5, flip_margin=1e-3))["least_tolerance"] is not None
+
+
+def test_top_1_is_chosen_among_the_answers_alone() -> None:
+    """The second text stands for the same class in other words; which of the two is nearer is no answer."""
+    one, other = undecided(2e-4)
+    lenient = Gate(max_abs=1, min_cosine=0.5)
+    assert compare(one, other, lenient)["verdict"] == "fail"
+    found = compare(one, other, lenient, answers=1)
+    assert (found["verdict"], found["flips"], found["top1_agreement"], found["samples"]) == ("pass", [], 1.0, 3)
+
+
 def test_the_worst_of_all_ways_of_running_decides() -> None:
     found = compare(REFERENCE, Outputs.join([REFERENCE, moved(1e-3), REFERENCE]), Gate())
     assert found["verdict"] == "fail"

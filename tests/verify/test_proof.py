@@ -10,9 +10,9 @@ from onnx import helper
 from verify.small import weights_of
 
 from r1export.errors import CheckFailed, Unsupported
-from r1export.update.factors import ExpertUpdate
+from r1export.update.factors import ExpertUpdate, Factors, Rows
 from r1export.verify.control import add_branches
-from r1export.verify.execution import Kernel, execute
+from r1export.verify.execution import Execution, Kernel, execute
 from r1export.verify.proof import executions, proof_control, rungs, same_files, same_graphs
 from r1export.verify.runtime import job, open_session, provider_options, runner, weights_digest
 
@@ -64,6 +64,28 @@ def test_a_missing_graph_and_one_that_is_no_graph_fail(write_graph, tmp_path) ->
 def test_the_peak_of_memory_and_all_digests_are_the_same_every_time(write_graph, x) -> None:
     graph = write_graph("base")
     assert execute(graph, x) == execute(graph, x)
+
+
+def costing(flops: int | None, weight_bytes: int, peak: int | None) -> dict[str, Execution]:
+    return {"visual.onnx on cpu": Execution("d", 1, (), weight_bytes, peak, flops)}
+
+
+def test_the_digest_of_the_cost_is_of_arithmetic_and_weights_and_leaves_the_peak_out() -> None:
+    base = costing(100, 50, 1000)
+    same = rungs(base, lambda: costing(100, 50, 1005))["cost"]
+    assert (same["verdict"], same["digest"]) == ("pass", same["expected"])
+    assert len(same["digest"]) == 64
+    for other in (costing(101, 50, 1000), costing(100, 51, 1000)):
+        found = rungs(base, lambda other=other: other)["cost"]
+        assert (found["verdict"], found["expected"]) == ("fail", same["expected"])
+        assert found["digest"] != found["expected"]
+    heavier = rungs(base, lambda: costing(100, 50, 1100))["cost"]
+    assert (heavier["verdict"], heavier["digest"]) == ("fail", heavier["expected"])
+
+
+def test_a_peak_that_the_profile_does_not_tell_is_said_to_be_missing() -> None:
+    untold = costing(None, 50, None)
+    assert rungs(untold, lambda: untold)["cost"]["detail"] == "visual.onnx on cpu: 50 B of weights, peak not told"
 
 
 def test_flops_follow_from_shapes() -> None:
@@ -121,6 +143,47 @@ def test_the_control_with_its_branches_computes_what_the_merged_model_computes(
     assert np.abs(one - runner(open_session(base))(x)).max() > 1e-2
 
 
+ROWS_OF = {"q": (0, 2), "k": (2, 4), "v": (4, 6)}  # of a weight of six rows
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["Gemm", "MatMul"])
+@pytest.mark.parametrize("targets", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
+def test_experts_beside_any_of_q_k_and_v_make_a_control(write_graph, x, targets: str, turned: bool) -> None:
+    rng = np.random.default_rng(3)
+    update = ExpertUpdate(
+        {
+            Rows("fc.weight", *ROWS_OF[target]): Factors(
+                rng.normal(size=(2, 3)).astype(np.float32), rng.normal(size=(3, 6)).astype(np.float32)
+            )
+            for target in targets
+        }
+    )
+    merged = weights_of() | update.apply(weights_of())
+    if turned:
+        merged["fc.weight"] = np.ascontiguousarray(merged["fc.weight"].T)
+    stored = weights_of()
+    stored["fc.weight"] = np.ascontiguousarray(stored["fc.weight"].T) if turned else stored["fc.weight"]
+    expected = write_graph("merged", merged, turned=turned)
+    base = write_graph("base", stored, turned=turned)
+    unmerged = add_branches(base, update, write_graph("unmerged", stored, turned=turned))
+    one, other, untouched = (runner(open_session(path))(x) for path in (expected, unmerged, base))
+    assert np.abs(one - other).max() < 1e-5  # float32 rounding of values of order one through a norm
+    assert np.abs(one - untouched).max() > 1e-2
+    assert proof_control(base, unmerged, x)["unmerged"]["detected"] is True
+
+
+def test_complete_branches_are_joined_without_padding(write_graph) -> None:
+    update = ExpertUpdate(
+        {
+            Rows("fc.weight", *rows): Factors(np.ones((2, 3), np.float32), np.ones((3, 6), np.float32))
+            for rows in ROWS_OF.values()
+        }
+    )
+    graph = onnx.load(add_branches(write_graph("base"), update, write_graph("unmerged"))).graph
+    sizes = [list(tensor.dims) for tensor in graph.initializer if ".u.weight" in tensor.name]
+    assert sizes == [[3, 2]] * 3
+
+
 def test_a_control_for_a_graph_that_the_update_does_not_touch_is_refused(
     write_graph, update: ExpertUpdate, tmp_path
 ) -> None:
@@ -159,6 +222,12 @@ def test_engine_caches_have_a_folder_for_each_digest_of_weights(tmp_path) -> Non
     assert one["trt_engine_cache_path"] != other["trt_engine_cache_path"]
     assert provider_options("tensorrt", "", None) == provider_options("cpu", "", tmp_path) == {}
     assert provider_options("cuda", "", None) == {"use_tf32": "0"}
+
+
+@pytest.mark.parametrize("provider", ["cpu", "tensorrt", "openvino"])
+def test_a_cache_without_the_digest_of_the_weights_is_refused(write_graph, tmp_path, provider: str) -> None:
+    with pytest.raises(ValueError, match="weights_digest"):
+        open_session(write_graph("base"), provider=provider, cache=tmp_path)
 
 
 def test_a_job_runs_the_session_on_fixed_inputs(write_graph, x) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r1export.verify.checks import overall
+from r1export.verify.proof import unclimbed
 from r1export.verify.report import render_html, render_junit, render_markdown, settled, write_report
 
 EXAMPLE = json.loads((Path(__file__).parent / "report_example.json").read_text("utf-8"))
@@ -150,6 +151,27 @@ def test_a_proof_that_does_not_notice_the_unmerged_model_fails(report: dict) -> 
     report["proof"]["control"]["unmerged"] = {"detected": False, "detail": "The digests are equal."}
     assert settled(report)["verdict"] == "fail"
     assert settled(report)["reasons"] == ["Control: unmerged: failed. The digests are equal."]
+
+
+def test_a_control_that_gave_no_answer_is_inconclusive_and_one_that_nobody_tried_is_not_measured(report: dict) -> None:
+    report["proof"]["control"]["unmerged"] = {"detected": None, "detail": "onnxruntime refuses the model"}
+    assert settled(report)["verdict"] == "inconclusive"
+    assert settled(report)["reasons"] == ["Control: unmerged: inconclusive. onnxruntime refuses the model"]
+    del report["proof"]["control"]
+    report["verdict"], report["reasons"] = "pass", []
+    assert settled(report)["verdict"] == "pass"
+    assert "Not measured" in markdown_row(report, "Control: unmerged")
+
+
+def test_rungs_that_could_not_be_climbed_leave_no_pass(report: dict) -> None:
+    report["proof"] |= unclimbed("the base cannot be run")
+    assert settled(report)["verdict"] == "inconclusive"
+    assert "L2 Optimised graph: inconclusive. the base cannot be run" in settled(report)["reasons"]
+
+
+def test_the_tower_that_was_timed_is_named(report: dict) -> None:
+    report["latency"]["tower"] = "textual"
+    assert "pairs of the textual tower." in markdown_row(report, "L5 Time")
 
 
 def test_a_pass_without_any_measurement_is_inconclusive() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from r1export.errors import InputError
 from r1export.update.container import read_tensors, write_tensors
@@ -12,7 +13,14 @@ from r1export.update.files import sha256_file
 from r1export.verify.digest import graph_digest
 from r1export.verify.parity import Gate
 from r1export.verify.runtime import open_session, runner
-from r1export.verify.selftest import changed_files, changed_graphs, golden_parity, golden_problems, manifest_gate
+from r1export.verify.selftest import (
+    changed_files,
+    changed_graphs,
+    classifier_problems,
+    golden_parity,
+    golden_problems,
+    manifest_gate,
+)
 
 ENTRIES = {"visual": "pixel_values", "textual": "input_ids"}
 GOLDEN = {"max_abs": 5e-5, "min_cosine": 1 - 1e-6}
@@ -90,3 +98,51 @@ def test_the_gate_follows_the_precision_and_the_manifest() -> None:
     assert manifest_gate({"precision": "fp32", "golden": GOLDEN}) == Gate()
     with pytest.raises(InputError, match="precision is 'int4', known are fp32, fp16, bf16, int8"):
         manifest_gate({"precision": "int4", "golden": GOLDEN})
+
+
+CLASSES = np.linalg.qr(np.random.default_rng(3).normal(size=(6, 6)))[0].astype(np.float32)  # as many as they are wide
+SCALE, BIAS = np.float32(2.0), np.float32(-3.0)
+
+
+def write_classifier(path: Path, *, turned: bool = True, scaled: str = "Exp", biased: bool = True) -> None:
+    """classify.onnx of the small visual graph, right unless told otherwise."""
+    model = onnx.load(path / "visual.onnx", load_external_data=False)
+    graph = model.graph
+    graph.input.append(helper.make_tensor_value_info("class_embeds", 1, ["classes", 6]))
+    graph.initializer.extend([numpy_helper.from_array(SCALE, "s"), numpy_helper.from_array(BIAS, "b")])
+    graph.node.extend(
+        [
+            helper.make_node("Transpose" if turned else "Identity", ["class_embeds"], ["turned"]),
+            helper.make_node("MatMul", [graph.output[0].name, "turned"], ["cosines"]),
+            helper.make_node(scaled, ["s"], ["scale"]),
+            helper.make_node("Mul", ["cosines", "scale"], ["scaled"]),
+            helper.make_node("Add", ["scaled", "b"], ["logits"]) if biased else helper.make_node("Identity", ["scaled"], ["logits"]),
+        ]
+    )  # fmt: skip
+    graph.output[0].CopyFrom(helper.make_tensor_value_info("logits", 1, ["batch", "classes"]))
+    (path / "classify.onnx").write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("fault", "verdict"),
+    [({}, "right"), ({"turned": False}, "wrong"), ({"scaled": "Identity"}, "wrong"), ({"biased": False}, "wrong")],
+    ids=["none", "class embeddings not transposed", "scale without exp", "no bias"],
+)
+def test_a_classifier_with_another_formula_is_a_problem(release, fault: dict, verdict: str) -> None:
+    path, _ = release
+    (path / "classes").mkdir()
+    write_tensors(path / "classes" / "shapes.safetensors", {"class_embeds": CLASSES})
+    write_classifier(path, **fault)
+    found = classifier_problems(path, {"logit_scale": SCALE, "logit_bias": BIAS})
+    assert [line.split(" differ")[0] for line in found] == (
+        [] if verdict == "right" else ["classify.onnx: logits of classes/shapes.safetensors"]
+    )
+
+
+def test_a_classifier_with_another_scale_than_was_expected_is_a_problem(release) -> None:
+    path, _ = release
+    (path / "classes").mkdir()
+    write_tensors(path / "classes" / "shapes.safetensors", {"class_embeds": CLASSES})
+    write_classifier(path)
+    expected = {"logit_scale": SCALE + np.float32(1e-3), "logit_bias": BIAS}
+    assert "allowed" in classifier_problems(path, expected)[0]

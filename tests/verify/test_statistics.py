@@ -99,6 +99,14 @@ def test_equivalence_needs_the_whole_interval_inside_the_margin(low: float, high
     assert latency_verdict(Ratio((low + high) / 2, low, high), Ratio(1.0, 0.995, 1.005), MARGIN)[0] == expected
 
 
+def test_a_release_that_is_faster_than_an_equal_program_can_be_points_to_a_disturbance() -> None:
+    found, advice = latency_verdict(Ratio(0.95, 0.94, 0.96), Ratio(1.0, 0.995, 1.005), MARGIN)
+    assert found == "inconclusive"
+    assert "at most 0.960 times as long" in advice
+    assert "wider" not in advice
+    assert "is wider than the margin" in latency_verdict(Ratio(0.97, 0.96, 0.99), Ratio(1.0, 0.995, 1.005), MARGIN)[1]
+
+
 class Clock:
     """Jobs that take the time they are told, without waiting for it."""
 
@@ -167,6 +175,20 @@ def test_quantiles_are_given_only_with_the_runs_that_they_need(monkeypatch: pyte
     assert table["base"]["p90_ms"] is not None
     assert table["base"]["p99_ms"] is None
     assert table["merged_torch"]["p90_ms"] is None
+
+
+def test_quantiles_are_those_of_single_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fourth run takes twice as long, never two of one round: the mean of a round would hide it."""
+    clock = Clock(monkeypatch)
+    runs = iter(range(10**6))
+
+    def run() -> None:
+        clock.now += 2e-3 if next(runs) % 4 == 0 else 1e-3
+
+    found = added_latency(lambda: run, lambda: clock.job(1e-3, 0.0), pairs=400, margin=MARGIN)
+    table = found["providers"]["CPUExecutionProvider"]["1"]
+    assert table["base"]["p90_ms"] == pytest.approx(2.0)
+    assert table["base"]["n"] == found["pairs"]
 
 
 def test_the_worst_provider_gives_the_verdict_and_all_tables_are_kept() -> None:
