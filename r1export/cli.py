@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
@@ -119,6 +119,14 @@ def _reopen(path: Path, device: Device, terminal: Terminal) -> Stage:
     return reopen_stage(path, device=device, watch=terminal)
 
 
+def _read_report(run: Path) -> Mapping[str, Any]:
+    from r1export.run_folder import read_json
+    from r1export.verify.report import checked
+
+    path, remedy = run / "report.json", f"verify it first: r1export verify {run}"
+    return checked(read_json(path, remedy), path, remedy)
+
+
 def _finish(report: dict[str, Any]) -> None:
     raise typer.Exit(VERDICT_CODES[report["verdict"]])
 
@@ -219,10 +227,9 @@ def verify(
 def report(run: Run, as_json: Json = False) -> None:
     """Write the reports of a verified run again, and show them."""
     with _terminal(as_json) as terminal:
-        from r1export.run_folder import read_json
         from r1export.verify.report import settled, write_report
 
-        found = settled(read_json(run / "report.json", f"verify it first: r1export verify {run}"))
+        found = settled(_read_report(run))
         write_report(found, run)
         if found.get("accuracy") and found.get("releases"):
             terminal.accuracy(found["accuracy"])
@@ -243,14 +250,9 @@ def compare(
 ) -> None:
     """Compare verified runs, for example a method with its baselines, in one table and picture."""
     with _terminal(as_json) as terminal:
-        from r1export.run_folder import read_json
         from r1export.verify import comparison
 
-        reports = [
-            (run.resolve().name, read_json(run / "report.json", f"verify it first: r1export verify {run}"))
-            for run in runs
-        ]
-        found = comparison.compare_runs(reports)
+        found = comparison.compare_runs([(run.resolve().name, _read_report(run)) for run in runs])
         terminal.table("Runs", *comparison.cells(found))
         if out is not None:
             comparison.write_comparison(found, out, overwrite=overwrite)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,11 +127,15 @@ class Terminal:
             for name in ("merge", "export", "total")
         ]
         program = _together([rungs.get(name) for name in LADDER])
-        ratio = (
-            f"{timing['ratio']:.3f}±{(timing['ci95'][1] - timing['ci95'][0]) / 2:.3f}" if timing.get("ratio") else "-"
-        )
+        ratio = f"{timing['ratio']:.3f}{_half_width(timing.get('ci95'))}" if timing.get("ratio") else "-"
         unmerged = f"{timing['unmerged_ratio']:.2f}" if timing.get("unmerged_ratio") else "-"
-        return [release["release"]["name"], *errors, program, ratio, unmerged, release["verdict"]]
+        name = (release.get("release") or {}).get("name") or "unnamed"
+        return [name, *errors, program, ratio, unmerged, release["verdict"]]
+
+
+def _half_width(interval: Sequence[float | None] | None) -> str:
+    low, high = interval or (None, None)
+    return "" if low is None or high is None else f"±{(high - low) / 2:.3f}"
 
 
 def _together(rungs: Iterable[Mapping[str, Any] | None]) -> str:

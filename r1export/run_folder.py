@@ -13,6 +13,11 @@ from r1export.recipe import Recipe, load_recipe
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import write_file
 
+HOLDS = {  # file of a run -> what other steps read from it
+    "run.json": ("base.name", "base.sha256"),
+    "metrics.json": ("tasks", "zero_shot", "zero_shot_avg", "accuracy", "probe"),
+}
+
 
 @dataclass(frozen=True)
 class Exports:
@@ -76,13 +81,24 @@ class RunFolder(Exports):
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Raises InputError with `remedy` if the file is missing or damaged."""
+    """The JSON object in a file of a run. Raises InputError with `remedy` if it is missing, damaged, or lacks what is in HOLDS."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", remedy) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: damaged: {error}", remedy) from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: damaged: found {found!r:.80}, expected an object", remedy)
+    if missing := [name for name in HOLDS.get(path.name, ()) if not _has(found, name)]:
+        raise InputError(f"{path}: damaged: it lacks {', '.join(missing)}", remedy)
+    return found
+
+
+def _has(value: Any, name: str) -> bool:
+    """Whether there is a member `a.b` in objects of objects."""
+    first, _, rest = name.partition(".")
+    return isinstance(value, dict) and first in value and (not rest or _has(value[first], rest))
 
 
 def check_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

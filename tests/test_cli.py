@@ -377,6 +377,11 @@ def test_inspect_knows_every_kind_of_file(path: str, words: list[str], run) -> N
     assert all(word in result.stdout for word in words), result.stdout
 
 
+def test_a_manifest_of_nothing_but_its_format_is_refused_by_what_is_missing(tmp_path) -> None:
+    (tmp_path / "manifest.json").write_text('{"format": "r1export.release/1"}')
+    one_line_error(r1export("inspect", tmp_path), 2, "manifest.json.base is missing")
+
+
 def test_report_shows_the_verdict_again_without_measuring(run) -> None:
     result = r1export("report", run[0])
     assert result.returncode == 0
@@ -387,6 +392,16 @@ def test_doctor_finds_this_environment_fit() -> None:
     result = r1export("doctor", "--json")
     assert result.returncode == 0, result.stdout
     assert {f["check"] for f in json.loads(result.stdout)["findings"]} >= {"torch", "onnxruntime runs a graph"}
+
+
+def test_doctor_names_a_fault_that_says_nothing_of_itself(monkeypatch) -> None:
+    def fail() -> str:
+        raise AssertionError
+
+    monkeypatch.setattr("r1export.inspection._try_disk", fail)
+    result = r1export("doctor", "--json")
+    assert result.returncode == 3
+    assert {"check": "disk", "found": "AssertionError", "verdict": "fail"} in json.loads(result.stdout)["findings"]
 
 
 def test_help_loads_no_torch() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from r1export.adapt.knowledge import recall
 from r1export.errors import InputError, Unsupported
-from r1export.pipeline import Silent, Stage, check_inputs, choose_device, training
+from r1export.pipeline import Silent, Stage, check_inputs, choose_device, export, training
 from r1export.pipeline.training import train
 from r1export.recipe import Recipe
 from r1export.run_folder import RunFolder, check_run, open_run
@@ -97,6 +97,23 @@ def test_a_run_cannot_go_on_from_another_base(recipe, tmp_path) -> None:
     other.clip.load_({"logit_scale": np.float32(1.0)})
     with pytest.raises(InputError, match="another base model"):
         train(other)
+
+
+def test_a_file_of_a_run_without_what_it_should_hold_is_named(recipe, tmp_path) -> None:
+    stage = stage_of(recipe, tmp_path / "run")
+    train(stage)
+    for file, words, step in (
+        ("run.json", "it lacks base.name, base.sha256", train),
+        ("zero_shot.json", "no accuracy of digits, arrows", train),
+        ("tasks/02-arrows/accuracy.json", "no accuracy of digits, arrows", train),
+        ("metrics.json", "it lacks tasks, .*probe", export),
+    ):
+        whole = (stage.run.path / file).read_text()
+        for text, said in (("{}", words), ("[]", "expected an object")):
+            (stage.run.path / file).write_text(text)
+            with pytest.raises(InputError, match=rf"{file}: damaged: .*{said}"):
+                step(stage)
+        (stage.run.path / file).write_text(whole)
 
 
 def test_checking_the_inputs_leaves_the_model_as_it_was(recipe, tmp_path) -> None:

@@ -25,6 +25,8 @@ from r1export.errors import InputError, Unsupported
 
 # An nn.Module with encode_image, encode_text and logit_scale: one of several classes of open_clip, which has no types.
 ClipModel = Any
+# What open_clip and torch raise for a config with unknown keys or impossible values.
+MALFORMED = (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError, ZeroDivisionError)
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,12 @@ def load_clip(
             module = open_clip.create_model(
                 model, pretrained=pretrained or None, load_weights=bool(pretrained), device=device
             )
-    except (OSError, RuntimeError) as error:
+    except (OSError, *MALFORMED) as error:
+        if config is not None and isinstance(error, MALFORMED):
+            raise InputError(
+                f"{config}: open_clip cannot build this model: {type(error).__name__}: {_first_line(error)}",
+                "mend the config: see open_clip's own in its model_configs",
+            ) from error
         raise Unsupported(
             f"open_clip cannot make {model} {pretrained}: {_first_line(error)}",
             "fetch the weights once with network, or give base.weights",
@@ -186,13 +193,15 @@ def _quiet() -> Iterator[None]:
 
 def _register(config: Path) -> str:
     try:
-        keys = set(json.loads(config.read_text(encoding="utf-8")))
+        found = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{config}: not a readable open_clip config: {error}",
             "give the JSON with embed_dim, vision_cfg and text_cfg",
         ) from None
-    if missing := {"embed_dim", "vision_cfg", "text_cfg"} - keys:
+    if not isinstance(found, dict):
+        raise InputError(f"{config}: found {found!r:.80}, expected an object", "give an open_clip model config")
+    if missing := {"embed_dim", "vision_cfg", "text_cfg"} - found.keys():
         raise InputError(f"{config}: no {', '.join(sorted(missing))}", "give an open_clip model config")
     open_clip.add_model_config(config)
     return config.stem

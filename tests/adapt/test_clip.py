@@ -73,11 +73,34 @@ def test_weights_of_another_model_are_refused_by_the_first_difference(tmp_path, 
         load_clip(weights=tiny_files[0], config=tmp_path / "wider.json")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"embed_dim": 8}'])
+@pytest.mark.parametrize("text", ["{", "[]", "3", '"x"', '{"embed_dim": 8}'])
 def test_a_config_that_is_none_is_refused(text: str, tmp_path, tiny_files) -> None:
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(InputError, match=r"bad\.json"):
         load_clip(weights=tiny_files[0], config=tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("", "colour", "red"),
+        ("vision_cfg", "colour", "red"),
+        ("text_cfg", "colour", "red"),
+        ("vision_cfg", "width", "wide"),
+        ("vision_cfg", "width", -32),
+        ("vision_cfg", "head_width", 0),
+        ("", "text_cfg", 3),
+        ("", "vision_cfg", None),
+    ],
+)
+def test_a_config_with_an_unknown_key_or_an_impossible_value_is_refused_by_name(
+    section: str, key: str, value: object, tmp_path, tiny_files
+) -> None:
+    config = json.loads(tiny_files[1].read_text())
+    (config[section] if section else config)[key] = value
+    (tmp_path / f"odd-{section}-{key}-{value}.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"odd-{section}-{key}-{value}\.json: open_clip cannot build this model"):
+        load_clip(weights=tiny_files[0], config=tmp_path / f"odd-{section}-{key}-{value}.json")
 
 
 def test_an_unknown_model_and_an_unknown_tag_are_refused_with_what_is_known() -> None:
