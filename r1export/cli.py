@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from r1export.pipeline import Stage
 
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
+INTERRUPTED = 130  # as shells count a process that Ctrl-C ended
 
 app = typer.Typer(
     name="r1export", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -67,7 +68,9 @@ Providers = Annotated[
         help="cpu, cuda or tensorrt of onnxruntime, openvino, or reference (onnx's own, untimed); repeatable. Default: cpu, and cuda where there is one.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else goes to stderr.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON document on stdout, of an error too; everything else goes to stderr.")
+]
 
 
 @contextmanager
@@ -82,11 +85,11 @@ def _terminal(as_json: bool) -> Iterator[Terminal]:
         raise
     except (R1ExportError, OSError) as caught:
         error = refused(caught) if isinstance(caught, OSError) else caught
-        terminal.error(str(error))
+        terminal.error(error, error.exit_code)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        terminal.error("interrupted; go on with --resume")
-        raise typer.Exit(130) from None
+        terminal.error(R1ExportError("interrupted", "go on with --resume"), INTERRUPTED)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _open(

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from r1export.errors import R1ExportError
 from r1export.verify.checks import LADDER, verdict_of
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "not measured": "dim"}
@@ -57,9 +58,10 @@ class Terminal:
         """One line for people."""
         self.people.print(Text(text))
 
-    def error(self, message: str) -> None:
-        """One line, whatever the width of the terminal."""
-        self.errors.print(Text.assemble(("Error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
+    def error(self, error: R1ExportError, exit_code: int) -> None:
+        """One line, whatever the width of the terminal, and the same for machines, as the device's kit prints it."""
+        self.errors.print(Text.assemble(("Error: ", "bold red"), " ".join(str(error).split())), soft_wrap=True)
+        self.document({"error": {"message": error.message, "remedy": error.remedy}, "exit_code": exit_code})
 
     def document(self, value: Any) -> None:
         """The one JSON document on stdout."""

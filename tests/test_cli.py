@@ -382,6 +382,28 @@ def test_a_manifest_of_nothing_but_its_format_is_refused_by_what_is_missing(tmp_
     one_line_error(r1export("inspect", tmp_path), 2, "manifest.json.base is missing")
 
 
+@pytest.mark.parametrize("verb", ["report", "verify", "inspect", "export"])
+def test_an_error_is_one_json_document_too(verb: str, tmp_path) -> None:
+    result = r1export(verb, tmp_path, "--json")
+    one_line_error(result, 2)
+    found = json.loads(result.stdout)
+    assert found.keys() == {"error", "exit_code"}
+    assert found["exit_code"] == 2
+    message, remedy = (found["error"][part] for part in ("message", "remedy"))
+    assert result.stderr.strip() == f"Error: {message} ({remedy})"
+    assert r1export(verb, tmp_path).stdout == ""
+
+
+def test_an_interrupted_command_says_so_to_machines_as_well(tmp_path, monkeypatch) -> None:
+    def interrupt(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("r1export.inspection.describe", interrupt)
+    result = r1export("inspect", tmp_path, "--json")
+    one_line_error(result, 130, "interrupted (go on with --resume)")
+    assert json.loads(result.stdout)["exit_code"] == 130
+
+
 def test_report_shows_the_verdict_again_without_measuring(run) -> None:
     result = r1export("report", run[0])
     assert result.returncode == 0
