@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1export.errors import InputError
+from r1export.errors import InputError, refused
 from r1export.recipe import Recipe, load_recipe
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import write_file
@@ -124,7 +124,7 @@ def check_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> N
 def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
     """A new run, or the one that is there: `resume` goes on with it, `overwrite` deletes it first.
 
-    Raises InputError as `check_run` does, or if the folder cannot be written.
+    Raises InputError as `check_run` does, Unsupported if the disk is full or the folder may not be written.
     """
     check_run(path, recipe, resume=resume, overwrite=overwrite)
     run = RunFolder(path)
@@ -135,7 +135,7 @@ def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Ru
         if not run.recipe_file.exists():
             write_file(run.recipe_file, recipe.dumps().encode())
     except OSError as error:
-        raise InputError(f"{path} could not be written: {error.strerror}", "choose another --out") from error
+        raise refused(error, f"{path} could not be written") from error
     return run
 
 

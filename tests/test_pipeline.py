@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
@@ -139,6 +142,23 @@ def test_a_file_in_the_place_of_the_run_is_refused(recipe, tmp_path) -> None:
     with pytest.raises(InputError, match="nothing was touched"):
         open_run(tmp_path / "run", recipe, resume=True, overwrite=True)
     assert (tmp_path / "run").read_text() == "something else"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, Unsupported), (errno.EACCES, Unsupported), (errno.ENOTDIR, InputError)]
+)
+def test_what_the_disk_refuses_to_a_run_is_the_environment_and_a_wrong_path_is_input(
+    number: int, kind: type[Exception], recipe, tmp_path, monkeypatch
+) -> None:
+    def write(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    stage = stage_of(recipe, tmp_path / "run")
+    monkeypatch.setattr("r1export.pipeline.training.write_json", write)
+    monkeypatch.setattr("r1export.run_folder.write_file", write)
+    for step in (lambda: open_run(tmp_path / "new", recipe, resume=False, overwrite=False), lambda: train(stage)):
+        with pytest.raises(kind, match=f"could not be written: {os.strerror(number)}"):
+            step()
 
 
 def test_a_gpu_that_is_not_there_is_unsupported() -> None:

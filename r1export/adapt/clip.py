@@ -145,19 +145,19 @@ def load_clip(
     """Load an open_clip model with a pretrained tag, or local weights with, if need be, their config.
 
     Raises:
-        InputError: a file is missing, malformed, not safetensors, or does not fit the model.
-        Unsupported: open_clip does not know the model or the tag, or the weights cannot be fetched.
+        InputError: open_clip does not know the model or the tag; a file is missing, malformed, not safetensors, or does not fit the model.
+        Unsupported: open_clip cannot make the model here, or its weights cannot be fetched.
     """
     if config is not None:
         model = _register(config)
     if model not in open_clip.list_models():
-        raise Unsupported(
+        raise InputError(
             f"open_clip {open_clip.__version__} knows no model {model!r}",
             "open_clip.list_models() names them, or give base.config",
         )
     if pretrained and pretrained not in open_clip.list_pretrained_tags_by_model(model):
         known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
-        raise Unsupported(f"{model} has no pretrained tag {pretrained!r}", f"known tags: {known}")
+        raise InputError(f"{model} has no pretrained tag {pretrained!r}", f"known tags: {known}")
     try:
         with _quiet():
             module = open_clip.create_model(

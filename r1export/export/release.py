@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from r1export.errors import InputError
+from r1export.errors import InputError, refused
 from r1export.export.client import write_tokenizer
 from r1export.export.graph import GRAPHS
 from r1export.export.quantized import SCALE
@@ -75,7 +75,8 @@ def write_release(content: ReleaseContent, graphs: Path, path: Path) -> dict[str
     """Write the release folder `path` and return its manifest. `graphs` is the folder of the one export.
 
     Raises:
-        InputError: no space, no permission; nothing half-written is left.
+        InputError: `path` cannot be.
+        Unsupported: no space, no permission. Nothing half-written is left.
     """
     weights = WeightMap.read(graphs / "weight_map.json")
     with refused_writes(path), new_folder(path) as folder:
@@ -104,10 +105,7 @@ def refused_writes(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{path} could not be written: {error.strerror or error}",
-            "make room or choose another --out; what was there is unchanged",
-        ) from error
+        raise refused(error, f"{path} could not be written") from error
 
 
 def _write_classes(tasks: tuple[TaskClasses, ...], folder: Path) -> None:

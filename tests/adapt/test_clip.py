@@ -9,7 +9,7 @@ from open_clip.transform import image_transform_v2
 from PIL import Image
 
 from r1export.adapt.clip import digest, licence, load_clip
-from r1export.errors import InputError, Unsupported
+from r1export.errors import InputError
 
 
 @pytest.mark.parametrize("size", [(16, 16), (37, 20), (9, 64)])
@@ -104,9 +104,9 @@ def test_a_config_with_an_unknown_key_or_an_impossible_value_is_refused_by_name(
 
 
 def test_an_unknown_model_and_an_unknown_tag_are_refused_with_what_is_known() -> None:
-    with pytest.raises(Unsupported, match="knows no model 'ViT-Z-1'"):
+    with pytest.raises(InputError, match="knows no model 'ViT-Z-1'"):
         load_clip("ViT-Z-1", pretrained="openai")
-    with pytest.raises(Unsupported, match=r"no pretrained tag 'nobody'.*openai"):
+    with pytest.raises(InputError, match=r"no pretrained tag 'nobody'.*openai"):
         load_clip("ViT-B-16", pretrained="nobody")
 
 

@@ -12,7 +12,7 @@ import safetensors.numpy
 import torch
 from PIL import Image
 
-from r1export.errors import InputError
+from r1export.errors import InputError, R1ExportError
 from r1export.export.graph import GRAPHS, export_graphs
 from r1export.export.release import UNLISTED, Golden, ReleaseContent, TaskClasses, read_manifest, write_release
 from r1export.update.files import sha256_file
@@ -128,7 +128,7 @@ def test_a_folder_without_permission_is_refused_and_left_as_it_was(clip, graphs,
     else:
         (tmp_path / "locked").mkdir(mode=0o500)
         target = tmp_path / "locked" / "release"
-    with pytest.raises(InputError, match=r"could not be written.*choose another --out"):
+    with pytest.raises(R1ExportError, match=r"release could not be written: .*(check the path|see to the disk)"):
         write_release(content_of(clip), graphs, target)
     assert not target.exists()
 
