@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from r1export.errors import InputError, refused
 from r1export.recipe import Recipe, load_recipe
 from r1export.update.factors import ExpertUpdate
-from r1export.update.files import write_file
+from r1export.update.files import write_file, write_json
 
 HOLDS = {  # file of a run -> what other steps read from it
     "run.json": ("base.name", "base.sha256"),
@@ -75,6 +76,12 @@ class RunFolder(Exports):
         files = [self.task(i, task.name) / "factors.safetensors" for i, task in enumerate(recipe.stream, 1)]
         return [ExpertUpdate.read(file) for file in files if file.exists()]
 
+    def keep_gaps(self, number: int, name: str, gaps: Mapping[str, Any]) -> None:
+        """Put G1 to G3 of a task, which `verify` measures, beside what training wrote into its metrics.json."""
+        path = self.task(number, name) / "metrics.json"
+        before = _object(path, "delete the file and verify again") if path.exists() else {}
+        write_json(path, before | {"gaps": dict(gaps)})
+
     def metrics(self) -> dict[str, Any]:
         """Raises InputError if the run has not been trained."""
         return read_json(self.metrics_file, "train the run first: r1export train")
@@ -82,6 +89,13 @@ class RunFolder(Exports):
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The JSON object in a file of a run. Raises InputError with `remedy` if it is missing, damaged, or lacks what is in HOLDS."""
+    found = _object(path, remedy)
+    if missing := [name for name in HOLDS.get(path.name, ()) if not _has(found, name)]:
+        raise InputError(f"{path}: damaged: it lacks {', '.join(missing)}", remedy)
+    return found
+
+
+def _object(path: Path, remedy: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -90,8 +104,6 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         raise InputError(f"{path}: damaged: {error}", remedy) from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: damaged: found {found!r:.80}, expected an object", remedy)
-    if missing := [name for name in HOLDS.get(path.name, ()) if not _has(found, name)]:
-        raise InputError(f"{path}: damaged: it lacks {', '.join(missing)}", remedy)
     return found
 
 

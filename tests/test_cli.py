@@ -156,6 +156,17 @@ def test_metrics_hold_a_square_matrix_beside_the_zero_shot_row_and_the_probe(run
     assert {"transfer", "avg", "last", "forgetting"} <= set(metrics)
 
 
+def test_metrics_of_a_task_hold_what_training_wrote_and_the_gaps_that_verify_measured(run) -> None:
+    gaps = json.loads(run[1].stdout)["accuracy"]["gaps"]["tasks"]
+    assert gaps.keys() == {"digits", "arrows"}
+    for folder, name in (("01-digits", "digits"), ("02-arrows", "arrows")):
+        metrics = json.loads((run[0] / "tasks" / folder / "metrics.json").read_text())
+        assert metrics["gaps"] == gaps[name]
+        assert {"G1", "G2", "G3"} <= metrics["gaps"].keys()
+        assert metrics["task"] == name
+        assert len(metrics["losses"]) == 4
+
+
 def test_the_weights_of_a_release_are_the_base_plus_the_factors_in_order(run) -> None:
     from r1export.update.factors import ExpertUpdate
 
