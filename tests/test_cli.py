@@ -172,6 +172,9 @@ def test_the_weights_of_a_release_are_the_base_plus_the_factors_in_order(run) ->
 
     base = read_tensors(run[0] / "releases/00-base/visual.safetensors")
     tensors = json.loads((run[0] / "releases/00-base/manifest.json").read_text())["tensors"]
+    third = len(base["visual.transformer.resblocks.0.attn.in_proj_bias"]) // 3
+    packed = tensors["visual.transformer.resblocks.0.attn.in_proj_weight"]
+    assert packed["rows"] == [[i * third, (i + 1) * third] for i in range(3)]
     straight = {name: value.T if tensors[name]["transposed"] else value for name, value in base.items()}
     updates = [ExpertUpdate.read(run[0] / f"tasks/{name}/factors.safetensors") for name in ("01-digits", "02-arrows")]
     visual = ExpertUpdate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from PIL import Image
 from r1export.errors import InputError, R1ExportError
 from r1export.export.graph import GRAPHS, export_graphs
 from r1export.export.release import UNLISTED, Golden, ReleaseContent, TaskClasses, read_manifest, write_release
-from r1export.update.files import sha256_file
+from r1export.update.factors import Rows
+from r1export.update.files import sha256_file, write_json
+from r1export.update.release import Release
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,28 @@ def test_the_tensor_map_says_where_every_parameter_lies_byte_by_byte(release, cl
         data = (release / entry["file"]).read_bytes()[entry["offset"] : entry["offset"] + entry["bytes"]]
         stored = np.frombuffer(data, "<f4").reshape(entry["shape"])
         assert np.array_equal(stored.T if entry["transposed"] else stored.reshape(weights[name].shape), weights[name])
+
+
+def test_the_tensor_map_says_which_rows_of_a_packed_parameter_are_adapted(clip, graphs, tmp_path) -> None:
+    packed, plain = (
+        "visual.transformer.resblocks.0.attn.in_proj_weight",
+        "visual.transformer.resblocks.0.mlp.c_fc.weight",
+    )
+    adapted = (Rows(packed, 64, 96), Rows(packed, 0, 32), Rows(plain, 0, 128))
+    write_release(content_of(clip, adapted=adapted), graphs, tmp_path / "release")
+    tensors, weights = read_manifest(tmp_path / "release")["tensors"], clip.parameters()
+    assert tensors[packed]["rows"] == [[0, 32], [64, 96]]
+    for name in weights.keys() - {packed}:
+        assert tensors[name]["rows"] == ([[0, len(weights[name])]] if weights[name].ndim else []), name
+
+
+def test_a_manifest_without_rows_is_still_read(release, tmp_path) -> None:
+    shutil.copytree(release, tmp_path / "older")
+    manifest = read_manifest(release)
+    for entry in manifest["tensors"].values():
+        del entry["rows"]
+    write_json(tmp_path / "older" / "manifest.json", manifest)
+    assert Release.read(tmp_path / "older").tensors == Release.read(release).tensors
 
 
 def test_weights_are_read_by_the_safetensors_library_under_their_own_names(release, clip) -> None:
