@@ -10,7 +10,7 @@ import pytest
 
 from r1export.adapt.knowledge import recall
 from r1export.errors import InputError, Unsupported
-from r1export.pipeline import Silent, Stage, check_inputs, choose_device, export, training
+from r1export.pipeline import Silent, Stage, carry_out, check_inputs, choose_device, export, training
 from r1export.pipeline.training import train
 from r1export.recipe import Recipe
 from r1export.run_folder import RunFolder, check_run, open_run
@@ -159,6 +159,14 @@ def test_what_the_disk_refuses_to_a_run_is_the_environment_and_a_wrong_path_is_i
     for step in (lambda: open_run(tmp_path / "new", recipe, resume=False, overwrite=False), lambda: train(stage)):
         with pytest.raises(kind, match=f"could not be written: {os.strerror(number)}"):
             step()
+
+
+def test_full_fine_tuning_is_refused_by_run_before_it_is_trained(recipe, tmp_path) -> None:
+    full = recipe.model_copy(update={"train": recipe.train.model_copy(update={"method": "full"})})
+    stage = stage_of(full, tmp_path / "run")
+    with pytest.raises(Unsupported, match="use it with r1export train"):
+        carry_out(stage)
+    assert [path.name for path in stage.run.path.iterdir()] == ["recipe.toml"]
 
 
 def test_a_gpu_that_is_not_there_is_unsupported() -> None:
