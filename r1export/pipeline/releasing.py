@@ -152,7 +152,7 @@ def _accuracies(stage: Stage, folder: Path, tasks: tuple[TaskClasses, ...]) -> d
     for task, classes in zip(stage.tasks, tasks, strict=True):
         batches = stage.tests[task.name].batches(BATCH)
         embeds = [run({"pixel_values": stage.clip.preprocess.normalize(batch).numpy()}) for batch in batches]
-        found[task.name] = top1_among(np.concatenate(embeds), task, classes.embeddings, union)
+        found[task.name] = top1_among(np.concatenate(embeds), task, union or classes.embeddings)
     return found
 
 
