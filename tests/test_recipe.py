@@ -1,5 +1,6 @@
 """Recipes: what is read, what is refused, and every recipe that comes with the project."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,15 @@ def test_mtil_recipes_learn_the_eleven_sets_with_openai_weights() -> None:
         recipe = load_recipe(ROOT / "recipes" / f"{name}.toml")
         assert (recipe.base.model, recipe.base.pretrained) == ("ViT-B-16", "openai")
         assert len({task.source for task in recipe.tasks}) == 11
+
+
+@pytest.mark.parametrize("name", ["mtil-5shot", "mtil-full", "xtail"])
+def test_the_header_of_a_benchmark_says_how_to_run_the_method_as_published(name: str) -> None:
+    path = ROOT / "recipes" / f"{name}.toml"
+    line = next(line for line in path.read_text(encoding="utf-8").splitlines() if "method as published" in line)
+    train = load_recipe(path, tuple(re.findall(r"--set (\S+)", line))).train
+    published = load_recipe(ROOT / "recipes/baselines/faithful.toml").train
+    assert train == published.model_copy(update={"iterations": train.iterations})
 
 
 def test_a_recipe_changes_only_what_it_says_of_the_one_it_extends(tmp_path) -> None:
