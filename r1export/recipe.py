@@ -30,6 +30,9 @@ class Base(_Section):
     config: str = ""
     """open_clip config JSON for `weights`, where `model` is not one of open_clip's own names."""
 
+    allow_pickle: bool = False
+    """Read weights of a tag that are published only as a pickle (`.pt`, `.bin`), which can run code: for sources that you trust."""
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if bool(self.pretrained) == bool(self.weights) and not self.model.startswith("builtin:"):

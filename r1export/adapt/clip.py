@@ -141,11 +141,15 @@ def load_clip(
     weights: Path | None = None,
     config: Path | None = None,
     device: str = "cpu",
+    allow_pickle: bool = False,
 ) -> Clip:
     """Load an open_clip model with a pretrained tag, or local weights with, if need be, their config.
 
+    `allow_pickle` lets torch read a tag's weights where none are published as safetensors.
+
     Raises:
-        InputError: open_clip does not know the model or the tag; a file is missing, malformed, not safetensors, or does not fit the model.
+        InputError: open_clip does not know the model or the tag; a file is missing, malformed, not safetensors
+            and no pickle allowed, or does not fit the model.
         Unsupported: open_clip cannot make the model here, or its weights cannot be fetched.
     """
     if config is not None:
@@ -160,9 +164,7 @@ def load_clip(
         raise InputError(f"{model} has no pretrained tag {pretrained!r}", f"known tags: {known}")
     try:
         with _quiet():
-            module = open_clip.create_model(
-                model, pretrained=pretrained or None, load_weights=bool(pretrained), device=device
-            )
+            module = _create(model, pretrained, device, allow_pickle)
     except (OSError, *MALFORMED) as error:
         if config is not None and isinstance(error, MALFORMED):
             raise InputError(
@@ -189,6 +191,29 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(previous)
+
+
+def _create(model: str, pretrained: str, device: str, allow_pickle: bool) -> ClipModel:
+    """The module with the weights of its tag, if it has one, read from the very file that was looked at."""
+    file = _weights_of_tag(model, pretrained, allow_pickle) if pretrained else ""
+    # create_model itself loads nothing, neither the tag nor a text tower's own weights: both could be pickles.
+    module = open_clip.create_model(
+        model, pretrained=pretrained or None, load_weights=False, pretrained_text=False, device=device
+    )
+    if file:
+        open_clip.load_checkpoint(module, file)
+    return module
+
+
+def _weights_of_tag(model: str, pretrained: str, allow_pickle: bool) -> str:
+    """The file that holds the weights of a tag, fetched if need be. Raises InputError if torch would have to unpickle it unasked."""
+    file = open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))
+    if not (allow_pickle or file.endswith(".safetensors")):
+        raise InputError(
+            f"{model} {pretrained}: {file} is not safetensors, and reading a pickle can run code",
+            "set base.allow_pickle=true if you trust its source, or convert it and give base.weights",
+        )
+    return file
 
 
 def _register(config: Path) -> str:

@@ -1,12 +1,18 @@
 """open_clip behind one noun: the same numbers, weights without pickle, errors that name the place."""
 
+import copy
 import json
+import re
+from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from conftest import TINY
 from open_clip.transform import image_transform_v2
 from PIL import Image
+from safetensors.torch import save_file
 
 from r1export.adapt.clip import digest, licence, load_clip
 from r1export.errors import InputError
@@ -58,6 +64,43 @@ def test_weights_that_are_a_pickle_are_refused_unread(tmp_path, tiny_files) -> N
     with pytest.raises(InputError, match=r"model\.safetensors: not a safetensors file"):
         load_clip(weights=tmp_path / "model.safetensors", config=tiny_files[1])
     assert not (tmp_path / "went off").exists()
+
+
+@pytest.fixture
+def tagged(tmp_path, monkeypatch):
+    """Makes a file the weights of ViT-B-32 with the tag `laion2b_s34b_b79k`, built as small as TINY; no network is asked."""
+
+    def publish(name: str, state: dict) -> Path:
+        file = tmp_path / name
+        save_file(state, file) if name.endswith(".safetensors") else torch.save(state, file)
+        for place in ("open_clip.download_pretrained", "open_clip.factory.download_pretrained"):
+            monkeypatch.setattr(place, lambda cfg, **_: str(file))
+        monkeypatch.setattr("open_clip.factory.get_model_config", lambda name: copy.deepcopy(TINY))
+        return file
+
+    return publish
+
+
+def test_a_tag_in_safetensors_is_loaded_with_its_own_preprocessing(tiny_clip, tagged) -> None:
+    tagged("w.safetensors", tiny_clip.model.state_dict())
+    found = load_clip("ViT-B-32", pretrained="laion2b_s34b_b79k")
+    assert digest(found.parameters()) == digest(tiny_clip.parameters())
+    assert found.preprocess.config.mean == open_clip.get_pretrained_cfg("ViT-B-32", "laion2b_s34b_b79k")["mean"]
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.bin"])
+def test_a_tag_that_is_a_pickle_is_refused_unread_unless_it_is_allowed(
+    name: str, tiny_clip, tagged, monkeypatch
+) -> None:
+    file = tagged(name, tiny_clip.model.state_dict())
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **options: read.append(options) or load(path, **options))
+    with pytest.raises(InputError, match=rf"{re.escape(str(file))} is not safetensors.*base\.allow_pickle=true"):
+        load_clip("ViT-B-32", pretrained="laion2b_s34b_b79k")
+    assert read == []
+    found = load_clip("ViT-B-32", pretrained="laion2b_s34b_b79k", allow_pickle=True)
+    assert digest(found.parameters()) == digest(tiny_clip.parameters())
+    assert [options["weights_only"] for options in read] == [True]
 
 
 def test_missing_weights_are_named(tmp_path, tiny_files) -> None:
