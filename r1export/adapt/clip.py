@@ -194,12 +194,18 @@ def _quiet() -> Iterator[None]:
 
 
 def _create(model: str, pretrained: str, device: str, allow_pickle: bool) -> ClipModel:
-    """The module with the weights of its tag, if it has one, read from the very file that was looked at."""
+    """The module with the weights of its tag, if it has one, read from the very file that was looked at.
+
+    What a tag was trained with decides about the activation: open_clip builds ViT-B-16 without QuickGELU, warns, and the
+    weights of OpenAI would give other embeddings.
+    """
     file = _weights_of_tag(model, pretrained, allow_pickle) if pretrained else ""
+    quick = bool(pretrained) and open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
     # create_model itself loads nothing, neither the tag nor a text tower's own weights: both could be pickles.
     module = open_clip.create_model(
-        model, pretrained=pretrained or None, load_weights=False, pretrained_text=False, device=device
-    )
+        model, pretrained=pretrained or None, load_weights=False, pretrained_text=False, device=device,
+        force_quick_gelu=quick,
+    )  # fmt: skip
     if file:
         open_clip.load_checkpoint(module, file)
     return module

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY
 from open_clip.transform import image_transform_v2
+from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -68,7 +69,7 @@ def test_weights_that_are_a_pickle_are_refused_unread(tmp_path, tiny_files) -> N
 
 @pytest.fixture
 def tagged(tmp_path, monkeypatch):
-    """Makes a file the weights of ViT-B-32 with the tag `laion2b_s34b_b79k`, built as small as TINY; no network is asked."""
+    """Makes a file the weights of ViT-B-32 with the tag `openai`, built as small as TINY; no network is asked."""
 
     def publish(name: str, state: dict) -> Path:
         file = tmp_path / name
@@ -83,9 +84,17 @@ def tagged(tmp_path, monkeypatch):
 
 def test_a_tag_in_safetensors_is_loaded_with_its_own_preprocessing(tiny_clip, tagged) -> None:
     tagged("w.safetensors", tiny_clip.model.state_dict())
-    found = load_clip("ViT-B-32", pretrained="laion2b_s34b_b79k")
+    found = load_clip("ViT-B-32", pretrained="openai")
     assert digest(found.parameters()) == digest(tiny_clip.parameters())
-    assert found.preprocess.config.mean == open_clip.get_pretrained_cfg("ViT-B-32", "laion2b_s34b_b79k")["mean"]
+    assert found.preprocess.config.mean == open_clip.get_pretrained_cfg("ViT-B-32", "openai")["mean"]
+
+
+@pytest.mark.parametrize(("tag", "activation"), [("openai", QuickGELU), ("laion2b_s34b_b79k", torch.nn.GELU)])
+def test_a_tag_gets_the_activation_that_it_was_trained_with(tag: str, activation: type, tiny_clip, tagged) -> None:
+    tagged("w.safetensors", tiny_clip.model.state_dict())
+    model = load_clip("ViT-B-32", pretrained=tag).model
+    for tower in (model.visual, model):
+        assert isinstance(tower.transformer.resblocks[0].mlp.gelu, activation)
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.bin"])
@@ -96,9 +105,9 @@ def test_a_tag_that_is_a_pickle_is_refused_unread_unless_it_is_allowed(
     read, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda path, **options: read.append(options) or load(path, **options))
     with pytest.raises(InputError, match=rf"{re.escape(str(file))} is not safetensors.*base\.allow_pickle=true"):
-        load_clip("ViT-B-32", pretrained="laion2b_s34b_b79k")
+        load_clip("ViT-B-32", pretrained="openai")
     assert read == []
-    found = load_clip("ViT-B-32", pretrained="laion2b_s34b_b79k", allow_pickle=True)
+    found = load_clip("ViT-B-32", pretrained="openai", allow_pickle=True)
     assert digest(found.parameters()) == digest(tiny_clip.parameters())
     assert [options["weights_only"] for options in read] == [True]
 
