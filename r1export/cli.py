@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from r1export.pipeline import Stage
 
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
+INTERRUPTED = 130  # as shells count a process that Ctrl-C ended
 
 app = typer.Typer(
     name="r1export", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -67,7 +68,9 @@ Providers = Annotated[
         help="cpu, cuda or tensorrt of onnxruntime, openvino, or reference (onnx's own, untimed); repeatable. Default: cpu, and cuda where there is one.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else goes to stderr.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON document on stdout, of an error too; everything else goes to stderr.")
+]
 
 
 @contextmanager
@@ -82,11 +85,11 @@ def _terminal(as_json: bool) -> Iterator[Terminal]:
         raise
     except (R1ExportError, OSError) as caught:
         error = refused(caught) if isinstance(caught, OSError) else caught
-        terminal.error(str(error))
+        terminal.error(error, error.exit_code)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        terminal.error("interrupted; go on with --resume")
-        raise typer.Exit(130) from None
+        terminal.error(R1ExportError("interrupted", "go on with --resume"), INTERRUPTED)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _open(
@@ -117,6 +120,14 @@ def _reopen(path: Path, device: Device, terminal: Terminal) -> Stage:
     from r1export.pipeline import reopen_stage
 
     return reopen_stage(path, device=device, watch=terminal)
+
+
+def _read_report(run: Path) -> Mapping[str, Any]:
+    from r1export.run_folder import read_json
+    from r1export.verify.report import checked
+
+    path, remedy = run / "report.json", f"verify it first: r1export verify {run}"
+    return checked(read_json(path, remedy), path, remedy)
 
 
 def _finish(report: dict[str, Any]) -> None:
@@ -219,10 +230,9 @@ def verify(
 def report(run: Run, as_json: Json = False) -> None:
     """Write the reports of a verified run again, and show them."""
     with _terminal(as_json) as terminal:
-        from r1export.run_folder import read_json
         from r1export.verify.report import settled, write_report
 
-        found = settled(read_json(run / "report.json", f"verify it first: r1export verify {run}"))
+        found = settled(_read_report(run))
         write_report(found, run)
         if found.get("accuracy") and found.get("releases"):
             terminal.accuracy(found["accuracy"])
@@ -243,14 +253,9 @@ def compare(
 ) -> None:
     """Compare verified runs, for example a method with its baselines, in one table and picture."""
     with _terminal(as_json) as terminal:
-        from r1export.run_folder import read_json
         from r1export.verify import comparison
 
-        reports = [
-            (run.resolve().name, read_json(run / "report.json", f"verify it first: r1export verify {run}"))
-            for run in runs
-        ]
-        found = comparison.compare_runs(reports)
+        found = comparison.compare_runs([(run.resolve().name, _read_report(run)) for run in runs])
         terminal.table("Runs", *comparison.cells(found))
         if out is not None:
             comparison.write_comparison(found, out, overwrite=overwrite)

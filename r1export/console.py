@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from r1export.errors import R1ExportError
 from r1export.verify.checks import LADDER, verdict_of
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "not measured": "dim"}
@@ -57,9 +58,10 @@ class Terminal:
         """One line for people."""
         self.people.print(Text(text))
 
-    def error(self, message: str) -> None:
-        """One line, whatever the width of the terminal."""
-        self.errors.print(Text.assemble(("Error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
+    def error(self, error: R1ExportError, exit_code: int) -> None:
+        """One line, whatever the width of the terminal, and the same for machines, as the device's kit prints it."""
+        self.errors.print(Text.assemble(("Error: ", "bold red"), " ".join(str(error).split())), soft_wrap=True)
+        self.document({"error": {"message": error.message, "remedy": error.remedy}, "exit_code": exit_code})
 
     def document(self, value: Any) -> None:
         """The one JSON document on stdout."""
@@ -127,11 +129,15 @@ class Terminal:
             for name in ("merge", "export", "total")
         ]
         program = _together([rungs.get(name) for name in LADDER])
-        ratio = (
-            f"{timing['ratio']:.3f}±{(timing['ci95'][1] - timing['ci95'][0]) / 2:.3f}" if timing.get("ratio") else "-"
-        )
+        ratio = f"{timing['ratio']:.3f}{_half_width(timing.get('ci95'))}" if timing.get("ratio") else "-"
         unmerged = f"{timing['unmerged_ratio']:.2f}" if timing.get("unmerged_ratio") else "-"
-        return [release["release"]["name"], *errors, program, ratio, unmerged, release["verdict"]]
+        name = (release.get("release") or {}).get("name") or "unnamed"
+        return [name, *errors, program, ratio, unmerged, release["verdict"]]
+
+
+def _half_width(interval: Sequence[float | None] | None) -> str:
+    low, high = interval or (None, None)
+    return "" if low is None or high is None else f"±{(high - low) / 2:.3f}"
 
 
 def _together(rungs: Iterable[Mapping[str, Any] | None]) -> str:

@@ -50,9 +50,9 @@ class Inconclusive(R1ExportError):
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 
 
-def refused(error: OSError) -> R1ExportError:
-    """What the operating system refused, with its place: a path that is not what it has to be, else the environment."""
-    message = f"{error.filename or 'a file'}: {error.strerror or error}"
+def refused(error: OSError, what: str = "") -> R1ExportError:
+    """What the operating system refused, by default with its place: a path that is not what it has to be, else the environment."""
+    message = f"{what or error.filename or 'a file'}: {error.strerror or error}"
     if error.errno in NOT_THERE:
         return InputError(message, "check the path")
     return Unsupported(message, "see to the disk and its permissions; what was there is unchanged")

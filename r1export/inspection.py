@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from r1export.errors import InputError
-from r1export.export.release import read_manifest
 from r1export.run_folder import RunFolder
 from r1export.update.container import NAMES, read_layout
 from r1export.update.factors import Rows
+from r1export.update.release import Release
 from r1export.verify.figures import size
 
 Description = tuple[str, dict[str, object], list[str], list[list[str]]]
@@ -71,14 +71,13 @@ def _run(path: Path) -> Description:
 
 
 def _release(path: Path) -> Description:
-    manifest = read_manifest(path)
-    rows = [[name, size(entry["bytes"]), entry["sha256"]] for name, entry in manifest["files"].items()]
-    learned = [task["name"] for task in manifest["tasks"] if task["learned"]]
-    facts = {
-        "release": manifest["name"],
-        "base": manifest["base"]["name"],
-        "learned": ", ".join(learned) or "nothing",
-        "parameters": len(manifest["tensors"]),
+    release = Release.read(path)
+    rows = [[name, size(entry.nbytes), entry.sha256] for name, entry in release.files.items()]
+    facts: dict[str, object] = {
+        "release": release.name,
+        "base": release.base_name,
+        "learned": ", ".join(task for task, _ in release.updates) or "nothing",
+        "parameters": len(release.tensors),
     }
     return "Release", facts, ["file", "size", "sha256"], rows
 
@@ -181,13 +180,8 @@ def examine_environment() -> list[dict[str, str]]:
         try:
             findings.append({"check": name, "found": trial(), "verdict": "pass"})
         except Exception as error:  # whatever is broken in this environment is the finding
-            findings.append(
-                {
-                    "check": name,
-                    "found": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}",
-                    "verdict": "fail",
-                }
-            )
+            said = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
+            findings.append({"check": name, "found": said.removesuffix(":")[:140], "verdict": "fail"})
     return findings
 
 

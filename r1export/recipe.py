@@ -15,7 +15,7 @@ TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Base(_Section):
@@ -29,6 +29,9 @@ class Base(_Section):
     """Local `.safetensors` file instead of a tag."""
     config: str = ""
     """open_clip config JSON for `weights`, where `model` is not one of open_clip's own names."""
+
+    allow_pickle: bool = False
+    """Read weights of a tag that are published only as a pickle (`.pt`, `.bin`), which can run code: for sources that you trust."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -132,7 +135,7 @@ class Train(_Section):
     """Steps between checkpoints inside a task."""
     tensorboard: bool = False
     """Log losses, images per second and accuracies into RUN/tensorboard; needs the extra `tensorboard`."""
-    seed: int = 42
+    seed: int = Field(42, ge=0)
     """Decides images, batches, initial factors and dropout."""
 
 
@@ -150,7 +153,7 @@ class Verify(_Section):
 
     samples: int = Field(0, ge=0)
     """Real test images and prompts of each task that parity is measured on; 0 takes 32, fewer for large models."""
-    batches: tuple[int, ...] = (1, 2, 5)
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 5), min_length=1)
     """Batch sizes of the parity check."""
     max_abs: float = Field(5e-5, gt=0)
     """Largest allowed difference of unit-norm embeddings; four times the base model's own error is allowed if larger."""
@@ -191,8 +194,23 @@ class Recipe(_Section):
         names = [task.name for task in self.tasks]
         if len({name.lower() for name in names}) != len(names):
             raise ValueError("two tasks have the same name")
+        if self.probe and self.probe.name.lower() in {name.lower() for name in names}:
+            raise ValueError(f"the probe and a task are both named {self.probe.name}: give probe.name another")
         if self.order and sorted(self.order) != sorted(names):
             raise ValueError(f"order must name each task once: {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _votes(self) -> Self:
+        gate, consolidate = self.pool.gate, self.train.consolidate
+        if gate == "frequency" and consolidate == 0:
+            raise ValueError(
+                'pool.gate "frequency" weighs experts by votes and train.consolidate 0 takes none: raise train.consolidate'
+            )
+        if gate == "sparse" and consolidate < 1:
+            raise ValueError(
+                f'pool.gate "sparse" is thresholded until the end, train.consolidate {consolidate} fixes it before: set it to 1'
+            )
         return self
 
     @property

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1export.errors import InputError
+from r1export.errors import InputError, refused
 from r1export.recipe import Recipe, load_recipe
 from r1export.update.factors import ExpertUpdate
-from r1export.update.files import write_file
+from r1export.update.files import write_file, write_json
+
+HOLDS = {  # file of a run -> what other steps read from it
+    "run.json": ("base.name", "base.sha256"),
+    "metrics.json": ("tasks", "zero_shot", "zero_shot_avg", "accuracy", "probe"),
+}
 
 
 @dataclass(frozen=True)
@@ -70,19 +76,41 @@ class RunFolder(Exports):
         files = [self.task(i, task.name) / "factors.safetensors" for i, task in enumerate(recipe.stream, 1)]
         return [ExpertUpdate.read(file) for file in files if file.exists()]
 
+    def keep_gaps(self, number: int, name: str, gaps: Mapping[str, Any]) -> None:
+        """Put G1 to G3 of a task, which `verify` measures, beside what training wrote into its metrics.json."""
+        path = self.task(number, name) / "metrics.json"
+        before = _object(path, "delete the file and verify again") if path.exists() else {}
+        write_json(path, before | {"gaps": dict(gaps)})
+
     def metrics(self) -> dict[str, Any]:
         """Raises InputError if the run has not been trained."""
         return read_json(self.metrics_file, "train the run first: r1export train")
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Raises InputError with `remedy` if the file is missing or damaged."""
+    """The JSON object in a file of a run. Raises InputError with `remedy` if it is missing, damaged, or lacks what is in HOLDS."""
+    found = _object(path, remedy)
+    if missing := [name for name in HOLDS.get(path.name, ()) if not _has(found, name)]:
+        raise InputError(f"{path}: damaged: it lacks {', '.join(missing)}", remedy)
+    return found
+
+
+def _object(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", remedy) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: damaged: {error}", remedy) from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: damaged: found {found!r:.80}, expected an object", remedy)
+    return found
+
+
+def _has(value: Any, name: str) -> bool:
+    """Whether there is a member `a.b` in objects of objects."""
+    first, _, rest = name.partition(".")
+    return isinstance(value, dict) and first in value and (not rest or _has(value[first], rest))
 
 
 def check_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -108,7 +136,7 @@ def check_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> N
 def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
     """A new run, or the one that is there: `resume` goes on with it, `overwrite` deletes it first.
 
-    Raises InputError as `check_run` does, or if the folder cannot be written.
+    Raises InputError as `check_run` does, Unsupported if the disk is full or the folder may not be written.
     """
     check_run(path, recipe, resume=resume, overwrite=overwrite)
     run = RunFolder(path)
@@ -119,7 +147,7 @@ def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Ru
         if not run.recipe_file.exists():
             write_file(run.recipe_file, recipe.dumps().encode())
     except OSError as error:
-        raise InputError(f"{path} could not be written: {error.strerror}", "choose another --out") from error
+        raise refused(error, f"{path} could not be written") from error
     return run
 
 

@@ -156,11 +156,25 @@ def test_metrics_hold_a_square_matrix_beside_the_zero_shot_row_and_the_probe(run
     assert {"transfer", "avg", "last", "forgetting"} <= set(metrics)
 
 
+def test_metrics_of_a_task_hold_what_training_wrote_and_the_gaps_that_verify_measured(run) -> None:
+    gaps = json.loads(run[1].stdout)["accuracy"]["gaps"]["tasks"]
+    assert gaps.keys() == {"digits", "arrows"}
+    for folder, name in (("01-digits", "digits"), ("02-arrows", "arrows")):
+        metrics = json.loads((run[0] / "tasks" / folder / "metrics.json").read_text())
+        assert metrics["gaps"] == gaps[name]
+        assert {"G1", "G2", "G3"} <= metrics["gaps"].keys()
+        assert metrics["task"] == name
+        assert len(metrics["losses"]) == 4
+
+
 def test_the_weights_of_a_release_are_the_base_plus_the_factors_in_order(run) -> None:
     from r1export.update.factors import ExpertUpdate
 
     base = read_tensors(run[0] / "releases/00-base/visual.safetensors")
     tensors = json.loads((run[0] / "releases/00-base/manifest.json").read_text())["tensors"]
+    third = len(base["visual.transformer.resblocks.0.attn.in_proj_bias"]) // 3
+    packed = tensors["visual.transformer.resblocks.0.attn.in_proj_weight"]
+    assert packed["rows"] == [[i * third, (i + 1) * third] for i in range(3)]
     straight = {name: value.T if tensors[name]["transposed"] else value for name, value in base.items()}
     updates = [ExpertUpdate.read(run[0] / f"tasks/{name}/factors.safetensors") for name in ("01-digits", "02-arrows")]
     visual = ExpertUpdate(
@@ -231,10 +245,10 @@ def test_a_full_disk_in_the_middle_of_a_release_leaves_no_release(recipe, run, t
 
     one_line_error(
         in_a_process("export", tmp_path / "run", preexec_fn=limit),
-        2,
+        3,
         "00-base could not be written",
         "File too large",
-        "make room",
+        "see to the disk",
     )
     assert list((tmp_path / "run/releases").rglob("*")) == []
 
@@ -377,6 +391,33 @@ def test_inspect_knows_every_kind_of_file(path: str, words: list[str], run) -> N
     assert all(word in result.stdout for word in words), result.stdout
 
 
+def test_a_manifest_of_nothing_but_its_format_is_refused_by_what_is_missing(tmp_path) -> None:
+    (tmp_path / "manifest.json").write_text('{"format": "r1export.release/1"}')
+    one_line_error(r1export("inspect", tmp_path), 2, "manifest.json.base is missing")
+
+
+@pytest.mark.parametrize("verb", ["report", "verify", "inspect", "export"])
+def test_an_error_is_one_json_document_too(verb: str, tmp_path) -> None:
+    result = r1export(verb, tmp_path, "--json")
+    one_line_error(result, 2)
+    found = json.loads(result.stdout)
+    assert found.keys() == {"error", "exit_code"}
+    assert found["exit_code"] == 2
+    message, remedy = (found["error"][part] for part in ("message", "remedy"))
+    assert result.stderr.strip() == f"Error: {message} ({remedy})"
+    assert r1export(verb, tmp_path).stdout == ""
+
+
+def test_an_interrupted_command_says_so_to_machines_as_well(tmp_path, monkeypatch) -> None:
+    def interrupt(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("r1export.inspection.describe", interrupt)
+    result = r1export("inspect", tmp_path, "--json")
+    one_line_error(result, 130, "interrupted (go on with --resume)")
+    assert json.loads(result.stdout)["exit_code"] == 130
+
+
 def test_report_shows_the_verdict_again_without_measuring(run) -> None:
     result = r1export("report", run[0])
     assert result.returncode == 0
@@ -387,6 +428,16 @@ def test_doctor_finds_this_environment_fit() -> None:
     result = r1export("doctor", "--json")
     assert result.returncode == 0, result.stdout
     assert {f["check"] for f in json.loads(result.stdout)["findings"]} >= {"torch", "onnxruntime runs a graph"}
+
+
+def test_doctor_names_a_fault_that_says_nothing_of_itself(monkeypatch) -> None:
+    def fail() -> str:
+        raise AssertionError
+
+    monkeypatch.setattr("r1export.inspection._try_disk", fail)
+    result = r1export("doctor", "--json")
+    assert result.returncode == 3
+    assert {"check": "disk", "found": "AssertionError", "verdict": "fail"} in json.loads(result.stdout)["findings"]
 
 
 def test_help_loads_no_torch() -> None:

@@ -19,6 +19,7 @@ def runs(tmp_path: Path) -> list[Path]:
         report = {
             "schema": EXAMPLE["schema"],
             "verdict": "pass",
+            "reasons": [],
             "accuracy": copy.deepcopy(EXAMPLE["accuracy"]) | {"last": last},
             "releases": [EXAMPLE],
         }
@@ -38,6 +39,33 @@ def test_runs_are_compared_on_the_screen_and_in_files(runs: list[Path], tmp_path
 def test_json_is_one_document_on_stdout(runs: list[Path]) -> None:
     done = CliRunner().invoke(app, ["compare", *map(str, runs), "--json"])
     assert [run["last"] for run in json.loads(done.stdout)["runs"]] == [0.8, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "expected an object"),
+        ('{"verdict": "banana"}', "lacks schema, reasons"),
+        ('{"schema": "r1export.report/1", "verdict": "banana", "reasons": [], "release": {}}', "verdict is 'banana'"),
+        ('{"schema": "r1export.report/1", "verdict": "pass", "reasons": [], "release": 3}', "release is 3"),
+        ('{"schema": "r1export.report/1", "verdict": "pass", "reasons": []}', "lacks release"),
+    ],
+)
+def test_a_report_that_is_none_is_refused_in_one_line(text: str, words: str, runs: list[Path]) -> None:
+    (runs[0] / "report.json").write_text(text)
+    for arguments in (["report", str(runs[0])], ["compare", *map(str, runs)]):
+        done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+        assert done.exit_code == 2, done.exception
+        assert words in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_report_with_no_more_than_its_verdict_is_shown(tmp_path: Path) -> None:
+    report = {"schema": EXAMPLE["schema"], "verdict": "pass", "reasons": [], "release": None, "latency": {"ratio": 1.0}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    done = CliRunner().invoke(app, ["report", str(tmp_path)], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.exception
+    assert "unnamed" in done.stdout
 
 
 def test_a_folder_without_a_report_and_a_place_that_is_taken_are_refused_in_one_line(

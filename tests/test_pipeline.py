@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
 from r1export.adapt.knowledge import recall
 from r1export.errors import InputError, Unsupported
-from r1export.pipeline import Silent, Stage, check_inputs, choose_device, training
+from r1export.pipeline import Silent, Stage, carry_out, check_inputs, choose_device, export, training
 from r1export.pipeline.training import train
 from r1export.recipe import Recipe
 from r1export.run_folder import RunFolder, check_run, open_run
@@ -99,6 +102,23 @@ def test_a_run_cannot_go_on_from_another_base(recipe, tmp_path) -> None:
         train(other)
 
 
+def test_a_file_of_a_run_without_what_it_should_hold_is_named(recipe, tmp_path) -> None:
+    stage = stage_of(recipe, tmp_path / "run")
+    train(stage)
+    for file, words, step in (
+        ("run.json", "it lacks base.name, base.sha256", train),
+        ("zero_shot.json", "no accuracy of digits, arrows", train),
+        ("tasks/02-arrows/accuracy.json", "no accuracy of digits, arrows", train),
+        ("metrics.json", "it lacks tasks, .*probe", export),
+    ):
+        whole = (stage.run.path / file).read_text()
+        for text, said in (("{}", words), ("[]", "expected an object")):
+            (stage.run.path / file).write_text(text)
+            with pytest.raises(InputError, match=rf"{file}: damaged: .*{said}"):
+                step(stage)
+        (stage.run.path / file).write_text(whole)
+
+
 def test_checking_the_inputs_leaves_the_model_as_it_was(recipe, tmp_path) -> None:
     stage = Stage(RunFolder(tmp_path / "never made"), recipe, "cpu", Silent())
     names = list(stage.clip.model.state_dict())
@@ -122,6 +142,31 @@ def test_a_file_in_the_place_of_the_run_is_refused(recipe, tmp_path) -> None:
     with pytest.raises(InputError, match="nothing was touched"):
         open_run(tmp_path / "run", recipe, resume=True, overwrite=True)
     assert (tmp_path / "run").read_text() == "something else"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, Unsupported), (errno.EACCES, Unsupported), (errno.ENOTDIR, InputError)]
+)
+def test_what_the_disk_refuses_to_a_run_is_the_environment_and_a_wrong_path_is_input(
+    number: int, kind: type[Exception], recipe, tmp_path, monkeypatch
+) -> None:
+    def write(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    stage = stage_of(recipe, tmp_path / "run")
+    monkeypatch.setattr("r1export.pipeline.training.write_json", write)
+    monkeypatch.setattr("r1export.run_folder.write_file", write)
+    for step in (lambda: open_run(tmp_path / "new", recipe, resume=False, overwrite=False), lambda: train(stage)):
+        with pytest.raises(kind, match=f"could not be written: {os.strerror(number)}"):
+            step()
+
+
+def test_full_fine_tuning_is_refused_by_run_before_it_is_trained(recipe, tmp_path) -> None:
+    full = recipe.model_copy(update={"train": recipe.train.model_copy(update={"method": "full"})})
+    stage = stage_of(full, tmp_path / "run")
+    with pytest.raises(Unsupported, match="use it with r1export train"):
+        carry_out(stage)
+    assert [path.name for path in stage.run.path.iterdir()] == ["recipe.toml"]
 
 
 def test_a_gpu_that_is_not_there_is_unsupported() -> None:

@@ -1,5 +1,6 @@
 """Recipes: what is read, what is refused, and every recipe that comes with the project."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,15 @@ def test_mtil_recipes_learn_the_eleven_sets_with_openai_weights() -> None:
         recipe = load_recipe(ROOT / "recipes" / f"{name}.toml")
         assert (recipe.base.model, recipe.base.pretrained) == ("ViT-B-16", "openai")
         assert len({task.source for task in recipe.tasks}) == 11
+
+
+@pytest.mark.parametrize("name", ["mtil-5shot", "mtil-full", "xtail"])
+def test_the_header_of_a_benchmark_says_how_to_run_the_method_as_published(name: str) -> None:
+    path = ROOT / "recipes" / f"{name}.toml"
+    line = next(line for line in path.read_text(encoding="utf-8").splitlines() if "method as published" in line)
+    train = load_recipe(path, tuple(re.findall(r"--set (\S+)", line))).train
+    published = load_recipe(ROOT / "recipes/baselines/faithful.toml").train
+    assert train == published.model_copy(update={"iterations": train.iterations})
 
 
 def test_a_recipe_changes_only_what_it_says_of_the_one_it_extends(tmp_path) -> None:
@@ -135,6 +145,15 @@ def test_every_field_says_what_it_means() -> None:
         ('[base]\nmodel = "ViT-B-16"\n[[tasks]]\nname = "a"\nsource = "x"\n', "either pretrained"),
         ('[base]\nweights = "w"\n[[tasks]]\nname = "a"\nsource = "x"\n', "give model"),
         ('[base]\nmodel = "builtin:world"\n', "tasks"),
+        (MINIMAL + '[pool]\ngate = "frequency"\n[train]\nconsolidate = 0\n', "raise train.consolidate"),
+        (MINIMAL + '[pool]\ngate = "sparse"\n', r"train\.consolidate 0\.3 fixes it before: set it to 1"),
+        (MINIMAL + "[verify]\nbatches = [1, 0]\n", r"verify\.batches\.1: .*0"),
+        (MINIMAL + "[verify]\nbatches = []\n", r"verify\.batches"),
+        (MINIMAL + "[train]\nseed = -1\n", r"train\.seed: .*-1"),
+        (MINIMAL + "[verify]\nmax_abs = inf\n", r"verify\.max_abs: .*finite.*inf"),
+        (MINIMAL + "[train]\nkeep = nan\n", r"train\.keep: .*nan"),
+        (MINIMAL + "[pool]\nalpha = inf\n", r"pool\.alpha: .*inf"),
+        (MINIMAL + '[probe]\nname = "A"\nsource = "x"\n', r"both named A: give probe\.name another"),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused_by_the_name_of_the_field(text: str, message: str, tmp_path) -> None:
@@ -142,6 +161,12 @@ def test_a_recipe_that_makes_no_sense_is_refused_by_the_name_of_the_field(text: 
         load_recipe(write(tmp_path, text))
     assert str(caught.value).startswith(str(tmp_path / "r.toml"))
     assert "\n" not in str(caught.value)
+
+
+def test_gates_that_the_votes_or_thresholds_reach_are_taken(tmp_path) -> None:
+    for gate, consolidate in (("frequency", 0.3), ("sparse", 1)):
+        text = f'{MINIMAL}[pool]\ngate = "{gate}"\n[train]\nconsolidate = {consolidate}\n'
+        assert load_recipe(write(tmp_path, text)).pool.gate == gate
 
 
 def test_a_missing_recipe_is_named(tmp_path) -> None:

@@ -25,6 +25,8 @@ from r1export.errors import InputError, Unsupported
 
 # An nn.Module with encode_image, encode_text and logit_scale: one of several classes of open_clip, which has no types.
 ClipModel = Any
+# What open_clip and torch raise for a config with unknown keys or impossible values.
+MALFORMED = (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError, ZeroDivisionError)
 
 
 @dataclass(frozen=True)
@@ -139,29 +141,36 @@ def load_clip(
     weights: Path | None = None,
     config: Path | None = None,
     device: str = "cpu",
+    allow_pickle: bool = False,
 ) -> Clip:
     """Load an open_clip model with a pretrained tag, or local weights with, if need be, their config.
 
+    `allow_pickle` lets torch read a tag's weights where none are published as safetensors.
+
     Raises:
-        InputError: a file is missing, malformed, not safetensors, or does not fit the model.
-        Unsupported: open_clip does not know the model or the tag, or the weights cannot be fetched.
+        InputError: open_clip does not know the model or the tag; a file is missing, malformed, not safetensors
+            and no pickle allowed, or does not fit the model.
+        Unsupported: open_clip cannot make the model here, or its weights cannot be fetched.
     """
     if config is not None:
         model = _register(config)
     if model not in open_clip.list_models():
-        raise Unsupported(
+        raise InputError(
             f"open_clip {open_clip.__version__} knows no model {model!r}",
             "open_clip.list_models() names them, or give base.config",
         )
     if pretrained and pretrained not in open_clip.list_pretrained_tags_by_model(model):
         known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
-        raise Unsupported(f"{model} has no pretrained tag {pretrained!r}", f"known tags: {known}")
+        raise InputError(f"{model} has no pretrained tag {pretrained!r}", f"known tags: {known}")
     try:
         with _quiet():
-            module = open_clip.create_model(
-                model, pretrained=pretrained or None, load_weights=bool(pretrained), device=device
-            )
-    except (OSError, RuntimeError) as error:
+            module = _create(model, pretrained, device, allow_pickle)
+    except (OSError, *MALFORMED) as error:
+        if config is not None and isinstance(error, MALFORMED):
+            raise InputError(
+                f"{config}: open_clip cannot build this model: {type(error).__name__}: {_first_line(error)}",
+                "mend the config: see open_clip's own in its model_configs",
+            ) from error
         raise Unsupported(
             f"open_clip cannot make {model} {pretrained}: {_first_line(error)}",
             "fetch the weights once with network, or give base.weights",
@@ -184,15 +193,46 @@ def _quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
+def _create(model: str, pretrained: str, device: str, allow_pickle: bool) -> ClipModel:
+    """The module with the weights of its tag, if it has one, read from the very file that was looked at.
+
+    What a tag was trained with decides about the activation: open_clip builds ViT-B-16 without QuickGELU, warns, and the
+    weights of OpenAI would give other embeddings.
+    """
+    file = _weights_of_tag(model, pretrained, allow_pickle) if pretrained else ""
+    quick = bool(pretrained) and open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
+    # create_model itself loads nothing, neither the tag nor a text tower's own weights: both could be pickles.
+    module = open_clip.create_model(
+        model, pretrained=pretrained or None, load_weights=False, pretrained_text=False, device=device,
+        force_quick_gelu=quick,
+    )  # fmt: skip
+    if file:
+        open_clip.load_checkpoint(module, file)
+    return module
+
+
+def _weights_of_tag(model: str, pretrained: str, allow_pickle: bool) -> str:
+    """The file that holds the weights of a tag, fetched if need be. Raises InputError if torch would have to unpickle it unasked."""
+    file = open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))
+    if not (allow_pickle or file.endswith(".safetensors")):
+        raise InputError(
+            f"{model} {pretrained}: {file} is not safetensors, and reading a pickle can run code",
+            "set base.allow_pickle=true if you trust its source, or convert it and give base.weights",
+        )
+    return file
+
+
 def _register(config: Path) -> str:
     try:
-        keys = set(json.loads(config.read_text(encoding="utf-8")))
+        found = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{config}: not a readable open_clip config: {error}",
             "give the JSON with embed_dim, vision_cfg and text_cfg",
         ) from None
-    if missing := {"embed_dim", "vision_cfg", "text_cfg"} - keys:
+    if not isinstance(found, dict):
+        raise InputError(f"{config}: found {found!r:.80}, expected an object", "give an open_clip model config")
+    if missing := {"embed_dim", "vision_cfg", "text_cfg"} - found.keys():
         raise InputError(f"{config}: no {', '.join(sorted(missing))}", "give an open_clip model config")
     open_clip.add_model_config(config)
     return config.stem

@@ -37,15 +37,16 @@ def image_embeddings(clip: Clip, pixels: Pixels) -> np.ndarray:
 
 def accuracy(clip: Clip, task: Task, test: Pixels, among: Classes | None = None) -> float:
     """Top-1 accuracy on the task's test images among the task's own class names, or among those of several tasks."""
-    return top1_among(image_embeddings(clip, test), task, class_embeddings(clip, task), among)
+    candidates = class_embeddings(clip, task) if among is None else among
+    return top1_among(image_embeddings(clip, test), task, candidates)
 
 
-def top1_among(embeds: np.ndarray, task: Task, own: np.ndarray, among: Classes | None) -> float:
-    """Top-1 of the task's test images (n, D) among the embeddings of its own classes (C, D), or `among` those of several tasks."""
-    if among is None:
-        return top1(embeds, own, task.test.labels)
-    places = np.array([among.places[name] for name in task.classes])
-    return top1(embeds, among.embeddings, places[task.test.labels])
+def top1_among(embeds: np.ndarray, task: Task, candidates: np.ndarray | Classes) -> float:
+    """Top-1 of the task's test images (n, D) among the embeddings of its own classes (C, D), or among those of several tasks."""
+    if not isinstance(candidates, Classes):
+        return top1(embeds, candidates, task.test.labels)
+    places = np.array([candidates.places[name] for name in task.classes])
+    return top1(embeds, candidates.embeddings, places[task.test.labels])
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,35 +141,45 @@ def train_pools_(
 
     Raises InputError if the loss is not finite.
     """
-    parameters = parameters or [parameter for pool in pools.values() for parameter in pool.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    learned = parameters or [parameter for pool in pools.values() for parameter in pool.parameters()]
+    optimizer = torch.optim.AdamW(learned, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     prompts = task_prompts(clip, task, settings.seed, number)
     progress = _Progress()
     if checkpoint is not None and checkpoint.exists():
         progress = _load_checkpoint_(checkpoint, pools, optimizer)
-    clip.model.train()
     lesson = _Lesson(clip, together.encoders(clip, pools), pools, task, train, prompts, settings, number, knowledge)
-    while progress.step < settings.iterations:
-        started = time.perf_counter()
-        if progress.step >= settings.consolidate * settings.iterations:
-            _consolidate_(pools)
-        losses = lesson.losses(progress.step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress.step, settings)
-        optimizer.zero_grad()
-        torch.stack(losses).sum().backward()
-        optimizer.step()
-        _shrink_(pools, progress.step / settings.iterations)
-        loss, extra, kept = (value.item() for value in losses)
-        progress.add(loss, task)
-        on_step(Step(progress.step, loss, extra, kept, time.perf_counter() - started))
-        if checkpoint is not None and progress.step % settings.checkpoint_every == 0 and together.is_first():
-            _write_checkpoint(checkpoint, pools, optimizer, progress)
-    clip.model.eval()
+    with _in_training(clip, [clip.model] if parameters else pools.values()):
+        while progress.step < settings.iterations:
+            started = time.perf_counter()
+            if progress.step >= settings.consolidate * settings.iterations:
+                _consolidate_(pools)
+            losses = lesson.losses(progress.step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(progress.step, settings)
+            optimizer.zero_grad()
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+            _shrink_(pools, progress.step / settings.iterations)
+            loss, extra, kept = (value.item() for value in losses)
+            progress.add(loss, task)
+            on_step(Step(progress.step, loss, extra, kept, time.perf_counter() - started))
+            if checkpoint is not None and progress.step % settings.checkpoint_every == 0 and together.is_first():
+                _write_checkpoint(checkpoint, pools, optimizer, progress)
     together.wait()
     if checkpoint is not None and together.is_first():
         checkpoint.unlink(missing_ok=True)
     return progress.losses
+
+
+@contextmanager
+def _in_training(clip: Clip, learners: Iterable[nn.Module]) -> Iterator[None]:
+    """Only what learns is in training mode: BatchNorm and DropPath of a frozen base stay as they are deployed."""
+    for module in learners:
+        module.train()
+    try:
+        yield
+    finally:
+        clip.model.eval()
 
 
 def _consolidate_(pools: Pools) -> None:

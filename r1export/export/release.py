@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from r1export.errors import InputError
+from r1export.errors import InputError, refused
 from r1export.export.client import write_tokenizer
 from r1export.export.graph import GRAPHS
 from r1export.export.quantized import SCALE
 from r1export.export.variants import PROCEDURES
 from r1export.export.weight_map import WeightMap
 from r1export.update.container import NAMES, write_tensors
+from r1export.update.factors import Rows
 from r1export.update.files import new_folder, sha256_bytes, sha256_file, write_file, write_json
 from r1export.update.release import FORMAT, MANIFEST, REPORTS, sealed
 
@@ -53,7 +54,10 @@ class Golden:
 
 @dataclass(frozen=True)
 class ReleaseContent:
-    """Everything that makes one release. `accuracy` is asked for the folder once its graphs and weights are there."""
+    """Everything that makes one release. `accuracy` is asked for the folder once its graphs and weights are there.
+
+    `adapted` are the rows beside which experts stand in this or a later release: the same for all, so that their maps are.
+    """
 
     name: str
     sequence: int
@@ -69,13 +73,15 @@ class ReleaseContent:
     accuracy: Callable[[Path], Mapping[str, float]]
     versions: Mapping[str, str]
     tolerance: Mapping[str, float]
+    adapted: tuple[Rows, ...] = ()
 
 
 def write_release(content: ReleaseContent, graphs: Path, path: Path) -> dict[str, Any]:
     """Write the release folder `path` and return its manifest. `graphs` is the folder of the one export.
 
     Raises:
-        InputError: no space, no permission; nothing half-written is left.
+        InputError: `path` cannot be.
+        Unsupported: no space, no permission. Nothing half-written is left.
     """
     weights = WeightMap.read(graphs / "weight_map.json")
     with refused_writes(path), new_folder(path) as folder:
@@ -104,10 +110,7 @@ def refused_writes(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{path} could not be written: {error.strerror or error}",
-            "make room or choose another --out; what was there is unchanged",
-        ) from error
+        raise refused(error, f"{path} could not be written") from error
 
 
 def _write_classes(tasks: tuple[TaskClasses, ...], folder: Path) -> None:
@@ -134,7 +137,7 @@ def _manifest(
 ) -> dict[str, Any]:
     listed = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNLISTED)
     with ThreadPoolExecutor() as pool:  # all bytes are hashed twice, which takes as long as writing them
-        places = pool.submit(_tensor_map, weights, tensors)
+        places = pool.submit(_tensor_map, weights, tensors, content)
         digests = dict(zip(listed, pool.map(sha256_file, listed), strict=True))
     return {
         "format": FORMAT,
@@ -159,7 +162,9 @@ def _manifest(
     }
 
 
-def _tensor_map(weights: WeightMap, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+def _tensor_map(
+    weights: WeightMap, tensors: Mapping[str, Mapping[str, np.ndarray]], content: ReleaseContent
+) -> dict[str, Any]:
     """Parameter -> where its bytes lie, in which form, and their digest."""
     entries = {}
     for file, placed in weights.files.items():
@@ -168,11 +173,18 @@ def _tensor_map(weights: WeightMap, tensors: Mapping[str, Mapping[str, np.ndarra
             spec, stored = specs[placement.parameter], tensors[file][placement.parameter]
             entries[spec.name] = {
                 "file": file, "offset": spec.offset, "bytes": spec.nbytes, "dtype": NAMES[spec.dtype], "shape": list(spec.shape),
-                "transposed": placement.transposed, "sha256": sha256_bytes(stored),
+                "rows": _rows(spec.name, content), "transposed": placement.transposed, "sha256": sha256_bytes(stored),
             }  # fmt: skip
             if placement.dtype == "I8":
                 entries[spec.name]["scale"] = spec.name + SCALE
     return entries
+
+
+def _rows(parameter: str, content: ReleaseContent) -> list[list[int]]:
+    """[start, stop] of each adapted linear in a parameter (rows, in), a packed one has several; else all rows, none of a scalar."""
+    found = sorted([rows.start, rows.stop] for rows in content.adapted if rows.parameter == parameter)
+    shape = content.weights[parameter].shape  # not as it is stored, which may be transposed or have further axes
+    return found or [[0, height] for height in shape[:1]]
 
 
 def read_manifest(release: Path) -> dict[str, Any]:

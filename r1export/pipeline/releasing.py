@@ -24,7 +24,7 @@ from r1export.pipeline.forms import RANGES, Form
 from r1export.pipeline.samples import BATCH, calibration
 from r1export.pipeline.stage import Stage
 from r1export.run_folder import read_json
-from r1export.update.factors import ExpertUpdate
+from r1export.update.factors import ExpertUpdate, Rows
 from r1export.update.files import new_folder, sha256_file, write_json
 from r1export.verify.digest import graph_digest
 from r1export.verify.runtime import open_session, runner
@@ -80,11 +80,14 @@ def _write_graphs(form: Form, folder: Path) -> None:
 
 def _write_releases(form: Form, updates: list[ExpertUpdate]) -> list[Path]:
     stage, metrics = form.stage, form.stage.run.metrics()
+    adapted = tuple(ExpertUpdate.stack(updates).factors)
     releases = form.exports.releases(stage.recipe)[: len(updates) + 1]
     with stage.watch.track(f"Writing releases in {form.precision}", len(releases)) as advance:
         for number, path in enumerate(releases):
             if not path.exists():
-                _release(form, number, path, updates[:number], metrics)
+                with stage.showing(updates[:number]) as merged:
+                    content = _content(form, number, path.name, updates[:number], merged, metrics, adapted)
+                    write_release(content, form.exports.graphs, path)
             advance(path.name)
     return releases
 
@@ -102,11 +105,6 @@ def _context_length(stage: Stage) -> int:
     return stage.clip.tokenize([""]).shape[1]
 
 
-def _release(form: Form, number: int, path: Path, updates: list[ExpertUpdate], metrics: dict[str, Any]) -> None:
-    with form.stage.showing(updates) as merged:
-        write_release(_content(form, number, path.name, updates, merged, metrics), form.exports.graphs, path)
-
-
 def _content(
     form: Form,
     number: int,
@@ -114,6 +112,7 @@ def _content(
     updates: list[ExpertUpdate],
     merged: dict[str, np.ndarray],
     metrics: dict[str, Any],
+    adapted: tuple[Rows, ...],
 ) -> ReleaseContent:
     """What release `number` holds, from the model that has learned `updates`."""
     stage, recipe, clip = form.stage, form.stage.recipe, form.stage.clip
@@ -141,6 +140,7 @@ def _content(
         accuracy=lambda folder: trained if form.precision == "fp32" else _accuracies(stage, folder, tasks),
         versions={"r1export": __version__} | versions(),
         tolerance=form.tolerance,
+        adapted=adapted,
     )
 
 
@@ -152,7 +152,7 @@ def _accuracies(stage: Stage, folder: Path, tasks: tuple[TaskClasses, ...]) -> d
     for task, classes in zip(stage.tasks, tasks, strict=True):
         batches = stage.tests[task.name].batches(BATCH)
         embeds = [run({"pixel_values": stage.clip.preprocess.normalize(batch).numpy()}) for batch in batches]
-        found[task.name] = top1_among(np.concatenate(embeds), task, classes.embeddings, union)
+        found[task.name] = top1_among(np.concatenate(embeds), task, union or classes.embeddings)
     return found
 
 

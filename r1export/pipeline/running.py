@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from r1export.adapt import together
+from r1export.errors import Unsupported
 from r1export.pipeline.releasing import export
 from r1export.pipeline.stage import Silent, Stage, Watcher, check_inputs, choose_device
 from r1export.pipeline.training import train
@@ -37,7 +38,12 @@ def run(
 
 
 def carry_out(stage: Stage) -> dict[str, Any]:
-    """Train, export and verify what is not yet done, and return report.json; empty in processes that only help to train."""
+    """Train, export and verify what is not yet done, and return report.json; empty in processes that only help to train.
+
+    Raises Unsupported, before anything is trained, where there will be nothing to verify against.
+    """
+    if stage.recipe.train.method == "full":
+        raise Unsupported("full fine-tuning has no unmerged model to verify against", "use it with r1export train")
     train(stage)
     if not together.is_first():
         return {}

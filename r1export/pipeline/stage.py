@@ -133,7 +133,7 @@ def load_base(recipe: Recipe, device: str = "cpu") -> Clip:
         name: expand_path(value) if value else None
         for name, value in (("weights", base.weights), ("config", base.config))
     }
-    return load_clip(base.model, pretrained=base.pretrained, device=device, **paths)
+    return load_clip(base.model, pretrained=base.pretrained, device=device, allow_pickle=base.allow_pickle, **paths)
 
 
 def choose_device(wanted: str) -> str:

@@ -6,7 +6,6 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def train(stage: Stage) -> dict[str, Any]:
     run, recipe = stage.run, stage.recipe
     with refused_writes(run.path):
         _write_run_json(stage)
-        zero_shot = _remembered(run.path / "zero_shot.json", lambda: _evaluate(stage, "Zero-shot"))
+        zero_shot = _remembered(stage, run.path / "zero_shot.json", "Zero-shot")
         rows: list[dict[str, float]] = []
         updates: list[ExpertUpdate] = []
         for number, task in enumerate(stage.tasks, 1):
@@ -61,7 +60,7 @@ def train(stage: Stage) -> dict[str, Any]:
             together.wait()
             updates.append(ExpertUpdate.read(folder / "factors.safetensors"))
             with stage.showing(updates):
-                rows.append(_remembered(folder / "accuracy.json", partial(_evaluate, stage, f"After {task.name}")))
+                rows.append(_remembered(stage, folder / "accuracy.json", f"After {task.name}"))
             log_accuracies(stage, number, rows[-1])
         metrics = _metrics(recipe, zero_shot, rows)
         if together.is_first():
@@ -69,12 +68,17 @@ def train(stage: Stage) -> dict[str, Any]:
     return metrics
 
 
-def _remembered(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What `compute` gave, from `path` if it was computed before."""
+def _remembered(stage: Stage, path: Path, title: str) -> dict[str, float]:
+    """The accuracies of the model as it stands, from `path` if they were measured before."""
     if not path.exists() and together.is_first():
-        write_json(path, compute())
+        write_json(path, _evaluate(stage, title))
     together.wait()
-    return read_json(path, "delete the file and run again with --resume")
+    remedy = "delete the file and run again with --resume"
+    found, probe = read_json(path, remedy), stage.recipe.probe
+    names = [task.name for task in (*stage.recipe.stream, *((probe,) if probe else ()))]
+    if missing := [name for name in names if not isinstance(found.get(name), float | int)]:
+        raise InputError(f"{path}: damaged: no accuracy of {', '.join(missing)}", remedy)
+    return found
 
 
 def _write_run_json(stage: Stage) -> None:

@@ -69,6 +69,7 @@ def verify(stage: Stage, providers: Sequence[str] = ()) -> dict[str, Any]:
             gap = found.pop("gaps", None)
             if gap:
                 measured_gaps[stage.tasks[number - 1].name] = gap
+                run.keep_gaps(number, stage.tasks[number - 1].name, gap)
             accuracy = _accuracy_upto(metrics, number, gap) if form.precision == "fp32" else None
             reports[form].append(settled(found | {"accuracy": accuracy}))
             write_report(reports[form][-1], path)

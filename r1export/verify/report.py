@@ -8,20 +8,50 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from r1export.errors import InputError
 from r1export.update.release import REPORTS
 from r1export.verify import parity_tables, run_tables, tables
 from r1export.verify.checks import FAIL, INCONCLUSIVE, PASS, Check, checks, overall, verdict_of
 from r1export.verify.figures import NOT_MEASURED
+from r1export.verify.shape import misfit
 from r1export.verify.templating import WORDS, environment
 
 SCHEMA = "r1export.report/1"
 # Characters that XML forbids, that are no characters, or that turn the direction of the text after them.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+ACCURACY = {  # what tables and pictures of a whole run are made of
+    "required": ["tasks", "zero_shot", "zero_shot_avg", "matrix"],
+    "properties": {
+        "tasks": {"type": "array"},
+        "zero_shot": {"type": "array", "items": {"type": "number"}},
+        "zero_shot_avg": {"type": "number"},
+        "matrix": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
+    },
+}
+
+
+def checked(report: Mapping[str, Any], place: Path, remedy: str) -> Mapping[str, Any]:
+    """The report that was read from `place`. Raises InputError with `remedy` if it is none by report.schema.json."""
+    problem = misfit(report, _schema())
+    if not problem and report.get("releases") and report.get("accuracy"):
+        problem = misfit(report["accuracy"], ACCURACY, "accuracy")
+    if problem:
+        raise InputError(f"{place}: not a report: {problem}", remedy)
+    return report
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return json.loads(files("r1export.verify").joinpath("report.schema.json").read_text("utf-8"))
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx.reference import ReferenceEvaluator
 
-from r1export.errors import CheckFailed, Unsupported
+from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.verify import openvino
 
 LEVELS = {
@@ -51,9 +51,9 @@ def session_options(level: str = "all", threads: int = 0) -> ort.SessionOptions:
 
 
 def check_provider(provider: str) -> None:
-    """Raises Unsupported for an unknown provider, one that onnxruntime was built without, and an OpenVINO that is not installed."""
+    """Raises InputError for an unknown name, Unsupported for what onnxruntime was built without and an OpenVINO that is not installed."""
     if provider not in PROVIDERS:
-        raise Unsupported(f"no provider {provider!r}", f"known: {', '.join(PROVIDERS)}")
+        raise InputError(f"no provider {provider!r}", f"known: {', '.join(PROVIDERS)}")
     if provider == "openvino" and not openvino.installed():
         raise Unsupported("OpenVINO is not installed", "pip install r1export[openvino]")
     if provider not in APART and PROVIDERS[provider] not in ort.get_available_providers():

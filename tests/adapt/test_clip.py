@@ -1,15 +1,22 @@
 """open_clip behind one noun: the same numbers, weights without pickle, errors that name the place."""
 
+import copy
 import json
+import re
+from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from conftest import TINY
 from open_clip.transform import image_transform_v2
+from open_clip.transformer import QuickGELU
 from PIL import Image
+from safetensors.torch import save_file
 
 from r1export.adapt.clip import digest, licence, load_clip
-from r1export.errors import InputError, Unsupported
+from r1export.errors import InputError
 
 
 @pytest.mark.parametrize("size", [(16, 16), (37, 20), (9, 64)])
@@ -60,6 +67,51 @@ def test_weights_that_are_a_pickle_are_refused_unread(tmp_path, tiny_files) -> N
     assert not (tmp_path / "went off").exists()
 
 
+@pytest.fixture
+def tagged(tmp_path, monkeypatch):
+    """Makes a file the weights of ViT-B-32 with the tag `openai`, built as small as TINY; no network is asked."""
+
+    def publish(name: str, state: dict) -> Path:
+        file = tmp_path / name
+        save_file(state, file) if name.endswith(".safetensors") else torch.save(state, file)
+        for place in ("open_clip.download_pretrained", "open_clip.factory.download_pretrained"):
+            monkeypatch.setattr(place, lambda cfg, **_: str(file))
+        monkeypatch.setattr("open_clip.factory.get_model_config", lambda name: copy.deepcopy(TINY))
+        return file
+
+    return publish
+
+
+def test_a_tag_in_safetensors_is_loaded_with_its_own_preprocessing(tiny_clip, tagged) -> None:
+    tagged("w.safetensors", tiny_clip.model.state_dict())
+    found = load_clip("ViT-B-32", pretrained="openai")
+    assert digest(found.parameters()) == digest(tiny_clip.parameters())
+    assert found.preprocess.config.mean == open_clip.get_pretrained_cfg("ViT-B-32", "openai")["mean"]
+
+
+@pytest.mark.parametrize(("tag", "activation"), [("openai", QuickGELU), ("laion2b_s34b_b79k", torch.nn.GELU)])
+def test_a_tag_gets_the_activation_that_it_was_trained_with(tag: str, activation: type, tiny_clip, tagged) -> None:
+    tagged("w.safetensors", tiny_clip.model.state_dict())
+    model = load_clip("ViT-B-32", pretrained=tag).model
+    for tower in (model.visual, model):
+        assert isinstance(tower.transformer.resblocks[0].mlp.gelu, activation)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.bin"])
+def test_a_tag_that_is_a_pickle_is_refused_unread_unless_it_is_allowed(
+    name: str, tiny_clip, tagged, monkeypatch
+) -> None:
+    file = tagged(name, tiny_clip.model.state_dict())
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **options: read.append(options) or load(path, **options))
+    with pytest.raises(InputError, match=rf"{re.escape(str(file))} is not safetensors.*base\.allow_pickle=true"):
+        load_clip("ViT-B-32", pretrained="openai")
+    assert read == []
+    found = load_clip("ViT-B-32", pretrained="openai", allow_pickle=True)
+    assert digest(found.parameters()) == digest(tiny_clip.parameters())
+    assert [options["weights_only"] for options in read] == [True]
+
+
 def test_missing_weights_are_named(tmp_path, tiny_files) -> None:
     with pytest.raises(InputError, match=r"none\.safetensors: no such file"):
         load_clip(weights=tmp_path / "none.safetensors", config=tiny_files[1])
@@ -73,17 +125,40 @@ def test_weights_of_another_model_are_refused_by_the_first_difference(tmp_path, 
         load_clip(weights=tiny_files[0], config=tmp_path / "wider.json")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"embed_dim": 8}'])
+@pytest.mark.parametrize("text", ["{", "[]", "3", '"x"', '{"embed_dim": 8}'])
 def test_a_config_that_is_none_is_refused(text: str, tmp_path, tiny_files) -> None:
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(InputError, match=r"bad\.json"):
         load_clip(weights=tiny_files[0], config=tmp_path / "bad.json")
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("", "colour", "red"),
+        ("vision_cfg", "colour", "red"),
+        ("text_cfg", "colour", "red"),
+        ("vision_cfg", "width", "wide"),
+        ("vision_cfg", "width", -32),
+        ("vision_cfg", "head_width", 0),
+        ("", "text_cfg", 3),
+        ("", "vision_cfg", None),
+    ],
+)
+def test_a_config_with_an_unknown_key_or_an_impossible_value_is_refused_by_name(
+    section: str, key: str, value: object, tmp_path, tiny_files
+) -> None:
+    config = json.loads(tiny_files[1].read_text())
+    (config[section] if section else config)[key] = value
+    (tmp_path / f"odd-{section}-{key}-{value}.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"odd-{section}-{key}-{value}\.json: open_clip cannot build this model"):
+        load_clip(weights=tiny_files[0], config=tmp_path / f"odd-{section}-{key}-{value}.json")
+
+
 def test_an_unknown_model_and_an_unknown_tag_are_refused_with_what_is_known() -> None:
-    with pytest.raises(Unsupported, match="knows no model 'ViT-Z-1'"):
+    with pytest.raises(InputError, match="knows no model 'ViT-Z-1'"):
         load_clip("ViT-Z-1", pretrained="openai")
-    with pytest.raises(Unsupported, match=r"no pretrained tag 'nobody'.*openai"):
+    with pytest.raises(InputError, match=r"no pretrained tag 'nobody'.*openai"):
         load_clip("ViT-B-16", pretrained="nobody")
 
 

@@ -24,8 +24,8 @@ def test_an_image_that_is_nearer_to_another_tasks_class_counts_as_wrong_among_al
     images = own[labels]
     images[0] = (0.1, 0.2, 0.9) if labels[0] else (0.2, 0.1, 0.9)  # right among its own two, but nearest to the third
     union = Classes(np.eye(3, dtype=np.float32)[[2, 1, 0]], {"dots": 0, "vertical stripes": 1, "horizontal stripes": 2})
-    assert top1_among(images, stripes, own, None) == 1.0
-    assert top1_among(images, stripes, own, union) == 1 - 1 / len(labels)
+    assert top1_among(images, stripes, own) == 1.0
+    assert top1_among(images, stripes, union) == 1 - 1 / len(labels)
 
 
 def test_accuracy_among_all_is_never_higher_than_among_ones_own(tiny_clip, stripes) -> None:
@@ -33,3 +33,11 @@ def test_accuracy_among_all_is_never_higher_than_among_ones_own(tiny_clip, strip
     test = Pixels(stripes.test, tiny_clip.preprocess)
     union = all_classes(tiny_clip, (stripes, other))
     assert accuracy(tiny_clip, stripes, test, union) <= accuracy(tiny_clip, stripes, test)
+
+
+def test_no_text_is_encoded_where_the_candidates_are_given(tiny_clip, stripes) -> None:
+    def fail(texts: list[str]) -> None:
+        raise AssertionError(f"{texts} were encoded")
+
+    test, union = Pixels(stripes.test, tiny_clip.preprocess), all_classes(tiny_clip, (stripes,))
+    assert accuracy(replace(tiny_clip, tokenizer=fail), stripes, test, union) == accuracy(tiny_clip, stripes, test)

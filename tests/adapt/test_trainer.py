@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
+from torch import nn
 
 from r1export.adapt.evaluate import accuracy
 from r1export.adapt.experts import (
@@ -92,6 +94,48 @@ def test_only_the_pools_change(tiny_clip, stripes) -> None:
     before = tiny_clip.parameters()
     train(tiny_clip, stripes)
     assert same(before, tiny_clip.parameters())
+
+
+TOWERS = {  # what behaves in training unlike in use, and the towers that can have pools then
+    "BatchNorm": (
+        lambda: nn.Sequential(nn.Conv2d(3, 24, 8, 8), nn.BatchNorm2d(24), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        ("text",),
+    ),
+    "DropPath": (
+        lambda: timm.create_model(
+            "vit_tiny_patch16_224", img_size=16, patch_size=8, depth=2, embed_dim=32, num_heads=2, num_classes=24,
+            drop_path_rate=0.9,
+        ),
+        ("visual", "text"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_the_frozen_base_is_trained_beside_as_it_is_deployed(tiny_clip, stripes, kind: str) -> None:
+    torch.manual_seed(0)
+    make, towers = TOWERS[kind]
+    tiny_clip.model.visual = make()
+    model = tiny_clip.model.eval().requires_grad_(False)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), np.uint8))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    pools = inject_experts_(model, replace(POOL, dropout=0.0), towers=towers)
+    reset_pools_(pools, 1, 1)
+    seen = []
+
+    def look(step) -> None:
+        with torch.no_grad():
+            assert all(pool.training for pool in pools.values())
+            seen.append(tiny_clip.encode_image(pixels))
+            model.eval()
+            seen.append(tiny_clip.encode_image(pixels))
+
+    train_set = Pixels(stripes.train, tiny_clip.preprocess)
+    train_pools_(tiny_clip, pools, stripes, train_set, replace(SETTINGS, iterations=1), number=1, on_step=look)
+    eject_experts_(model)
+    assert torch.equal(*seen)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+    assert not any(pool.training for pool in pools.values())
 
 
 def test_the_same_seed_gives_the_same_experts_bit_for_bit_and_another_seed_others(tiny_clip, stripes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ import safetensors.numpy
 import torch
 from PIL import Image
 
-from r1export.errors import InputError
+from r1export.errors import InputError, R1ExportError
 from r1export.export.graph import GRAPHS, export_graphs
 from r1export.export.release import UNLISTED, Golden, ReleaseContent, TaskClasses, read_manifest, write_release
-from r1export.update.files import sha256_file
+from r1export.update.factors import Rows
+from r1export.update.files import sha256_file, write_json
+from r1export.update.release import Release
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,28 @@ def test_the_tensor_map_says_where_every_parameter_lies_byte_by_byte(release, cl
         assert np.array_equal(stored.T if entry["transposed"] else stored.reshape(weights[name].shape), weights[name])
 
 
+def test_the_tensor_map_says_which_rows_of_a_packed_parameter_are_adapted(clip, graphs, tmp_path) -> None:
+    packed, plain = (
+        "visual.transformer.resblocks.0.attn.in_proj_weight",
+        "visual.transformer.resblocks.0.mlp.c_fc.weight",
+    )
+    adapted = (Rows(packed, 64, 96), Rows(packed, 0, 32), Rows(plain, 0, 128))
+    write_release(content_of(clip, adapted=adapted), graphs, tmp_path / "release")
+    tensors, weights = read_manifest(tmp_path / "release")["tensors"], clip.parameters()
+    assert tensors[packed]["rows"] == [[0, 32], [64, 96]]
+    for name in weights.keys() - {packed}:
+        assert tensors[name]["rows"] == ([[0, len(weights[name])]] if weights[name].ndim else []), name
+
+
+def test_a_manifest_without_rows_is_still_read(release, tmp_path) -> None:
+    shutil.copytree(release, tmp_path / "older")
+    manifest = read_manifest(release)
+    for entry in manifest["tensors"].values():
+        del entry["rows"]
+    write_json(tmp_path / "older" / "manifest.json", manifest)
+    assert Release.read(tmp_path / "older").tensors == Release.read(release).tensors
+
+
 def test_weights_are_read_by_the_safetensors_library_under_their_own_names(release, clip) -> None:
     names = {
         name for file in ("visual", "textual") for name in safetensors.numpy.load_file(release / f"{file}.safetensors")
@@ -128,7 +153,7 @@ def test_a_folder_without_permission_is_refused_and_left_as_it_was(clip, graphs,
     else:
         (tmp_path / "locked").mkdir(mode=0o500)
         target = tmp_path / "locked" / "release"
-    with pytest.raises(InputError, match=r"could not be written.*choose another --out"):
+    with pytest.raises(R1ExportError, match=r"release could not be written: .*(check the path|see to the disk)"):
         write_release(content_of(clip), graphs, target)
     assert not target.exists()
 

@@ -9,7 +9,7 @@ import pytest
 from onnx import helper
 from verify.small import weights_of
 
-from r1export.errors import CheckFailed, Unsupported
+from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 from r1export.verify.control import add_branches
 from r1export.verify.execution import Execution, Kernel, execute
@@ -196,7 +196,7 @@ def test_a_control_for_a_graph_that_the_update_does_not_touch_is_refused(
 
 def test_a_provider_that_is_not_here_is_refused_and_never_replaced_by_another(write_graph) -> None:
     graph = write_graph("base")
-    with pytest.raises(Unsupported, match="no provider 'gpu'"):
+    with pytest.raises(InputError, match="no provider 'gpu'"):
         open_session(graph, provider="gpu")
     with pytest.raises(Unsupported, match="onnxruntime"):
         open_session(graph, provider="tensorrt")
