@@ -20,7 +20,6 @@ from r1export.update.release import REPORTS
 from r1export.verify import parity_tables, run_tables, tables
 from r1export.verify.checks import FAIL, INCONCLUSIVE, PASS, Check, checks, overall, verdict_of
 from r1export.verify.figures import NOT_MEASURED
-from r1export.verify.shape import misfit
 from r1export.verify.templating import WORDS, environment
 
 SCHEMA = "r1export.report/1"
@@ -41,12 +40,21 @@ ACCURACY = {  # what tables and pictures of a whole run are made of
 
 def checked(report: Mapping[str, Any], place: Path, remedy: str) -> Mapping[str, Any]:
     """The report that was read from `place`. Raises InputError with `remedy` if it is none by report.schema.json."""
-    problem = misfit(report, _schema())
+    problem = _misfit(report, _schema())
     if not problem and report.get("releases") and report.get("accuracy"):
-        problem = misfit(report["accuracy"], ACCURACY, "accuracy")
+        problem = _misfit({"accuracy": report["accuracy"]}, {"properties": {"accuracy": ACCURACY}})
     if problem:
         raise InputError(f"{place}: not a report: {problem}", remedy)
     return report
+
+
+def _misfit(value: Any, schema: Mapping[str, Any]) -> str:
+    """What fits a JSON Schema least, with its place; empty if all fits."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+
+    error = best_match(Draft202012Validator(schema).iter_errors(value))
+    return f"{error.json_path.removeprefix('$.')}: {error.message:.200}" if error else ""
 
 
 @cache

@@ -18,7 +18,6 @@ from r1export.errors import InputError
 from r1export.verify.checks import overall
 from r1export.verify.proof import unclimbed
 from r1export.verify.report import checked, render_html, render_junit, render_markdown, settled, write_report
-from r1export.verify.shape import misfit
 
 EXAMPLE = json.loads((Path(__file__).parent / "report_example.json").read_text("utf-8"))
 SCHEMA = json.loads(files("r1export.verify").joinpath("report.schema.json").read_text("utf-8"))
@@ -245,55 +244,15 @@ def test_the_schema_refuses_a_word_that_is_no_verdict(report: dict, path: tuple[
         jsonschema.validate(report, SCHEMA)
 
 
-def places(value: object, path: tuple = ()) -> list[tuple]:
-    """Where the parts of a JSON value lie."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path] * bool(path) + [found for key, part in inner for found in places(part, (*path, key))]
-
-
-ODD = [
-    None,
-    True,
-    -1,
-    2,
-    2.5,
-    "pass",
-    "banana",
-    [],
-    [0.1, 0.2, 0.3],
-    ["x"],
-    {},
-    {"verdict": "banana"},
-    {"max_abs": "x"},
-]
-
-
-@given(path=st.sampled_from(places(EXAMPLE)), odd=st.sampled_from(ODD), remove=st.booleans(), of_a_run=st.booleans())
-def test_a_report_is_refused_exactly_where_the_published_schema_refuses_it(
-    path: tuple, odd: object, remove: bool, of_a_run: bool
-) -> None:
-    changed = copy.deepcopy(EXAMPLE)
-    *parents, last = path
-    holder = part_of(changed, tuple(parents))
-    if remove:
-        del holder[last]
-    else:
-        holder[last] = odd
-    document = {"schema": EXAMPLE["schema"], "verdict": "pass", "reasons": [], "releases": [changed]}
-    document = document if of_a_run else changed
-    fits = jsonschema.Draft202012Validator(SCHEMA).is_valid(document)
-    assert (misfit(document, SCHEMA) == "") == fits, misfit(document, SCHEMA)
-
-
 def test_a_report_with_a_part_of_the_wrong_shape_is_refused_by_its_place(run: dict) -> None:
     run["releases"][1]["latency"]["ci95"] = [1.0]
-    with pytest.raises(InputError, match=r"report\.json: not a report: releases\[1\]\.latency\.ci95 is .*again"):
+    with pytest.raises(InputError, match=r"report\.json: not a report: releases\[1\]\.latency\.ci95: .*again"):
         checked(run, Path("report.json"), "again")
 
 
 def test_a_run_whose_accuracy_has_holes_is_refused(run: dict) -> None:
     run["accuracy"] = run["accuracy"] | {"zero_shot": [None]}
-    with pytest.raises(InputError, match=r"accuracy\.zero_shot\[0\] is None, expected number"):
+    with pytest.raises(InputError, match=r"accuracy\.zero_shot\[0\]: None is not of type"):
         checked(run, Path("report.json"), "again")
 
 
