@@ -45,10 +45,19 @@ def test_json_is_one_document_on_stdout(runs: list[Path]) -> None:
     ("text", "words"),
     [
         ("[]", "expected an object"),
-        ('{"verdict": "banana"}', "lacks schema, reasons"),
-        ('{"schema": "r1export.report/1", "verdict": "banana", "reasons": [], "release": {}}', "verdict is 'banana'"),
-        ('{"schema": "r1export.report/1", "verdict": "pass", "reasons": [], "release": 3}', "release is 3"),
-        ('{"schema": "r1export.report/1", "verdict": "pass", "reasons": []}', "lacks release"),
+        ('{"verdict": "banana"}', "'schema' is a required property"),
+        (
+            '{"schema": "r1export.report/1", "verdict": "banana", "reasons": [], "release": {}}',
+            "verdict: 'banana' is not one of",
+        ),
+        (
+            '{"schema": "r1export.report/1", "verdict": "pass", "reasons": [], "release": 3}',
+            "release: 3 is not of type",
+        ),
+        (
+            '{"schema": "r1export.report/1", "verdict": "pass", "reasons": []}',
+            "not valid under any of the given schemas",
+        ),
     ],
 )
 def test_a_report_that_is_none_is_refused_in_one_line(text: str, words: str, runs: list[Path]) -> None:
