@@ -27,7 +27,7 @@ class Finding:
 def status(store: Path) -> dict[str, Any]:
     """What the device is, which version is current, which ones it has. Raises InputError if there is no store."""
     device = Store.open(store)
-    state, current = device.state(), device.current
+    state, current, unfinished = device.state(), device.current, device.unfinished()
     manifest = None if current == BASE else device.bundle(current).manifest
     return {
         "store": str(store),
@@ -40,7 +40,7 @@ def status(store: Path) -> dict[str, Any]:
         "tasks": [update.task for update in manifest.updates] if manifest else [],
         "highest_seq": state.seq,
         "min_seq": state.min_seq,
-        "versions": [BASE, *device.slots()],
+        "versions": [BASE, *(slot for slot in device.slots() if slot != unfinished)],
         "interrupted": state.pending,
         "failed": dict(state.tries),
     }
@@ -100,5 +100,7 @@ def _check_leftovers(device: Store) -> None:
         for folder in (device.path, device.path / "slots", device.path / "factors")
         for path in folder.glob(".*.partial")
     ]
+    if unfinished := device.unfinished():
+        found.append(f"slots/{unfinished}")
     if found:
         raise CheckFailed(f"an interrupted update left {', '.join(sorted(found))[:300]}")

@@ -80,7 +80,8 @@ def rollback(store: Path, to: int | None = None, *, wait: float = WAIT, run: Run
     device = Store.open(store)
     with _plain_errors(), device.lock(wait) as descriptor:
         device.sweep()
-        previous = _current_or_none(device)
+        previous = device.active
+        _settle(device)
         slot = _choose(device, previous, to)
         if slot == previous:
             return Outcome(slot, slot, False)
@@ -169,9 +170,14 @@ def _revert(device: Store, previous: str, added: list[Path], state: State) -> No
         device.write_state(state)
 
 
-def _settle(device: Store, forget: str) -> None:
-    """Close the account of an update that was interrupted: its try stays counted. `forget` names an update whose tries do not."""
+def _settle(device: Store, forget: str = "") -> None:
+    """Close the account of an update that was interrupted: its version goes, its try stays counted.
+
+    `forget` names an update whose tries do not.
+    """
     state = device.state()
+    if unfinished := device.unfinished():
+        remove(device.folder(unfinished))
     tries = {digest: count for digest, count in state.tries.items() if digest != forget}
     if state.pending or tries != state.tries:
         device.write_state(replace(state, pending="", tries=tries))
@@ -216,13 +222,6 @@ def _prune(device: Store, slot: str, previous: str) -> None:
             hidden = device.path / "slots" / f".{name}.partial"
             device.folder(name).rename(hidden)  # a slot that is there is whole
             remove(hidden)
-
-
-def _current_or_none(device: Store) -> str:
-    try:
-        return device.current
-    except InputError:
-        return ""
 
 
 def _choose(device: Store, current: str, to: int | None) -> str:

@@ -66,6 +66,10 @@ class State:
     pending: str = ""
     tries: Mapping[str, int] = field(default_factory=dict)
 
+    def awaits(self, slot: str) -> bool:
+        """Whether `slot` is the version of the update that is being installed, or was when the machine died."""
+        return bool(self.pending) and slot.endswith(f"-{self.pending[:16]}")
+
     def raised(self, manifest: Manifest, digest: str) -> State:
         """This state after `manifest` was installed: nothing in it ever falls."""
         newer = manifest.seq > self.seq
@@ -118,13 +122,18 @@ class Store:
         return [PublicKey.read(path) for path in sorted((self.path / "trust").glob("*.pub"))]
 
     @property
-    def current(self) -> str:
-        """Name of the current slot, or `base`. Raises InputError if `current` names neither."""
+    def active(self) -> str:
+        """Name of the current slot, `base`, or nothing if `current` names neither."""
         try:
             name = Path(os.readlink(self.path / "current")).name
         except OSError:
-            name = ""
-        if name != BASE and not _SLOT.fullmatch(name):
+            return ""
+        return name if name == BASE or _SLOT.fullmatch(name) else ""
+
+    @property
+    def current(self) -> str:
+        """Name of the current slot, or `base`. Raises InputError if `current` names neither."""
+        if not (name := self.active):
             raise InputError(f"{self.path}/current names no version", "run `rollback --to SEQ` to choose one")
         return name
 
@@ -135,6 +144,16 @@ class Store:
     def slots(self) -> list[str]:
         """Names of the versions on the device but the base, lowest sequence first."""
         return sorted(path.name for path in (self.path / "slots").iterdir() if _SLOT.fullmatch(path.name))
+
+    def unfinished(self) -> str:
+        """The slot of an update that was interrupted before it became current, or nothing.
+
+        It proves nothing and may not be chosen; whoever next holds the lock removes it.
+        """
+        state = self._recorded()
+        if state.pending == state.digest:  # an installed version that was being applied again
+            return ""
+        return next((slot for slot in self.slots() if state.awaits(slot) and slot != self.active), "")
 
     def bundle(self, slot: str) -> Bundle:
         """The update that a slot was made from; it was verified when it was installed, now only its identity is checked.
@@ -167,18 +186,23 @@ class Store:
         return ExpertUpdate.read(self.factors_path(sha256))
 
     def state(self) -> State:
-        """state.json, raised to what the slots prove. A missing or damaged file counts as empty."""
-        try:
-            state = read_state(self.path / "state.json")
-        except R1ExportError:
-            state = State()
+        """state.json, raised to what the installed versions prove. A missing or damaged file counts as empty."""
+        state, unfinished = self._recorded(), self.unfinished()
         for slot in self.slots():
+            if slot == unfinished:
+                continue
             try:
                 bundle = self.bundle(slot)
             except R1ExportError:
                 continue  # doctor names it; the others still count
             state = state.raised(bundle.manifest, bundle.digest)
         return state
+
+    def _recorded(self) -> State:
+        try:
+            return read_state(self.path / "state.json")
+        except R1ExportError:
+            return State()
 
     def write_state(self, state: State) -> None:
         """Replace state.json atomically and make it, and every rename before it in the store's folder, survive a power cut."""
