@@ -15,10 +15,13 @@ from pathlib import Path
 
 from r1export.device.health import check_health
 from r1export.device.selftest import known_answers_hold
-from r1export.device.session import check_tensor, version_of
+from r1export.device.session import check_digest, check_tensor, version_of
 from r1export.device.store import BUNDLE, Store, write_new
 from r1export.errors import CheckFailed, Inconclusive, InputError, R1ExportError, Unsupported
 from r1export.update.bundle import Bundle, read_bundle
+from r1export.update.manifest import File, Manifest
+from r1export.update.rebuild import Rebuild
+from r1export.update.release import Release, is_graph
 
 SECONDS = {"build": 3600, "health": 600}  # a step that takes longer hangs
 _ERRORS = {kind.exit_code: kind for kind in (CheckFailed, InputError, Unsupported, Inconclusive)}
@@ -98,24 +101,42 @@ def build(device: Store, name: str) -> None:
     base.check()
     version = version_of(device, bundle, folder)
     assert version.rebuild is not None
-    if (
-        set(version.rebuild.changed) != set(bundle.manifest.tensors)
-        or version.rebuild.procedure != bundle.manifest.algorithm
-    ):
-        raise CheckFailed(
-            "the manifest's tensors or algorithm are not those that the updates need", "have the update made again"
-        )
+    _check_changes(version.rebuild, bundle.manifest)
     for file in bundle.manifest.files:
-        if file.parts is None and file.path not in base.files:
-            raise InputError(
-                f"{file.path} is said to be the base's, which has no such file", "have the update made again"
-            )
+        _check_source(base, file)
         if device.config.mode == "slot":
             (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
             write_new(folder / file.path, version.chunks(file))
+        elif file.parts is None and file.path not in version.rebuild.merged_files:
+            check_digest(file.path, base.files[file.path].sha256, file.sha256)  # its bytes were hashed with the base's
+        else:
+            version.check(file)
     if device.config.mode == "overlay":
         for parameter in bundle.manifest.tensors:
             check_tensor(parameter, version.rebuild.tensor(parameter), bundle.manifest.tensors)
+
+
+def _check_changes(rebuild: Rebuild, manifest: Manifest) -> None:
+    if set(rebuild.changed) != set(manifest.tensors) or rebuild.procedure != manifest.algorithm:
+        raise CheckFailed(
+            "the manifest's tensors or algorithm are not those that the updates need", "have the update made again"
+        )
+
+
+def _check_source(base: Release, file: File) -> None:
+    """A file is the base's or made of parts; graphs and weights are the base's, since an overlay opens those and no others."""
+    own = base.files.get(file.path)
+    if file.parts is None and (own is None or own.nbytes != file.nbytes):
+        raise InputError(
+            f"{file.path} is said to be {file.nbytes} bytes of the base, which has {own.nbytes if own else 'no such file'}",
+            "have the update made again",
+        )
+    if is_graph(file.path) and (own is None or own.sha256 != file.sha256):
+        raise CheckFailed(f"{file.path} is not the base's graph", "a new graph needs a new base: `init` another store")
+    if file.path in base.weights and file.parts is not None:
+        raise CheckFailed(
+            f"{file.path} holds weights, but is made of parts", "have it derived from the base and factors"
+        )
 
 
 def health(device: Store, name: str) -> None:

@@ -1,6 +1,7 @@
 """Updates on a device: the bytes of the lab in every order of events, and the old version whenever something is wrong."""
 
 import dataclasses
+import hashlib
 import shutil
 
 import numpy as np
@@ -13,7 +14,7 @@ from r1export.device.store import State
 from r1export.errors import CheckFailed, Inconclusive, InputError, R1ExportError, Unsupported
 from r1export.update.bundle import assemble, split
 from r1export.update.envelope import SecretKey, sign
-from r1export.update.manifest import Experts, Health
+from r1export.update.manifest import Experts, Health, Part
 
 STRANGER = SecretKey(b"\x09" * 32)
 
@@ -232,8 +233,6 @@ def test_signed_factors_with_nan_are_refused(lab, device, tmp_path):
     path = lab.bundle(1, 0)
     payload = bytearray(lab.read(path).payload)
     payload[:4] = np.float32(np.nan).tobytes()
-    import hashlib
-
     changed = resigned(lab, path, tmp_path, payload=bytes(payload), payload_sha256=hashlib.sha256(payload).hexdigest())
     refused(device, InputError, changed, "NaN")
 
@@ -256,6 +255,52 @@ def test_experts_for_rows_that_the_base_lacks_are_refused(lab, device, tmp_path)
     tensors = {**manifest.tensors, "visual.zzz": "0" * 64}
     assert isinstance(moved, Experts)
     refused(device, R1ExportError, resigned(lab, path, tmp_path, updates=(changed,), tensors=tensors))
+
+
+# --- signed, but not what the base and the payload give: refused in both modes alike
+
+
+def with_file(lab, path, tmp_path, name, **changes):
+    """The update with other members for the file `name`, signed."""
+    files = tuple(
+        dataclasses.replace(file, **changes) if file.path == name else file for file in lab.read(path).manifest.files
+    )
+    return resigned(lab, path, tmp_path, files=files)
+
+
+@pytest.mark.parametrize("name", ["classes/digits.json", "preprocess.json", "visual.safetensors", "manifest.json"])
+def test_a_file_that_comes_out_other_than_signed_is_refused(lab, device, tmp_path, name):
+    refused(device, CheckFailed, with_file(lab, lab.bundle(1, 0), tmp_path, name, sha256="0" * 64), "SHA-256")
+
+
+def test_a_part_beyond_the_end_of_the_bases_file_is_refused(lab, device, tmp_path):
+    parts = {"parts": (Part("base", 1 << 20, 12),), "nbytes": 12}
+    refused(device, InputError, with_file(lab, lab.bundle(1, 0), tmp_path, "preprocess.json", **parts), "too short")
+
+
+def test_a_file_of_another_length_than_the_bases_is_refused(lab, device, tmp_path):
+    refused(
+        device,
+        InputError,
+        with_file(lab, lab.bundle(1, 0), tmp_path, "preprocess.json", nbytes=1),
+        "said to be 1 bytes",
+    )
+
+
+@pytest.mark.parametrize("graph", ["visual.onnx", "classify.onnx"])
+def test_a_new_graph_is_refused_since_an_overlay_would_open_the_old_one(lab, device, tmp_path, graph):
+    half = (lab.release(0) / graph).stat().st_size // 2
+    digest = hashlib.sha256((lab.release(0) / graph).read_bytes()[:half]).hexdigest()
+    changes = {"parts": (Part("base", 0, half),), "nbytes": half, "sha256": digest}
+    refused(device, CheckFailed, with_file(lab, lab.bundle(1, 0), tmp_path, graph, **changes), "needs a new base")
+
+
+def test_weights_made_of_parts_are_refused_since_an_overlay_would_open_the_bases(lab, device, tmp_path):
+    path = lab.bundle(1, 0)
+    manifest = lab.read(path).manifest
+    weights = next(file for file in manifest.files if file.path == "visual.safetensors")
+    parts = (Part("base", 0, weights.nbytes),)
+    refused(device, CheckFailed, with_file(lab, path, tmp_path, weights.path, parts=parts), "made of parts")
 
 
 # --- right signature, wrong behaviour

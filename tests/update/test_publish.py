@@ -88,6 +88,38 @@ def test_a_release_that_changes_what_no_update_names_is_refused(run, key, tmp_pa
         make_bundle(tmp_path / "run", Step(1), [key], TERMS)
 
 
+def changed_release(run, to, path, data):
+    """A copy of the run whose first release has `data` as the file `path`, and says so."""
+    shutil.copytree(run, to)
+    folder = to / "releases" / "01-digits"
+    (folder / path).write_bytes(data)
+    document = json.loads((folder / "manifest.json").read_text())
+    document["files"][path] = {"sha256": sha256_file(folder / path), "bytes": len(data)}
+    (folder / "manifest.json").write_text(json.dumps(document))
+    return to
+
+
+@pytest.mark.parametrize("path", ["visual.onnx", "other.onnx"])
+def test_a_release_with_a_graph_of_its_own_is_refused(run, key, tmp_path, path):
+    data = (run / "releases" / "00-base" / "visual.onnx").read_bytes() + b"\x00"
+    with pytest.raises(CheckFailed, match="a new graph needs a new base"):
+        make_bundle(changed_release(run, tmp_path / "run", path, data), Step(1), [key], TERMS)
+
+
+def test_weights_that_differ_though_no_update_changes_them_are_refused(run, key, tmp_path):
+    releases = tmp_path / "run" / "releases"
+    shutil.copytree(run / "releases" / "00-base", releases / "00-base")
+    data = (releases / "00-base" / "textual.safetensors").read_bytes() + b"\x00"
+    (releases.parent / "tasks").mkdir()
+    shutil.copytree(releases / "00-base", releases / "01-digits")
+    document = json.loads((releases / "01-digits" / "manifest.json").read_text()) | {"sequence": 1}
+    (releases / "01-digits" / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(CheckFailed, match="not the base with the factors merged"):
+        make_bundle(
+            changed_release(tmp_path / "run", tmp_path / "changed", "textual.safetensors", data), Step(1), [key], TERMS
+        )
+
+
 def test_factors_that_this_program_did_not_write_are_refused(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     path = next((tmp_path / "run" / "tasks").glob("01-*/factors.safetensors"))
