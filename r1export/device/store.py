@@ -29,7 +29,7 @@ from r1export.errors import InputError, R1ExportError, Unsupported
 from r1export.update.bundle import Bundle, read_bundle, split
 from r1export.update.envelope import PublicKey
 from r1export.update.factors import ExpertUpdate
-from r1export.update.files import write_json
+from r1export.update.files import sync_folder, write_json
 from r1export.update.manifest import Base, Manifest
 from r1export.update.release import Release, check_file
 from r1export.update.strict import parse_json
@@ -228,6 +228,7 @@ class Store:
 
     def switch(self, slot: str) -> None:
         """Make `slot` the current one with a single rename; `write_state` makes it survive a power cut."""
+        sync_folder(self.path / "slots")  # whoever gave the slot its name may have died before that was certain
         temporary = self.path / ".current.partial"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(BASE if slot == BASE else f"slots/{slot}")
@@ -285,6 +286,14 @@ def read_state(path: Path) -> State:
 
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def retire(path: Path) -> None:
+    """Take a name away for good and only then what it names, so that after a power cut too what is there is whole."""
+    hidden = path.with_name(f".{path.name}.partial")
+    path.rename(hidden)
+    sync_folder(path.parent)
+    remove(hidden)
 
 
 def remove(path: Path) -> None:

@@ -1,5 +1,7 @@
 """An update that was interrupted or failed: nothing of it counts unless it became current, and nothing of it stays."""
 
+import errno
+import os
 import shutil
 
 import pytest
@@ -8,7 +10,7 @@ from device.steps import in_this_process
 
 from r1export.device import install
 from r1export.device.doctor import doctor, status
-from r1export.errors import CheckFailed, InputError
+from r1export.errors import CheckFailed, InputError, Unsupported
 
 
 class Killed(BaseException):
@@ -113,3 +115,79 @@ def test_versions_count_as_before_where_state_json_is_lost(lab, used):
     used.rollback()
     (used.path / "state.json").unlink()
     assert used.store.state().seq == 2
+
+
+# --- killed after it became current
+
+
+def test_applying_it_again_closes_the_account_of_an_update_that_runs(lab, used, killed):
+    killed(used, lab.bundle(3, 2), "switch")
+    assert status(used.path)["interrupted"]
+    assert not used.apply(lab.bundle(3, 2)).changed
+    assert (status(used.path)["interrupted"], status(used.path)["failed"]) == ("", {})
+    assert status(used.path)["highest_seq"] == 3
+
+
+def test_a_rollback_to_what_is_current_closes_the_account_too(lab, used, killed):
+    killed(used, lab.bundle(3, 2), "switch")
+    assert not used.rollback(3).changed
+    assert (status(used.path)["interrupted"], status(used.path)["failed"]) == ("", {})
+
+
+# --- failed, and going back failed too
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A disk that has no room for a record of success, nor for a link."""
+
+    def write_state(store, state):
+        if not state.pending:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "state.json")
+        original(store, state)
+
+    switched = []
+
+    def switch(store, slot):
+        if switched:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "current")
+        switched.append(slot)
+        switch_once(store, slot)
+
+    original, switch_once = install.Store.write_state, install.Store.switch
+    with monkeypatch.context() as patch:
+        patch.setattr(install.Store, "write_state", write_state)
+        patch.setattr(install.Store, "switch", switch)
+        yield patch
+
+
+def test_an_update_that_can_be_neither_recorded_nor_taken_back_says_which_version_is_current(lab, used, full):
+    with pytest.raises(Unsupported, match=r"version 00000003-\w+ is current.*No space left") as caught:
+        used.apply(lab.bundle(3, 2))
+    assert "do the same again" in caught.value.remedy
+    assert used.files() == fleet.hashes(lab.release(3))
+    full.undo()
+    assert not used.apply(lab.bundle(3, 2)).changed
+    assert (status(used.path)["interrupted"], status(used.path)["failed"]) == ("", {})
+    assert [finding for finding in doctor(used.path) if finding.fault] == []
+
+
+def test_a_rollback_that_can_be_neither_recorded_nor_taken_back_says_which_version_is_current(lab, used, full):
+    with pytest.raises(Unsupported, match=r"version 00000001-\w+ is current"):
+        used.rollback(1)
+    full.undo()
+    assert not used.rollback(1).changed
+    assert used.files() == fleet.hashes(lab.release(1))
+
+
+def test_what_cannot_be_removed_is_removed_by_the_next_update(lab, used, monkeypatch):
+    def retire(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(install, "retire", retire)
+        with pytest.raises(CheckFailed, match="too far off"):
+            used.apply(lab.bundle(3, 2, min_seq=3), run=unhealthy)
+    assert (status(used.path)["highest_seq"], status(used.path)["min_seq"]) == (2, 0)
+    used.rollback(1)
+    assert [slot[:8] for slot in used.store.slots()] == ["00000001", "00000002"]
