@@ -195,6 +195,36 @@ def test_no_power_cut_harms_a_second_try_after_a_kill(lab, updated, tmp_path):
     assert len(renames) >= 5
 
 
+INIT = """
+import sys
+from pathlib import Path
+from r1export.device import provision
+provision.init(Path(sys.argv[1]), Path(sys.argv[2]), [Path(sys.argv[3])], health="none")
+"""
+
+
+def test_a_new_store_is_there_whole_or_not_at_all_after_a_power_cut(lab, tmp_path):
+    shop, base = tmp_path / "shop", tmp_path / "base"
+    shop.mkdir()
+    shutil.copytree(lab.release(0), base)
+    document = json.loads((base / "manifest.json").read_text())
+    (base / "tokenizer" / "vocabulary").mkdir(parents=True)
+    shutil.copy(base / "preprocess.json", base / "tokenizer" / "vocabulary" / "deep.json")
+    document["files"]["tokenizer/vocabulary/deep.json"] = document["files"]["preprocess.json"]
+    (base / "manifest.json").write_text(json.dumps(document))
+    line = [strace.sys.executable, "-B", "-c", INIT, str(shop / "store"), str(base), str(lab.public)]
+    calls = strace.trace(line, shop, tmp_path / "log")
+    disk, seen = powercut.Disk(shop), 0
+    disk.root = powercut.Folder()
+    whole = tree(shop)["store"]
+    for call in calls:
+        disk.apply(call)
+        for state in disk.states():
+            assert state.get("store", whole) == whole, call
+            seen += "store" in state
+    assert seen >= 2
+
+
 def test_each_fsync_is_needed(lab, updated, tmp_path):
     old, new, calls = updated
     rules = Rules(old, new, tmp_path)
