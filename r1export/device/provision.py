@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r1export.device.store import BASE, FORMAT, MODES, Config, State, Store
-from r1export.device.worker import has_onnxruntime
+from r1export.device.worker import has_onnxruntime, health_command
 from r1export.errors import InputError, Unsupported
 from r1export.update.envelope import PublicKey
 from r1export.update.files import new_folder, read_chunks, sync_folder, write_file, write_json
@@ -40,6 +40,7 @@ def init(
             f"mode {mode}, {threshold} of {len(set(keys))} keys, keep {keep}",
             f"mode is {' or '.join(MODES)}; need 1 <= threshold <= keys, keep >= 1",
         )
+    health_command(health)
     if health == "onnxruntime" and not has_onnxruntime():
         raise Unsupported("onnxruntime is not installed", "install it, or say --health none to rely on hashes alone")
     release = Release.read(base)

@@ -1,16 +1,20 @@
 """The two steps that run in a fresh process: deriving a version's files, and the health check.
 
 Fresh, because another library may have changed the processor's floating-point mode or may crash; a crash there is a
-failed check, not the end of the updater. The process inherits the store's lock, so no other updater starts beside it.
+failed check, not the end of the updater. The process inherits the store's lock, so no other updater starts beside it;
+a health command of the device's owner does not, since what it leaves running would hold the lock.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from r1export.device.health import check_health
@@ -36,11 +40,10 @@ def run(device: Store, descriptor: int, verb: str, name: str) -> None:
     """
     if verb == "health" and device.config.health == "none":
         return
-    command = _command(device, verb, name)
+    own = verb == "build" or device.config.health == "onnxruntime"
+    command = _command(device, verb, name) if own else [*health_command(device.config.health), str(device.folder(name))]
     try:
-        process = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS[verb], pass_fds=[descriptor]
-        )
+        process = _finish(command, SECONDS[verb], [descriptor] if own else [])
     except subprocess.TimeoutExpired:
         raise CheckFailed(
             f"{verb} of {name} took more than {SECONDS[verb]} seconds", "the old version stays active"
@@ -50,10 +53,38 @@ def run(device: Store, descriptor: int, verb: str, name: str) -> None:
 
 
 def _command(device: Store, verb: str, name: str) -> list[str]:
-    if verb == "health" and device.config.health != "onnxruntime":
-        return [*shlex.split(device.config.health), str(device.path / "slots" / name)]
     root = Path(__file__.replace("\\", "/")).parents[2]  # the folder, or the .pyz, that holds this package
     return [sys.executable, "-P", "-W", "ignore", "-c", _START, str(root.resolve()), verb, str(device.path), name]
+
+
+def health_command(text: str) -> list[str]:
+    """The words of a health command. Raises InputError if there are none, or a quote is not closed."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"health command {text!r}: {error}", "write it as for a shell") from None
+    if not words:
+        raise InputError("the health command is empty", "say onnxruntime, none, or a command")
+    return words
+
+
+def _finish(command: list[str], seconds: float, inherited: list[int]) -> subprocess.CompletedProcess[bytes]:
+    """Run a command to its end, or end it with all that it started. Raises TimeoutExpired after `seconds`."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=inherited,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def _failure(verb: str, process: subprocess.CompletedProcess[bytes]) -> R1ExportError:

@@ -3,6 +3,9 @@
 import dataclasses
 import hashlib
 import shutil
+import subprocess
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -321,13 +324,18 @@ def test_an_unhealthy_update_is_reverted_and_given_up_after_three_tries(lab, tmp
     assert device.files() == fleet.hashes(lab.release(2))
 
 
+def with_health(lab, device, command):
+    """The device made anew with another health check."""
+    shutil.rmtree(device.path)
+    provision.init(device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health=command)
+
+
 @pytest.mark.parametrize(
     ("command", "healthy"),
     [("test -d", True), ("false", False), ("no-such-program", False), ("sh -c 'kill -9 $$'", False)],
 )
 def test_a_health_command_gets_the_new_version_and_decides(lab, device, command, healthy):
-    shutil.rmtree(device.path)
-    provision.init(device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health=command)
+    with_health(lab, device, command)
     if healthy:
         assert device.apply(lab.bundle(1, 0), run=worker.run).changed
     else:
@@ -335,12 +343,55 @@ def test_a_health_command_gets_the_new_version_and_decides(lab, device, command,
 
 
 def test_a_hanging_health_check_is_ended(lab, device, monkeypatch):
-    shutil.rmtree(device.path)
-    provision.init(
-        device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health="sh -c 'sleep 60'"
-    )
+    with_health(lab, device, "sh -c 'sleep 60'")
     monkeypatch.setitem(worker.SECONDS, "health", 0.2)
     refused(device, CheckFailed, lab.bundle(1, 0), "more than 0.2 seconds", run=worker.run)
+
+
+@pytest.fixture
+def hanging(lab, device, tmp_path):
+    """A device whose health check starts a process that hangs and waits for it; returns the file for that one's id."""
+    file = tmp_path / "pid"
+    with_health(lab, device, f"sh -c 'sleep 15 & echo $! > {file}.new; mv {file}.new {file}; wait'")
+    return file
+
+
+def test_a_hanging_health_check_is_ended_with_all_that_it_started(lab, device, hanging, monkeypatch):
+    monkeypatch.setitem(worker.SECONDS, "health", 1)
+    refused(device, CheckFailed, lab.bundle(1, 0), "more than 1 seconds", run=worker.run)
+    assert ended(int(hanging.read_text()))
+
+
+def test_an_interrupted_updater_ends_the_health_check_too(lab, device, hanging, monkeypatch):
+    def communicate(process, **options):
+        if process.args[0] != "sh":
+            return original(process, **options)
+        while not hanging.exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    original = subprocess.Popen.communicate
+    monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
+    with pytest.raises(KeyboardInterrupt):
+        device.apply(lab.bundle(1, 0), run=worker.run)
+    assert ended(int(hanging.read_text()))
+
+
+def ended(pid):
+    """Whether the process is gone, or dead and only not yet waited for."""
+    for _ in range(300):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_health_command_does_not_get_the_lock_which_it_could_keep(lab, device):
+    with_health(lab, device, "sh -c '! ls -l /proc/$$/fd | grep -q lock'")
+    assert device.apply(lab.bundle(1, 0), run=worker.run).changed
 
 
 # --- rollback
