@@ -10,9 +10,11 @@ from typing import Any
 
 from r1export.device.install import check_slot
 from r1export.device.selftest import known_answers_hold
-from r1export.device.store import BASE, Store, read_state
+from r1export.device.store import BASE, CONFIG, Store, read_state
 from r1export.errors import CheckFailed, InputError, R1ExportError
 from r1export.update.release import check_file
+
+FRESH = "make a new store with `init` from the base release, then apply the newest update"
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,13 @@ def status(store: Path) -> dict[str, Any]:
 
 def doctor(store: Path) -> list[Finding]:
     """Look at every part of the store; nothing is changed. Raises InputError if there is no store at all."""
-    device = Store.open(store)
-    return [_look(name, remedy, check) for name, remedy, check in _checks(device)]
+    try:
+        device = Store.open(store)
+    except InputError as error:
+        if not (store / CONFIG).is_file():
+            raise
+        return [Finding(CONFIG, error.message, FRESH)]  # what the rest should be like stands there
+    return [Finding(CONFIG)] + [_look(name, remedy, check) for name, remedy, check in _checks(device)]
 
 
 def _look(name: str, remedy: str, check: Callable[[], object]) -> Finding:
@@ -61,11 +68,10 @@ def _look(name: str, remedy: str, check: Callable[[], object]) -> Finding:
 
 
 def _checks(device: Store) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    fresh = "make a new store with `init` from the base release, then apply the newest update"
     again = "apply the same update again: a damaged version is built anew; if it is current, `rollback` first"
     yield "arithmetic", "run in a fresh process and check the processor's floating-point mode", known_answers_hold
     yield "trusted keys", "put the fleet's public keys into trust/ again", lambda: _check_keys(device)
-    yield "base", fresh, lambda: device.base().check()
+    yield "base", FRESH, lambda: device.base().check()
     yield (
         "state.json",
         "nothing: it is derived from the versions, and the next update writes it again",

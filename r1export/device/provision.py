@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from r1export.device.store import BASE, FORMAT, MODES, Config, State, Store
+from r1export.device.store import BASE, MODES, Config, State, Store, write_config
 from r1export.device.worker import has_onnxruntime, health_command
 from r1export.errors import InputError, Unsupported
 from r1export.update.envelope import PublicKey
-from r1export.update.files import new_folder, read_chunks, sync_folder, write_file, write_json
+from r1export.update.files import new_folder, read_chunks, sync_folder, write_file
 from r1export.update.release import MANIFEST, Release
 
 
@@ -57,7 +57,7 @@ def init(
         _copy(release, folder / BASE)
         for key in set(keys):
             write_file(folder / "trust" / f"{key.keyid}.pub", key.to_pem().encode())
-        write_json(folder / "store.json", {"format": FORMAT, **vars(config)})
+        write_config(folder, config)
         Store(folder, config).switch(BASE)
         Store(folder, config).write_state(State())
     return Store(store, config)

@@ -38,6 +38,7 @@ FORMAT = "r1export.store/1"
 MODES = ("slot", "overlay")
 BUNDLE = "update.r1u"
 BASE = "base"
+CONFIG = "store.json"
 _SLOT = re.compile(r"[0-9]{8,16}-[0-9a-f]{16}")
 _ANY = re.compile(r"(?s).{0,1000}")
 
@@ -91,22 +92,8 @@ class Store:
 
     @classmethod
     def open(cls, path: Path) -> Store:
-        """Raises InputError if there is no store at `path`."""
-        try:
-            fields = parse_json((path / "store.json").read_bytes(), str(path / "store.json"), 1 << 20)
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{path} is no store: it has no store.json", "make one with `init`") from None
-        fields.text("format", re.compile(re.escape(FORMAT)))
-        config = Config(
-            product=fields.text("product", _ANY),
-            device_class=fields.text("device_class", _ANY),
-            mode=fields.text("mode", re.compile("|".join(MODES))),
-            health=fields.text("health", _ANY),
-            threshold=fields.integer("threshold", 1),
-            keep=fields.integer("keep", 1),
-            base_manifest=fields.digest("base_manifest"),
-        )
-        return cls(path, config)
+        """Raises InputError if there is no store at `path`, or its store.json is damaged."""
+        return cls(path, read_config(path / CONFIG))
 
     def base(self) -> Release:
         """The base release. Raises InputError if its manifest is damaged."""
@@ -125,10 +112,12 @@ class Store:
     def active(self) -> str:
         """Name of the current slot, `base`, or nothing if `current` names neither."""
         try:
-            name = Path(os.readlink(self.path / "current")).name
+            target = os.readlink(self.path / "current")
         except OSError:
             return ""
-        return name if name == BASE or _SLOT.fullmatch(name) else ""
+        name = target.removeprefix("slots/")
+        known = name == BASE or _SLOT.fullmatch(name)
+        return name if known and target == _target(name) else ""  # a link to anywhere else is not ours
 
     @property
     def current(self) -> str:
@@ -231,7 +220,7 @@ class Store:
         sync_folder(self.path / "slots")  # whoever gave the slot its name may have died before that was certain
         temporary = self.path / ".current.partial"
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(BASE if slot == BASE else f"slots/{slot}")
+        temporary.symlink_to(_target(slot))
         os.replace(temporary, self.path / "current")
 
     def sweep(self) -> None:
@@ -253,6 +242,39 @@ class Store:
             yield descriptor
         finally:
             os.close(descriptor)
+
+
+def _target(slot: str) -> str:
+    """What `current` says where `slot` is the current one."""
+    return BASE if slot == BASE else f"slots/{slot}"
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Write store.json with a digest of itself: one flipped bit could make one signature of three enough."""
+    body = {"format": FORMAT, **asdict(config)}
+    write_json(folder / CONFIG, {**body, "sha256": _digest(body)})
+
+
+def read_config(path: Path) -> Config:
+    """Read store.json, also one without a digest, as the first kit wrote it. Raises InputError if it is missing or damaged."""
+    try:
+        fields = parse_json(path.read_bytes(), str(path), 1 << 20)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path.parent} is no store: it has no {CONFIG}", "make one with `init`") from None
+    form = fields.text("format", re.compile(re.escape(FORMAT)))
+    config = Config(
+        product=fields.text("product", _ANY),
+        device_class=fields.text("device_class", _ANY),
+        mode=fields.text("mode", re.compile("|".join(MODES))),
+        health=fields.text("health", _ANY),
+        threshold=fields.integer("threshold", 1),
+        keep=fields.integer("keep", 1),
+        base_manifest=fields.digest("base_manifest"),
+    )
+    if "sha256" in fields and fields.digest("sha256") != _digest({"format": form, **asdict(config)}):
+        raise InputError(f"{path} is damaged", "make a new store with `init` from the base release")
+    fields.done()  # a flipped bit in the name of the digest's member must not make it an old file
+    return config
 
 
 def _locked(descriptor: int) -> bool:
