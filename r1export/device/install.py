@@ -117,7 +117,8 @@ def _attempt(device: Store, offer: Bundle, previous: str, run: Callable[[str, st
         device.switch(offer.slot)
         device.write_state(replace(before.raised(offer.manifest, offer.digest), tries=others))
     except BaseException as error:
-        _revert(device, previous, added, replace(before, tries=tries if counts_as_try(error) else before.tries))
+        counted = counts_as_try(error) and not _rotten(device, offer)
+        _revert(device, previous, added, replace(before, tries=tries if counted else before.tries))
         _check_reverted(device, previous, error)
         raise
     _prune(device, offer.slot, previous)
@@ -152,6 +153,18 @@ def _write_factors(device: Store, offer: Bundle, added: list[Path]) -> None:
         added.append(path)
         partial.rename(path)
     sync_folder(device.path / "factors")  # also for those that were there: an updater may have died before this
+
+
+def _rotten(device: Store, offer: Bundle) -> bool:
+    """Whether the base or factors that the update builds on are damaged, which is no fault of the update."""
+    try:
+        device.base().check()
+        for update in offer.manifest.updates:
+            if not update.experts:
+                check_file(device.factors_path(update.sha256), update.sha256)
+    except (R1ExportError, OSError):
+        return True
+    return False
 
 
 def _revert(device: Store, previous: str, added: list[Path], state: State) -> None:

@@ -13,6 +13,7 @@ from device import fleet
 from device.steps import in_this_process
 
 from r1export.device import install, provision, worker
+from r1export.device.policy import MAX_TRIES
 from r1export.device.store import State
 from r1export.errors import CheckFailed, Inconclusive, InputError, R1ExportError, Unsupported
 from r1export.update.bundle import assemble, split
@@ -504,6 +505,20 @@ def test_a_damaged_base_is_named_and_nothing_is_installed(lab, device):
     victim.chmod(0o644)
     victim.write_bytes(data)
     refused(device, CheckFailed, lab.bundle(1, 0), "base/visual.safetensors is damaged")
+
+
+@pytest.mark.parametrize("part", ["base/visual.safetensors", "base/manifest.json", "factors/*.safetensors"])
+def test_rot_on_the_device_does_not_speak_against_the_update(lab, device, part):
+    device.apply(lab.bundle(1, 0))
+    (victim,) = device.path.glob(part)
+    data = victim.read_bytes()
+    victim.chmod(0o644)
+    victim.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+    for _ in range(MAX_TRIES + 1):
+        refused(device, R1ExportError, lab.bundle(2, 1), "damaged|not strict JSON")
+    victim.write_bytes(data)
+    assert device.store.state().tries == {}
+    assert device.apply(lab.bundle(2, 1)).changed
 
 
 def test_the_file_may_change_while_it_is_applied(lab, device, tmp_path):
