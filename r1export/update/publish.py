@@ -59,10 +59,15 @@ def make_bundle(
     `refresh` computes class embeddings and golden outputs of a version with dropped tasks, which cannot be made without it.
 
     Raises:
-        InputError: an unknown release or task, a sequence number that is missing.
+        InputError: an unknown release or task, a sequence number that is missing, an expiry that is over.
         CheckFailed: the release cannot be derived from its base and its factors bit for bit.
         Unsupported: neither cryptography nor PyNaCl is installed.
     """
+    if terms.expires and terms.created >= terms.expires:
+        raise InputError(
+            f"the update would expire at {terms.expires}, it is made at {terms.created} (seconds since 1970)",
+            "check this machine's clock and --expires: a `created` in the future cannot be taken back",
+        )
     releases = read_releases(run, step.precision)
     if not {0, step.since, step.release} <= releases.keys():
         raise InputError(

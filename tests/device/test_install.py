@@ -20,6 +20,7 @@ from r1export.update.bundle import assemble, split
 from r1export.update.envelope import SecretKey, sign
 from r1export.update.manifest import Experts, Health, Part
 
+CREATED = 1_800_000_000  # when the lab makes its updates
 STRANGER = SecretKey(b"\x09" * 32)
 
 
@@ -175,12 +176,26 @@ def test_an_older_update_is_refused_after_a_rollback(lab, device):
         ({"product": "toaster"}, 1_800_000_000, CheckFailed, "product"),
         ({"device_class": "v2"}, 1_800_000_000, CheckFailed, "device class"),
         ({"expires": 1_800_000_500}, 1_800_000_500, CheckFailed, "expired"),
-        ({"expires": 1_700_000_000}, 0, CheckFailed, "expired"),
         ({"expires": 1_900_000_000}, 0, Inconclusive, "clock"),
     ],
 )
 def test_updates_for_others_or_another_time_are_refused(lab, device, terms, now, error, match):
     refused(device, error, lab.bundle(1, 0, **terms), match, now=now)
+
+
+def test_an_update_that_expired_before_it_was_made_is_refused_whatever_the_clock_says(lab, device, tmp_path):
+    refused(device, CheckFailed, resigned(lab, lab.bundle(1, 0), tmp_path, expires=1_700_000_000), "expired", now=0)
+
+
+def test_a_device_that_took_an_update_from_the_future_is_led_back_as_the_docs_say(lab, device):
+    future, soon = 4_000_000_000, CREATED + 1000
+    device.apply(lab.bundle(1, 0, created=future))
+    refused(device, CheckFailed, lab.bundle(2, 1, expires=soon), "expired")
+    device.apply(lab.bundle(2, 1))
+    device.apply(lab.bundle(3, 2))
+    refused(device, CheckFailed, lab.bundle(2, 3, seq=4, expires=soon), "expired")
+    (device.path / "state.json").unlink()
+    assert device.apply(lab.bundle(2, 3, seq=4, expires=soon)).changed
 
 
 def test_a_wrong_clock_does_not_matter_to_an_update_that_never_expires(lab, device):

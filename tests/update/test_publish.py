@@ -1,5 +1,6 @@
 """Making updates: only what a device lacks, only what can be derived, the same bytes for the same input."""
 
+import dataclasses
 import json
 import shutil
 
@@ -45,6 +46,13 @@ def test_unknown_releases_and_tasks_and_a_key_given_twice_are_refused(run, key):
         make_bundle(run, Step(1, drop=("dogs",), seq=9), [key], TERMS, fleet.refresh)
     with pytest.raises(InputError, match="once"):
         make_bundle(run, Step(1), [key, key], TERMS)
+
+
+def test_an_update_that_expired_before_it_was_made_is_refused(run, key):
+    for expires in (TERMS.created, TERMS.created - 1, 1):
+        with pytest.raises(InputError, match="check this machine's clock"):
+            make_bundle(run, Step(1), [key], dataclasses.replace(TERMS, expires=expires))
+    assert make_bundle(run, Step(1), [key], dataclasses.replace(TERMS, expires=TERMS.created + 1))
 
 
 def test_a_rollback_and_a_dropped_task_need_a_sequence_of_their_own(run, key):
