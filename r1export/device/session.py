@@ -113,6 +113,15 @@ class Version:
         check_tensor(parameter, tensor, self.bundle.manifest.tensors)
         return tensor
 
+    def merged_weights(self, graph: str) -> list[str]:
+        """The weights files with merged tensors that `graph` reads."""
+        if self.rebuild is None:
+            return []
+        model = (self.base / graph).read_bytes()
+        return [
+            weights for weights in self.rebuild.merged_files if weights.encode() in model
+        ]  # a graph names its files
+
     def session(self, graph: str, providers: Sequence[str] = CPU) -> onnxruntime.InferenceSession:
         """An onnxruntime session for `graph`, for example visual.onnx.
 
@@ -128,11 +137,9 @@ class Version:
             raise Unsupported("onnxruntime is not installed", "pip install onnxruntime") from None
         if self.files_there or self.rebuild is None:
             return onnxruntime.InferenceSession(self.folder / graph, providers=list(providers))
-        model = (self.base / graph).read_bytes()
         merged: dict[str, np.ndarray] = {}
-        for weights in self.rebuild.merged_files:
-            if weights.encode() in model:  # a graph names the files its weights lie in
-                merged |= self.tensors(weights)
+        for weights in self.merged_weights(graph):
+            merged |= self.tensors(weights)
         options = onnxruntime.SessionOptions()
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in merged.values()]
         options.add_external_initializers(list(merged), values)
