@@ -104,6 +104,12 @@ def test_a_damaged_store_json_is_all_that_is_reported(used):
         used.rollback(1)
 
 
+def test_a_digest_whose_name_rotted_is_not_taken_for_none(used):
+    path = used.path / "store.json"
+    path.write_bytes(path.read_bytes().replace(b'"sha256"', b'"rha256"'))
+    assert set(faults(used)) == {"store.json"}
+
+
 def test_a_store_json_without_a_digest_is_still_read(used):
     path = used.path / "store.json"
     document = json.loads(path.read_text())
