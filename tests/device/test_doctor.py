@@ -78,8 +78,8 @@ def test_a_current_link_that_leads_out_of_the_store_is_found(used, tmp_path):
     assert faults(used) == {}
 
 
-def test_no_flipped_bit_changes_what_the_device_is(used):
-    path, expected = used.path / "store.json", used.store.config
+def test_no_flipped_bit_changes_what_the_device_is(slot_device):
+    path, expected = slot_device.path / "store.json", slot_device.store.config
     data = path.read_bytes()
     accepted = 0
     for bit in range(8 * len(data)):
@@ -87,7 +87,7 @@ def test_no_flipped_bit_changes_what_the_device_is(used):
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         try:
-            assert used.store.config == expected
+            assert slot_device.store.config == expected
             accepted += 1
         except InputError:
             continue
