@@ -101,8 +101,8 @@ RULES = [
     ("device/store.py", "if state.awaits(slot) and slot != self.active)", "if state.awaits(slot))"),
     ("device/store.py", "if state.pending == state.digest:", "if False:"),
     ("device/store.py", "if known and target == _target(name) else", "if known else"),
-    ("device/store.py", 'if "sha256" in fields and fields.digest', "if False and fields.digest"),
-    ("device/store.py", "    fields.done()  # a flipped bit", "    # a flipped bit"),
+    ("device/record.py", 'if "sha256" in fields and fields.digest', "if False and fields.digest"),
+    ("device/record.py", "    fields.done()  # a flipped bit", "    # a flipped bit"),
     ("device/install.py", "        retire(device.folder(unfinished))\n", ""),
     (
         "device/install.py",

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from r1export.device.install import check_slot
+from r1export.device.record import CONFIG, STATE, read_state
 from r1export.device.selftest import known_answers_hold
-from r1export.device.store import BASE, CONFIG, Store, read_state
+from r1export.device.store import BASE, Store
 from r1export.errors import CheckFailed, InputError, R1ExportError
 from r1export.update.release import check_file
 
@@ -75,7 +76,7 @@ def _checks(device: Store) -> Iterator[tuple[str, str, Callable[[], object]]]:
     yield (
         "state.json",
         "nothing: it is derived from the versions, and the next update writes it again",
-        lambda: read_state(device.path / "state.json"),
+        lambda: read_state(device.path / STATE),
     )
     yield "current", "choose a version with `rollback --to SEQ`", lambda: _check_current(device)
     for slot in device.slots():

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from r1export.device.store import BASE, MODES, Config, State, Store, write_config
+from r1export.device.record import CONFIG, MODES, Config, State, write_config
+from r1export.device.store import BASE, Store
 from r1export.device.worker import has_onnxruntime, health_command
 from r1export.errors import InputError, Unsupported
 from r1export.update.envelope import PublicKey
@@ -57,7 +58,7 @@ def init(
         _copy(release, folder / BASE)
         for key in set(keys):
             write_file(folder / "trust" / f"{key.keyid}.pub", key.to_pem().encode())
-        write_config(folder, config)
+        write_config(folder / CONFIG, config)
         Store(folder, config).switch(BASE)
         Store(folder, config).write_state(State())
     return Store(store, config)

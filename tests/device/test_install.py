@@ -14,7 +14,7 @@ from device.steps import in_this_process
 
 from r1export.device import install, provision, worker
 from r1export.device.policy import MAX_TRIES
-from r1export.device.store import State
+from r1export.device.record import State
 from r1export.errors import CheckFailed, Inconclusive, InputError, R1ExportError, Unsupported
 from r1export.update.bundle import assemble, split
 from r1export.update.envelope import SecretKey, sign
