@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from r1export.device.install import check_slot
+from r1export.device.record import CONFIG, STATE, read_state
 from r1export.device.selftest import known_answers_hold
-from r1export.device.store import BASE, Store, read_state
+from r1export.device.store import BASE, Store
 from r1export.errors import CheckFailed, InputError, R1ExportError
 from r1export.update.release import check_file
+
+FRESH = "make a new store with `init` from the base release, then apply the newest update"
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Finding:
 def status(store: Path) -> dict[str, Any]:
     """What the device is, which version is current, which ones it has. Raises InputError if there is no store."""
     device = Store.open(store)
-    state, current = device.state(), device.current
+    state, current, unfinished = device.state(), device.current, device.unfinished()
     manifest = None if current == BASE else device.bundle(current).manifest
     return {
         "store": str(store),
@@ -40,7 +43,7 @@ def status(store: Path) -> dict[str, Any]:
         "tasks": [update.task for update in manifest.updates] if manifest else [],
         "highest_seq": state.seq,
         "min_seq": state.min_seq,
-        "versions": [BASE, *device.slots()],
+        "versions": [BASE, *(slot for slot in device.slots() if slot != unfinished)],
         "interrupted": state.pending,
         "failed": dict(state.tries),
     }
@@ -48,8 +51,13 @@ def status(store: Path) -> dict[str, Any]:
 
 def doctor(store: Path) -> list[Finding]:
     """Look at every part of the store; nothing is changed. Raises InputError if there is no store at all."""
-    device = Store.open(store)
-    return [_look(name, remedy, check) for name, remedy, check in _checks(device)]
+    try:
+        device = Store.open(store)
+    except InputError as error:
+        if not (store / CONFIG).is_file():
+            raise
+        return [Finding(CONFIG, error.message, FRESH)]  # what the rest should be like stands there
+    return [Finding(CONFIG)] + [_look(name, remedy, check) for name, remedy, check in _checks(device)]
 
 
 def _look(name: str, remedy: str, check: Callable[[], object]) -> Finding:
@@ -61,15 +69,14 @@ def _look(name: str, remedy: str, check: Callable[[], object]) -> Finding:
 
 
 def _checks(device: Store) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    fresh = "make a new store with `init` from the base release, then apply the newest update"
     again = "apply the same update again: a damaged version is built anew; if it is current, `rollback` first"
     yield "arithmetic", "run in a fresh process and check the processor's floating-point mode", known_answers_hold
     yield "trusted keys", "put the fleet's public keys into trust/ again", lambda: _check_keys(device)
-    yield "base", fresh, lambda: device.base().check()
+    yield "base", FRESH, lambda: device.base().check()
     yield (
         "state.json",
         "nothing: it is derived from the versions, and the next update writes it again",
-        lambda: read_state(device.path / "state.json"),
+        lambda: read_state(device.path / STATE),
     )
     yield "current", "choose a version with `rollback --to SEQ`", lambda: _check_current(device)
     for slot in device.slots():
@@ -100,5 +107,7 @@ def _check_leftovers(device: Store) -> None:
         for folder in (device.path, device.path / "slots", device.path / "factors")
         for path in folder.glob(".*.partial")
     ]
+    if unfinished := device.unfinished():
+        found.append(f"slots/{unfinished}")
     if found:
         raise CheckFailed(f"an interrupted update left {', '.join(sorted(found))[:300]}")

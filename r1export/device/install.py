@@ -15,7 +15,8 @@ from pathlib import Path
 
 from r1export.device import worker
 from r1export.device.policy import check_not_revoked, check_offer, counts_as_try
-from r1export.device.store import BASE, BUNDLE, State, Store, remove, write_new
+from r1export.device.record import State
+from r1export.device.store import BASE, BUNDLE, Store, retire, write_new
 from r1export.errors import CheckFailed, InputError, R1ExportError, Unsupported
 from r1export.update.bundle import Bundle, read_bundle
 from r1export.update.files import sha256_file, sync_folder
@@ -50,7 +51,7 @@ def apply(
     Raises:
         InputError: malformed.   CheckFailed: refused, or a check did not hold.
         Unsupported: no space, no onnxruntime, another updater.   Inconclusive: the clock is wrong.
-        Whatever is raised, the version that was current is current still.
+        Whatever is raised, the version that was current is current still, unless the message says that it is not.
     """
     data = read_bundle(bundle)
     device = Store.open(store)
@@ -58,9 +59,9 @@ def apply(
         device.sweep()
         offer = Bundle.parse(data, device.trusted(), device.config.threshold)
         previous = device.current
-        if offer.slot == previous:
-            return Outcome(previous, previous, False)
         _settle(device, offer.digest if retry else "")
+        if offer.slot == previous:
+            return _unchanged(device, previous)
         needed = offer.manifest.nbytes if device.config.mode == "slot" else 0
         free = shutil.disk_usage(device.path).free
         clock = int(time.time() if now is None else now)
@@ -80,10 +81,11 @@ def rollback(store: Path, to: int | None = None, *, wait: float = WAIT, run: Run
     device = Store.open(store)
     with _plain_errors(), device.lock(wait) as descriptor:
         device.sweep()
-        previous = _current_or_none(device)
+        previous = device.active
+        _settle(device)
         slot = _choose(device, previous, to)
         if slot == previous:
-            return Outcome(slot, slot, False)
+            return _unchanged(device, slot)
         state = device.state()
         check_not_revoked(_sequence(slot), state.min_seq)
         check_slot(device, slot)
@@ -92,10 +94,10 @@ def rollback(store: Path, to: int | None = None, *, wait: float = WAIT, run: Run
         try:
             device.switch(slot)
             device.write_state(replace(state, pending=""))
-        except BaseException:
-            if previous:
-                with suppress(OSError):
-                    device.switch(previous)
+        except BaseException as error:
+            with suppress(OSError):
+                _switch_back(device, previous)
+            _check_reverted(device, previous, error)
             raise
         return Outcome(slot, previous, True)
 
@@ -116,7 +118,9 @@ def _attempt(device: Store, offer: Bundle, previous: str, run: Callable[[str, st
         device.switch(offer.slot)
         device.write_state(replace(before.raised(offer.manifest, offer.digest), tries=others))
     except BaseException as error:
-        _revert(device, previous, added, replace(before, tries=tries if counts_as_try(error) else before.tries))
+        counted = counts_as_try(error) and not _rotten(device, offer)
+        _revert(device, previous, added, replace(before, tries=tries if counted else before.tries))
+        _check_reverted(device, previous, error)
         raise
     _prune(device, offer.slot, previous)
 
@@ -138,7 +142,6 @@ def _build(device: Store, offer: Bundle, run: Callable[[str, str], None]) -> Non
         if folder.is_dir():
             sync_folder(folder)
     partial.rename(device.folder(offer.slot))
-    sync_folder(device.path / "slots")
 
 
 def _write_factors(device: Store, offer: Bundle, added: list[Path]) -> None:
@@ -150,29 +153,65 @@ def _write_factors(device: Store, offer: Bundle, added: list[Path]) -> None:
         write_new(partial, [update.to_bytes()])
         added.append(path)
         partial.rename(path)
-    if added:
-        sync_folder(device.path / "factors")
+    sync_folder(device.path / "factors")  # also for those that were there: an updater may have died before this
+
+
+def _rotten(device: Store, offer: Bundle) -> bool:
+    """Whether the base or factors that the update builds on are damaged, which is no fault of the update."""
+    try:
+        device.base().check()
+        for update in offer.manifest.updates:
+            if not update.experts:
+                check_file(device.factors_path(update.sha256), update.sha256)
+    except (R1ExportError, OSError):
+        return True
+    return False
 
 
 def _revert(device: Store, previous: str, added: list[Path], state: State) -> None:
-    """Put the store back; each step is tried even if one before it fails, and what stays is swept by the next update."""
+    """Put the store back as it was. Where a step fails the rest waits for the next update, which finds this one pending."""
     with suppress(OSError):
-        if device.current != previous:
-            device.switch(previous)
-    if device.current == previous:
+        _switch_back(device, previous)
         for path in added:
-            with suppress(OSError):
-                remove(path)
-    with suppress(OSError):
+            if path.exists():
+                retire(path)
         device.sweep()
-    with suppress(OSError):
         device.write_state(state)
 
 
-def _settle(device: Store, forget: str) -> None:
-    """Close the account of an update that was interrupted: its try stays counted. `forget` names an update whose tries do not."""
+def _switch_back(device: Store, previous: str) -> None:
+    """Make `previous` current for good: before that, after a power cut `current` could name what is removed next."""
+    if previous and device.active != previous:
+        device.switch(previous)
+    sync_folder(device.path)
+
+
+def _check_reverted(device: Store, previous: str, error: BaseException) -> None:
+    """Raises Unsupported if after `error` another version than before is current."""
+    if (active := device.active) != previous:
+        raise Unsupported(
+            f"version {active} is current, which could neither be recorded nor taken back: {error}",
+            "see to the disk, then do the same again: that completes it",
+        ) from error
+
+
+def _unchanged(device: Store, slot: str) -> Outcome:
+    """The answer where `slot` is current already: for good, should whoever switched to it have died before that was certain."""
+    sync_folder(device.path)
+    return Outcome(slot, slot, False)
+
+
+def _settle(device: Store, forget: str = "") -> None:
+    """Close the account of an update that was interrupted: unless it became current its version goes, its try stays counted.
+
+    `forget` names an update whose tries do not.
+    """
     state = device.state()
-    tries = {digest: count for digest, count in state.tries.items() if digest != forget}
+    if unfinished := device.unfinished():
+        sync_folder(device.path)  # else a power cut could bring back a `current` that names it
+        retire(device.folder(unfinished))
+    installed = state.pending if state.awaits(device.active) else ""
+    tries = {digest: count for digest, count in state.tries.items() if digest not in (forget, installed)}
     if state.pending or tries != state.tries:
         device.write_state(replace(state, pending="", tries=tries))
 
@@ -184,7 +223,7 @@ def _reusable(device: Store, slot: str) -> bool:
     try:
         check_slot(device, slot)
     except R1ExportError:
-        remove(device.folder(slot))
+        retire(device.folder(slot))
         return False
     return True
 
@@ -213,16 +252,7 @@ def _prune(device: Store, slot: str, previous: str) -> None:
     room = max(0, device.config.keep - len({slot, previous} - {BASE}))
     for name in spare[room:]:
         with suppress(OSError):
-            hidden = device.path / "slots" / f".{name}.partial"
-            device.folder(name).rename(hidden)  # a slot that is there is whole
-            remove(hidden)
-
-
-def _current_or_none(device: Store) -> str:
-    try:
-        return device.current
-    except InputError:
-        return ""
+            retire(device.folder(name))
 
 
 def _choose(device: Store, current: str, to: int | None) -> str:

@@ -34,6 +34,7 @@ MODULES = {  # what a device runs; the rest of the package stays in the lab
         "install",
         "policy",
         "provision",
+        "record",
         "selftest",
         "session",
         "store",

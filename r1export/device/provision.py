@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from r1export.device.store import BASE, FORMAT, MODES, Config, State, Store
-from r1export.device.worker import has_onnxruntime
+from r1export.device.record import CONFIG, MODES, Config, State, write_config
+from r1export.device.store import BASE, Store
+from r1export.device.worker import has_onnxruntime, health_command
 from r1export.errors import InputError, Unsupported
 from r1export.update.envelope import PublicKey
-from r1export.update.files import new_folder, write_file, write_json
+from r1export.update.files import new_folder, read_chunks, sync_folder, write_file
 from r1export.update.release import MANIFEST, Release
 
 
@@ -41,6 +41,7 @@ def init(
             f"mode {mode}, {threshold} of {len(set(keys))} keys, keep {keep}",
             f"mode is {' or '.join(MODES)}; need 1 <= threshold <= keys, keep >= 1",
         )
+    health_command(health)
     if health == "onnxruntime" and not has_onnxruntime():
         raise Unsupported("onnxruntime is not installed", "install it, or say --health none to rely on hashes alone")
     release = Release.read(base)
@@ -54,13 +55,21 @@ def init(
     with new_folder(store) as folder:
         for name in ("slots", "factors", "trust"):
             (folder / name).mkdir()
-        for path in [*release.files, MANIFEST]:
-            (folder / BASE / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base / path, folder / BASE / path)
-            (folder / BASE / path).chmod(0o444)
+        _copy(release, folder / BASE)
         for key in set(keys):
             write_file(folder / "trust" / f"{key.keyid}.pub", key.to_pem().encode())
-        write_json(folder / "store.json", {"format": FORMAT, **vars(config)})
+        write_config(folder / CONFIG, config)
         Store(folder, config).switch(BASE)
         Store(folder, config).write_state(State())
     return Store(store, config)
+
+
+def _copy(release: Release, to: Path) -> None:
+    """Copy a release, read-only and for good: a store that is there is whole, after a power cut too."""
+    for path in [*release.files, MANIFEST]:
+        (to / path).parent.mkdir(parents=True, exist_ok=True)
+        write_file(to / path, read_chunks(release.path / path))
+        (to / path).chmod(0o444)
+    for folder in to.rglob("*"):
+        if folder.is_dir():
+            sync_folder(folder)

@@ -22,6 +22,7 @@ from r1export.device.store import BASE, BUNDLE, Store
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.update.bundle import Bundle
 from r1export.update.container import read_layout
+from r1export.update.files import sha256_bytes
 from r1export.update.manifest import File
 from r1export.update.rebuild import Rebuild
 
@@ -54,18 +55,40 @@ class Version:
         return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
 
     def read(self, path: str) -> bytes:
-        """The bytes of one file. Raises InputError if the version has none of that name."""
+        """The bytes of one file.
+
+        Raises:
+            InputError: the version has none of that name.
+            CheckFailed: they are not the signed ones.
+        """
+        self._check_there(path)
+        if self.bundle is None:
+            return (self.folder / path).read_bytes()
+        file = next(file for file in self.bundle.manifest.files if file.path == path)
+        data = (self.folder / path).read_bytes() if self.files_there else b"".join(self.chunks(file))
+        check_digest(path, sha256_bytes(data), file.sha256)
+        return data
+
+    def _check_there(self, path: str) -> None:
         if path not in self.paths:
             raise InputError(f"version {self.name} has no file {path}", f"it has {', '.join(self.paths)[:300]}")
-        if self.files_there or self.bundle is None:
-            return (self.folder / path).read_bytes()
-        return b"".join(self.chunks(next(file for file in self.bundle.manifest.files if file.path == path)))
 
     def chunks(self, file: File) -> Iterator[bytes | memoryview]:
         """The bytes of a file, derived from the base and the bundle."""
         assert self.bundle is not None
         assert self.rebuild is not None
         return self.rebuild.chunks(file.path) if file.parts is None else self.bundle.content(file, self.base)
+
+    def check(self, file: File) -> None:
+        """Derive a file without writing it.
+
+        Raises:
+            CheckFailed: it is not the signed one.   InputError: a part lies beyond the end of the base's file.
+        """
+        found = hashlib.sha256()
+        for chunk in self.chunks(file):
+            found.update(chunk)
+        check_digest(file.path, found.hexdigest(), file.sha256)
 
     def tensors(self, weights: str) -> dict[str, np.ndarray]:
         """The merged tensors of the file `weights` by initializer name, each checked against its signed digest.
@@ -90,24 +113,33 @@ class Version:
         check_tensor(parameter, tensor, self.bundle.manifest.tensors)
         return tensor
 
+    def merged_weights(self, graph: str) -> list[str]:
+        """The weights files with merged tensors that `graph` reads."""
+        if self.rebuild is None:
+            return []
+        model = (self.base / graph).read_bytes()
+        return [
+            weights for weights in self.rebuild.merged_files if weights.encode() in model
+        ]  # a graph names its files
+
     def session(self, graph: str, providers: Sequence[str] = CPU) -> onnxruntime.InferenceSession:
         """An onnxruntime session for `graph`, for example visual.onnx.
 
         Raises:
+            InputError: the version has no such graph.
             Unsupported: onnxruntime is not installed.
             CheckFailed: the base or the factors are damaged.
         """
+        self._check_there(graph)
         try:
             import onnxruntime
         except ImportError:
             raise Unsupported("onnxruntime is not installed", "pip install onnxruntime") from None
         if self.files_there or self.rebuild is None:
             return onnxruntime.InferenceSession(self.folder / graph, providers=list(providers))
-        model = (self.base / graph).read_bytes()
         merged: dict[str, np.ndarray] = {}
-        for weights in self.rebuild.merged_files:
-            if weights.encode() in model:  # a graph names the files its weights lie in
-                merged |= self.tensors(weights)
+        for weights in self.merged_weights(graph):
+            merged |= self.tensors(weights)
         options = onnxruntime.SessionOptions()
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in merged.values()]
         options.add_external_initializers(list(merged), values)
@@ -116,11 +148,16 @@ class Version:
 
 def check_tensor(parameter: str, tensor: np.ndarray, digests: dict[str, str]) -> None:
     """Raises CheckFailed if the stored bytes of `tensor` have not the signed digest."""
-    found = hashlib.sha256(tensor.reshape(-1).view(np.uint8).data).hexdigest()
-    if found != digests.get(parameter):
+    found = sha256_bytes(tensor.reshape(-1).view(np.uint8).data)
+    check_digest(parameter, found, digests.get(parameter, "nothing"))
+
+
+def check_digest(name: str, found: str, signed: str) -> None:
+    """Raises CheckFailed if what `name` came out as is not what was signed."""
+    if found != signed:
         raise CheckFailed(
-            f"{parameter} has SHA-256 {found}, signed is {digests.get(parameter)}",
-            "run `doctor`: base or factors may be damaged",
+            f"{name} has SHA-256 {found}, signed is {signed}",
+            "run `doctor`: if it finds no damage, have the update made again for this base",
         )
 
 

@@ -13,69 +13,29 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from r1export.device import record
 from r1export.device.policy import Installed
+from r1export.device.record import CONFIG, STATE, Config, State, read_config, read_state
 from r1export.errors import InputError, R1ExportError, Unsupported
 from r1export.update.bundle import Bundle, read_bundle, split
 from r1export.update.envelope import PublicKey
 from r1export.update.factors import ExpertUpdate
-from r1export.update.files import write_json
+from r1export.update.files import sync_folder
 from r1export.update.manifest import Base, Manifest
 from r1export.update.release import Release, check_file
-from r1export.update.strict import parse_json
 
-FORMAT = "r1export.store/1"
-MODES = ("slot", "overlay")
 BUNDLE = "update.r1u"
 BASE = "base"
 _SLOT = re.compile(r"[0-9]{8,16}-[0-9a-f]{16}")
-_ANY = re.compile(r"(?s).{0,1000}")
-
-
-@dataclass(frozen=True)
-class Config:
-    """What a device is, fixed by `init`. `health` is onnxruntime, none, or the command line of a check; `keep` counts slots."""
-
-    product: str
-    device_class: str
-    mode: str
-    health: str
-    threshold: int
-    keep: int
-    base_manifest: str
-
-
-@dataclass(frozen=True)
-class State:
-    """What must survive: the highest sequence with its digest, the lowest that may run, the latest signed time, failed tries."""
-
-    seq: int = 0
-    digest: str = ""
-    min_seq: int = 0
-    clock: int = 0
-    pending: str = ""
-    tries: Mapping[str, int] = field(default_factory=dict)
-
-    def raised(self, manifest: Manifest, digest: str) -> State:
-        """This state after `manifest` was installed: nothing in it ever falls."""
-        newer = manifest.seq > self.seq
-        return replace(
-            self,
-            seq=max(self.seq, manifest.seq),
-            digest=digest if newer else self.digest,
-            min_seq=max(self.min_seq, manifest.min_seq),
-            clock=max(self.clock, manifest.created),
-        )
 
 
 @dataclass(frozen=True)
@@ -87,22 +47,8 @@ class Store:
 
     @classmethod
     def open(cls, path: Path) -> Store:
-        """Raises InputError if there is no store at `path`."""
-        try:
-            fields = parse_json((path / "store.json").read_bytes(), str(path / "store.json"), 1 << 20)
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{path} is no store: it has no store.json", "make one with `init`") from None
-        fields.text("format", re.compile(re.escape(FORMAT)))
-        config = Config(
-            product=fields.text("product", _ANY),
-            device_class=fields.text("device_class", _ANY),
-            mode=fields.text("mode", re.compile("|".join(MODES))),
-            health=fields.text("health", _ANY),
-            threshold=fields.integer("threshold", 1),
-            keep=fields.integer("keep", 1),
-            base_manifest=fields.digest("base_manifest"),
-        )
-        return cls(path, config)
+        """Raises InputError if there is no store at `path`, or its store.json is damaged."""
+        return cls(path, read_config(path / CONFIG))
 
     def base(self) -> Release:
         """The base release. Raises InputError if its manifest is damaged."""
@@ -118,13 +64,20 @@ class Store:
         return [PublicKey.read(path) for path in sorted((self.path / "trust").glob("*.pub"))]
 
     @property
+    def active(self) -> str:
+        """Name of the current slot, `base`, or nothing if `current` names neither."""
+        try:
+            target = os.readlink(self.path / "current")
+        except OSError:
+            return ""
+        name = target.removeprefix("slots/")
+        known = name == BASE or _SLOT.fullmatch(name)
+        return name if known and target == _target(name) else ""  # a link to anywhere else is not ours
+
+    @property
     def current(self) -> str:
         """Name of the current slot, or `base`. Raises InputError if `current` names neither."""
-        try:
-            name = Path(os.readlink(self.path / "current")).name
-        except OSError:
-            name = ""
-        if name != BASE and not _SLOT.fullmatch(name):
+        if not (name := self.active):
             raise InputError(f"{self.path}/current names no version", "run `rollback --to SEQ` to choose one")
         return name
 
@@ -135,6 +88,16 @@ class Store:
     def slots(self) -> list[str]:
         """Names of the versions on the device but the base, lowest sequence first."""
         return sorted(path.name for path in (self.path / "slots").iterdir() if _SLOT.fullmatch(path.name))
+
+    def unfinished(self) -> str:
+        """The slot of an update that was interrupted before it became current, or nothing.
+
+        It proves nothing and may not be chosen; whoever next holds the lock removes it.
+        """
+        state = self._recorded()
+        if state.pending == state.digest:  # an installed version that was being applied again
+            return ""
+        return next((slot for slot in self.slots() if state.awaits(slot) and slot != self.active), "")
 
     def bundle(self, slot: str) -> Bundle:
         """The update that a slot was made from; it was verified when it was installed, now only its identity is checked.
@@ -167,12 +130,11 @@ class Store:
         return ExpertUpdate.read(self.factors_path(sha256))
 
     def state(self) -> State:
-        """state.json, raised to what the slots prove. A missing or damaged file counts as empty."""
-        try:
-            state = read_state(self.path / "state.json")
-        except R1ExportError:
-            state = State()
+        """state.json, raised to what the installed versions prove. A missing or damaged file counts as empty."""
+        state, unfinished = self._recorded(), self.unfinished()
         for slot in self.slots():
+            if slot == unfinished:
+                continue
             try:
                 bundle = self.bundle(slot)
             except R1ExportError:
@@ -180,10 +142,15 @@ class Store:
             state = state.raised(bundle.manifest, bundle.digest)
         return state
 
+    def _recorded(self) -> State:
+        try:
+            return read_state(self.path / STATE)
+        except R1ExportError:
+            return State()
+
     def write_state(self, state: State) -> None:
         """Replace state.json atomically and make it, and every rename before it in the store's folder, survive a power cut."""
-        body = asdict(state)
-        write_json(self.path / "state.json", {"state": body, "sha256": _digest(body)})
+        record.write_state(self.path / STATE, state)
 
     def installed(self) -> Installed:
         """What the policy needs to know about this device."""
@@ -204,9 +171,10 @@ class Store:
 
     def switch(self, slot: str) -> None:
         """Make `slot` the current one with a single rename; `write_state` makes it survive a power cut."""
+        sync_folder(self.path / "slots")  # whoever gave the slot its name may have died before that was certain
         temporary = self.path / ".current.partial"
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(BASE if slot == BASE else f"slots/{slot}")
+        temporary.symlink_to(_target(slot))
         os.replace(temporary, self.path / "current")
 
     def sweep(self) -> None:
@@ -230,6 +198,11 @@ class Store:
             os.close(descriptor)
 
 
+def _target(slot: str) -> str:
+    """What `current` says where `slot` is the current one."""
+    return BASE if slot == BASE else f"slots/{slot}"
+
+
 def _locked(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -238,29 +211,12 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
-def read_state(path: Path) -> State:
-    """Read state.json. Raises InputError if it is missing or damaged."""
-    try:
-        fields = parse_json(path.read_bytes(), str(path), 1 << 20)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing", "the next update writes it again") from None
-    digest, body = fields.digest("sha256"), fields.object("state")
-    tries = body.object("tries")
-    state = State(
-        seq=body.integer("seq"),
-        digest=body.text("digest", _ANY),
-        min_seq=body.integer("min_seq"),
-        clock=body.integer("clock"),
-        pending=body.text("pending", _ANY),
-        tries={name: tries.integer(name) for name in tries},
-    )
-    if _digest(asdict(state)) != digest:
-        raise InputError(f"{path} is damaged", "the next update writes it again")
-    return state
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def retire(path: Path) -> None:
+    """Take a name away for good and only then what it names, so that after a power cut too what is there is whole."""
+    hidden = path.with_name(f".{path.name}.partial")
+    path.rename(hidden)
+    sync_folder(path.parent)
+    remove(hidden)
 
 
 def remove(path: Path) -> None:

@@ -1,24 +1,31 @@
 """The two steps that run in a fresh process: deriving a version's files, and the health check.
 
 Fresh, because another library may have changed the processor's floating-point mode or may crash; a crash there is a
-failed check, not the end of the updater. The process inherits the store's lock, so no other updater starts beside it.
+failed check, not the end of the updater. The process inherits the store's lock, so no other updater starts beside it;
+a health command of the device's owner does not, since what it leaves running would hold the lock.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from r1export.device.health import check_health
 from r1export.device.selftest import known_answers_hold
-from r1export.device.session import check_tensor, version_of
+from r1export.device.session import check_digest, check_tensor, version_of
 from r1export.device.store import BUNDLE, Store, write_new
 from r1export.errors import CheckFailed, Inconclusive, InputError, R1ExportError, Unsupported
 from r1export.update.bundle import Bundle, read_bundle
+from r1export.update.manifest import File, Manifest
+from r1export.update.rebuild import Rebuild
+from r1export.update.release import Release, is_graph
 
 SECONDS = {"build": 3600, "health": 600}  # a step that takes longer hangs
 _ERRORS = {kind.exit_code: kind for kind in (CheckFailed, InputError, Unsupported, Inconclusive)}
@@ -33,11 +40,10 @@ def run(device: Store, descriptor: int, verb: str, name: str) -> None:
     """
     if verb == "health" and device.config.health == "none":
         return
-    command = _command(device, verb, name)
+    own = verb == "build" or device.config.health == "onnxruntime"
+    command = _command(device, verb, name) if own else [*health_command(device.config.health), str(device.folder(name))]
     try:
-        process = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS[verb], pass_fds=[descriptor]
-        )
+        process = _finish(command, SECONDS[verb], [descriptor] if own else [])
     except subprocess.TimeoutExpired:
         raise CheckFailed(
             f"{verb} of {name} took more than {SECONDS[verb]} seconds", "the old version stays active"
@@ -47,10 +53,38 @@ def run(device: Store, descriptor: int, verb: str, name: str) -> None:
 
 
 def _command(device: Store, verb: str, name: str) -> list[str]:
-    if verb == "health" and device.config.health != "onnxruntime":
-        return [*shlex.split(device.config.health), str(device.path / "slots" / name)]
     root = Path(__file__.replace("\\", "/")).parents[2]  # the folder, or the .pyz, that holds this package
     return [sys.executable, "-P", "-W", "ignore", "-c", _START, str(root.resolve()), verb, str(device.path), name]
+
+
+def health_command(text: str) -> list[str]:
+    """The words of a health command. Raises InputError if there are none, or a quote is not closed."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"health command {text!r}: {error}", "write it as for a shell") from None
+    if not words:
+        raise InputError("the health command is empty", "say onnxruntime, none, or a command")
+    return words
+
+
+def _finish(command: list[str], seconds: float, inherited: list[int]) -> subprocess.CompletedProcess[bytes]:
+    """Run a command to its end, or end it with all that it started. Raises TimeoutExpired after `seconds`."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=inherited,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def _failure(verb: str, process: subprocess.CompletedProcess[bytes]) -> R1ExportError:
@@ -98,24 +132,42 @@ def build(device: Store, name: str) -> None:
     base.check()
     version = version_of(device, bundle, folder)
     assert version.rebuild is not None
-    if (
-        set(version.rebuild.changed) != set(bundle.manifest.tensors)
-        or version.rebuild.procedure != bundle.manifest.algorithm
-    ):
-        raise CheckFailed(
-            "the manifest's tensors or algorithm are not those that the updates need", "have the update made again"
-        )
+    _check_changes(version.rebuild, bundle.manifest)
     for file in bundle.manifest.files:
-        if file.parts is None and file.path not in base.files:
-            raise InputError(
-                f"{file.path} is said to be the base's, which has no such file", "have the update made again"
-            )
+        _check_source(base, file)
         if device.config.mode == "slot":
             (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
             write_new(folder / file.path, version.chunks(file))
+        elif file.parts is None and file.path not in version.rebuild.merged_files:
+            check_digest(file.path, base.files[file.path].sha256, file.sha256)  # its bytes were hashed with the base's
+        else:
+            version.check(file)
     if device.config.mode == "overlay":
         for parameter in bundle.manifest.tensors:
             check_tensor(parameter, version.rebuild.tensor(parameter), bundle.manifest.tensors)
+
+
+def _check_changes(rebuild: Rebuild, manifest: Manifest) -> None:
+    if set(rebuild.changed) != set(manifest.tensors) or rebuild.procedure != manifest.algorithm:
+        raise CheckFailed(
+            "the manifest's tensors or algorithm are not those that the updates need", "have the update made again"
+        )
+
+
+def _check_source(base: Release, file: File) -> None:
+    """A file is the base's or made of parts; graphs and weights are the base's, since an overlay opens those and no others."""
+    own = base.files.get(file.path)
+    if file.parts is None and (own is None or own.nbytes != file.nbytes):
+        raise InputError(
+            f"{file.path} is said to be {file.nbytes} bytes of the base, which has {own.nbytes if own else 'no such file'}",
+            "have the update made again",
+        )
+    if is_graph(file.path) and (own is None or own.sha256 != file.sha256):
+        raise CheckFailed(f"{file.path} is not the base's graph", "a new graph needs a new base: `init` another store")
+    if file.path in base.weights and file.parts is not None:
+        raise CheckFailed(
+            f"{file.path} holds weights, but is made of parts", "have it derived from the base and factors"
+        )
 
 
 def health(device: Store, name: str) -> None:

@@ -18,10 +18,16 @@ CHUNK = 1 << 20  # bytes read at a time: large enough to hash at full speed, sma
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes in lower-case hex."""
     digest = hashlib.sha256()
+    for chunk in read_chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """A file's bytes, piece by piece."""
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+            yield chunk
 
 
 def sha256_bytes(data: Any) -> str:

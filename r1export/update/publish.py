@@ -21,7 +21,7 @@ from r1export.update.factors import ExpertUpdate
 from r1export.update.files import sha256_bytes, sha256_file
 from r1export.update.manifest import ALIGN, Base, Experts, File, Health, Manifest, Part, Update
 from r1export.update.rebuild import Rebuild
-from r1export.update.release import MANIFEST, REPORTS, Release
+from r1export.update.release import MANIFEST, REPORTS, Release, is_graph
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,15 @@ def make_bundle(
     `refresh` computes class embeddings and golden outputs of a version with dropped tasks, which cannot be made without it.
 
     Raises:
-        InputError: an unknown release or task, a sequence number that is missing.
+        InputError: an unknown release or task, a sequence number that is missing, an expiry that is over.
         CheckFailed: the release cannot be derived from its base and its factors bit for bit.
         Unsupported: neither cryptography nor PyNaCl is installed.
     """
+    if terms.expires and terms.created >= terms.expires:
+        raise InputError(
+            f"the update would expire at {terms.expires}, it is made at {terms.created} (seconds since 1970)",
+            "check this machine's clock and --expires: a `created` in the future cannot be taken back",
+        )
     releases = read_releases(run, step.precision)
     if not {0, step.since, step.release} <= releases.keys():
         raise InputError(
@@ -132,6 +137,7 @@ def _bundle_release(
         )
     rebuild = Rebuild(base, ExpertUpdate.stack(factors[sha256] for _, sha256 in target.updates))
     _check_tensors(rebuild, target)
+    _check_graphs(base, target)
     payload = _Payload()
     held_digests = {sha256 for _, sha256 in held}
     updates = tuple(
@@ -214,6 +220,16 @@ def _check_tensors(rebuild: Rebuild, target: Release) -> None:
             )
 
 
+def _check_graphs(base: Release, target: Release) -> None:
+    """All releases share the base's graphs: a device in overlay mode opens those and no others."""
+    for path in sorted(base.files.keys() | target.files.keys()):
+        if is_graph(path) and base.files.get(path) != target.files.get(path):
+            raise CheckFailed(
+                f"{path} differs between {base.path} and {target.path}",
+                "a new graph needs a new base: export a run of its own",
+            )
+
+
 def _file(payload: _Payload, rebuild: Rebuild, target: Release, path: str) -> File:
     """One file of the target, as cheaply as it can be said: the base's, the base's with merged tensors, or parts."""
     base, source = rebuild.base, target.path / path
@@ -222,7 +238,7 @@ def _file(payload: _Payload, rebuild: Rebuild, target: Release, path: str) -> Fi
         raise CheckFailed(
             f"{source} is damaged: SHA-256 {digest}, expected {target.files[path].sha256}", "export the release again"
         )
-    if path in base.files and (path in rebuild.merged_files or digest == base.files[path].sha256):
+    if path in base.files and (path in base.weights or digest == base.files[path].sha256):
         derived = hashlib.sha256()
         for chunk in rebuild.chunks(path):
             derived.update(chunk)

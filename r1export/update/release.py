@@ -110,10 +110,20 @@ class Release:
         """Digest of manifest.json, and with it of everything else."""
         return sha256_file(self.path / MANIFEST)
 
+    @property
+    def weights(self) -> frozenset[str]:
+        """The files in which parameters lie."""
+        return frozenset(stored.file for stored in self.tensors.values())
+
     def check(self) -> None:
         """Hash every file. Raises CheckFailed naming the first that is missing or not as the manifest says."""
         for name, entry in self.files.items():
             check_file(self.path / name, entry.sha256)
+
+
+def is_graph(path: str) -> bool:
+    """Whether the file is one of the graphs, which all releases of a base share."""
+    return path.casefold().endswith(".onnx")
 
 
 def check_file(path: Path, sha256: str) -> None:

@@ -55,6 +55,8 @@ def _no_constant(name: str) -> None:
 def _integer(text: str) -> int:
     if len(text) > 17:
         raise ValueError("an integer of more than 16 digits")
+    if text == "-0":
+        raise ValueError("-0, which some parsers read as 0 and others as a float")
     return int(text)
 
 

@@ -6,6 +6,7 @@ after fsync of the folder; everything else is lost or kept in any combination (P
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +97,8 @@ class Disk:
             assert folder is other, "a rename between folders is not one step on every file system"
             folder.do({new: folder.now[old], old: None})
         elif call.name in ("unlink", "unlinkat", "rmdir"):
-            folder, name = self._folder(paths[0])
+            name = call.strings[0].decode()  # an absolute one, or one in the folder behind the descriptor
+            folder, name = self._folder(self._relative(os.path.join(call.path, name)))
             folder.do({name: None})
         else:
             assert call.name == "chmod", call.name

@@ -66,24 +66,23 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 
 
-def record(store: Path, bundle: Path, log: Path) -> list[Call]:
-    """Apply `bundle` and list every call that could change the store, in order."""
+def record(store: Path, bundle: Path, log: Path, fault: tuple[str, ...] = (), code: int = 0) -> list[Call]:
+    """Apply `bundle`, which ends with `code`, and list every call that changed the store, in order. `fault` is from `fail`."""
+    return trace(command(store, bundle), store, log, fault, code)
+
+
+def trace(line: list[str], store: Path, log: Path, fault: tuple[str, ...] = (), code: int = 0) -> list[Call]:
+    """The same of any command."""
     names = ",".join(MUTATING + OTHERS)
-    line = [
-        "strace",
-        "-f",
-        "-y",
-        "-xx",
-        "-s",
-        "1000000",
-        "-e",
-        f"trace={names}",
-        "-o",
-        str(log),
-        *command(store, bundle),
-    ]
-    subprocess.run(line, check=True, env=environment())
+    options = ["-f", "-y", "-xx", "-s", "1000000", "-e", f"trace={names}", *fault, "-o", str(log)]
+    process = subprocess.run(["strace", *options, *line], capture_output=True, env=environment())
+    assert process.returncode == code, process.stderr.decode()
     return list(parse(log.read_text(), str(store)))
+
+
+def fail(call: Call, fault: str) -> tuple[str, ...]:
+    """Options of strace with which the call fails: `fault` is signal=SIGKILL, error=ENOSPC or error=EIO."""
+    return ("-e", f"inject={call.name}:{fault}:when={call.number}")
 
 
 def parse(text: str, store: str):
@@ -97,7 +96,8 @@ def parse(text: str, store: str):
         strings = tuple(_unhex(item) for item in re.findall(r'"((?:\\x[0-9a-f]{2})*)"', arguments))
         descriptor = re.match(r"\d+<((?:\\x[0-9a-f]{2})*)>", arguments)
         path = _unhex(opened).decode() if opened else _unhex(descriptor[1]).decode() if descriptor else ""
-        inside = any(store in string.decode(errors="replace") for string in strings) or path.startswith(store)
+        named = name != "write" and any(store in string.decode(errors="replace") for string in strings)
+        inside = named or path.startswith(store)
         changes = name != "openat" or "O_CREAT" in arguments
         if inside and changes and result not in ("-1", "?"):
             yield Call(name, counts[name], strings, path, arguments)
@@ -108,16 +108,8 @@ def _unhex(text: str) -> bytes:
 
 
 def inject(store: Path, bundle: Path, call: Call, fault: str) -> int:
-    """Apply `bundle` while the call fails: `fault` is signal=SIGKILL, error=ENOSPC or error=EIO. Returns the exit code."""
-    line = [
-        "strace",
-        "-f",
-        "-o",
-        "/dev/null",
-        "-e",
-        f"trace={call.name}",
-        "-e",
-        f"inject={call.name}:{fault}:when={call.number}",
-        *command(store, bundle),
-    ]
-    return subprocess.run(line, capture_output=True, env=environment()).returncode
+    """Apply `bundle` while the call fails as in `fail`. Returns the exit code."""
+    options = ["-f", "-o", "/dev/null", "-e", f"trace={call.name}", *fail(call, fault)]
+    return subprocess.run(
+        ["strace", *options, *command(store, bundle)], capture_output=True, env=environment()
+    ).returncode

@@ -1,5 +1,7 @@
 """Bit rot anywhere in a store is found, named, and comes with what repairs it."""
 
+import json
+import os
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ from device import fleet
 
 from r1export.device import doctor as module
 from r1export.device.doctor import doctor, status
+from r1export.errors import InputError
 
 
 def faults(device):
@@ -36,9 +39,7 @@ def test_a_sound_store_has_no_faults(used):
 
 def test_rot_in_every_file_of_the_store_is_found(used):
     files = [
-        path
-        for path in used.path.rglob("*")
-        if path.is_file() and path.name not in ("lock", "store.json") and "current" not in path.parts
+        path for path in used.path.rglob("*") if path.is_file() and path.name != "lock" and "current" not in path.parts
     ]
     for path in files:
         original = path.read_bytes()
@@ -58,6 +59,63 @@ def test_a_missing_file_a_lost_link_and_leftovers_are_found(used):
     (used.path / "state.json").unlink()
     assert set(faults(used)) >= {"base", "leftovers", "current", "state.json"}
     assert "rollback --to" in faults(used)["current"].remedy
+
+
+def test_a_current_link_that_leads_out_of_the_store_is_found(used, tmp_path):
+    name = used.store.current
+    for target in (
+        f"/elsewhere/{name}",
+        f"../slots/{name}",
+        name,
+        f"slots/{name}/",
+        "slots/base",
+        str(used.path / "base"),
+    ):
+        (used.path / "current").unlink()
+        os.symlink(target, used.path / "current")
+        assert set(faults(used)) == {"current"}, target
+    used.rollback(2)
+    assert faults(used) == {}
+
+
+def test_no_flipped_bit_changes_what_the_device_is(slot_device):
+    path, expected = slot_device.path / "store.json", slot_device.store.config
+    data = path.read_bytes()
+    accepted = 0
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert slot_device.store.config == expected
+            accepted += 1
+        except InputError:
+            continue
+    assert accepted < len(data)  # blanks between members may become other blanks
+
+
+def test_a_damaged_store_json_is_all_that_is_reported(used):
+    path = used.path / "store.json"
+    path.write_bytes(path.read_bytes().replace(b'"threshold": 1', b'"threshold": 3'))
+    (finding,) = doctor(used.path)
+    assert (finding.name, "damaged" in finding.fault) == ("store.json", True)
+    assert "`init`" in finding.remedy
+    with pytest.raises(InputError, match=r"store\.json is damaged"):
+        used.rollback(1)
+
+
+def test_a_digest_whose_name_rotted_is_not_taken_for_none(used):
+    path = used.path / "store.json"
+    path.write_bytes(path.read_bytes().replace(b'"sha256"', b'"rha256"'))
+    assert set(faults(used)) == {"store.json"}
+
+
+def test_a_store_json_without_a_digest_is_still_read(used):
+    path = used.path / "store.json"
+    document = json.loads(path.read_text())
+    del document["sha256"]
+    path.write_text(json.dumps(document))
+    assert faults(used) == {}
 
 
 def test_too_few_keys_are_found(used):

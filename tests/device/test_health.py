@@ -9,6 +9,7 @@ from r1export.device import health
 from r1export.device.health import check_health, compare
 from r1export.device.session import open_version
 from r1export.errors import CheckFailed
+from r1export.update.factors import ExpertUpdate
 from r1export.update.manifest import Health
 
 LIMITS = Health(5e-5, 0.999999, 1.0)
@@ -65,6 +66,43 @@ def test_a_version_without_golden_inputs_is_not_healthy(lab, device, monkeypatch
     monkeypatch.setattr(health, "_tensors", lambda version, path: {})
     with pytest.raises(CheckFailed, match="no golden inputs"):
         check_health(open_version(device.path), LIMITS)
+
+
+def without(monkeypatch, *names):
+    """Take tensors out of the golden inputs."""
+    original = health._tensors
+    monkeypatch.setattr(
+        health,
+        "_tensors",
+        lambda version, path: {name: value for name, value in original(version, path).items() if name not in names},
+    )
+
+
+@pytest.mark.parametrize("missing", ["pixel_values", "image_embeds", "input_ids", "text_embeds"])
+def test_a_tower_that_the_updates_change_needs_golden_inputs(lab, device, monkeypatch, missing):
+    device.apply(lab.bundle(1, 0))
+    without(monkeypatch, missing)
+    with pytest.raises(CheckFailed, match="no golden inputs"):
+        check_health(open_version(device.path), LIMITS)
+
+
+def test_golden_inputs_without_rows_are_none(lab, device, monkeypatch):
+    device.apply(lab.bundle(1, 0))
+    original = health._tensors
+    monkeypatch.setattr(
+        health, "_tensors", lambda version, path: {name: value[:0] for name, value in original(version, path).items()}
+    )
+    with pytest.raises(CheckFailed, match="no golden inputs"):
+        check_health(open_version(device.path), LIMITS)
+
+
+def test_a_tower_that_no_update_changes_may_have_none(lab, device, monkeypatch):
+    device.apply(lab.bundle(1, 0))
+    version = open_version(device.path)
+    visual = {rows: pair for rows, pair in version.rebuild.update.factors.items() if "visual" in rows.parameter}
+    version = dataclasses.replace(version, rebuild=dataclasses.replace(version.rebuild, update=ExpertUpdate(visual)))
+    without(monkeypatch, "input_ids")
+    assert [result.tower for result in check_health(version, LIMITS)] == ["visual.onnx"]
 
 
 def test_too_little_agreement_is_refused():

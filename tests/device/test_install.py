@@ -1,7 +1,11 @@
 """Updates on a device: the bytes of the lab in every order of events, and the old version whenever something is wrong."""
 
 import dataclasses
+import hashlib
 import shutil
+import subprocess
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +13,14 @@ from device import fleet
 from device.steps import in_this_process
 
 from r1export.device import install, provision, worker
-from r1export.device.store import State
+from r1export.device.policy import MAX_TRIES
+from r1export.device.record import State
 from r1export.errors import CheckFailed, Inconclusive, InputError, R1ExportError, Unsupported
 from r1export.update.bundle import assemble, split
 from r1export.update.envelope import SecretKey, sign
-from r1export.update.manifest import Experts, Health
+from r1export.update.manifest import Experts, Health, Part
 
+CREATED = 1_800_000_000  # when the lab makes its updates
 STRANGER = SecretKey(b"\x09" * 32)
 
 
@@ -170,12 +176,26 @@ def test_an_older_update_is_refused_after_a_rollback(lab, device):
         ({"product": "toaster"}, 1_800_000_000, CheckFailed, "product"),
         ({"device_class": "v2"}, 1_800_000_000, CheckFailed, "device class"),
         ({"expires": 1_800_000_500}, 1_800_000_500, CheckFailed, "expired"),
-        ({"expires": 1_700_000_000}, 0, CheckFailed, "expired"),
         ({"expires": 1_900_000_000}, 0, Inconclusive, "clock"),
     ],
 )
 def test_updates_for_others_or_another_time_are_refused(lab, device, terms, now, error, match):
     refused(device, error, lab.bundle(1, 0, **terms), match, now=now)
+
+
+def test_an_update_that_expired_before_it_was_made_is_refused_whatever_the_clock_says(lab, device, tmp_path):
+    refused(device, CheckFailed, resigned(lab, lab.bundle(1, 0), tmp_path, expires=1_700_000_000), "expired", now=0)
+
+
+def test_a_device_that_took_an_update_from_the_future_is_led_back_as_the_docs_say(lab, device):
+    future, soon = 4_000_000_000, CREATED + 1000
+    device.apply(lab.bundle(1, 0, created=future))
+    refused(device, CheckFailed, lab.bundle(2, 1, expires=soon), "expired")
+    device.apply(lab.bundle(2, 1))
+    device.apply(lab.bundle(3, 2))
+    refused(device, CheckFailed, lab.bundle(2, 3, seq=4, expires=soon), "expired")
+    (device.path / "state.json").unlink()
+    assert device.apply(lab.bundle(2, 3, seq=4, expires=soon)).changed
 
 
 def test_a_wrong_clock_does_not_matter_to_an_update_that_never_expires(lab, device):
@@ -232,8 +252,6 @@ def test_signed_factors_with_nan_are_refused(lab, device, tmp_path):
     path = lab.bundle(1, 0)
     payload = bytearray(lab.read(path).payload)
     payload[:4] = np.float32(np.nan).tobytes()
-    import hashlib
-
     changed = resigned(lab, path, tmp_path, payload=bytes(payload), payload_sha256=hashlib.sha256(payload).hexdigest())
     refused(device, InputError, changed, "NaN")
 
@@ -258,6 +276,52 @@ def test_experts_for_rows_that_the_base_lacks_are_refused(lab, device, tmp_path)
     refused(device, R1ExportError, resigned(lab, path, tmp_path, updates=(changed,), tensors=tensors))
 
 
+# --- signed, but not what the base and the payload give: refused in both modes alike
+
+
+def with_file(lab, path, tmp_path, name, **changes):
+    """The update with other members for the file `name`, signed."""
+    files = tuple(
+        dataclasses.replace(file, **changes) if file.path == name else file for file in lab.read(path).manifest.files
+    )
+    return resigned(lab, path, tmp_path, files=files)
+
+
+@pytest.mark.parametrize("name", ["classes/digits.json", "preprocess.json", "visual.safetensors", "manifest.json"])
+def test_a_file_that_comes_out_other_than_signed_is_refused(lab, device, tmp_path, name):
+    refused(device, CheckFailed, with_file(lab, lab.bundle(1, 0), tmp_path, name, sha256="0" * 64), "SHA-256")
+
+
+def test_a_part_beyond_the_end_of_the_bases_file_is_refused(lab, device, tmp_path):
+    parts = {"parts": (Part("base", 1 << 20, 12),), "nbytes": 12}
+    refused(device, InputError, with_file(lab, lab.bundle(1, 0), tmp_path, "preprocess.json", **parts), "too short")
+
+
+def test_a_file_of_another_length_than_the_bases_is_refused(lab, device, tmp_path):
+    refused(
+        device,
+        InputError,
+        with_file(lab, lab.bundle(1, 0), tmp_path, "preprocess.json", nbytes=1),
+        "said to be 1 bytes",
+    )
+
+
+@pytest.mark.parametrize("graph", ["visual.onnx", "classify.onnx"])
+def test_a_new_graph_is_refused_since_an_overlay_would_open_the_old_one(lab, device, tmp_path, graph):
+    half = (lab.release(0) / graph).stat().st_size // 2
+    digest = hashlib.sha256((lab.release(0) / graph).read_bytes()[:half]).hexdigest()
+    changes = {"parts": (Part("base", 0, half),), "nbytes": half, "sha256": digest}
+    refused(device, CheckFailed, with_file(lab, lab.bundle(1, 0), tmp_path, graph, **changes), "needs a new base")
+
+
+def test_weights_made_of_parts_are_refused_since_an_overlay_would_open_the_bases(lab, device, tmp_path):
+    path = lab.bundle(1, 0)
+    manifest = lab.read(path).manifest
+    weights = next(file for file in manifest.files if file.path == "visual.safetensors")
+    parts = (Part("base", 0, weights.nbytes),)
+    refused(device, CheckFailed, with_file(lab, path, tmp_path, weights.path, parts=parts), "made of parts")
+
+
 # --- right signature, wrong behaviour
 
 
@@ -276,13 +340,18 @@ def test_an_unhealthy_update_is_reverted_and_given_up_after_three_tries(lab, tmp
     assert device.files() == fleet.hashes(lab.release(2))
 
 
+def with_health(lab, device, command):
+    """The device made anew with another health check."""
+    shutil.rmtree(device.path)
+    provision.init(device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health=command)
+
+
 @pytest.mark.parametrize(
     ("command", "healthy"),
     [("test -d", True), ("false", False), ("no-such-program", False), ("sh -c 'kill -9 $$'", False)],
 )
 def test_a_health_command_gets_the_new_version_and_decides(lab, device, command, healthy):
-    shutil.rmtree(device.path)
-    provision.init(device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health=command)
+    with_health(lab, device, command)
     if healthy:
         assert device.apply(lab.bundle(1, 0), run=worker.run).changed
     else:
@@ -290,12 +359,55 @@ def test_a_health_command_gets_the_new_version_and_decides(lab, device, command,
 
 
 def test_a_hanging_health_check_is_ended(lab, device, monkeypatch):
-    shutil.rmtree(device.path)
-    provision.init(
-        device.path, lab.release(0), [lab.public], product="camera", device_class="v1", health="sh -c 'sleep 60'"
-    )
+    with_health(lab, device, "sh -c 'sleep 60'")
     monkeypatch.setitem(worker.SECONDS, "health", 0.2)
     refused(device, CheckFailed, lab.bundle(1, 0), "more than 0.2 seconds", run=worker.run)
+
+
+@pytest.fixture
+def hanging(lab, device, tmp_path):
+    """A device whose health check starts a process that hangs and waits for it; returns the file for that one's id."""
+    file = tmp_path / "pid"
+    with_health(lab, device, f"sh -c 'sleep 15 & echo $! > {file}.new; mv {file}.new {file}; wait'")
+    return file
+
+
+def test_a_hanging_health_check_is_ended_with_all_that_it_started(lab, device, hanging, monkeypatch):
+    monkeypatch.setitem(worker.SECONDS, "health", 1)
+    refused(device, CheckFailed, lab.bundle(1, 0), "more than 1 seconds", run=worker.run)
+    assert ended(int(hanging.read_text()))
+
+
+def test_an_interrupted_updater_ends_the_health_check_too(lab, device, hanging, monkeypatch):
+    def communicate(process, **options):
+        if process.args[0] != "sh":
+            return original(process, **options)
+        while not hanging.exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    original = subprocess.Popen.communicate
+    monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
+    with pytest.raises(KeyboardInterrupt):
+        device.apply(lab.bundle(1, 0), run=worker.run)
+    assert ended(int(hanging.read_text()))
+
+
+def ended(pid):
+    """Whether the process is gone, or dead and only not yet waited for."""
+    for _ in range(300):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_health_command_does_not_get_the_lock_which_it_could_keep(lab, device):
+    with_health(lab, device, "sh -c '! ls -l /proc/$$/fd | grep -q lock'")
+    assert device.apply(lab.bundle(1, 0), run=worker.run).changed
 
 
 # --- rollback
@@ -408,6 +520,20 @@ def test_a_damaged_base_is_named_and_nothing_is_installed(lab, device):
     victim.chmod(0o644)
     victim.write_bytes(data)
     refused(device, CheckFailed, lab.bundle(1, 0), "base/visual.safetensors is damaged")
+
+
+@pytest.mark.parametrize("part", ["base/visual.safetensors", "base/manifest.json", "factors/*.safetensors"])
+def test_rot_on_the_device_does_not_speak_against_the_update(lab, device, part):
+    device.apply(lab.bundle(1, 0))
+    (victim,) = device.path.glob(part)
+    data = victim.read_bytes()
+    victim.chmod(0o644)
+    victim.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+    for _ in range(MAX_TRIES + 1):
+        refused(device, R1ExportError, lab.bundle(2, 1), "damaged|not strict JSON")
+    victim.write_bytes(data)
+    assert device.store.state().tries == {}
+    assert device.apply(lab.bundle(2, 1)).changed
 
 
 def test_the_file_may_change_while_it_is_applied(lab, device, tmp_path):

@@ -21,6 +21,8 @@ def test_init_refuses_what_could_not_work(lab, tmp_path, monkeypatch):
         {"keep": 0},
         {"trust": ()},
         {"trust": (lab.run,)},
+        {"health": "check 'it"},
+        {"health": " "},
     ):
         with pytest.raises((InputError, IsADirectoryError)):
             init(**options)

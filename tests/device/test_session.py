@@ -83,6 +83,23 @@ def test_an_overlay_whose_base_rotted_is_refused_at_load(lab, device):
         answers(open_version(device.path), lab, "visual.onnx")
 
 
+def test_a_file_that_rotted_is_refused_when_it_is_read(lab, device):
+    device.apply(lab.bundle(1, 0))
+    store = device.store
+    folder = store.folder(store.current if store.config.mode == "slot" else "base")
+    victim = folder / "preprocess.json"
+    victim.chmod(0o644)
+    victim.write_bytes(victim.read_bytes().replace(b"8", b"9"))
+    with pytest.raises(CheckFailed, match=r"preprocess\.json has SHA-256"):
+        open_version(device.path).read("preprocess.json")
+
+
+def test_a_graph_that_the_version_does_not_have_is_named(lab, device):
+    device.apply(lab.bundle(1, 0))
+    with pytest.raises(InputError, match=r"no file other\.onnx"):
+        open_version(device.path).session("other.onnx")
+
+
 def test_a_missing_store_is_named(tmp_path):
     with pytest.raises(InputError, match="make one with `init`"):
         open_version(tmp_path / "nowhere")

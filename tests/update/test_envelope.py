@@ -229,6 +229,17 @@ def test_malformed_envelopes_are_refused(envelope):
         verify(envelope, BODY, [ALICE.public])
 
 
+def test_members_that_may_be_ignored_change_nothing_and_others_are_refused():
+    def extended(name):
+        document = json.loads(sign(BODY, [ALICE]))
+        document[name] = document["signatures"][0][name] = {"any": 1}
+        return json.dumps(document).encode()
+
+    assert verify(extended("x-courier"), BODY, [ALICE.public]) == (ALICE.public.keyid,)
+    with pytest.raises(InputError, match="unknown member"):
+        verify(extended("courier"), BODY, [ALICE.public])
+
+
 def test_a_threshold_of_zero_is_refused():
     with pytest.raises(InputError):
         verify(sign(BODY, [ALICE]), BODY, [ALICE.public], 0)

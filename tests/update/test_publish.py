@@ -1,5 +1,6 @@
 """Making updates: only what a device lacks, only what can be derived, the same bytes for the same input."""
 
+import dataclasses
 import json
 import shutil
 
@@ -47,6 +48,13 @@ def test_unknown_releases_and_tasks_and_a_key_given_twice_are_refused(run, key):
         make_bundle(run, Step(1), [key, key], TERMS)
 
 
+def test_an_update_that_expired_before_it_was_made_is_refused(run, key):
+    for expires in (TERMS.created, TERMS.created - 1, 1):
+        with pytest.raises(InputError, match="check this machine's clock"):
+            make_bundle(run, Step(1), [key], dataclasses.replace(TERMS, expires=expires))
+    assert make_bundle(run, Step(1), [key], dataclasses.replace(TERMS, expires=TERMS.created + 1))
+
+
 def test_a_rollback_and_a_dropped_task_need_a_sequence_of_their_own(run, key):
     with pytest.raises(InputError, match="sequence number of its own"):
         make_bundle(run, Step(1, 3), [key], TERMS)
@@ -86,6 +94,38 @@ def test_a_release_that_changes_what_no_update_names_is_refused(run, key, tmp_pa
     manifest.write_text(json.dumps(document))
     with pytest.raises(CheckFailed, match=r"visual\.proj\.bias differs"):
         make_bundle(tmp_path / "run", Step(1), [key], TERMS)
+
+
+def changed_release(run, to, path, data):
+    """A copy of the run whose first release has `data` as the file `path`, and says so."""
+    shutil.copytree(run, to)
+    folder = to / "releases" / "01-digits"
+    (folder / path).write_bytes(data)
+    document = json.loads((folder / "manifest.json").read_text())
+    document["files"][path] = {"sha256": sha256_file(folder / path), "bytes": len(data)}
+    (folder / "manifest.json").write_text(json.dumps(document))
+    return to
+
+
+@pytest.mark.parametrize("path", ["visual.onnx", "other.onnx"])
+def test_a_release_with_a_graph_of_its_own_is_refused(run, key, tmp_path, path):
+    data = (run / "releases" / "00-base" / "visual.onnx").read_bytes() + b"\x00"
+    with pytest.raises(CheckFailed, match="a new graph needs a new base"):
+        make_bundle(changed_release(run, tmp_path / "run", path, data), Step(1), [key], TERMS)
+
+
+def test_weights_that_differ_though_no_update_changes_them_are_refused(run, key, tmp_path):
+    releases = tmp_path / "run" / "releases"
+    shutil.copytree(run / "releases" / "00-base", releases / "00-base")
+    data = (releases / "00-base" / "textual.safetensors").read_bytes() + b"\x00"
+    (releases.parent / "tasks").mkdir()
+    shutil.copytree(releases / "00-base", releases / "01-digits")
+    document = json.loads((releases / "01-digits" / "manifest.json").read_text()) | {"sequence": 1}
+    (releases / "01-digits" / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(CheckFailed, match="not the base with the factors merged"):
+        make_bundle(
+            changed_release(tmp_path / "run", tmp_path / "changed", "textual.safetensors", data), Step(1), [key], TERMS
+        )
 
 
 def test_factors_that_this_program_did_not_write_are_refused(run, tmp_path):

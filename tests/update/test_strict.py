@@ -19,6 +19,7 @@ def test_a_document_beyond_its_limit_is_not_parsed():
         ("1e400", "too large"),
         ("-1e999", "too large"),
         ("1." + "0" * 40, "too long"),
+        ("-0", "-0, which some"),
     ],
 )
 def test_numbers_that_no_two_parsers_read_alike_are_refused_wherever_they_stand(number, words):
