@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,6 @@ from r1export.errors import InputError, refused
 from r1export.recipe import Recipe, load_recipe
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import write_file, write_json
-
-HOLDS = {  # file of a run -> what other steps read from it
-    "run.json": ("base.name", "base.sha256"),
-    "metrics.json": ("tasks", "zero_shot", "zero_shot_avg", "accuracy", "probe"),
-}
 
 
 @dataclass(frozen=True)
@@ -79,23 +74,22 @@ class RunFolder(Exports):
     def keep_gaps(self, number: int, name: str, gaps: Mapping[str, Any]) -> None:
         """Put G1 to G3 of a task, which `verify` measures, beside what training wrote into its metrics.json."""
         path = self.task(number, name) / "metrics.json"
-        before = _object(path, "delete the file and verify again") if path.exists() else {}
+        before = read_json(path, "delete the file and verify again") if path.exists() else {}
         write_json(path, before | {"gaps": dict(gaps)})
 
+    def base(self) -> dict[str, Any]:
+        """Name, digest and licence of the base model. Raises InputError if the run was not started, or run.json is damaged."""
+        remedy = "train the run first: r1export train, or start anew with --overwrite"
+        return read_json(self.path / "run.json", remedy, ("base.name", "base.sha256"))["base"]
+
     def metrics(self) -> dict[str, Any]:
-        """Raises InputError if the run has not been trained."""
-        return read_json(self.metrics_file, "train the run first: r1export train")
+        """Raises InputError if the run has not been trained, or metrics.json is damaged."""
+        holds = ("tasks", "zero_shot", "zero_shot_avg", "accuracy", "probe")
+        return read_json(self.metrics_file, "train the run first: r1export train", holds)
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file of a run. Raises InputError with `remedy` if it is missing, damaged, or lacks what is in HOLDS."""
-    found = _object(path, remedy)
-    if missing := [name for name in HOLDS.get(path.name, ()) if not _has(found, name)]:
-        raise InputError(f"{path}: damaged: it lacks {', '.join(missing)}", remedy)
-    return found
-
-
-def _object(path: Path, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, remedy: str, holds: Sequence[str] = ()) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError with `remedy` if it is missing, damaged, or lacks one of `holds`, as in `a.b`."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -104,6 +98,8 @@ def _object(path: Path, remedy: str) -> dict[str, Any]:
         raise InputError(f"{path}: damaged: {error}", remedy) from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: damaged: found {found!r:.80}, expected an object", remedy)
+    if missing := [name for name in holds if not _has(found, name)]:
+        raise InputError(f"{path}: damaged: it lacks {', '.join(missing)}", remedy)
     return found
 
 

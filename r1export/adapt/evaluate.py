@@ -19,12 +19,15 @@ BATCH = 128  # images or prompts encoded at a time
 
 
 @torch.inference_mode()
-def class_embeddings(clip: Clip, task: Task) -> np.ndarray:
-    """Unit-norm float32 (C, D): for each class the mean of the embeddings of all its prompts, normalised again."""
+def class_embeddings(clip: Clip, task: Task, batch: int = BATCH) -> np.ndarray:
+    """Unit-norm float32 (C, D): for each class the mean of the embeddings of all its prompts, normalised again.
+
+    `batch` prompts are encoded at a time: where texts are routed, those of a batch choose for each other.
+    """
     prompts = [template.format(name) for name in task.classes for template in task.templates]
     tokens = clip.tokenize(prompts)
     with short_texts(clip.model):
-        embeds = torch.cat([clip.encode_text(part) for part in tokens.split(BATCH)])
+        embeds = torch.cat([clip.encode_text(part) for part in tokens.split(batch)])
     means = embeds.view(len(task.classes), len(task.templates), -1).mean(1)
     return F.normalize(means, dim=-1).float().cpu().numpy()
 

@@ -120,7 +120,7 @@ def expected_manifest(form: Form, number: int) -> dict[str, Any]:
     learned = {name for name, _ in folders}
     facts = {
         "name": run.releases(recipe)[number].name, "sequence": number, "procedure": PROCEDURES[form.precision], "precision": form.precision,
-        "base": read_json(run.path / "run.json", "train the run first")["base"],
+        "base": run.base(),
         "updates": [{"task": name, "sha256": sha256_file(folder / "factors.safetensors")} for name, folder in folders],
         "graphs": {graph: digest.graph_digest(form.exports.graphs / graph) for graph in GRAPHS},
         "golden": form.tolerance,

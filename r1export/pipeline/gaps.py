@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from r1export.adapt.clip import Clip
+from r1export.adapt.evaluate import class_embeddings
 from r1export.adapt.metrics import top1
 from r1export.adapt.pool import ExpertPool
 from r1export.adapt.tasks import Task
-from r1export.adapt.texts import short_texts
 from r1export.adapt.trainer import Pools
 from r1export.verify.parity import Outputs
 
@@ -86,16 +85,7 @@ def _route_each(pool: ExpertPool, token: Tensor) -> Tensor:
 @torch.inference_mode()
 def _accuracy(clip: Clip, task: Task, pixels: Tensor, labels: np.ndarray) -> float:
     images = torch.cat([clip.encode_image(part) for part in pixels.split(BATCH)]).float().cpu().numpy()
-    return top1(images, _class_embeddings(clip, task), labels)
-
-
-def _class_embeddings(clip: Clip, task: Task) -> np.ndarray:
-    """Unit-norm (C, D) as adapt.evaluate has them, but in batches of BATCH: where the end of a text votes, who shares its batch matters."""
-    tokens = clip.tokenize([template.format(name) for name in task.classes for template in task.templates])
-    with short_texts(clip.model):
-        embeds = torch.cat([clip.encode_text(part) for part in tokens.split(BATCH)])
-    means = embeds.view(len(task.classes), len(task.templates), -1).mean(1)
-    return F.normalize(means, dim=-1).float().cpu().numpy()
+    return top1(images, class_embeddings(clip, task, BATCH), labels)
 
 
 def summarised(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:

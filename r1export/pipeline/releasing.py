@@ -23,7 +23,6 @@ from r1export.pipeline.environment import versions
 from r1export.pipeline.forms import RANGES, Form
 from r1export.pipeline.samples import BATCH, calibration
 from r1export.pipeline.stage import Stage
-from r1export.run_folder import read_json
 from r1export.update.factors import ExpertUpdate, Rows
 from r1export.update.files import new_folder, sha256_file, write_json
 from r1export.verify.digest import graph_digest
@@ -126,7 +125,7 @@ def _content(
         name=name,
         sequence=number,
         precision=form.precision,
-        base=read_json(stage.run.path / "run.json", "train the run first")["base"],
+        base=stage.run.base(),
         updates=tuple(
             {"task": t.name, "sha256": sha256_file(stage.run.task(i, t.name) / "factors.safetensors")}
             for i, t in enumerate(recipe.stream[:number], 1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ def added_latency(
     models: TorchModels,
     updates: list[ExpertUpdate],
     providers: tuple[str, ...],
+    control: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """Rung L5 on every provider that can be timed: one input, base and release interleaved; in fp32 the unmerged model and
-    torch beside them. None if there is no such provider.
+    """Rung L5 on every provider that can be timed: one input, base and release interleaved; in fp32 torch beside them, and
+    the unmerged model if the `control` could run it. None if there is no such provider.
 
     The visual tower is timed, or the text tower if the updates leave the visual one as it is.
     """
@@ -39,7 +40,8 @@ def added_latency(
     base, release = releases[0] / f"{tower}.onnx", releases[number] / f"{tower}.onnx"
     torch_jobs = _torch_jobs(models, tower, value) if form.precision == "fp32" else None
     found = []
-    with _branches_if_any(form, number, updates, tower) as branches:
+    ran = control is not None and control["unmerged"]["detected"] is not None
+    with _branches(form, number, updates, tower) if ran else nullcontext() as branches:
         for provider in (timed := timeable(providers)):
             with stage.watch.track(f"Latency on {provider}, base and release interleaved", latency.BLOCKS) as advance:
                 found.append(latency.added_latency(
@@ -75,12 +77,12 @@ def _torch_jobs(models: TorchModels, tower: str, values: np.ndarray) -> dict[str
 
 
 @contextmanager
-def _branches_if_any(form: Form, number: int, updates: list[ExpertUpdate], tower: str) -> Iterator[Path | None]:
+def _branches(form: Form, number: int, updates: list[ExpertUpdate], tower: str) -> Iterator[Path | None]:
+    """The unmerged tower; None where earlier updates alone change it."""
     with ExitStack() as stack:
         path = None
         with suppress(Unsupported):
-            if form.precision == "fp32":
-                path = stack.enter_context(unmerged(form, number, updates, tower))
+            path = stack.enter_context(unmerged(form, number, updates, tower))
         yield path
 
 

@@ -86,7 +86,7 @@ def _write_run_json(stage: Stage) -> None:
     source = stage.recipe.base
     terms = "Apache-2.0" if source.model.startswith("builtin:") else licence(source.pretrained)
     base = {"name": source.model or stage.clip.name, "sha256": digest(stage.base), "licence": terms}
-    if path.exists() and read_json(path, "start anew with --overwrite")["base"] != base:
+    if path.exists() and stage.run.base() != base:
         raise InputError(
             f"{path}: the run was started from another base model",
             "give back the weights it was started with, or --overwrite",

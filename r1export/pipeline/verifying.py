@@ -22,7 +22,6 @@ from r1export.pipeline.samples import gallery, parity_inputs, test_images
 from r1export.pipeline.stage import Stage
 from r1export.pipeline.timing import added_latency, speed
 from r1export.pipeline.torch_models import TorchModels, torch_models
-from r1export.run_folder import read_json
 from r1export.update.factors import ExpertUpdate
 from r1export.update.files import sha256_file
 from r1export.verify.checks import failed, overall
@@ -124,7 +123,8 @@ def _verify_release(
             if form.precision == "fp32":
                 found["gaps"] = _gaps(stage, stage.tasks[number - 1], outputs, models)
             if seen.executions:  # a base that cannot be run cannot be timed either
-                found["latency"] = added_latency(form, number, inputs, models, updates, providers)
+                control = found["proof"].get("control")
+                found["latency"] = added_latency(form, number, inputs, models, updates, providers, control)
     return found
 
 
@@ -183,7 +183,7 @@ def _drift(stage: Stage, path: Path, seen: _Seen) -> dict[str, Any] | None:
 
 
 def _release_facts(stage: Stage, number: int, path: Path) -> dict[str, Any]:
-    base = read_json(stage.run.path / "run.json", "train the run first")["base"]
+    base = stage.run.base()
     names = ("visual.safetensors", "textual.safetensors")
     sizes = {name: (path / name).stat().st_size for name in names}
     if number:

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from r1export.adapt.clip import Clip
-from r1export.adapt.evaluate import class_embeddings
 from r1export.adapt.experts import eject_experts_, inject_experts_, pack_experts
 from r1export.adapt.pixels import Pixels
 from r1export.adapt.pool import PoolSettings
@@ -13,7 +12,6 @@ from r1export.adapt.tasks import Task
 from r1export.pipeline.gaps import (
     BATCH,
     _accuracy,
-    _class_embeddings,
     _routed_each,
     exactness,
     freezing,
@@ -102,10 +100,6 @@ def test_texts_are_routed_in_batches_of_the_same_size_as_images(tiny_clip: Clip,
     monkeypatch.setattr(Clip, "encode_text", lambda clip, part: sizes.append(len(part)) or encode(clip, part))
     assert 0 <= _accuracy(tiny_clip, many, pixels, stripes.test.labels[:16]) <= 1
     assert sizes == [BATCH, 8]
-
-
-def test_class_embeddings_are_those_that_accuracies_are_made_of(tiny_clip: Clip, stripes) -> None:
-    assert np.array_equal(_class_embeddings(tiny_clip, stripes), class_embeddings(tiny_clip, stripes))
 
 
 def test_a_sparse_gate_has_no_shrink_gap(tiny_clip: Clip, stripes, pixels: torch.Tensor) -> None:

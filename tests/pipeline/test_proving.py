@@ -10,7 +10,7 @@ import pytest
 from running import RECIPE, SETTINGS, r1export
 
 from r1export.errors import CheckFailed
-from r1export.pipeline import Silent, Stage
+from r1export.pipeline import Silent, Stage, verify
 from r1export.pipeline.forms import Form
 from r1export.pipeline.proving import ladder, touched_towers
 from r1export.pipeline.samples import parity_inputs
@@ -76,6 +76,19 @@ def test_a_control_that_cannot_be_run_leaves_the_rungs_as_they_were_measured(for
     assert {found[rung]["verdict"] for rung in CLIMBED} == {"pass"}
     assert found["control"]["unmerged"]["detected"] is None
     assert "onnxruntime refuses the control" in found["control"]["unmerged"]["detail"]
+
+
+def test_an_unmerged_model_that_no_runtime_takes_leaves_a_report_without_its_time(run: Path, form, monkeypatch) -> None:
+    def spoiled(graph: Path, update: ExpertUpdate, out: Path) -> Path:
+        out.write_bytes(b"no graph")
+        return out
+
+    monkeypatch.setattr("r1export.pipeline.proving.add_branches", spoiled)
+    release = verify(form.stage)["releases"][1]
+    assert release["verdict"] == "inconclusive"
+    assert release["proof"]["control"]["unmerged"]["detected"] is None
+    assert release["latency"]["ratio"] > 0
+    assert "unmerged" not in release["latency"]["providers"]["CPUExecutionProvider"]["1"]
 
 
 def test_an_update_of_both_towers_has_to_be_told_apart_in_both(form: Form, monkeypatch) -> None:
