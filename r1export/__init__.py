@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from r1export.device.install import apply as apply_bundle
-    from r1export.pipeline import run, verify_release
+    from r1export.pipeline.run import run
+    from r1export.pipeline.verification.release import verify_release
     from r1export.recipe import load_recipe
     from r1export.update.factors import ExpertUpdate
 
@@ -22,8 +23,8 @@ _PLACES = {
     "ExpertUpdate": "update.factors:ExpertUpdate",
     "apply_bundle": "device.install:apply",
     "load_recipe": "recipe:load_recipe",
-    "run": "pipeline:run",
-    "verify_release": "pipeline:verify_release",
+    "run": "pipeline.run:run",
+    "verify_release": "pipeline.verification.release:verify_release",
 }
 
 

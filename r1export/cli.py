@@ -21,7 +21,7 @@ from r1export.errors import R1ExportError, refused
 
 if TYPE_CHECKING:
     from r1export.console import Terminal
-    from r1export.pipeline import Stage
+    from r1export.pipeline.context import RunContext
 
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
 INTERRUPTED = 130  # as shells count a process that Ctrl-C ended
@@ -101,30 +101,30 @@ def _open(
     overrides: list[str] | None,
     order: str | None,
     terminal: Terminal,
-) -> Stage:
+) -> RunContext:
     from r1export.recipe import in_order, load_recipe
     from r1export.run_folder import check_run
 
     recipe = load_recipe(recipe_file, tuple(overrides or ()))
     recipe = in_order(recipe, order) if order else recipe
     check_run(out, recipe, resume=resume, overwrite=overwrite)  # before torch is loaded: an error is there at once
-    from r1export.pipeline import open_stage
+    from r1export.pipeline.run import open_run_context
 
-    return open_stage(recipe, out, device=device, resume=resume, overwrite=overwrite, watch=terminal)
+    return open_run_context(recipe, out, device=device, resume=resume, overwrite=overwrite, progress=terminal)
 
 
-def _reopen(path: Path, device: Device, terminal: Terminal) -> Stage:
+def _reopen(path: Path, device: Device, terminal: Terminal) -> RunContext:
     from r1export.run_folder import RunFolder
 
     RunFolder(path).recipe()  # before torch is loaded
-    from r1export.pipeline import reopen_stage
+    from r1export.pipeline.run import reopen_run_context
 
-    return reopen_stage(path, device=device, watch=terminal)
+    return reopen_run_context(path, device=device, progress=terminal)
 
 
 def _read_report(run: Path) -> Mapping[str, Any]:
+    from r1export.report.write import checked
     from r1export.run_folder import read_json
-    from r1export.verify.report import checked
 
     path, remedy = run / "report.json", f"verify it first: r1export verify {run}"
     return checked(read_json(path, remedy), path, remedy)
@@ -147,10 +147,10 @@ def run(
 ) -> None:
     """Train a stream of tasks, merge and export after each, and verify every release."""
     with _terminal(as_json) as terminal:
-        stage = _open(recipe, out, resume, overwrite, device, set, order, terminal)
-        from r1export import pipeline
+        context = _open(recipe, out, resume, overwrite, device, set, order, terminal)
+        from r1export.pipeline.run import run_steps
 
-        report = pipeline.carry_out(stage)
+        report = run_steps(context)
         if not report:
             return
         terminal.accuracy(report["accuracy"])
@@ -173,10 +173,10 @@ def train(
 ) -> None:
     """Train a stream of tasks; writes factors, pools and metrics, exports nothing."""
     with _terminal(as_json) as terminal:
-        stage = _open(recipe, out, resume, overwrite, device, set, order, terminal)
-        from r1export import pipeline
+        context = _open(recipe, out, resume, overwrite, device, set, order, terminal)
+        from r1export.pipeline.train import train_tasks
 
-        metrics = pipeline.train(stage)
+        metrics = train_tasks(context)
         terminal.accuracy(metrics)
         terminal.document(metrics)
 
@@ -194,10 +194,10 @@ def export(
 ) -> None:
     """Export the graphs of a trained run once, and write a release for the base and for every task."""
     with _terminal(as_json) as terminal:
-        stage = _reopen(run, device, terminal)
-        from r1export import pipeline
+        context = _reopen(run, device, terminal)
+        from r1export.pipeline.export import export_releases
 
-        releases = pipeline.export(stage, overwrite=overwrite, audit=audit)
+        releases = export_releases(context, overwrite=overwrite, audit=audit)
         for path in releases:
             terminal.say(str(path))
         terminal.document({"releases": [str(path) for path in releases]})
@@ -213,14 +213,14 @@ def verify(
     """Verify all releases of a run against the unmerged model, or one release by its own golden samples."""
     with _terminal(as_json) as terminal:
         if (path / "manifest.json").exists():
-            from r1export import pipeline
+            from r1export.pipeline.verification.release import verify_release
 
-            report = pipeline.verify_release(path, provider or ())
+            report = verify_release(path, provider or ())
         else:
-            stage = _reopen(path, device, terminal)
-            from r1export import pipeline
+            context = _reopen(path, device, terminal)
+            from r1export.pipeline.verification.run import verify_run
 
-            report = pipeline.verify(stage, provider or ())
+            report = verify_run(context, provider or ())
         terminal.report(report)
         terminal.document(report)
         _finish(report)
@@ -230,7 +230,7 @@ def verify(
 def report(run: Run, as_json: Json = False) -> None:
     """Write the reports of a verified run again, and show them."""
     with _terminal(as_json) as terminal:
-        from r1export.verify.report import settled, write_report
+        from r1export.report.write import settled, write_report
 
         found = settled(_read_report(run))
         write_report(found, run)
@@ -246,20 +246,21 @@ def compare(
         list[Path], typer.Argument(metavar="RUN...", help="Folders of verified runs of one stream of tasks.")
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write comparison.html and comparison.json there.")
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Write compare_runs.html and compare_runs.json there."),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Compare verified runs, for example a method with its baselines, in one table and picture."""
     with _terminal(as_json) as terminal:
-        from r1export.verify import comparison
+        from r1export.report import compare_runs
 
-        found = comparison.compare_runs([(run.resolve().name, _read_report(run)) for run in runs])
-        terminal.table("Runs", *comparison.cells(found))
+        found = compare_runs.compare_runs([(run.resolve().name, _read_report(run)) for run in runs])
+        terminal.table("Runs", *compare_runs.cells(found))
         if out is not None:
-            comparison.write_comparison(found, out, overwrite=overwrite)
-            terminal.say(f"Comparison: {out / 'comparison.html'}")
+            compare_runs.write_comparison(found, out, overwrite=overwrite)
+            terminal.say(f"Comparison: {out / 'compare_runs.html'}")
         terminal.document(found)
 
 
@@ -361,10 +362,10 @@ def bundle(
         keys = [SecretKey.read(path) for path in key]
         step = Step(release, since, tuple(drop or ()), seq, precision)
         terms = Terms(int(time.time()), product, device_class, min_seq, expires)
-        stage = _reopen(run, Device.auto, terminal)
-        from r1export import pipeline
+        context = _reopen(run, Device.auto, terminal)
+        from r1export.pipeline.bundle import write_bundle
 
-        pipeline.bundle(stage, step, keys, terms, out, overwrite=overwrite)
+        write_bundle(context, step, keys, terms, out, overwrite=overwrite)
         size = out.stat().st_size
         terminal.say(f"{out}: {size / 1000:.1f} kB, from release {since} to {release}")
         terminal.document({"bundle": str(out), "bytes": size, "release": release, "since": since})

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from r1export.errors import R1ExportError
-from r1export.verify.checks import LADDER, verdict_of
+from r1export.report.checks import LADDER, verdict_of
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "not measured": "dim"}
 
@@ -28,7 +28,7 @@ class Terminal:
         self.people = Console(stderr=as_json, highlight=False, soft_wrap=False, quiet=quiet)
         self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
-    def stage(self, title: str) -> None:
+    def step(self, title: str) -> None:
         self.people.print(Text(f"• {title}", style="bold"))
 
     @contextmanager

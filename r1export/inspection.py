@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from r1export.errors import InputError
+from r1export.report.format import size
 from r1export.run_folder import RunFolder
 from r1export.update.container import NAMES, read_layout
 from r1export.update.factors import Rows
-from r1export.update.release import Release
-from r1export.verify.figures import size
+from r1export.update.release_manifest import Release
 
 Description = tuple[str, dict[str, object], list[str], list[list[str]]]
 PACKAGES = (
@@ -98,7 +98,7 @@ def _tensors(path: Path) -> Description:
 def _graph(path: Path) -> Description:
     import onnx
 
-    from r1export.verify.digest import graph_digest
+    from r1export.verify.graph_digest import graph_digest
 
     try:
         model = onnx.load(path, load_external_data=False)

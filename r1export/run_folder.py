@@ -11,8 +11,8 @@ from typing import Any
 
 from r1export.errors import InputError, refused
 from r1export.recipe import Recipe, load_recipe
+from r1export.update.atomic_io import write_file, write_json
 from r1export.update.factors import ExpertUpdate
-from r1export.update.files import write_file, write_json
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from r1export.export.graph import export_graphs
 from r1export.update.container import write_layout
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 from r1export.verify import proof
-from r1export.verify.control import add_branches
 from r1export.verify.latency import time_rounds
+from r1export.verify.paired_stats import latency_verdict, paired_ratio
 from r1export.verify.runtime import job, open_session
-from r1export.verify.statistics import latency_verdict, paired_ratio
+from r1export.verify.unmerged_graph import add_branches
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 EXPERTS = 4  # per adapted linear, as the recipe's k_merge

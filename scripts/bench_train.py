@@ -1,4 +1,4 @@
-"""Cost of one training step: our pools beside the plain form, PEFT's LoRA and the arithmetic floor, in one run.
+"""Cost of one training step: our pools beside the plain variant, PEFT's LoRA and the arithmetic floor, in one run.
 
     python scripts/bench_train.py --out bench_train.json            # PEFT and transformers only if they are installed
 
@@ -35,14 +35,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r1export.adapt.experts import inject_experts_
-from r1export.adapt.knowledge import REFERENCES
+from r1export.adapt.distillation import REFERENCES
+from r1export.adapt.inject import inject_experts_
 from r1export.adapt.losses import in_batch_loss
 from r1export.adapt.pool import ExpertPool, PoolSettings
-from r1export.adapt.texts import short_texts
+from r1export.adapt.text_truncation import short_texts
 from r1export.adapt.trainer import reset_pools_
 from r1export.verify.latency import time_rounds
-from r1export.verify.statistics import paired_ratio
+from r1export.verify.paired_stats import paired_ratio
 
 RANK = 12
 END = 10  # the position at which a prompt of a few words ends

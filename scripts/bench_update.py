@@ -26,13 +26,13 @@ import numpy as np
 
 from r1export.device import install, provision
 from r1export.device.kit import device_kit
+from r1export.update.atomic_io import sha256_file, write_file, write_json
 from r1export.update.container import NAMES, plan, write_layout, write_tensors
 from r1export.update.envelope import SecretKey
 from r1export.update.factors import ExpertUpdate, Factors, Rows
-from r1export.update.files import sha256_file, write_file, write_json
 from r1export.update.publish import Step, Terms, make_bundle
 from r1export.update.rebuild import Rebuild
-from r1export.update.release import Release
+from r1export.update.release_manifest import Release
 
 EXPERTS = 4  # rank-1 experts of each adapted linear and task
 KEY = SecretKey(bytes(range(32)))
@@ -298,7 +298,7 @@ LOAD = """
 import sys, time
 from pathlib import Path
 import numpy, onnxruntime
-from r1export.device.session import open_version
+from r1export.device.version import open_version
 start = time.perf_counter()
 version = open_version(Path(sys.argv[1]))
 sessions = [version.session(graph) for graph in ("visual.onnx", "textual.onnx")]

@@ -20,13 +20,13 @@ from types import FrameType
 from typing import Any
 
 from r1export.errors import R1ExportError
-from r1export.update import bundle, container, envelope, manifest, strict
+from r1export.update import bundle, container, envelope, manifest, strict_json
 from r1export.update.bundle import Bundle, split
 from r1export.update.manifest import Manifest
 
 MEMORY = 2 << 30  # bytes of address space
 VECTORS = Path(__file__).parents[1] / "tests" / "bundles"
-WATCHED = {module.__file__ for module in (bundle, container, envelope, manifest, strict)}
+WATCHED = {module.__file__ for module in (bundle, container, envelope, manifest, strict_json)}
 ODD = (
     None,
     True,

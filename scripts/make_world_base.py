@@ -25,8 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from r1export.adapt.tasks import ImageSet, Task
-from r1export.adapt.world import (
+from r1export.data.synthetic import (
     BUILTIN_MODELS,
     COLOURS,
     FACING,
@@ -41,6 +40,7 @@ from r1export.adapt.world import (
     noisy,
     two_colours,
 )
+from r1export.data.task import ImageSet, Task
 
 SEEN_PAIRS = [pair for pair in PAIRS if pair not in UNSEEN_PAIRS]
 TEMPLATES = [

@@ -24,7 +24,7 @@ import timm
 import torch
 from torch import nn
 
-from r1export.adapt.experts import eject_experts_, inject_experts_, pack_experts
+from r1export.adapt.inject import eject_experts_, inject_experts_, pack_experts
 from r1export.adapt.pool import PoolSettings
 from r1export.errors import Unsupported
 from r1export.export.graph import export_graphs

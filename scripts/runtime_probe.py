@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from r1export.device.session import open_version
+from r1export.device.version import open_version
 from r1export.update.container import read_tensors
 
 Run = Callable[[dict], np.ndarray]

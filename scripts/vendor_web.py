@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from r1export.update.files import new_folder
+from r1export.update.atomic_io import new_folder
 
 ROOT = Path(__file__).parents[1]
 # npm's archive names its licence (MIT) without its text; the Python package of the same project brings text and notices.

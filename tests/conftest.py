@@ -51,7 +51,7 @@ def tiny_clip(tiny_files):
 @pytest.fixture(scope="session")
 def stripes():
     """A task of two classes: stripes across and stripes down, 24 images to train on and 16 to test."""
-    from r1export.adapt.tasks import ImageSet, Task
+    from r1export.data.task import ImageSet, Task
 
     def draw(i: int) -> Image.Image:
         rng = np.random.default_rng(i)

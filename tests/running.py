@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from r1export.cli import app
+from r1export.update.atomic_io import sha256_bytes, sha256_file, write_json
 from r1export.update.container import read_tensors
-from r1export.update.files import sha256_bytes, sha256_file, write_json
-from r1export.update.release import sealed
-from r1export.verify.digest import graph_digest
+from r1export.update.release_manifest import sealed
+from r1export.verify.graph_digest import graph_digest
 
 SETTINGS = (
     "tasks.0.source=builtin:digits", "tasks.0.name=digits", "train.iterations=6", "data.test_limit=60", "data.shots=4",

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 from running import Result, r1export
 
+from r1export.update.atomic_io import sha256_file
 from r1export.update.container import read_tensors
-from r1export.update.files import sha256_file
 
 ROOT = Path(__file__).parents[1]
 FAST = [

@@ -3,7 +3,7 @@
 import pytest
 
 from r1export.console import Terminal
-from r1export.verify.checks import LADDER
+from r1export.report.checks import LADDER
 
 RUNGS = {name: {"verdict": "pass"} for name in LADDER}
 

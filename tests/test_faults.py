@@ -19,10 +19,10 @@ from onnx import helper, numpy_helper
 from running import RECIPE, SETTINGS, r1export, reseal
 
 from r1export.export.graph import GRAPHS
+from r1export.update.atomic_io import write_json
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.factors import ExpertUpdate
-from r1export.update.files import write_json
-from r1export.update.release import sealed
+from r1export.update.release_manifest import sealed
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,13 @@ import os
 import numpy as np
 import pytest
 
-from r1export.adapt.knowledge import recall
+from r1export.adapt.distillation import recall
 from r1export.errors import InputError, Unsupported
-from r1export.pipeline import Silent, Stage, carry_out, check_inputs, choose_device, export, training
-from r1export.pipeline.training import train
+from r1export.pipeline import train
+from r1export.pipeline.context import NoProgress, RunContext, check_inputs, choose_device
+from r1export.pipeline.export import export_releases
+from r1export.pipeline.run import run_steps
+from r1export.pipeline.train import train_tasks
 from r1export.recipe import Recipe
 from r1export.run_folder import RunFolder, check_run, open_run
 from r1export.update.factors import ExpertUpdate
@@ -29,47 +32,47 @@ def recipe(tiny_files) -> Recipe:
     )
 
 
-def stage_of(recipe: Recipe, path) -> Stage:
-    return Stage(open_run(path, recipe, resume=True, overwrite=False), recipe, "cpu", Silent())
+def context_of(recipe: Recipe, path) -> RunContext:
+    return RunContext(open_run(path, recipe, resume=True, overwrite=False), recipe, "cpu", NoProgress())
 
 
 def test_the_second_task_is_learned_on_the_merged_weights_and_the_base_is_put_back(recipe, tmp_path) -> None:
-    stage = stage_of(recipe, tmp_path / "run")
-    before = {name: value.copy() for name, value in stage.base.items()}
-    train(stage)
-    assert all(np.array_equal(value, before[name]) for name, value in stage.clip.parameters().items())
-    updates = stage.run.updates(recipe)
-    merged = stage.merged(updates)
+    context = context_of(recipe, tmp_path / "run")
+    before = {name: value.copy() for name, value in context.base.items()}
+    train_tasks(context)
+    assert all(np.array_equal(value, before[name]) for name, value in context.clip.parameters().items())
+    updates = context.run.updates(recipe)
+    merged = context.merged(updates)
     expected = ExpertUpdate.stack(updates).apply(before)
     assert set(merged) == set(before)
     assert all(np.array_equal(merged[name], expected.get(name, before[name])) for name in merged)
 
 
 def test_the_base_is_put_back_when_a_step_fails(recipe, tmp_path) -> None:
-    stage = stage_of(recipe, tmp_path / "run")
-    train(stage)
+    context = context_of(recipe, tmp_path / "run")
+    train_tasks(context)
     learned: dict[str, np.ndarray] = {}
 
     def fails() -> None:
-        with stage.showing(stage.run.updates(recipe)) as merged:
-            learned.update(stage.clip.parameters())
+        with context.showing(context.run.updates(recipe)) as merged:
+            learned.update(context.clip.parameters())
             assert all(np.array_equal(learned[name], merged[name]) for name in merged)
             raise KeyError
 
     with pytest.raises(KeyError):
         fails()
-    assert any(not np.array_equal(learned[name], value) for name, value in stage.base.items())
-    assert all(np.array_equal(value, stage.base[name]) for name, value in stage.clip.parameters().items())
+    assert any(not np.array_equal(learned[name], value) for name, value in context.base.items())
+    assert all(np.array_equal(value, context.base[name]) for name, value in context.clip.parameters().items())
 
 
 def test_a_run_stopped_between_tasks_goes_on_with_the_second(recipe, tmp_path) -> None:
-    train(stage_of(recipe, tmp_path / "whole"))
-    train(stage_of(recipe, tmp_path / "cut"))
+    train_tasks(context_of(recipe, tmp_path / "whole"))
+    train_tasks(context_of(recipe, tmp_path / "cut"))
     kept = (tmp_path / "cut/tasks/01-digits/factors.safetensors").stat().st_mtime_ns
     for name in ("factors.safetensors", "pool.safetensors", "accuracy.json", "metrics.json"):
         (tmp_path / "cut/tasks/02-arrows" / name).unlink()
     (tmp_path / "cut/metrics.json").unlink()
-    assert train(stage_of(recipe, tmp_path / "cut")) == RunFolder(tmp_path / "whole").metrics()
+    assert train_tasks(context_of(recipe, tmp_path / "cut")) == RunFolder(tmp_path / "whole").metrics()
     assert (tmp_path / "cut/tasks/01-digits/factors.safetensors").stat().st_mtime_ns == kept
     second = "tasks/02-arrows/factors.safetensors"
     assert (tmp_path / "cut" / second).read_bytes() == (tmp_path / "whole" / second).read_bytes()
@@ -82,48 +85,48 @@ def test_a_run_holds_on_to_what_was_said_of_imagenets_names_and_of_earlier_tasks
         asked.append(names)
         return recall(clip, train, wanted, names, on_batch, weight=weight)
 
-    monkeypatch.setattr(training, "recall", listening)
+    monkeypatch.setattr(train, "recall", listening)
     factors = []
     for keep in (0.0, 5.0):
         held = recipe.model_copy(update={"train": recipe.train.model_copy(update={"keep": keep})})
-        train(stage_of(held, tmp_path / str(keep)))
+        train_tasks(context_of(held, tmp_path / str(keep)))
         factors.append((tmp_path / str(keep) / "tasks/01-digits/factors.safetensors").read_bytes())
     assert factors[0] != factors[1]
     assert [len(names) for names in asked] == [998, 998 + 10]
-    assert asked[1][-10:] == stage_of(recipe, tmp_path / "other").tasks[0].classes
+    assert asked[1][-10:] == context_of(recipe, tmp_path / "other").tasks[0].classes
 
 
 def test_a_run_cannot_go_on_from_another_base(recipe, tmp_path) -> None:
-    stage = stage_of(recipe, tmp_path / "run")
-    train(stage)
-    other = stage_of(recipe, tmp_path / "run")
+    context = context_of(recipe, tmp_path / "run")
+    train_tasks(context)
+    other = context_of(recipe, tmp_path / "run")
     other.clip.load_({"logit_scale": np.float32(1.0)})
     with pytest.raises(InputError, match="another base model"):
-        train(other)
+        train_tasks(other)
 
 
 def test_a_file_of_a_run_without_what_it_should_hold_is_named(recipe, tmp_path) -> None:
-    stage = stage_of(recipe, tmp_path / "run")
-    train(stage)
+    context = context_of(recipe, tmp_path / "run")
+    train_tasks(context)
     for file, words, step in (
-        ("run.json", "it lacks base.name, base.sha256", train),
-        ("zero_shot.json", "no accuracy of digits, arrows", train),
-        ("tasks/02-arrows/accuracy.json", "no accuracy of digits, arrows", train),
-        ("metrics.json", "it lacks tasks, .*probe", export),
+        ("run.json", "it lacks base.name, base.sha256", train_tasks),
+        ("zero_shot.json", "no accuracy of digits, arrows", train_tasks),
+        ("tasks/02-arrows/accuracy.json", "no accuracy of digits, arrows", train_tasks),
+        ("metrics.json", "it lacks tasks, .*probe", export_releases),
     ):
-        whole = (stage.run.path / file).read_text()
+        whole = (context.run.path / file).read_text()
         for text, said in (("{}", words), ("[]", "expected an object")):
-            (stage.run.path / file).write_text(text)
+            (context.run.path / file).write_text(text)
             with pytest.raises(InputError, match=rf"{file}: damaged: .*{said}"):
-                step(stage)
-        (stage.run.path / file).write_text(whole)
+                step(context)
+        (context.run.path / file).write_text(whole)
 
 
 def test_checking_the_inputs_leaves_the_model_as_it_was(recipe, tmp_path) -> None:
-    stage = Stage(RunFolder(tmp_path / "never made"), recipe, "cpu", Silent())
-    names = list(stage.clip.model.state_dict())
-    check_inputs(stage)
-    assert list(stage.clip.model.state_dict()) == names
+    context = RunContext(RunFolder(tmp_path / "never made"), recipe, "cpu", NoProgress())
+    names = list(context.clip.model.state_dict())
+    check_inputs(context)
+    assert list(context.clip.model.state_dict()) == names
     assert not (tmp_path / "never made").exists()
 
 
@@ -153,20 +156,23 @@ def test_what_the_disk_refuses_to_a_run_is_the_environment_and_a_wrong_path_is_i
     def write(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    stage = stage_of(recipe, tmp_path / "run")
-    monkeypatch.setattr("r1export.pipeline.training.write_json", write)
+    context = context_of(recipe, tmp_path / "run")
+    monkeypatch.setattr("r1export.pipeline.train.write_json", write)
     monkeypatch.setattr("r1export.run_folder.write_file", write)
-    for step in (lambda: open_run(tmp_path / "new", recipe, resume=False, overwrite=False), lambda: train(stage)):
+    for step in (
+        lambda: open_run(tmp_path / "new", recipe, resume=False, overwrite=False),
+        lambda: train_tasks(context),
+    ):
         with pytest.raises(kind, match=f"could not be written: {os.strerror(number)}"):
             step()
 
 
 def test_full_fine_tuning_is_refused_by_run_before_it_is_trained(recipe, tmp_path) -> None:
     full = recipe.model_copy(update={"train": recipe.train.model_copy(update={"method": "full"})})
-    stage = stage_of(full, tmp_path / "run")
+    context = context_of(full, tmp_path / "run")
     with pytest.raises(Unsupported, match="use it with r1export train"):
-        carry_out(stage)
-    assert [path.name for path in stage.run.path.iterdir()] == ["recipe.toml"]
+        run_steps(context)
+    assert [path.name for path in context.run.path.iterdir()] == ["recipe.toml"]
 
 
 def test_a_gpu_that_is_not_there_is_unsupported() -> None:
@@ -185,7 +191,7 @@ def test_tensorboard_is_an_extra_that_says_so_where_it_is_missing(recipe, tmp_pa
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tensorboard": True})})
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(Unsupported, match=r"r1export\[tensorboard\]"):
-        train(stage_of(recipe, tmp_path / "run"))
+        train_tasks(context_of(recipe, tmp_path / "run"))
 
 
 def test_losses_and_accuracies_go_to_tensorboard(recipe, tmp_path) -> None:
@@ -193,7 +199,7 @@ def test_losses_and_accuracies_go_to_tensorboard(recipe, tmp_path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tensorboard": True})})
-    train(stage_of(recipe, tmp_path / "run"))
+    train_tasks(context_of(recipe, tmp_path / "run"))
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     board.Reload()
     assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4]

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from r1export.adapt.clip import Clip
+from r1export.adapt.image_cache import Pixels
 from r1export.adapt.metrics import top1
-from r1export.adapt.pixels import Pixels
-from r1export.adapt.tasks import Task
-from r1export.adapt.texts import short_texts
+from r1export.adapt.text_truncation import short_texts
+from r1export.data.task import Task
 
 BATCH = 128  # images or prompts encoded at a time
 

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r1export.adapt import together
+from r1export.adapt import distributed
 from r1export.adapt.clip import Clip
-from r1export.adapt.experts import load_pool_tensors_, pool_tensors
-from r1export.adapt.knowledge import Knowledge
+from r1export.adapt.distillation import Knowledge
+from r1export.adapt.image_cache import Pixels
+from r1export.adapt.inject import load_pool_tensors_, pool_tensors
 from r1export.adapt.losses import in_batch_loss, orthogonality_loss
-from r1export.adapt.pixels import Pixels
 from r1export.adapt.pool import ExpertPool
-from r1export.adapt.tasks import Task
-from r1export.adapt.texts import short_texts
+from r1export.adapt.text_truncation import short_texts
+from r1export.data.task import Task
 from r1export.errors import InputError
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.factors import Rows
@@ -147,7 +147,7 @@ def train_pools_(
     progress = _Progress()
     if checkpoint is not None and checkpoint.exists():
         progress = _load_checkpoint_(checkpoint, pools, optimizer)
-    lesson = _Lesson(clip, together.encoders(clip, pools), pools, task, train, prompts, settings, number, knowledge)
+    lesson = _Lesson(clip, distributed.encoders(clip, pools), pools, task, train, prompts, settings, number, knowledge)
     with _in_training(clip, [clip.model] if parameters else pools.values()):
         while progress.step < settings.iterations:
             started = time.perf_counter()
@@ -163,10 +163,10 @@ def train_pools_(
             loss, extra, kept = (value.item() for value in losses)
             progress.add(loss, task)
             on_step(Step(progress.step, loss, extra, kept, time.perf_counter() - started))
-            if checkpoint is not None and progress.step % settings.checkpoint_every == 0 and together.is_first():
+            if checkpoint is not None and progress.step % settings.checkpoint_every == 0 and distributed.is_first():
                 _write_checkpoint(checkpoint, pools, optimizer, progress)
-    together.wait()
-    if checkpoint is not None and together.is_first():
+    distributed.wait()
+    if checkpoint is not None and distributed.is_first():
         checkpoint.unlink(missing_ok=True)
     return progress.losses
 
@@ -236,8 +236,10 @@ class _Lesson:
         """The supervised loss and the weighted losses of orthogonality and distillation, float32 scalars."""
         settings, device = self.settings, self.clip.device
         torch.manual_seed(self._seed(2, step))  # dropout
-        parts = together.shares(batch_indices(len(self.train), settings.batch_size, step, settings.seed, self.number))
-        pixels, images = self.train.batch(together.own(parts)), np.concatenate(parts)
+        parts = distributed.shares(
+            batch_indices(len(self.train), settings.batch_size, step, settings.seed, self.number)
+        )
+        pixels, images = self.train.batch(distributed.own(parts)), np.concatenate(parts)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             supervised, kept = self._contrast(pixels, images, self._seed(4, step))
         apart = supervised.new_zeros(())
@@ -258,7 +260,7 @@ class _Lesson:
             tokens = torch.cat([classes, self.knowledge.tokens[drawn]])
         with short_texts(self.clip.model):
             image, text = self.encode(pixels, tokens)
-        image, scale = together.gathered(image), self.clip.model.logit_scale.exp()
+        image, scale = distributed.gathered(image), self.clip.model.logit_scale.exp()
         logits = (scale * image @ text[: len(classes)].T).float()
         supervised = (F.cross_entropy if everything else in_batch_loss)(logits, positions)
         if self.knowledge is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from r1export.device import doctor, install, provision
-from r1export.device.record import MODES
+from r1export.device.state import MODES
 from r1export.errors import R1ExportError, refused
 from r1export.update import bundle
 

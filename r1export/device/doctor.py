@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from r1export.device.arithmetic import known_answers_hold
 from r1export.device.install import check_slot
-from r1export.device.record import CONFIG, STATE, read_state
-from r1export.device.selftest import known_answers_hold
+from r1export.device.state import CONFIG, STATE, read_state
 from r1export.device.store import BASE, Store
 from r1export.errors import CheckFailed, InputError, R1ExportError
-from r1export.update.release import check_file
+from r1export.update.release_manifest import check_file
 
 FRESH = "make a new store with `init` from the base release, then apply the newest update"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from r1export.device.session import Version
+from r1export.device.version import Version
 from r1export.errors import CheckFailed
 from r1export.update.container import read_tensors
 from r1export.update.manifest import Health

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from r1export.device import worker
 from r1export.device.policy import check_not_revoked, check_offer, counts_as_try
-from r1export.device.record import State
+from r1export.device.state import State
 from r1export.device.store import BASE, BUNDLE, Store, retire, write_new
 from r1export.errors import CheckFailed, InputError, R1ExportError, Unsupported
+from r1export.update.atomic_io import sha256_file, sync_folder
 from r1export.update.bundle import Bundle, read_bundle
-from r1export.update.files import sha256_file, sync_folder
-from r1export.update.release import check_file
+from r1export.update.release_manifest import check_file
 
 WAIT = 60.0  # seconds that an updater waits for another one
 Run = Callable[[Store, int, str, str], None]  # (store, descriptor to inherit, verb, name of the folder in slots/)

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 from r1export.errors import InputError
-from r1export.update.files import write_file
+from r1export.update.atomic_io import write_file
 
 PACKAGE = Path(__file__).parents[1]
 MODULES = {  # what a device runs; the rest of the package stays in the lab

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from r1export.device.record import CONFIG, MODES, Config, State, write_config
+from r1export.device.state import CONFIG, MODES, Config, State, write_config
 from r1export.device.store import BASE, Store
 from r1export.device.worker import has_onnxruntime, health_command
 from r1export.errors import InputError, Unsupported
+from r1export.update.atomic_io import new_folder, read_chunks, sync_folder, write_file
 from r1export.update.envelope import PublicKey
-from r1export.update.files import new_folder, read_chunks, sync_folder, write_file
-from r1export.update.release import MANIFEST, Release
+from r1export.update.release_manifest import MANIFEST, Release
 
 
 def init(

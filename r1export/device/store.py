@@ -22,16 +22,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from r1export.device import record
+from r1export.device import state as state_files
 from r1export.device.policy import Installed
-from r1export.device.record import CONFIG, STATE, Config, State, read_config, read_state
+from r1export.device.state import CONFIG, STATE, Config, State, read_config, read_state
 from r1export.errors import InputError, R1ExportError, Unsupported
+from r1export.update.atomic_io import sync_folder
 from r1export.update.bundle import Bundle, read_bundle, split
 from r1export.update.envelope import PublicKey
 from r1export.update.factors import ExpertUpdate
-from r1export.update.files import sync_folder
 from r1export.update.manifest import Base, Manifest
-from r1export.update.release import Release, check_file
+from r1export.update.release_manifest import Release, check_file
 
 BUNDLE = "update.r1u"
 BASE = "base"
@@ -150,7 +150,7 @@ class Store:
 
     def write_state(self, state: State) -> None:
         """Replace state.json atomically and make it, and every rename before it in the store's folder, survive a power cut."""
-        record.write_state(self.path / STATE, state)
+        state_files.write_state(self.path / STATE, state)
 
     def installed(self) -> Installed:
         """What the policy needs to know about this device."""

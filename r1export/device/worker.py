@@ -17,15 +17,15 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from r1export.device.arithmetic import known_answers_hold
 from r1export.device.health import check_health
-from r1export.device.selftest import known_answers_hold
-from r1export.device.session import check_digest, check_tensor, version_of
 from r1export.device.store import BUNDLE, Store, write_new
+from r1export.device.version import check_digest, check_tensor, version_of
 from r1export.errors import CheckFailed, Inconclusive, InputError, R1ExportError, Unsupported
 from r1export.update.bundle import Bundle, read_bundle
 from r1export.update.manifest import File, Manifest
 from r1export.update.rebuild import Rebuild
-from r1export.update.release import Release, is_graph
+from r1export.update.release_manifest import Release, is_graph
 
 SECONDS = {"build": 3600, "health": 600}  # a step that takes longer hangs
 _ERRORS = {kind.exit_code: kind for kind in (CheckFailed, InputError, Unsupported, Inconclusive)}

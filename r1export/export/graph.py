@@ -23,8 +23,8 @@ from r1export.export.sentinels import fill_with_sentinels_, prove
 from r1export.export.simplify import simplify_
 from r1export.export.towers import NOT_IN_A_TOWER, Tower, make_towers
 from r1export.export.weight_map import Placement, WeightMap, externalize_, place_parameters
+from r1export.update.atomic_io import write_file
 from r1export.update.container import Layout
-from r1export.update.files import write_file
 
 WEIGHTS = {
     "visual.onnx": "visual.safetensors",

@@ -17,7 +17,7 @@ import onnx
 from onnx import parser
 
 from r1export.errors import Unsupported
-from r1export.update.files import write_file
+from r1export.update.atomic_io import write_file
 
 FILTERS = {
     "bicubic": 'mode="cubic", cubic_coeff_a=-0.5',

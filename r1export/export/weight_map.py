@@ -17,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from r1export.errors import InputError, Unsupported
+from r1export.update.atomic_io import write_json
 from r1export.update.container import DTYPES, Layout, TensorSpec, plan
-from r1export.update.files import write_json
 
 
 @dataclass(frozen=True)

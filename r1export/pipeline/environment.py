@@ -14,7 +14,7 @@ import onnxruntime
 import torch
 
 from r1export import __version__
-from r1export.verify import openvino
+from r1export.verify import openvino_runtime
 from r1export.verify.runtime import PROVIDERS
 
 
@@ -41,7 +41,7 @@ def environment() -> dict[str, Any]:
 
 def absent(provider: str) -> str:
     """Why a provider cannot be used on this machine; empty if it can."""
-    if provider == "openvino" and not openvino.installed():
+    if provider == "openvino" and not openvino_runtime.installed():
         return "not installed"
     if provider in ("cuda", "tensorrt"):
         if not torch.cuda.is_available():

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from r1export.errors import InputError
-from r1export.update.files import write_file
-from r1export.update.strict import no_duplicates
+from r1export.update.atomic_io import write_file
+from r1export.update.strict_json import no_duplicates
 
 DTYPES = {
     "F64": "<f8",

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.update import ed25519
-from r1export.update.strict import parse_json, places
+from r1export.update.strict_json import parse_json, places
 
 PAYLOAD_TYPE = "application/vnd.r1export.manifest+json"
 MAX_ENVELOPE = 64 << 10  # bytes

@@ -21,8 +21,8 @@ from types import MappingProxyType
 import numpy as np
 
 from r1export.errors import InputError
+from r1export.update.atomic_io import write_file
 from r1export.update.container import plan, read_tensors
-from r1export.update.files import write_file
 
 PROCEDURE = "r1-f64-v1"
 BLOCK_ROWS = 128  # rows merged at a time: keeps the float64 block of a 3072-wide weight in the second-level cache

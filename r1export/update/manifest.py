@@ -14,8 +14,8 @@ from typing import Any
 
 from r1export.errors import InputError, Unsupported
 from r1export.update.factors import PROCEDURE, Rows
-from r1export.update.quantize import PROCEDURE_INT8
-from r1export.update.strict import REMEDY, Fields, items, matching, parse_json, places, whole, wrong
+from r1export.update.int8 import PROCEDURE_INT8
+from r1export.update.strict_json import REMEDY, Fields, items, matching, parse_json, places, whole, wrong
 
 FORMAT = "r1export.bundle/1"
 UPDATER = 1  # what this updater understands; a manifest may require more

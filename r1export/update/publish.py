@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r1export.errors import CheckFailed, InputError
+from r1export.update.atomic_io import sha256_bytes, sha256_file
 from r1export.update.bundle import MAX_BUNDLE, Bundle, assemble
+from r1export.update.byte_delta import differences
 from r1export.update.container import NAMES
-from r1export.update.differences import differences
-from r1export.update.drop import Refresh, release_without
 from r1export.update.envelope import SecretKey, sign
 from r1export.update.factors import ExpertUpdate
-from r1export.update.files import sha256_bytes, sha256_file
 from r1export.update.manifest import ALIGN, Base, Experts, File, Health, Manifest, Part, Update
 from r1export.update.rebuild import Rebuild
-from r1export.update.release import MANIFEST, REPORTS, Release, is_graph
+from r1export.update.release_manifest import MANIFEST, REPORTS, Release, is_graph
+from r1export.update.without_task import Refresh, release_without
 
 
 @dataclass(frozen=True)

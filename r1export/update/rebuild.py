@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from r1export.errors import InputError
+from r1export.update.atomic_io import CHUNK
 from r1export.update.factors import PROCEDURE, ExpertUpdate
-from r1export.update.files import CHUNK
-from r1export.update.quantize import PROCEDURE_INT8, dequantize, quantize
-from r1export.update.release import Release, Stored
+from r1export.update.int8 import PROCEDURE_INT8, dequantize, quantize
+from r1export.update.release_manifest import Release, Stored
 
 
 @dataclass(frozen=True)

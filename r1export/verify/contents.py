@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from r1export.errors import R1ExportError
+from r1export.update.atomic_io import sha256_bytes
 from r1export.update.container import NAMES, TensorSpec, map_tensors, read_layout, read_tensors
 from r1export.update.factors import ExpertUpdate
-from r1export.update.files import sha256_bytes
-from r1export.verify.diagnosis import diagnose
-from r1export.verify.digest import read_graph
+from r1export.verify.graph_digest import read_graph
+from r1export.verify.merge_diagnosis import diagnose
 
 PROMPTS = (
     256  # prompts per task that are embedded again: enough for every class of a small task, spread over a large one

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from r1export.verify.statistics import Ratio, latency_verdict, paired_ratio
+from r1export.verify.paired_stats import Ratio, latency_verdict, paired_ratio
 
 BLOCKS = 10  # a bootstrap over fewer blocks has intervals that are too narrow
 WARM_UP = 3  # runs after opening a session that are not counted: memory is planned and weights are paged in

@@ -18,7 +18,7 @@ import onnxruntime as ort
 from onnx import TensorProto, external_data_helper, numpy_helper
 
 from r1export.errors import CheckFailed
-from r1export.update.files import new_folder
+from r1export.update.atomic_io import new_folder
 from r1export.verify.runtime import session_options, spoken
 
 NOISE = {

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from r1export.errors import CheckFailed
-from r1export.verify.execution import Execution, Kernel, Shape
-from r1export.verify.openvino import compile_graph
+from r1export.verify.openvino_runtime import compile_graph
+from r1export.verify.ort_profile import Execution, Kernel, Shape
 from r1export.verify.runtime import check_provider, spoken
 
 if TYPE_CHECKING:

@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 
 from r1export.errors import CheckFailed
-from r1export.update.files import sha256_file
+from r1export.update.atomic_io import sha256_file
 from r1export.verify import openvino_program
-from r1export.verify.digest import graph_digest
-from r1export.verify.execution import Execution, execute
-from r1export.verify.figures import size
+from r1export.verify.graph_digest import graph_digest
+from r1export.verify.ort_profile import Execution, execute
 
 OPAQUE = ("tensorrt", "reference")  # an engine that onnxruntime cannot write out; no optimiser at all
 PEAK_TOLERANCE = 0.01  # where threads take turns, the allocator's peak moves by a block
@@ -144,9 +143,13 @@ def _cost_digest(executions: Mapping[str, Execution]) -> str:
 
 
 def _cost(name: str, e: Execution) -> str:
-    peak = f"{size(e.peak_bytes)} at its peak" if e.peak_bytes else "peak not told"
+    peak = f"{_megabytes(e.peak_bytes)} at its peak" if e.peak_bytes else "peak not told"
     flops = "" if e.flops is None else f"{e.flops / 1e6:.1f} MFLOPs, "
-    return f"{name}: {flops}{size(e.weight_bytes)} of weights, {peak}"
+    return f"{name}: {flops}{_megabytes(e.weight_bytes)} of weights, {peak}"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
 
 
 def proof_control(base: Path, unmerged: Path, feeds: Feeds, provider: str = "cpu") -> dict[str, Any]:

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from onnx.reference import ReferenceEvaluator
 
 from r1export.errors import CheckFailed, InputError, Unsupported
-from r1export.verify import openvino
+from r1export.verify import openvino_runtime
 
 LEVELS = {
     "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -34,7 +34,7 @@ Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 
 
 class Session(Protocol):
-    """An opened graph: an InferenceSession of onnxruntime, an `openvino.Compiled` or a ReferenceEvaluator of onnx."""
+    """An opened graph: an InferenceSession of onnxruntime, an `openvino_runtime.Compiled` or a ReferenceEvaluator of onnx."""
 
     def run(self, outputs: None, feeds: dict[str, Any], /) -> Any:
         """All outputs as numpy arrays, in the order of the graph."""
@@ -54,7 +54,7 @@ def check_provider(provider: str) -> None:
     """Raises InputError for an unknown name, Unsupported for what onnxruntime was built without and an OpenVINO that is not installed."""
     if provider not in PROVIDERS:
         raise InputError(f"no provider {provider!r}", f"known: {', '.join(PROVIDERS)}")
-    if provider == "openvino" and not openvino.installed():
+    if provider == "openvino" and not openvino_runtime.installed():
         raise Unsupported("OpenVINO is not installed", "pip install r1export[openvino]")
     if provider not in APART and PROVIDERS[provider] not in ort.get_available_providers():
         raise Unsupported(
@@ -102,7 +102,7 @@ def open_session(
     check_provider(provider)
     try:
         if provider == "openvino":
-            return openvino.Compiled(openvino.compile_graph(graph, threads=threads, options=details))
+            return openvino_runtime.Compiled(openvino_runtime.compile_graph(graph, threads=threads, options=details))
         return ReferenceEvaluator(str(graph))
     except Exception as error:  # both raise what they like
         raise CheckFailed(

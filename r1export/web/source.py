@@ -15,12 +15,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from r1export.device.install import check_slot
-from r1export.device.session import Version, open_version
 from r1export.device.store import BASE, Store
+from r1export.device.version import Version, open_version
 from r1export.errors import CheckFailed, InputError
-from r1export.update.files import CHUNK
+from r1export.update.atomic_io import CHUNK
 from r1export.update.manifest import File
-from r1export.update.release import MANIFEST, Release, manifest_digest
+from r1export.update.release_manifest import MANIFEST, Release, manifest_digest
 
 REMEMBERED = 4  # versions whose files can still be asked for after a switch; a page needs one or two
 

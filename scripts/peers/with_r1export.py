@@ -17,12 +17,12 @@ from peers.contender import FIRST_LINEAR, Row, enter, onnx_embeddings, release_b
 from peers.mapping import rows_of
 from peers.workload import ALPHA, RANK, parity, read_samples
 from r1export import __version__
-from r1export.adapt.experts import eject_experts_, pack_experts, pool_tensors
+from r1export.adapt.inject import eject_experts_, pack_experts, pool_tensors
 from r1export.export.graph import GRAPHS
-from r1export.pipeline.releasing import export
-from r1export.pipeline.stage import Silent, Stage, inject_pools_
-from r1export.pipeline.training import train
-from r1export.pipeline.updating import bundle
+from r1export.pipeline.bundle import bundle
+from r1export.pipeline.context import NoProgress, RunContext, inject_pools_
+from r1export.pipeline.export import export
+from r1export.pipeline.train import train
 from r1export.recipe import Recipe
 from r1export.run_folder import RunFolder, open_run, read_json
 from r1export.update.container import read_layout, write_tensors
@@ -46,17 +46,17 @@ ExpertUpdate.apply = faulty
 
 def build(work: Path) -> Row:
     folder, seconds = work / "r1export", {}
-    stage = planted_run(work, folder / "run")
-    run_folder, recipe = stage.run, stage.recipe
+    context = planted_run(work, folder / "run")
+    run_folder, recipe = context.run, context.recipe
     factors = run_folder.task(1, "digits") / "factors.safetensors"
     factors.rename(factors.with_suffix(".later"))
     with timed(seconds, "first"):
-        export(fresh(stage))
+        export(fresh(context))
     factors.with_suffix(".later").rename(factors)
     with timed(seconds, "later"):
-        export(fresh(stage))
+        export(fresh(context))
     with timed(seconds, "bundle"):
-        bundle(fresh(stage), Step(1), [KEY], TERMS, folder / "update.r1u")
+        bundle(fresh(context), Step(1), [KEY], TERMS, folder / "update.r1u")
     base, release = run_folder.releases(recipe)
     graphs = {"image_embeds": release / "visual.onnx", "text_embeds": release / "textual.onnx"}
     return {
@@ -71,7 +71,7 @@ def build(work: Path) -> Row:
     }  # fmt: skip
 
 
-def planted_run(work: Path, path: Path) -> Stage:
+def planted_run(work: Path, path: Path) -> RunContext:
     """A run whose one task has learned exactly the LoRA of `work`."""
     recipe = Recipe.model_validate({
         "base": {"weights": str(work / "open_clip.safetensors"), "config": str(work / "open_clip.json")},
@@ -79,8 +79,8 @@ def planted_run(work: Path, path: Path) -> Stage:
         "data": {"test_limit": 40, "shots": 4},
         "pool": {"rank": RANK, "k_train": RANK, "k_merge": RANK, "alpha": ALPHA, "dropout": 0.0},
     })  # fmt: skip
-    stage = Stage(open_run(path, recipe, resume=False, overwrite=True), recipe, "cpu", Silent())
-    pools = inject_pools_(stage.clip, recipe)
+    context = RunContext(open_run(path, recipe, resume=False, overwrite=True), recipe, "cpu", NoProgress())
+    pools = inject_pools_(context.clip, recipe)
     for pool in pools.values():
         pool.reset_(torch.Generator().manual_seed(0))
     lora = read_lora(work)
@@ -88,19 +88,19 @@ def planted_run(work: Path, path: Path) -> Stage:
     for rows, (lora_A, lora_B) in lora.items():
         pools[rows].lora_A.data.copy_(torch.from_numpy(lora_A))
         pools[rows].lora_B.data.copy_(torch.from_numpy(lora_B))
-    folder = stage.run.task(1, "digits")
+    folder = context.run.task(1, "digits")
     folder.mkdir(parents=True)
     write_tensors(folder / "pool.safetensors", pool_tensors(pools))
     update = pack_experts(pools)
-    eject_experts_(stage.clip.model)
+    eject_experts_(context.clip.model)
     update.write(folder / "factors.safetensors")
-    train(stage)  # measures and records what a trained run has; there is nothing left to learn
-    return stage
+    train(context)  # measures and records what a trained run has; there is nothing left to learn
+    return context
 
 
-def fresh(stage: Stage) -> Stage:
+def fresh(context: RunContext) -> RunContext:
     """The same run as a new process finds it: the base model is loaded again."""
-    return Stage(stage.run, stage.recipe, stage.device, stage.watch)
+    return RunContext(context.run, context.recipe, context.device, context.progress)
 
 
 def read_lora(work: Path) -> dict[Rows, tuple[np.ndarray, np.ndarray]]:

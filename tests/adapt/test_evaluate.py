@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from r1export.adapt.evaluate import Classes, accuracy, all_classes, class_embeddings, top1_among
-from r1export.adapt.pixels import Pixels
+from r1export.adapt.image_cache import Pixels
 
 
 def test_the_classes_of_several_tasks_stand_once_each_with_the_first_tasks_templates(tiny_clip, stripes) -> None:

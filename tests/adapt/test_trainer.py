@@ -8,8 +8,10 @@ import timm
 import torch
 from torch import nn
 
+from r1export.adapt.distillation import recall, reference_names
 from r1export.adapt.evaluate import accuracy
-from r1export.adapt.experts import (
+from r1export.adapt.image_cache import Pixels
+from r1export.adapt.inject import (
     eject_experts_,
     inject_experts_,
     pack_experts,
@@ -17,8 +19,6 @@ from r1export.adapt.experts import (
     remember_,
     widen_spans_,
 )
-from r1export.adapt.knowledge import recall, reference_names
-from r1export.adapt.pixels import Pixels
 from r1export.adapt.pool import PoolSettings
 from r1export.adapt.trainer import (
     TrainSettings,

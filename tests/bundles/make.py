@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from r1export.device.selftest import KNOWN_ANSWERS
+from r1export.device.arithmetic import KNOWN_ANSWERS
 from r1export.update.bundle import Bundle, assemble
 from r1export.update.envelope import SecretKey, sign
 from r1export.update.publish import Step, Terms, make_bundle

@@ -9,11 +9,11 @@ from device import fleet
 from device.steps import in_this_process
 
 from r1export.device import install, provision
-from r1export.device.session import open_version
 from r1export.device.store import Store
+from r1export.device.version import open_version
+from r1export.update.atomic_io import sha256_file
 from r1export.update.bundle import Bundle
 from r1export.update.envelope import SecretKey
-from r1export.update.files import sha256_file
 from r1export.update.publish import Step, Terms, make_bundle
 
 CREATED = 1_800_000_000  # seconds since 1970, when all updates of these tests were made

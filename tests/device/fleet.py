@@ -8,10 +8,10 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from r1export.update.atomic_io import sha256_file, write_json
 from r1export.update.container import NAMES, plan, read_layout, read_tensors, write_layout, write_tensors
 from r1export.update.factors import ExpertUpdate, Factors, Rows
-from r1export.update.files import sha256_file, write_json
-from r1export.update.quantize import dequantize, quantize
+from r1export.update.int8 import dequantize, quantize
 
 TASKS = ("digits", "shapes", "colours")
 SHAPES = {  # parameter: logical shape, file, whether it is stored as (in, out)

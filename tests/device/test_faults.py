@@ -13,8 +13,8 @@ import pytest
 from device import fleet, powercut, strace
 
 from r1export.device.doctor import doctor
-from r1export.device.record import read_state
-from r1export.device.session import open_version
+from r1export.device.state import read_state
+from r1export.device.version import open_version
 from r1export.errors import InputError
 
 STEP = 1 if os.environ.get("R1EXPORT_SWEEP") == "full" else 10

@@ -7,7 +7,7 @@ import pytest
 
 from r1export.device import health
 from r1export.device.health import check_health, compare
-from r1export.device.session import open_version
+from r1export.device.version import open_version
 from r1export.errors import CheckFailed
 from r1export.update.factors import ExpertUpdate
 from r1export.update.manifest import Health

@@ -14,7 +14,7 @@ from device.steps import in_this_process
 
 from r1export.device import install, provision, worker
 from r1export.device.policy import MAX_TRIES
-from r1export.device.record import State
+from r1export.device.state import State
 from r1export.errors import CheckFailed, Inconclusive, InputError, R1ExportError, Unsupported
 from r1export.update.bundle import assemble, split
 from r1export.update.envelope import SecretKey, sign
@@ -554,7 +554,7 @@ def test_the_file_may_change_while_it_is_applied(lab, device, tmp_path):
 def test_a_tensor_beyond_four_gibibytes_is_merged_where_it_lies(tmp_path):
     from r1export.update.factors import ExpertUpdate, Factors, Rows
     from r1export.update.rebuild import Rebuild
-    from r1export.update.release import FileEntry, Release, Stored
+    from r1export.update.release_manifest import FileEntry, Release, Stored
 
     offset, weight = (4 << 30) + 8, np.arange(12, dtype="<f4").reshape(3, 4)
     with open(tmp_path / "w.safetensors", "wb") as file:  # sparse: no block is written before the tensor

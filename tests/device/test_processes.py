@@ -8,7 +8,7 @@ from pathlib import Path
 
 from device import fleet
 
-from r1export.device.session import open_version
+from r1export.device.version import open_version
 
 MANY = 50 if os.environ.get("R1EXPORT_SWEEP") == "full" else 12
 UPDATER = f"""

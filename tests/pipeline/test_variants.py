@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from running import RECIPE, SETTINGS, r1export, reseal
 
+from r1export.update.atomic_io import sha256_file
 from r1export.update.container import read_tensors, write_tensors
-from r1export.update.files import sha256_file
 from r1export.verify.parity import GATES
 
 IN_PROJ = "visual.transformer.resblocks.0.attn.in_proj_weight"

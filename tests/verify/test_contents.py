@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from r1export.update.atomic_io import sha256_bytes, write_json
 from r1export.update.container import NAMES, plan, write_layout, write_tensors
 from r1export.update.factors import ExpertUpdate, Factors, Rows
-from r1export.update.files import sha256_bytes, write_json
 from r1export.verify.contents import (
     class_problems,
     epsilon_problems,
@@ -18,7 +18,7 @@ from r1export.verify.contents import (
     tensor_map_problems,
     weight_problems,
 )
-from r1export.verify.diagnosis import diagnose
+from r1export.verify.merge_diagnosis import diagnose
 
 RNG = np.random.default_rng(0)
 BASE = {

@@ -6,9 +6,9 @@ from verify.small import weights_of
 
 from r1export.errors import CheckFailed
 from r1export.update.factors import ExpertUpdate
-from r1export.verify.control import add_branches
 from r1export.verify.openvino_program import execute
 from r1export.verify.proof import executions, proof_control, rungs
+from r1export.verify.unmerged_graph import add_branches
 
 
 def verdicts(base, release, x) -> dict[str, str]:

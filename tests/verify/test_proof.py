@@ -11,10 +11,10 @@ from verify.small import weights_of
 
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.update.factors import ExpertUpdate, Factors, Rows
-from r1export.verify.control import add_branches
-from r1export.verify.execution import Execution, Kernel, execute
+from r1export.verify.ort_profile import Execution, Kernel, execute
 from r1export.verify.proof import executions, proof_control, rungs, same_files, same_graphs
 from r1export.verify.runtime import job, open_session, provider_options, runner, weights_digest
+from r1export.verify.unmerged_graph import add_branches
 
 CAST = (helper.make_node("Cast", ["normed"], ["half"], to=10), helper.make_node("Cast", ["half"], ["embeds"], to=1))
 

@@ -15,9 +15,9 @@ from PIL import Image, PngImagePlugin
 from running import reseal
 
 from r1export.device import install
+from r1export.update.atomic_io import sha256_file
 from r1export.update.container import read_tensors, write_tensors
-from r1export.update.files import sha256_file
-from r1export.update.release import manifest_digest, sealed
+from r1export.update.release_manifest import manifest_digest, sealed
 from r1export.web import server as web
 from r1export.web.source import Served, release_source
 

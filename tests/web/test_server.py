@@ -17,8 +17,8 @@ from running import r1export
 
 from r1export.device import install
 from r1export.errors import CheckFailed, InputError, Unsupported
-from r1export.update.files import sha256_file, write_json
-from r1export.update.release import Release, sealed
+from r1export.update.atomic_io import sha256_file, write_json
+from r1export.update.release_manifest import Release, sealed
 from r1export.web import server as web
 from r1export.web.source import Opened, Served, open_source
 

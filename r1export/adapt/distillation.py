@@ -1,0 +1,86 @@
+"""What a model knew before a task, held on to while it learns: distillation with names instead of images.
+
+    L = weight mean_n KL( softmax(s I_n T^T) || softmax(s i_n t^T) )        s = exp(logit_scale)
+
+I_n, T are unit-norm embeddings of the task's own images and of reference texts by the model as it stood before the task,
+i_n, t those of the model that learns. The texts are the 1,000 class names of ImageNet in open_clip's wording and the
+classes of earlier tasks: no image but the task's own is needed. Learning without forgetting (arXiv 1606.09282) in
+the form of LwF-VR (arXiv 2303.06628), whose texts are random sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from open_clip import IMAGENET_CLASSNAMES
+from torch import Tensor
+
+from r1export.adapt.clip import Clip
+from r1export.adapt.image_cache import Pixels
+from r1export.adapt.text_truncation import short_texts
+
+REFERENCES = 32  # texts a step is held to: as many as a batch has images
+BATCH = 64  # names or images embedded at a time
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Embeddings by the model before a task: `images` (N, D) of its training images, `texts` (M, D) of `tokens` (M, L).
+
+    `weight` is that of the loss beside the supervised one.
+    """
+
+    images: Tensor
+    texts: Tensor
+    tokens: Tensor
+    weight: float = 1.0
+
+    def draw(self, seed: int) -> np.ndarray:
+        """REFERENCES different texts, int64; the same for the same seed."""
+        return np.random.default_rng(seed).choice(len(self.tokens), REFERENCES, replace=False)
+
+    def loss(self, image: Tensor, text: Tensor, images: np.ndarray, texts: np.ndarray, scale: Tensor) -> Tensor:
+        """The loss above for embeddings (n, D), (m, D) of training images `images` (n,) and reference texts `texts` (m,)."""
+        known = scale * self.images[images] @ self.texts[texts].T
+        found = scale * image @ text.T
+        apart = F.kl_div(found.float().log_softmax(1), known.float().softmax(1), reduction="batchmean")
+        return self.weight * apart
+
+
+def reference_names(learned: Sequence[str] = ()) -> tuple[str, ...]:
+    """ImageNet's class names and `learned`, those of earlier tasks, each once."""
+    return tuple(dict.fromkeys((*IMAGENET_CLASSNAMES, *learned)))
+
+
+@torch.no_grad()
+def recall(
+    clip: Clip,
+    train: Pixels,
+    wanted: np.ndarray,
+    names: Sequence[str],
+    on_batch: Callable[[], None] = lambda: None,
+    *,
+    weight: float = 1.0,
+) -> Knowledge:
+    """What the model as it stands says about the training images `wanted`, int64 (n,), and texts with `names`.
+
+    Embeddings of images that are not wanted stay zero. Always in the same batches, so that a resumed run holds on to the
+    very same: `on_batch` is called after each of BATCH names or images.
+    """
+    clip.model.eval()
+    tokens = clip.tokenize([f"a photo of a {name}." for name in names])
+    texts = []
+    with short_texts(clip.model):
+        for part in tokens.split(BATCH):
+            texts.append(clip.encode_text(part))
+            on_batch()
+    images = texts[0].new_zeros(len(train), texts[0].shape[1])
+    for start in range(0, len(wanted), BATCH):
+        part = wanted[start : start + BATCH]
+        images[part] = clip.encode_image(train.batch(part))
+        on_batch()
+    return Knowledge(images, torch.cat(texts), tokens, weight)

@@ -1,0 +1,109 @@
+"""A task from a data set of the Hugging Face Hub, or from a folder laid out like one; needs the extra `hf`.
+
+hf:OWNER/NAME          from the Hub's cache on this machine; data.download fetches what is not there
+hf:DIR                 a folder that `datasets.load_dataset` reads: Parquet, images by folder, ...
+hf:OWNER/NAME:CONFIG   one configuration of several
+
+The first column of images and the first of class labels count. The test is the split `test`, else `validation`, else
+a fifth of each class. No code of the data set is run: `datasets` knows no loading scripts since its version 4.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from r1export.data.folder import held_out
+from r1export.data.task import DEFAULT_TEMPLATES, ImageSet, Task, decode
+from r1export.errors import InputError, Unsupported
+
+
+def read_hub(
+    name: str, folder: Path, config: str, seed: int, *, download: bool = False, test_only: bool = False
+) -> Task:
+    """The images of the Hub's data set `name`, or of `folder` if it is there; labels are read, images when asked for.
+
+    `seed` splits what has no test; with `test_only` that is all test.
+
+    Raises:
+        InputError: not there, no such configuration, or no column of images or of class labels.
+        Unsupported: the package `datasets` is missing.
+    """
+    splits = _splits(name, folder, config, download)
+    image, label, classes = _columns(name, next(iter(splits.values())))
+    train = _images(name, splits, "train", image, label)
+    test = next((_images(name, splits, key, image, label) for key in ("test", "validation") if key in splits), None)
+    if test is None:
+        train, test = (train.subset(np.arange(0)), train) if test_only else _own_split(train, seed)
+    return Task(name.rstrip("/").rpartition("/")[2], classes, DEFAULT_TEMPLATES, train, test)
+
+
+def _splits(name: str, folder: Path, config: str, download: bool) -> dict[str, Any]:
+    try:
+        import datasets
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise Unsupported("the package datasets is not installed", "pip install 'r1export[hf]'") from None
+    try:
+        path = (
+            folder if folder.is_dir() else snapshot_download(name, repo_type="dataset", local_files_only=not download)
+        )
+    except (OSError, ValueError) as error:
+        if download:
+            raise InputError(f"hf:{name}: {_line(error)}", "check its name and the network") from error
+        raise InputError(
+            f"hf:{name}: neither a folder nor in the Hub's cache", "let it be fetched: data.download = true"
+        ) from error
+    try:
+        found: dict[str, Any] = datasets.load_dataset(str(path), config or None)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"hf:{name}: {_line(error)}", "name a configuration as hf:NAME:CONFIG, or mend it") from error
+    return found
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _columns(name: str, split: Any) -> tuple[str, str, tuple[str, ...]]:
+    """The columns of images and labels, and the names of the classes."""
+    import datasets
+
+    images = [column for column, kind in split.features.items() if isinstance(kind, datasets.Image)]
+    labels = [column for column, kind in split.features.items() if isinstance(kind, datasets.ClassLabel)]
+    if not images or not labels:
+        columns = ", ".join(f"{column} ({type(kind).__name__})" for column, kind in split.features.items())
+        raise InputError(
+            f"hf:{name}: columns {columns}; expected one Image and one ClassLabel", "cast them, or use another data set"
+        )
+    return images[0], labels[0], tuple(each.replace("_", " ") for each in split.features[labels[0]].names)
+
+
+def _images(name: str, splits: dict[str, Any], split: str, image: str, label: str) -> ImageSet:
+    if split not in splits:
+        return ImageSet(np.zeros(0, np.int64), _nothing)
+    import datasets
+
+    rows = splits[split].select_columns([image]).cast_column(image, datasets.Image(decode=False))
+
+    def read(i: int) -> Image.Image:
+        stored = rows[i][image]
+        source = Path(stored["path"]) if stored["bytes"] is None else stored["bytes"]
+        return decode(source, f"hf:{name}: image {i} of {split}")
+
+    return ImageSet(np.asarray(splits[split].with_format("numpy")[label][:], np.int64), read)
+
+
+def _nothing(i: int) -> Image.Image:
+    raise IndexError(i)
+
+
+def _own_split(images: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+    if not len(images):
+        return images, images
+    members = [np.flatnonzero(images.labels == label) for label in np.unique(images.labels)]
+    test = np.sort(np.concatenate([some[sorted(held_out(len(some), seed))] for some in members]))
+    return images.subset(np.setdiff1d(np.arange(len(images)), test)), images.subset(test)

@@ -1,0 +1,81 @@
+"""A task from one `.npz` pack of compressed images.
+
+blob   uint8 (bytes,)    image files (WebP, PNG, JPEG, ...) end to end
+off    integers (n + 1,) image i is blob[off[i]:off[i + 1]]
+label  integers (n,)     class of image i
+split  integers (n,)     0 train, 2 test; others are left out
+names  strings (c,)      class names; of comma-separated synonyms the first counts
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from r1export.data.task import DEFAULT_TEMPLATES, ImageSet, Task, decode
+from r1export.errors import InputError
+
+TRAIN, TEST = 0, 2
+
+_KINDS = {"blob": "u", "off": "iu", "label": "iu", "split": "iu", "names": "U"}  # numpy's dtype.kind
+
+
+def read_pack(file: Path) -> Task:
+    """The images in `file`. The compressed bytes stay in memory, images are decoded when they are read.
+
+    Raises:
+        InputError: no such file, a missing array, or an array that is pickled or not laid out as above.
+    """
+    pack = _read_arrays(file)
+    _check_layout(pack, file)
+    blob, off = pack["blob"], pack["off"].astype(np.int64)
+
+    def read(i: int) -> Image.Image:
+        return decode(blob[off[i] : off[i + 1]].tobytes(), f"{file}: image {i}")
+
+    images = ImageSet(pack["label"].astype(np.int64), read)
+    classes = tuple(str(name).split(",")[0].replace("_", " ").strip() for name in pack["names"])
+    train, test = (images.subset(np.flatnonzero(pack["split"] == split)) for split in (TRAIN, TEST))
+    return Task(file.stem, classes, DEFAULT_TEMPLATES, train, test)
+
+
+def _read_arrays(file: Path) -> dict[str, np.ndarray]:
+    if not file.is_file():
+        raise InputError(f"{file}: no such file", "give a .npz pack of images")
+    try:
+        # Opened here because numpy leaves the file open when the archive is torn.
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
+            missing = [key for key in _KINDS if key not in archive]
+            if missing:
+                raise InputError(
+                    f"{file}: no array {', '.join(missing)}", f"a pack of images holds {', '.join(_KINDS)}"
+                )
+            return {key: archive[key] for key in _KINDS}
+    # A lone array has no `with`: TypeError. The others are what numpy lets through for damaged archives.
+    except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(
+            f"{file}: not a pack of plain arrays: {error}", "write it with numpy.savez; pickled objects are never read"
+        ) from error
+
+
+def _check_layout(pack: dict[str, np.ndarray], file: Path) -> None:
+    count = pack["label"].size
+    lengths = {"off": count + 1, "label": count, "split": count}
+    for key, array in pack.items():
+        if array.dtype.kind not in _KINDS[key] or array.shape != (lengths.get(key, array.size),):
+            expected = {"u": "uint8", "iu": "integers", "U": "strings"}[_KINDS[key]]
+            shape = f"({lengths[key]},)" if key in lengths else "one row"
+            raise InputError(
+                f"{file}: {key} is {array.dtype} {array.shape}, expected {expected} {shape}", "write the pack again"
+            )
+    if pack["blob"].dtype != np.uint8:
+        raise InputError(f"{file}: blob is {pack['blob'].dtype}, expected uint8", "write the pack again")
+    off = pack["off"].astype(np.int64)
+    if off[0] < 0 or off[-1] > pack["blob"].size or (np.diff(off) < 0).any():
+        raise InputError(
+            f"{file}: off does not rise within the {pack['blob'].size} bytes of blob", "write the pack again"
+        )

@@ -1,0 +1,177 @@
+"""The eleven data sets of MTIL (multi-domain task-incremental learning), read by torchvision, with prompts for CLIP.
+
+Class names and templates (prompts.json) are those published with CLIP (github.com/openai/CLIP, data/prompts.md, MIT licence), in the
+label order of torchvision. Two are as in the published MTIL figures instead: the digits of MNIST ("0 - zero"), and a ninth template
+for StanfordCars.
+
+Splits, also as in the published figures: the official ones, without the validation part of Aircraft (3,334 training images), DTD (1,880)
+and Flowers102 (1,020), with that of OxfordIIITPet (3,680). Caltech101, EuroSAT and SUN397 have none: a random 80/20, generator seed 42.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from r1export.data.task import ImageSet, Task, images_from_files
+from r1export.errors import InputError
+
+SPLIT_SEED = 42  # of the benchmark: another training seed must not move images between train and test
+
+
+def load(name: str, root: Path, *, download: bool = False) -> Task:
+    """The data set that torchvision calls `name` (in any case), below `root`.
+
+    The CIFAR sets are pickles; torchvision opens them only if their MD5 is the published one.
+
+    Raises:
+        InputError: unknown name, or a data set that is not there or not complete.
+    """
+    key = name.lower().removeprefix("fgvc")
+    if key not in _SETS:
+        raise InputError(
+            f"torchvision:{name} is unknown", f"known are {', '.join(entry.torchvision for entry in _SETS.values())}"
+        )
+    entry = _SETS[key]
+    parts = [_open(entry, root, split, download) for split in entry.splits]
+    classes = _name_classes(key, _own_names(parts[0]), root)
+    train, test = map(entry.images, parts) if len(parts) == 2 else _random_split(entry.images(parts[0]))
+    return Task(key, classes, templates(key), train, test)
+
+
+def class_names(key: str) -> tuple[str, ...]:
+    """Class names of a set of the benchmark, or of cifar10, in torchvision's label order."""
+    return tuple(_prompts()[key]["classes"])
+
+
+def templates(key: str) -> tuple[str, ...]:
+    """Templates of a set of the benchmark, or of cifar10."""
+    return tuple(_prompts()[key]["templates"])
+
+
+@cache
+def _prompts() -> dict[str, dict[str, list[str]]]:
+    return json.loads(resources.files(__package__).joinpath("prompts.json").read_text(encoding="utf-8"))
+
+
+def _random_split(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """80/20, the same images as torch's `random_split` takes with that generator."""
+    import torch
+
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED)).numpy()
+    cut = int(0.8 * len(images))
+    return images.subset(order[:cut]), images.subset(order[cut:])
+
+
+def _own_names(dataset: Any) -> Sequence[str]:
+    return dataset.categories if hasattr(dataset, "categories") else dataset.classes
+
+
+def _name_classes(key: str, own: Sequence[str], root: Path) -> tuple[str, ...]:
+    """Our names in the order of the data set's `own`: by name where letters and digits agree, else by position.
+
+    So a copy with its classes in another order is either named rightly or refused, never silently mislabelled.
+    """
+    ours = class_names(key)
+    if len(own) != len(ours):
+        raise InputError(
+            f"{root}: {key} has {len(own)} classes, expected {len(ours)}", "this copy is not complete; fetch it again"
+        )
+    known = {_letters(name): name for name in ours}
+    named = tuple(known.get(_letters(name), ours[label]) for label, name in enumerate(own))
+    if len(set(named)) < len(named):
+        label = next(i for i, name in enumerate(named) if name in named[:i])
+        raise InputError(
+            f"{root}: {key} has class {own[label]!r} at label {label}, expected {ours[label]!r}",
+            "this is another version; fetch it again",
+        )
+    return named
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.casefold())
+
+
+def _open(entry: _Set, root: Path, split: dict[str, Any], download: bool) -> Any:
+    from torchvision import datasets  # here: most runs need no torchvision data set, and the import takes seconds
+
+    if not (root.is_dir() or download):
+        raise InputError(f"{root}: no such folder", "give the folder that holds torchvision's data sets as data.root")
+    try:
+        return getattr(datasets, entry.torchvision)(str(root), download=download, **split)
+    except (RuntimeError, OSError, ValueError, LookupError) as error:
+        remedy = (
+            "check the network, or fetch it by hand"
+            if download
+            else "fetch it there (data.download = true), or give another data.root"
+        )
+        raise InputError(f"{root}: cannot open {entry.torchvision}: {error}", remedy) from error
+
+
+def _files(dataset: Any) -> ImageSet:
+    """Opened with `loader=Path`, a data set yields paths, and no image is decoded to learn its label."""
+    return _by_path([dataset[i] for i in range(len(dataset))])
+
+
+def _caltech_files(dataset: Any) -> ImageSet:
+    folder = Path(dataset.root) / "101_ObjectCategories"
+    names = (f"image_{number:04d}.jpg" for number in dataset.index)
+    return _by_path(
+        [(folder / dataset.categories[label] / name, label) for name, label in zip(names, dataset.y, strict=True)]
+    )
+
+
+def _pet_files(dataset: Any) -> ImageSet:
+    # Private, but the only way to the labels without decoding every image.
+    return _by_path(list(zip(dataset._images, dataset._labels, strict=True)))
+
+
+def _by_path(pairs: list[tuple[Path, int]]) -> ImageSet:
+    """Sorted, because SUN397 lists its files as the file system does: a split has to be the same on every machine."""
+    pairs = sorted(pairs)
+    return images_from_files([path for path, _ in pairs], [int(label) for _, label in pairs])
+
+
+def _pixels(dataset: Any) -> ImageSet:
+    pixels = np.asarray(dataset.data)  # uint8, (n, 32, 32, 3) or (n, 28, 28)
+    return ImageSet(np.asarray(dataset.targets, np.int64), lambda i: Image.fromarray(pixels[i]).convert("RGB"))
+
+
+@dataclass(frozen=True)
+class _Set:
+    """How torchvision's class is opened, once for train and once for test, or once if it has no split, and read."""
+
+    torchvision: str
+    images: Callable[[Any], ImageSet]
+    splits: tuple[dict[str, Any], ...]
+
+
+def _file_splits(train: str, test: str) -> tuple[dict[str, Any], ...]:
+    return {"split": train, "loader": Path}, {"split": test, "loader": Path}
+
+
+_PIXEL_SPLITS = ({"train": True}, {"train": False})
+
+_SETS = {
+    "aircraft": _Set("FGVCAircraft", _files, _file_splits("train", "test")),
+    "caltech101": _Set("Caltech101", _caltech_files, ({},)),
+    "cifar10": _Set("CIFAR10", _pixels, _PIXEL_SPLITS),
+    "cifar100": _Set("CIFAR100", _pixels, _PIXEL_SPLITS),
+    "dtd": _Set("DTD", _files, _file_splits("train", "test")),
+    "eurosat": _Set("EuroSAT", _files, ({"loader": Path},)),
+    "flowers102": _Set("Flowers102", _files, _file_splits("train", "test")),
+    "food101": _Set("Food101", _files, _file_splits("train", "test")),
+    "mnist": _Set("MNIST", _pixels, _PIXEL_SPLITS),
+    "oxfordiiitpet": _Set("OxfordIIITPet", _pet_files, ({"split": "trainval"}, {"split": "test"})),
+    "stanfordcars": _Set("StanfordCars", _files, _file_splits("train", "test")),
+    "sun397": _Set("SUN397", _files, ({"loader": Path},)),
+}

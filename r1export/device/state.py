@@ -1,0 +1,124 @@
+"""What a device has written down: store.json, fixed by `init`, and state.json, which only ever rises.
+
+Both carry a digest of themselves, so that a flipped bit is damage and not another device or another history.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from r1export.errors import InputError
+from r1export.update.atomic_io import write_json
+from r1export.update.manifest import Manifest
+from r1export.update.strict_json import parse_json
+
+FORMAT = "r1export.store/1"
+MODES = ("slot", "overlay")
+CONFIG = "store.json"
+STATE = "state.json"
+_ANY = re.compile(r"(?s).{0,1000}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a device is, fixed by `init`. `health` is onnxruntime, none, or the command line of a check; `keep` counts slots."""
+
+    product: str
+    device_class: str
+    mode: str
+    health: str
+    threshold: int
+    keep: int
+    base_manifest: str
+
+
+@dataclass(frozen=True)
+class State:
+    """What must survive: the highest sequence with its digest, the lowest that may run, the latest signed time, failed tries."""
+
+    seq: int = 0
+    digest: str = ""
+    min_seq: int = 0
+    clock: int = 0
+    pending: str = ""
+    tries: Mapping[str, int] = field(default_factory=dict)
+
+    def awaits(self, slot: str) -> bool:
+        """Whether `slot` is the version of the update that is being installed, or was when the machine died."""
+        return bool(self.pending) and slot.endswith(f"-{self.pending[:16]}")
+
+    def raised(self, manifest: Manifest, digest: str) -> State:
+        """This state after `manifest` was installed: nothing in it ever falls."""
+        newer = manifest.seq > self.seq
+        return replace(
+            self,
+            seq=max(self.seq, manifest.seq),
+            digest=digest if newer else self.digest,
+            min_seq=max(self.min_seq, manifest.min_seq),
+            clock=max(self.clock, manifest.created),
+        )
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Write store.json with a digest of itself: one flipped bit could make one signature of three enough."""
+    body = {"format": FORMAT, **asdict(config)}
+    write_json(path, {**body, "sha256": _digest(body)})
+
+
+def read_config(path: Path) -> Config:
+    """Read store.json, also one without a digest, as the first kit wrote it. Raises InputError if it is missing or damaged."""
+    try:
+        fields = parse_json(path.read_bytes(), str(path), 1 << 20)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path.parent} is no store: it has no {CONFIG}", "make one with `init`") from None
+    form = fields.text("format", re.compile(re.escape(FORMAT)))
+    config = Config(
+        product=fields.text("product", _ANY),
+        device_class=fields.text("device_class", _ANY),
+        mode=fields.text("mode", re.compile("|".join(MODES))),
+        health=fields.text("health", _ANY),
+        threshold=fields.integer("threshold", 1),
+        keep=fields.integer("keep", 1),
+        base_manifest=fields.digest("base_manifest"),
+    )
+    if "sha256" in fields and fields.digest("sha256") != _digest({"format": form, **asdict(config)}):
+        raise InputError(f"{path} is damaged", "make a new store with `init` from the base release")
+    fields.done()  # a flipped bit in the name of the digest's member must not make it an old file
+    return config
+
+
+def read_state(path: Path) -> State:
+    """Read state.json. Raises InputError if it is missing or damaged."""
+    try:
+        fields = parse_json(path.read_bytes(), str(path), 1 << 20)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing", "the next update writes it again") from None
+    digest, body = fields.digest("sha256"), fields.object("state")
+    tries = body.object("tries")
+    state = State(
+        seq=body.integer("seq"),
+        digest=body.text("digest", _ANY),
+        min_seq=body.integer("min_seq"),
+        clock=body.integer("clock"),
+        pending=body.text("pending", _ANY),
+        tries={name: tries.integer(name) for name in tries},
+    )
+    if _digest(asdict(state)) != digest:
+        raise InputError(f"{path} is damaged", "the next update writes it again")
+    return state
+
+
+def write_state(path: Path, state: State) -> None:
+    """Write state.json atomically, and sync it and its folder."""
+    body = asdict(state)
+    write_json(path, {"state": body, "sha256": _digest(body)})
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,182 @@
+"""A version as an application uses it: files to read and onnxruntime sessions, the same in slot and in overlay mode.
+
+    version = open_version(Path("STORE"))
+    session = version.session("visual.onnx")
+
+Open a version once and keep it: `current` may be switched at any moment, an opened version stays what it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from r1export.device.store import BASE, BUNDLE, Store
+from r1export.errors import CheckFailed, InputError, Unsupported
+from r1export.update.atomic_io import sha256_bytes
+from r1export.update.bundle import Bundle
+from r1export.update.container import read_layout
+from r1export.update.manifest import File
+from r1export.update.rebuild import Rebuild
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+CPU = ("CPUExecutionProvider",)
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version on a device. `bundle` is None for the base; `files_there` says whether `folder` holds the files themselves."""
+
+    folder: Path
+    base: Path
+    files_there: bool
+    bundle: Bundle | None = None
+    rebuild: Rebuild | None = None
+
+    @property
+    def name(self) -> str:
+        """The release's name."""
+        return self.bundle.manifest.name if self.bundle else "base"
+
+    @property
+    def paths(self) -> list[str]:
+        """Names of all files of the version."""
+        if self.bundle:
+            return [file.path for file in self.bundle.manifest.files]
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+
+    def read(self, path: str) -> bytes:
+        """The bytes of one file.
+
+        Raises:
+            InputError: the version has none of that name.
+            CheckFailed: they are not the signed ones.
+        """
+        self._check_there(path)
+        if self.bundle is None:
+            return (self.folder / path).read_bytes()
+        file = next(file for file in self.bundle.manifest.files if file.path == path)
+        data = (self.folder / path).read_bytes() if self.files_there else b"".join(self.chunks(file))
+        check_digest(path, sha256_bytes(data), file.sha256)
+        return data
+
+    def _check_there(self, path: str) -> None:
+        if path not in self.paths:
+            raise InputError(f"version {self.name} has no file {path}", f"it has {', '.join(self.paths)[:300]}")
+
+    def chunks(self, file: File) -> Iterator[bytes | memoryview]:
+        """The bytes of a file, derived from the base and the bundle."""
+        assert self.bundle is not None
+        assert self.rebuild is not None
+        return self.rebuild.chunks(file.path) if file.parts is None else self.bundle.content(file, self.base)
+
+    def check(self, file: File) -> None:
+        """Derive a file without writing it.
+
+        Raises:
+            CheckFailed: it is not the signed one.   InputError: a part lies beyond the end of the base's file.
+        """
+        found = hashlib.sha256()
+        for chunk in self.chunks(file):
+            found.update(chunk)
+        check_digest(file.path, found.hexdigest(), file.sha256)
+
+    def tensors(self, weights: str) -> dict[str, np.ndarray]:
+        """The merged tensors of the file `weights` by initializer name, each checked against its signed digest.
+
+        Raises CheckFailed if one differs: the base or the factors are damaged.
+        """
+        if self.bundle is None or self.rebuild is None:
+            return {}
+        names = {spec.offset: spec.name for spec in read_layout(self.base / weights).specs}
+        parameters = self.rebuild.merged_files.get(weights, [])
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # numpy's elementwise loops run side by side
+            tensors = list(pool.map(self._checked, parameters))
+        return {
+            names[self.rebuild.base.tensors[parameter].offset]: tensor
+            for parameter, tensor in zip(parameters, tensors, strict=True)
+        }
+
+    def _checked(self, parameter: str) -> np.ndarray:
+        assert self.bundle is not None
+        assert self.rebuild is not None
+        tensor = self.rebuild.tensor(parameter)
+        check_tensor(parameter, tensor, self.bundle.manifest.tensors)
+        return tensor
+
+    def merged_weights(self, graph: str) -> list[str]:
+        """The weights files with merged tensors that `graph` reads."""
+        if self.rebuild is None:
+            return []
+        model = (self.base / graph).read_bytes()
+        return [
+            weights for weights in self.rebuild.merged_files if weights.encode() in model
+        ]  # a graph names its files
+
+    def session(self, graph: str, providers: Sequence[str] = CPU) -> onnxruntime.InferenceSession:
+        """An onnxruntime session for `graph`, for example visual.onnx.
+
+        Raises:
+            InputError: the version has no such graph.
+            Unsupported: onnxruntime is not installed.
+            CheckFailed: the base or the factors are damaged.
+        """
+        self._check_there(graph)
+        try:
+            import onnxruntime
+        except ImportError:
+            raise Unsupported("onnxruntime is not installed", "pip install onnxruntime") from None
+        if self.files_there or self.rebuild is None:
+            return onnxruntime.InferenceSession(self.folder / graph, providers=list(providers))
+        merged: dict[str, np.ndarray] = {}
+        for weights in self.merged_weights(graph):
+            merged |= self.tensors(weights)
+        options = onnxruntime.SessionOptions()
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in merged.values()]
+        options.add_external_initializers(list(merged), values)
+        return onnxruntime.InferenceSession(self.base / graph, options, providers=list(providers))
+
+
+def check_tensor(parameter: str, tensor: np.ndarray, digests: dict[str, str]) -> None:
+    """Raises CheckFailed if the stored bytes of `tensor` have not the signed digest."""
+    found = sha256_bytes(tensor.reshape(-1).view(np.uint8).data)
+    check_digest(parameter, found, digests.get(parameter, "nothing"))
+
+
+def check_digest(name: str, found: str, signed: str) -> None:
+    """Raises CheckFailed if what `name` came out as is not what was signed."""
+    if found != signed:
+        raise CheckFailed(
+            f"{name} has SHA-256 {found}, signed is {signed}",
+            "run `doctor`: if it finds no damage, have the update made again for this base",
+        )
+
+
+def open_version(store: Path, slot: str = "") -> Version:
+    """The current version of a store, or that of `slot` (a folder's name in slots/, or base).
+
+    Raises:
+        InputError, CheckFailed: no such store or version, or it is damaged.
+    """
+    device = Store.open(store)
+    slot = slot or device.current
+    if slot == BASE:
+        return Version(device.folder(BASE), device.path / BASE, True)
+    bundle = device.bundle(slot)
+    return version_of(device, bundle, device.folder(slot))
+
+
+def version_of(device: Store, bundle: Bundle, folder: Path) -> Version:
+    """The version that `bundle` makes of the device's base; `folder` is its slot. Raises like `open_version`."""
+    rebuild = Rebuild(device.base(), device.update(bundle))
+    files_there = any(path.name != BUNDLE for path in folder.iterdir())
+    return Version(folder, device.path / BASE, files_there, bundle, rebuild)

@@ -1,0 +1,167 @@
+"""What all steps of a run work on: the run folder, the base model and the tasks, loaded when first used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from r1export.adapt.clip import Clip, load_clip
+from r1export.adapt.image_cache import Pixels
+from r1export.adapt.inject import eject_experts_, inject_experts_
+from r1export.adapt.pool import PoolSettings
+from r1export.adapt.trainer import Pools
+from r1export.data.sources import expand_path, load_task
+from r1export.data.synthetic import BUILTIN_MODELS
+from r1export.data.task import Task, few_shot
+from r1export.errors import InputError, Unsupported
+from r1export.recipe import Recipe, TaskSource
+from r1export.run_folder import RunFolder
+from r1export.update.factors import ExpertUpdate
+
+Track = Callable[..., None]
+
+
+class Progress(Protocol):
+    """Somebody who looks on."""
+
+    def step(self, title: str) -> None:
+        """A new step begins."""
+
+    def track(self, title: str, total: int) -> AbstractContextManager[Track]:
+        """A bar: the block calls `advance(note="")` once per unit of work."""
+
+
+class NoProgress:
+    """Nobody looks on."""
+
+    def step(self, title: str) -> None:
+        pass
+
+    @contextmanager
+    def track(self, title: str, total: int) -> Iterator[Track]:
+        yield lambda note="": None
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What all steps work on: the run, its base model and its tasks, loaded when first used."""
+
+    run: RunFolder
+    recipe: Recipe
+    device: str
+    progress: Progress
+
+    @cached_property
+    def clip(self) -> Clip:
+        """The base model; steps that change its weights put them back."""
+        self.progress.step("Loading the base model")
+        return load_base(self.recipe, self.device)
+
+    @cached_property
+    def base(self) -> dict[str, np.ndarray]:
+        return self.clip.parameters()
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        self.progress.step("Reading the tasks")
+        return tuple(self._task(source) for source in self.recipe.stream)
+
+    @cached_property
+    def probe(self) -> Task | None:
+        return self._task(self.recipe.probe, test_only=True) if self.recipe.probe else None
+
+    @cached_property
+    def tests(self) -> dict[str, Pixels]:
+        """Decoded test images by task name, the probe's included."""
+        return {
+            task.name: Pixels(task.test, self.clip.preprocess)
+            for task in (*self.tasks, *((self.probe,) if self.probe else ()))
+        }
+
+    @cached_property
+    def trains(self) -> dict[str, Pixels]:
+        """Decoded training images by task name."""
+        return {task.name: Pixels(task.train, self.clip.preprocess) for task in self.tasks}
+
+    def merged(self, updates: Sequence[ExpertUpdate]) -> dict[str, np.ndarray]:
+        """All parameters after `updates`, always from the base."""
+        return self.base | ExpertUpdate.stack(updates).apply(self.base)
+
+    @contextmanager
+    def showing(self, updates: Sequence[ExpertUpdate]) -> Iterator[dict[str, np.ndarray]]:
+        """Within it `clip` has learned `updates`; gives all parameters. Afterwards, whatever happened, it is the base again."""
+        merged = self.merged(updates)
+        self.clip.load_(merged)
+        try:
+            yield merged
+        finally:
+            self.clip.load_(self.base)
+
+    def _task(self, source: TaskSource, *, test_only: bool = False) -> Task:
+        data, seed = self.recipe.data, self.recipe.train.seed
+        root = expand_path(data.root) if data.root else None
+        task = load_task(
+            source.source,
+            name=source.name,
+            root=root,
+            templates=source.templates,
+            download=data.download,
+            test_only=test_only,
+        )
+        train = task.train if test_only else few_shot(task.train, data.shots, seed)
+        test = task.test
+        if data.test_limit and len(test) > data.test_limit:
+            test = test.subset(np.sort(np.random.default_rng(seed).permutation(len(test))[: data.test_limit]))
+        return Task(task.name, task.classes, task.templates, train, test)
+
+
+def load_base(recipe: Recipe, device: str = "cpu") -> Clip:
+    """The base model that a recipe names."""
+    base = recipe.base
+    if base.model.startswith("builtin:"):
+        name = base.model.removeprefix("builtin:")
+        if name not in BUILTIN_MODELS:
+            raise InputError(f"base.model: no builtin model {name!r}", f"known: {', '.join(BUILTIN_MODELS)}")
+        return load_clip(weights=BUILTIN_MODELS[name].weights, config=BUILTIN_MODELS[name].config, device=device)
+    paths = {
+        name: expand_path(value) if value else None
+        for name, value in (("weights", base.weights), ("config", base.config))
+    }
+    return load_clip(base.model, pretrained=base.pretrained, device=device, allow_pickle=base.allow_pickle, **paths)
+
+
+def choose_device(wanted: str) -> str:
+    """`auto` is cuda where there is one. Raises Unsupported for a cuda that is not there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise Unsupported("this machine has no usable CUDA device", "use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def check_inputs(context: RunContext) -> None:
+    """Load the model and the tasks, try the pools and decode the images, so that bad input is found before anything is written.
+
+    Sets that are too large to be kept in memory are decoded while they are used.
+    """
+    inject_pools_(context.clip, context.recipe)
+    eject_experts_(context.clip.model)
+    sets = [pixels for pixels in (*context.trains.values(), *context.tests.values()) if pixels.kept]
+    with context.progress.track("Decoding images", len(sets)) as advance:
+        for pixels in sets:
+            for _ in pixels.batches(256):
+                pass
+            advance(f"{len(pixels)} images")
+
+
+def inject_pools_(clip: Clip, recipe: Recipe) -> Pools:
+    """Pools beside the linears of `clip.model`, as the recipe sizes them."""
+    pool = recipe.pool
+    settings = PoolSettings(pool.rank, pool.k_train, pool.k_merge, pool.alpha, pool.dropout, pool.router, pool.gate)
+    return inject_experts_(
+        clip.model, settings, towers=pool.towers, targets=pool.targets, layers=pool.layers, text_token=pool.text_token
+    )

@@ -1,0 +1,79 @@
+"""The whole way in one call: open a run, then train, export and verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from r1export.adapt import distributed
+from r1export.errors import Unsupported
+from r1export.pipeline.context import NoProgress, Progress, RunContext, check_inputs, choose_device
+from r1export.pipeline.export import export_releases
+from r1export.pipeline.train import train_tasks
+from r1export.pipeline.verification.run import verify_run
+from r1export.recipe import Recipe
+from r1export.run_folder import RunFolder, check_run, open_run
+
+
+def run(
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train the stream of `recipe`, write a release after each task, verify all of them, and return report.json.
+
+    `device` is "auto", "cpu" or "cuda"; `resume` goes on with the run in `out`, `overwrite` deletes it first. The report's
+    `verdict` is "pass", "fail" or "inconclusive". Among several processes of torchrun the first one exports and verifies;
+    the others return an empty report.
+
+    Raises:
+        InputError: bad input, found before anything is written.
+        Unsupported: this environment lacks what the recipe needs.
+    """
+    return run_steps(
+        open_run_context(recipe, Path(out), device=device, resume=resume, overwrite=overwrite, progress=progress)
+    )
+
+
+def run_steps(context: RunContext) -> dict[str, Any]:
+    """Train, export and verify what is not yet done, and return report.json; empty in processes that only help to train.
+
+    Raises Unsupported, before anything is trained, where there will be nothing to verify against.
+    """
+    if context.recipe.train.method == "full":
+        raise Unsupported("full fine-tuning has no unmerged model to verify against", "use it with r1export train")
+    train_tasks(context)
+    if not distributed.is_first():
+        return {}
+    export_releases(context)
+    return verify_run(context)
+
+
+def open_run_context(
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> RunContext:
+    """A run in `out`, new or resumed, with its input loaded and looked at. Raises as `run` does."""
+    check_run(out, recipe, resume=resume, overwrite=overwrite)
+    context = RunContext(RunFolder(out), recipe, choose_device(device), progress or NoProgress())
+    distributed.start(context.device)  # waits for the other processes of torchrun, so none finds the run of the first
+    check_inputs(context)
+    if distributed.is_first():
+        open_run(out, recipe, resume=resume, overwrite=overwrite)
+    distributed.wait()
+    return context
+
+
+def reopen_run_context(path: Path, *, device: str = "auto", progress: Progress | None = None) -> RunContext:
+    """The run in the folder `path`. Raises InputError if there is none."""
+    run = RunFolder(path)
+    return RunContext(run, run.recipe(), choose_device(device), progress or NoProgress())

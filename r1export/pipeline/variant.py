@@ -1,0 +1,59 @@
+"""One precision of a run: where its graphs and releases lie, what its weights are, and the gates it has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from r1export.export.precision import version_tensors
+from r1export.export.weight_map import WeightMap
+from r1export.pipeline.context import RunContext
+from r1export.run_folder import Exports, read_json
+from r1export.update.factors import ExpertUpdate
+from r1export.verify.parity import GATES, Gate
+
+RANGES = "ranges.json"  # beside the int8 graphs: smallest and largest input of every linear, from the calibration
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A run in one precision."""
+
+    context: RunContext
+    precision: str
+
+    @property
+    def exports(self) -> Exports:
+        return self.context.run.exports(self.precision)
+
+    @property
+    def gate(self) -> Gate:
+        """fp32 by the recipe; a coarser precision by what its base loses, with a ceiling of its own."""
+        settings = self.context.recipe.verify
+        if self.precision == "fp32":
+            return replace(GATES["fp32"], max_abs=settings.max_abs, min_cosine=settings.min_cosine)
+        return GATES[self.precision]
+
+    @property
+    def tolerance(self) -> dict[str, float]:
+        """What a device may differ by from the golden samples."""
+        return {"max_abs": self.gate.max_abs, "min_cosine": self.gate.min_cosine}
+
+    def label(self, release: str) -> str:
+        """How reports call a release."""
+        return release if self.precision == "fp32" else f"{release} {self.precision}"
+
+    def tensors(self, updates: Sequence[ExpertUpdate]) -> dict[str, np.ndarray]:
+        """All that the weights files of the version after `updates` hold. Raises InputError if the graphs are not there."""
+        if self.precision == "fp32":
+            return self.context.merged(updates)
+        return version_tensors(self.context.base, updates, *self._layout)
+
+    @cached_property
+    def _layout(self) -> tuple[WeightMap, dict[str, tuple[float, float]]]:
+        graphs, remedy = self.exports.graphs, "export the run again with --overwrite"
+        ranges = read_json(graphs / RANGES, remedy) if (graphs / RANGES).exists() else {}
+        return WeightMap.read(graphs / "weight_map.json"), {name: tuple(ends) for name, ends in ranges.items()}

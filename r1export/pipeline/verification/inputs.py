@@ -1,0 +1,79 @@
+"""What releases are compared on: real test images and prompts, drawn by seed."""
+
+from __future__ import annotations
+
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, cat
+
+from r1export.data.task import Task
+from r1export.pipeline.context import RunContext
+from r1export.verify.parity import Inputs
+from r1export.verify.runtime import open_session, runner
+
+BATCH = 32  # images embedded at a time
+SMALL = 30e6  # parameters of a model that is given all samples and images
+CALIBRATION = 128  # images, and prompts, from which the input ranges of int8 are taken
+
+
+def parity_inputs(context: RunContext, task: Task) -> Inputs:
+    """`verify.samples` test images of the task, and as many prompts of its classes."""
+    rng = np.random.default_rng(context.recipe.train.seed)
+    images = np.sort(rng.permutation(len(task.test))[: sample_count(context)])
+    values = context.clip.preprocess.normalize(context.tests[task.name].batch(images))
+    prompts = list(islice(cycle(every_prompt(task)), len(images)))
+    return Inputs(values.numpy(), context.clip.tokenize(prompts).cpu().numpy(), min(len(task.classes), len(prompts)))
+
+
+def every_prompt(task: Task) -> list[str]:
+    """Each class in each template: one of every class first, with the templates in turn, then the next of every class."""
+    count = len(task.templates)
+    return [
+        task.templates[(i + turn) % count].format(name) for turn in range(count) for i, name in enumerate(task.classes)
+    ]
+
+
+def image_count(context: RunContext) -> int:
+    """Images for the gaps and the drift: `verify.images`, or as many as models of this size are given (ViT-B: 40)."""
+    return context.recipe.verify.images or _by_size(context, 32, 200)
+
+
+def sample_count(context: RunContext) -> int:
+    """Images, and prompts, for parity: `verify.samples`, or as many as models of this size are given (ViT-B: 16)."""
+    return context.recipe.verify.samples or _by_size(context, 16, 32)
+
+
+def _by_size(context: RunContext, fewest: int, most: int) -> int:
+    """So many that large models do not take minutes: `most` for a tower of some million parameters."""
+    parameters = sum(value.size for value in context.base.values())
+    return max(fewest, min(most, int(most * SMALL / parameters)))
+
+
+def test_images(context: RunContext, task: Task) -> tuple[Tensor, np.ndarray]:
+    """Test images of the task, uint8 (n, 3, h, w), and their labels."""
+    chosen = np.sort(
+        np.random.default_rng(context.recipe.train.seed).permutation(len(task.test))[: image_count(context)]
+    )
+    return context.tests[task.name].batch(chosen), task.test.labels[chosen]
+
+
+def calibration(context: RunContext) -> dict[str, np.ndarray]:
+    """Training images of all tasks and prompts of their classes, at most CALIBRATION of each, as the towers take them."""
+    rng, share = np.random.default_rng(context.recipe.train.seed), max(1, CALIBRATION // len(context.tasks))
+    pixels = [
+        context.trains[task.name].batch(np.sort(rng.permutation(len(task.train))[:share])) for task in context.tasks
+    ]
+    prompts = [task.templates[0].format(name) for task in context.tasks for name in task.classes[:share]]
+    values = context.clip.preprocess.normalize(cat(pixels))
+    return {"pixel_values": values.numpy(), "input_ids": context.clip.tokenize(prompts).cpu().numpy()}
+
+
+def gallery(context: RunContext, release: Path) -> np.ndarray:
+    """Unit-norm embeddings (n, D) that a release gives to test images of all tasks."""
+    run, share = runner(open_session(release / "visual.onnx")), max(1, image_count(context) // len(context.tasks))
+    values = context.clip.preprocess.normalize(
+        cat([test_images(context, task)[0][:share] for task in context.tasks])
+    ).numpy()
+    return np.concatenate([run({"pixel_values": values[i : i + BATCH]}) for i in range(0, len(values), BATCH)])

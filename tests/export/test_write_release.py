@@ -1,0 +1,173 @@
+"""A release is a folder that can be used by itself, by the words of its own model card."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from PIL import Image
+
+from r1export.errors import InputError, R1ExportError
+from r1export.export.graph import GRAPHS, export_graphs
+from r1export.export.write_release import UNLISTED, Golden, ReleaseContent, TaskClasses, read_manifest, write_release
+from r1export.update.atomic_io import sha256_file, write_json
+from r1export.update.factors import Rows
+from r1export.update.release_manifest import Release
+
+
+@pytest.fixture(scope="module")
+def clip(tiny_files):
+    from r1export.adapt.clip import load_clip
+
+    return load_clip(weights=tiny_files[0], config=tiny_files[1])
+
+
+@pytest.fixture(scope="module")
+def graphs(clip, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("graphs")
+    export_graphs(clip.model, clip.preprocess.size, 12, folder, opset=20)
+    return folder
+
+
+def content_of(clip, **changes) -> ReleaseContent:
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tokens = clip.tokenize(["red", "blue"])
+    with torch.no_grad():
+        images, texts = clip.encode_image(pixels).numpy(), clip.encode_text(tokens).numpy()
+    values = {
+        "name": "01-colours",
+        "sequence": 1,
+        "base": {"name": "tiny", "sha256": "0" * 64},
+        "updates": ({"task": "colours", "sha256": "1" * 64},),
+        "weights": clip.parameters(),
+        "tasks": (TaskClasses("colours", ("red", "blue"), ("a {} dot",), texts, True),),
+        "golden": Golden(clip.preprocess.normalize(pixels).numpy(), images, tokens.numpy(), texts),
+        "preprocess": clip.preprocess.to_json(),
+        "tokenizer": clip.tokenizer,
+        "graph_digests": dict.fromkeys(GRAPHS, "2" * 64),
+        "accuracy": lambda folder: {"colours": 0.0},
+        "precision": "fp32",
+        "versions": {"r1export": "0"},
+        "tolerance": {"max_abs": 5e-5, "min_cosine": 0.999999},
+    }
+    return ReleaseContent(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def release(clip, graphs, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("releases") / "01-colours"
+    write_release(content_of(clip), graphs, path)
+    return path
+
+
+def test_the_manifest_lists_every_file_with_its_digest(release) -> None:
+    manifest = read_manifest(release)
+    found = {path.relative_to(release).as_posix() for path in release.rglob("*") if path.is_file()}
+    assert set(manifest["files"]) == found - set(UNLISTED)
+    assert all(sha256_file(release / name) == entry["sha256"] for name, entry in manifest["files"].items())
+    assert all((release / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
+
+
+def test_the_tensor_map_says_where_every_parameter_lies_byte_by_byte(release, clip) -> None:
+    tensors = read_manifest(release)["tensors"]
+    weights = clip.parameters()
+    assert set(tensors) == set(weights)
+    for name, entry in tensors.items():
+        data = (release / entry["file"]).read_bytes()[entry["offset"] : entry["offset"] + entry["bytes"]]
+        stored = np.frombuffer(data, "<f4").reshape(entry["shape"])
+        assert np.array_equal(stored.T if entry["transposed"] else stored.reshape(weights[name].shape), weights[name])
+
+
+def test_the_tensor_map_says_which_rows_of_a_packed_parameter_are_adapted(clip, graphs, tmp_path) -> None:
+    packed, plain = (
+        "visual.transformer.resblocks.0.attn.in_proj_weight",
+        "visual.transformer.resblocks.0.mlp.c_fc.weight",
+    )
+    adapted = (Rows(packed, 64, 96), Rows(packed, 0, 32), Rows(plain, 0, 128))
+    write_release(content_of(clip, adapted=adapted), graphs, tmp_path / "release")
+    tensors, weights = read_manifest(tmp_path / "release")["tensors"], clip.parameters()
+    assert tensors[packed]["rows"] == [[0, 32], [64, 96]]
+    for name in weights.keys() - {packed}:
+        assert tensors[name]["rows"] == ([[0, len(weights[name])]] if weights[name].ndim else []), name
+
+
+def test_a_manifest_without_rows_is_still_read(release, tmp_path) -> None:
+    shutil.copytree(release, tmp_path / "older")
+    manifest = read_manifest(release)
+    for entry in manifest["tensors"].values():
+        del entry["rows"]
+    write_json(tmp_path / "older" / "manifest.json", manifest)
+    assert Release.read(tmp_path / "older").tensors == Release.read(release).tensors
+
+
+def test_weights_are_read_by_the_safetensors_library_under_their_own_names(release, clip) -> None:
+    names = {
+        name for file in ("visual", "textual") for name in safetensors.numpy.load_file(release / f"{file}.safetensors")
+    }
+    assert names == set(clip.parameters())
+
+
+def test_other_weights_change_the_weights_and_what_follows_and_no_graph(release, clip, graphs, tmp_path) -> None:
+    weights = clip.parameters()
+    weights["visual.proj"] = weights["visual.proj"] * 2
+    write_release(content_of(clip, weights=weights), graphs, tmp_path / "other")
+    one, other = read_manifest(release)["files"], read_manifest(tmp_path / "other")["files"]
+    assert {name for name in one if one[name] != other[name]} == {"visual.safetensors"}
+
+
+def test_the_ten_lines_of_the_model_card_classify_an_image(release, clip, tmp_path, monkeypatch, capsys) -> None:
+    code = re.search(r"```python\n(.*?)```", (release / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (16, 16, 3), np.uint8))
+    image.save(tmp_path / "image.png")
+    monkeypatch.chdir(release)
+    exec(
+        compile(
+            code.replace("TASK", "colours").replace('"image.png"', repr(str(tmp_path / "image.png"))),
+            "README.md",
+            "exec",
+        ),
+        {},
+    )
+    with torch.no_grad():
+        scores = (
+            clip.encode_image(torch.from_numpy(clip.preprocess.crop(image))[None])
+            @ clip.encode_text(clip.tokenize(["red", "blue"])).T
+        )
+    assert capsys.readouterr().out.strip() == ("red", "blue")[scores.argmax()]
+    assert len(code.strip().splitlines()) <= 12
+
+
+def test_the_model_card_shows_an_accuracy_of_exactly_zero(release) -> None:
+    assert "| colours | 2 | 0.0 % | yes |" in (release / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_folder_without_permission_is_refused_and_left_as_it_was(clip, graphs, tmp_path) -> None:
+    if os.geteuid() == 0:
+        target = Path("/proc/r1export/release")  # root may write anywhere but there
+    else:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        target = tmp_path / "locked" / "release"
+    with pytest.raises(R1ExportError, match=r"release could not be written: .*(check the path|see to the disk)"):
+        write_release(content_of(clip), graphs, target)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no manifest.json"),
+        ("{", "not a release manifest"),
+        ('{"format": "other/1"}', "expected r1export.release/1"),
+    ],
+)
+def test_what_is_no_release_is_refused(text, message: str, tmp_path) -> None:
+    if text is not None:
+        (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_manifest(tmp_path)

@@ -1,0 +1,139 @@
+"""G1 to G3, and the torch side of verification, on a two-layer CLIP."""
+
+import numpy as np
+import pytest
+import torch
+
+from r1export.adapt.clip import Clip
+from r1export.adapt.image_cache import Pixels
+from r1export.adapt.inject import eject_experts_, inject_experts_, pack_experts
+from r1export.adapt.pool import PoolSettings
+from r1export.data.task import Task
+from r1export.pipeline.verification.freezing_gaps import (
+    BATCH,
+    _accuracy,
+    _routed_each,
+    exactness,
+    freezing,
+    summarised,
+)
+from r1export.pipeline.verification.torch_models import encoders, module_boundaries
+from r1export.report.tables import accuracy_summary
+from r1export.update.factors import ExpertUpdate
+from r1export.verify.parity import Inputs, run_in_batches
+
+
+def taught(clip: Clip) -> dict:
+    """Pools with random experts, as if trained: B is not zero and experts have votes."""
+    pools = inject_experts_(clip.model, PoolSettings(alpha=12.0))
+    generator = torch.Generator().manual_seed(0)
+    for pool in pools.values():
+        pool.reset_(generator)
+        pool.lora_B.data.copy_(0.02 * torch.randn(pool.lora_B.shape, generator=generator))
+        pool.counts.copy_(torch.randint(0, 50, pool.counts.shape, generator=generator))
+        pool.freeze_()
+    clip.model.eval()
+    return pools
+
+
+@pytest.fixture
+def pixels(tiny_clip: Clip, stripes) -> torch.Tensor:
+    return Pixels(stripes.test, tiny_clip.preprocess).batch(np.arange(16))
+
+
+def inputs_of(clip: Clip, pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> Inputs:
+    return Inputs(clip.preprocess.normalize(pixels).to(dtype).numpy(), clip.tokenize(["a photo", "another"]).numpy())
+
+
+def test_g1_is_rounding_alone_in_float32(tiny_clip: Clip, pixels: torch.Tensor) -> None:
+    """Merged by the one merge, against the pools beside the weights."""
+    base = tiny_clip.parameters()
+    pools = taught(tiny_clip)
+    frozen = run_in_batches(encoders(tiny_clip.model), inputs_of(tiny_clip, pixels), (0,))
+    update: ExpertUpdate = pack_experts(pools)
+    eject_experts_(tiny_clip.model)
+    tiny_clip.load_(base | update.apply(base))
+    merged = run_in_batches(encoders(tiny_clip.model), inputs_of(tiny_clip, pixels), (0,))
+    tiny_clip.load_(base)
+    untaught = run_in_batches(encoders(tiny_clip.model), inputs_of(tiny_clip, pixels), (0,))
+    assert exactness(frozen, merged, 14.0)["G1"] < 1e-4  # 14 x float32 rounding of embeddings
+    assert exactness(frozen, merged, 14.0)["G1_top1_agreement"] == 1.0
+    assert exactness(frozen, untaught, 14.0)["G1"] > 1e-2
+
+
+def test_routing_each_sample_by_itself_is_routing_in_batches_of_one(tiny_clip: Clip, pixels: torch.Tensor) -> None:
+    pools = taught(tiny_clip)
+    for pool in pools.values():
+        pool.gate = None
+    with torch.inference_mode():
+        one_by_one = torch.cat([tiny_clip.encode_image(pixels[i : i + 1]) for i in range(len(pixels))])
+        together = tiny_clip.encode_image(pixels)
+        with _routed_each(pools.values()):
+            each = tiny_clip.encode_image(pixels)
+        again = tiny_clip.encode_image(pixels)
+    assert (each - one_by_one).abs().max() < 1e-5
+    assert (together - one_by_one).abs().max() > 1e-4  # votes of a batch choose for all of it
+    assert torch.equal(together, again)
+
+
+def test_gaps_are_differences_of_accuracies_and_leave_the_pools_frozen(
+    tiny_clip: Clip, stripes, pixels: torch.Tensor
+) -> None:
+    pools = taught(tiny_clip)
+    gates = {rows: pool.gate.clone() for rows, pool in pools.items()}
+    counts = {rows: pool.counts.clone() for rows, pool in pools.items()}
+    found = freezing(tiny_clip, pools, stripes, pixels, stripes.test.labels[:16])
+    accuracies = found["accuracies"]
+    assert set(accuracies) == {"frozen_4", "frozen_8", "frozen_12", "routed_batch_1", "routed_batch_32"}
+    assert found["G2"] == accuracies["routed_batch_1"] - accuracies["frozen_8"]
+    assert found["G3"] == accuracies["frozen_8"] - accuracies["frozen_4"]
+    assert all(
+        torch.equal(pool.gate, gates[rows]) and torch.equal(pool.counts, counts[rows]) for rows, pool in pools.items()
+    )
+
+
+def test_texts_are_routed_in_batches_of_the_same_size_as_images(tiny_clip: Clip, stripes, pixels, monkeypatch) -> None:
+    """Where the end of a text votes, the texts of a batch choose for each other."""
+    taught(tiny_clip)
+    many = Task("many", tuple(f"thing {i}" for i in range(40)), ("a photo of {}.",), stripes.train, stripes.test)
+    sizes, encode = [], Clip.encode_text
+    monkeypatch.setattr(Clip, "encode_text", lambda clip, part: sizes.append(len(part)) or encode(clip, part))
+    assert 0 <= _accuracy(tiny_clip, many, pixels, stripes.test.labels[:16]) <= 1
+    assert sizes == [BATCH, 8]
+
+
+def test_a_sparse_gate_has_no_shrink_gap(tiny_clip: Clip, stripes, pixels: torch.Tensor) -> None:
+    """It decides by itself how many experts are merged: a difference of nothing would look like a shrink that costs nothing."""
+    pools = inject_experts_(tiny_clip.model, PoolSettings(gate="sparse"))
+    for pool in pools.values():
+        pool.reset_(torch.Generator().manual_seed(0))
+        pool.freeze_()
+    tiny_clip.model.eval()
+    assert freezing(tiny_clip, pools, stripes, pixels, stripes.test.labels[:16])["G3"] is None
+    tasks = {"a": {"G1": 1e-6, "G2": 0.1, "G3": None}, "b": {"G1": 3e-6, "G2": 0.3, "G3": None}}
+    assert summarised(tasks) == {"G1": 3e-6, "G2": pytest.approx(0.2), "G3": None, "tasks": tasks}
+    assert accuracy_summary({"gaps": summarised(tasks)})[-1][0].startswith("Freezing gap")
+
+
+def test_the_gaps_of_a_run_are_the_worst_g1_and_the_mean_of_the_others() -> None:
+    tasks = {"a": {"G1": 1e-6, "G2": 0.1, "G3": 0.0}, "b": {"G1": 3e-6, "G2": 0.3, "G3": -0.2}}
+    assert summarised(tasks) == {"G1": 3e-6, "G2": pytest.approx(0.2), "G3": pytest.approx(-0.1), "tasks": tasks}
+    assert summarised({}) is None
+
+
+def test_boundaries_name_the_modules_that_own_parameters(tiny_clip: Clip, pixels: torch.Tensor) -> None:
+    values = inputs_of(tiny_clip, pixels[:2]).visual
+    found, output = module_boundaries(tiny_clip.model, lambda: encoders(tiny_clip.model).visual(values))
+    assert np.array_equal(output, encoders(tiny_clip.model).visual(values))
+    by_place = {(b.module, b.side): b.value for b in found}
+    block = "visual.transformer.resblocks.0"
+    assert by_place[f"{block}.ln_1", "out"].shape == by_place[f"{block}.attn.in_proj", "in"].shape == (2, 5, 32)
+    weights = tiny_clip.parameters()
+    again = (
+        by_place[f"{block}.attn.out_proj", "in"] @ weights[f"{block}.attn.out_proj.weight"].T
+        + weights[f"{block}.attn.out_proj.bias"]
+    )
+    assert np.abs(again - by_place[f"{block}.attn.out_proj", "out"]).max() < 1e-6
+    count = len(found)
+    encoders(tiny_clip.model).visual(values)
+    assert len(found) == count  # no hook is left behind

@@ -1,0 +1,200 @@
+"""Statistics on series whose answer is known."""
+
+import numpy as np
+import pytest
+
+from r1export.verify.latency import added_latency, measure, slowest, time_rounds
+from r1export.verify.paired_stats import Ratio, latency_verdict, paired_ratio
+
+MARGIN = 0.02
+
+
+def series(
+    ratio: float,
+    *,
+    seed: int,
+    blocks: int = 12,
+    rounds: int = 20,
+    drift: float = 0.1,
+    placement: float = 0.003,
+    noise: float = 0.02,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(merged, base) times: a true ratio under common drift, a shift of each session for its life, and noise with outliers."""
+    rng = np.random.default_rng(seed)
+    common = 1 + drift * np.sin(np.linspace(0, 9, blocks * rounds)).reshape(blocks, rounds)
+    times = []
+    for true in (ratio, 1.0):
+        shift = np.exp(rng.normal(0, placement, (blocks, 1)))
+        jitter = np.exp(rng.normal(0, noise, (blocks, rounds))) * np.where(
+            rng.random((blocks, rounds)) < 0.03, 1.5, 1.0
+        )
+        times.append(0.01 * true * common * shift * jitter)
+    return times[0], times[1]
+
+
+def verdict(ratio: float, seed: int) -> str:
+    noise = paired_ratio(*series(1.0, seed=seed + 1000))
+    return latency_verdict(paired_ratio(*series(ratio, seed=seed)), noise, MARGIN)[0]
+
+
+def test_a_true_slow_down_of_five_per_cent_always_fails() -> None:
+    assert {verdict(1.05, seed) for seed in range(20)} == {"fail"}
+
+
+def test_a_true_slow_down_of_three_per_cent_is_never_passed_and_is_found() -> None:
+    found = [verdict(1.03, seed) for seed in range(20)]
+    assert "pass" not in found
+    assert found.count("fail") >= 15
+
+
+def test_no_slow_down_is_never_a_false_alarm_and_is_passed() -> None:
+    found = [verdict(1.0, seed) for seed in range(20)]
+    assert "fail" not in found
+    assert found.count("pass") >= 18
+
+
+def test_twice_as_slow_and_twice_as_fast_weigh_the_same() -> None:
+    merged, base = series(1.3, seed=3)
+    one, other = paired_ratio(merged, base), paired_ratio(base, merged)
+    assert one.value == pytest.approx(1 / other.value)
+    assert one.low == pytest.approx(1 / other.high, rel=1e-2)
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+    """95 % of 200, less three standard deviations of a binomial."""
+    inside = [
+        ratio.low <= 1.01 <= ratio.high for ratio in (paired_ratio(*series(1.01, seed=seed)) for seed in range(200))
+    ]
+    assert sum(inside) >= 180
+
+
+def test_blocks_are_drawn_whole() -> None:
+    """Rounds of one block share its sessions: a hundred times as many rounds must not make the interval ten times narrower."""
+    few, many = (
+        paired_ratio(*series(1.0, seed=5, rounds=rounds, placement=0.02, noise=0.001)) for rounds in (10, 1000)
+    )
+    assert many.halfwidth > 0.5 * few.halfwidth
+
+
+def test_a_noise_floor_wider_than_the_margin_is_inconclusive_whatever_the_release_did() -> None:
+    noise = Ratio(1.0, 0.96, 1.05)
+    for merged in (Ratio(1.0, 0.999, 1.001), Ratio(1.5, 1.4, 1.6)):
+        found, advice = latency_verdict(merged, noise, MARGIN)
+        assert found == "inconclusive"
+        assert "pin threads" in advice
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.99, 1.01, "pass"),
+        (0.99, 1.03, "inconclusive"),
+        (1.01, 1.03, "inconclusive"),
+        (1.021, 1.05, "fail"),
+        (0.90, 1.00, "inconclusive"),
+        (0.5, 0.6, "inconclusive"),
+    ],
+)
+def test_equivalence_needs_the_whole_interval_inside_the_margin(low: float, high: float, expected: str) -> None:
+    assert latency_verdict(Ratio((low + high) / 2, low, high), Ratio(1.0, 0.995, 1.005), MARGIN)[0] == expected
+
+
+def test_a_release_that_is_faster_than_an_equal_program_can_be_points_to_a_disturbance() -> None:
+    found, advice = latency_verdict(Ratio(0.95, 0.94, 0.96), Ratio(1.0, 0.995, 1.005), MARGIN)
+    assert found == "inconclusive"
+    assert "at most 0.960 times as long" in advice
+    assert "wider" not in advice
+    assert "is wider than the margin" in latency_verdict(Ratio(0.97, 0.96, 0.99), Ratio(1.0, 0.995, 1.005), MARGIN)[1]
+
+
+class Clock:
+    """Jobs that take the time they are told, without waiting for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None:
+        self.now, self.rng, self.calls = 0.0, np.random.default_rng(seed), []
+        monkeypatch.setattr("r1export.verify.latency.time.perf_counter", lambda: self.now)
+
+    def job(self, seconds: float, spread: float, name: str = ""):
+        def run() -> None:
+            self.calls.append(name)
+            self.now += seconds * float(np.exp(self.rng.normal(0, spread)))
+
+        return run
+
+
+def test_every_round_runs_the_contenders_in_an_order_and_its_reverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    time_rounds({name: clock.job(1.0, 0.0, name) for name in "abc"}, 5, np.random.default_rng(0))
+    rounds = [clock.calls[9 + 6 * i : 15 + 6 * i] for i in range(5)]
+    assert all(one[:3] == one[:2:-1] and set(one) == set("abc") for one in rounds)
+    assert len({tuple(one) for one in rounds}) > 1
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.05, 1.5])
+def test_when_to_stop_depends_on_the_width_of_the_interval_and_not_on_where_it_lies(
+    monkeypatch: pytest.MonkeyPatch, ratio: float
+) -> None:
+    """The same noise with another true ratio takes the same number of blocks."""
+
+    def blocks(true: float) -> int:
+        clock = Clock(monkeypatch, seed=4)
+        times = {"base": 1e-3, "again": 1e-3, "merged": true * 1e-3}
+        return len(
+            measure(
+                {name: (lambda seconds=seconds: clock.job(seconds, 0.05)) for name, seconds in times.items()}, 40, 0.012
+            )["base"]
+        )
+
+    assert blocks(ratio) == blocks(1.0) > 10
+
+
+def test_a_release_with_a_true_slow_down_fails_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    found = added_latency(
+        lambda: clock.job(1e-3, 0.01),
+        lambda: clock.job(1.04e-3, 0.01),
+        pairs=400,
+        margin=MARGIN,
+        open_unmerged=lambda: clock.job(1.3e-3, 0.01),
+    )
+    assert found["verdict"] == "fail"
+    assert found["ratio"] == pytest.approx(1.04, abs=0.01)
+    assert found["unmerged_ratio"] == pytest.approx(1.3, abs=0.02)
+
+
+def test_quantiles_are_given_only_with_the_runs_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    found = added_latency(
+        lambda: clock.job(1e-3, 0.01),
+        lambda: clock.job(1e-3, 0.01),
+        pairs=400,
+        margin=MARGIN,
+        torch_jobs={"merged_torch": clock.job(2e-3, 0.01)},
+    )
+    table = found["providers"]["CPUExecutionProvider"]["1"]
+    assert table["base"]["p90_ms"] is not None
+    assert table["base"]["p99_ms"] is None
+    assert table["merged_torch"]["p90_ms"] is None
+
+
+def test_quantiles_are_those_of_single_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fourth run takes twice as long, never two of one round: the mean of a round would hide it."""
+    clock = Clock(monkeypatch)
+    runs = iter(range(10**6))
+
+    def run() -> None:
+        clock.now += 2e-3 if next(runs) % 4 == 0 else 1e-3
+
+    found = added_latency(lambda: run, lambda: clock.job(1e-3, 0.0), pairs=400, margin=MARGIN)
+    table = found["providers"]["CPUExecutionProvider"]["1"]
+    assert table["base"]["p90_ms"] == pytest.approx(2.0)
+    assert table["base"]["n"] == found["pairs"]
+
+
+def test_the_worst_provider_gives_the_verdict_and_all_tables_are_kept() -> None:
+    one = {"verdict": "pass", "ratio": 1.01, "providers": {"A": {}}}
+    other = {"verdict": "fail", "ratio": 1.2, "providers": {"B": {}}}
+    found = slowest([one, other])
+    ratios = {name: (entry["verdict"], entry["ratio"]) for name, entry in found.pop("by_provider").items()}
+    assert found == {"verdict": "fail", "ratio": 1.2, "providers": {"A": {}, "B": {}}}
+    assert ratios == {"A": ("pass", 1.01), "B": ("fail", 1.2)}
