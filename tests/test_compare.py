@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from r1export.cli import app
 
-EXAMPLE = json.loads((Path(__file__).parent / "verify" / "report_example.json").read_text("utf-8"))
+EXAMPLE = json.loads((Path(__file__).parent / "report" / "report_example.json").read_text("utf-8"))
 
 
 @pytest.fixture

@@ -472,7 +472,7 @@ def test_the_mtil_recipes_have_order_one_and_offer_order_two(name):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real packs are not on this machine")
 def test_every_task_of_the_mini_mtil_recipe_can_be_loaded(monkeypatch):
     monkeypatch.setenv("R1EXPORT_DATA", str(SHARED / "data"))
-    recipe = load_recipe(RECIPES / "mini-torchvision_sets.toml")
+    recipe = load_recipe(RECIPES / "mini-mtil.toml")
     assert len(recipe.tasks) == 7
     for entry in recipe.tasks:
         task = load_task(entry.source, name=entry.name, root=Path(recipe.data.root), templates=entry.templates)
