@@ -71,11 +71,11 @@ class RunFolder(Exports):
         files = [self.task(i, task.name) / "factors.safetensors" for i, task in enumerate(recipe.stream, 1)]
         return [ExpertUpdate.read(file) for file in files if file.exists()]
 
-    def keep_gaps(self, number: int, name: str, gaps: Mapping[str, Any]) -> None:
+    def keep_gaps(self, number: int, name: str, gaps: Mapping[str, object]) -> None:
         """Put G1 to G3 of a task, which `verify` measures, beside what training wrote into its metrics.json."""
         path = self.task(number, name) / "metrics.json"
         before = read_json(path, "delete the file and verify again") if path.exists() else {}
-        write_json(path, before | {"gaps": dict(gaps)})
+        write_json(path, before | {"gaps": gaps})
 
     def base(self) -> dict[str, Any]:
         """Name, digest and licence of the base model. Raises InputError if the run was not started, or run.json is damaged."""

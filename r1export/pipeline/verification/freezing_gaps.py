@@ -23,21 +23,16 @@ from r1export.adapt.metrics import top1
 from r1export.adapt.pool import ExpertPool
 from r1export.adapt.trainer import Pools
 from r1export.data.task import Task
-from r1export.verify.parity import Outputs
+from r1export.verify.parity import Embeddings
+from r1export.verify.results import Gaps, RunGaps
 
 BATCH = 32
 
 
-def exactness(frozen: Outputs, merged: Outputs, scale: float) -> dict[str, float]:
+def exactness(frozen: Embeddings, merged: Embeddings, scale: float) -> dict[str, float]:
     """G1 on the parity samples; `scale` = exp(logit_scale)."""
-    one, other = (
-        scale * outputs.visual[0].astype(np.float64) @ outputs.textual[0].astype(np.float64).T
-        for outputs in (frozen, merged)
-    )
-    return {
-        "G1": float(np.abs(one - other).max()),
-        "G1_top1_agreement": float((one.argmax(1) == other.argmax(1)).mean()),
-    }
+    left, right = (scale * e.visual.astype(np.float64) @ e.textual.astype(np.float64).T for e in (frozen, merged))
+    return {"G1": float(np.abs(left - right).max()), "G1_top1_agreement": float((left.argmax(1) == right.argmax(1)).mean())}
 
 
 def freezing(clip: Clip, pools: Pools, task: Task, pixels: Tensor, labels: np.ndarray) -> dict[str, Any]:
@@ -88,11 +83,15 @@ def _accuracy(clip: Clip, task: Task, pixels: Tensor, labels: np.ndarray) -> flo
     return top1(images, class_embeddings(clip, task, BATCH), labels)
 
 
-def summarised(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+def summarize(by_task: Mapping[str, Gaps]) -> RunGaps | None:
     """The gaps of a run: the largest G1, the means of G2 and G3, and everything by task."""
     if not by_task:
         return None
-    largest = max(gap["G1"] for gap in by_task.values())
-    known = {name: [gap[name] for gap in by_task.values() if gap[name] is not None] for name in ("G2", "G3")}
-    means = {name: float(np.mean(values)) if values else None for name, values in known.items()}
-    return {"G1": largest, **means, "tasks": dict(by_task)}
+    gaps = list(by_task.values())
+    shrink = [gap.G3 for gap in gaps if gap.G3 is not None]
+    return RunGaps(
+        G1=max(gap.G1 for gap in gaps),
+        G2=float(np.mean([gap.G2 for gap in gaps])),
+        G3=float(np.mean(shrink)) if shrink else None,
+        tasks=by_task,
+    )
