@@ -13,6 +13,7 @@ from r1export.export.weight_map import WeightMap
 from r1export.pipeline.context import RunContext
 from r1export.run_folder import Exports, read_json
 from r1export.update.factors import ExpertUpdate
+from r1export.update.release_manifest import GoldenGate
 from r1export.verify.parity import GATES, Gate
 
 RANGES = "ranges.json"  # beside the int8 graphs: smallest and largest input of every linear, from the calibration
@@ -38,9 +39,9 @@ class Variant:
         return GATES[self.precision]
 
     @property
-    def tolerance(self) -> dict[str, float]:
+    def tolerance(self) -> GoldenGate:
         """What a device may differ by from the golden samples."""
-        return {"max_abs": self.gate.max_abs, "min_cosine": self.gate.min_cosine}
+        return GoldenGate(self.gate.max_abs, self.gate.min_cosine)
 
     def label(self, release: str) -> str:
         """How reports call a release."""

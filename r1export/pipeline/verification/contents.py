@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from r1export.run_folder import read_json
 from r1export.update.atomic_io import sha256_file
 from r1export.update.container import map_tensors
 from r1export.update.factors import ExpertUpdate
-from r1export.update.release_manifest import Release, manifest_digest
+from r1export.update.release_manifest import ReleaseManifest, manifest_digest
 from r1export.verify import contents, golden, graph_digest
 from r1export.verify.runtime import open_session, runner
 
@@ -37,7 +38,7 @@ def own_identity(
 ) -> dict[str, dict[str, str]]:
     """The same for a release by itself, without the facts that only its run knows."""
     try:
-        Release.read(path)
+        ReleaseManifest.read(path)
         problems = contents.manifest_problems(manifest, expected or {}, manifest_digest(manifest))
         files = golden.changed_files(path, manifest, UNLISTED)
     except R1ExportError as error:
@@ -64,7 +65,7 @@ def holdings(
     weights += contents.tensor_map_problems(path, manifest)
     classes = _tried(lambda: _class_problems(variant, number, path))
     classifier = _tried(lambda: golden.classifier_problems(path, expected))
-    golden = _tried(lambda: golden.golden_problems(path, manifest))
+    samples = _tried(lambda: golden.golden_problems(path, manifest))
     epsilons = {
         name: module.eps for name, module in context.clip.model.named_modules() if isinstance(module, LayerNorm)
     }
@@ -80,7 +81,7 @@ def holdings(
         "weights": contents.part(weights, f"{len(expected)} tensors are base + factors, bit for bit"),
         "classes": contents.part(classes, _CLASSES[variant.precision == "fp32"].format(len(context.tasks))),
         "classifier": contents.part(classifier, CLASSIFIER),
-        "golden": contents.part(golden, "the stored samples are reproduced"),
+        "golden": contents.part(samples, "the stored samples are reproduced"),
     }
 
 
@@ -130,7 +131,7 @@ def expected_manifest(variant: Variant, number: int) -> dict[str, Any]:
         "base": run.base(),
         "updates": [{"task": name, "sha256": sha256_file(folder / "factors.safetensors")} for name, folder in folders],
         "graphs": {graph: graph_digest.graph_digest(variant.exports.graphs / graph) for graph in GRAPHS},
-        "golden": variant.tolerance,
+        "golden": asdict(variant.tolerance),
     }  # fmt: skip
     if variant.precision == "fp32":
         values = metrics["accuracy"][number - 1] if number else metrics["zero_shot"]

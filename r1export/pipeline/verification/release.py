@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from r1export.errors import CheckFailed, R1ExportError, Unsupported
-from r1export.export.write_release import read_manifest
 from r1export.pipeline.environment import report_head
 from r1export.pipeline.verification.contents import own_classifier, own_identity
 from r1export.pipeline.verification.latency import opener, timeable
@@ -18,6 +17,7 @@ from r1export.report.checks import failed
 from r1export.report.write import settled
 from r1export.update.atomic_io import sha256_file
 from r1export.update.container import read_tensors
+from r1export.update.release_manifest import ReleaseManifest
 from r1export.verify import contents, golden, latency, parity, proof
 from r1export.verify.ort_profile import Execution
 from r1export.verify.runtime import PROVIDERS, check_provider
@@ -28,7 +28,7 @@ def verify_release(path: Path, providers: Sequence[str] = ()) -> dict[str, Any]:
 
     Nothing is trained or run in torch. Raises InputError if `path` is no release, Unsupported for a missing provider.
     """
-    manifest, providers = read_manifest(path), tuple(providers) or ("cpu",)
+    manifest, providers = ReleaseManifest.read(path).to_json(), tuple(providers) or ("cpu",)
     for provider in providers:
         check_provider(provider)
     found = report_head(providers) | {
@@ -73,7 +73,7 @@ def _parity(path: Path, manifest: Mapping[str, Any], beside: Path | None, provid
 
 def _control(base: Path, provider: str) -> dict[str, Any] | None:
     try:
-        return golden.golden_parity(base, read_manifest(base), provider)
+        return golden.golden_parity(base, ReleaseManifest.read(base).to_json(), provider)
     except (R1ExportError, OSError, ValueError, KeyError):
         return None
 

@@ -12,7 +12,6 @@ import numpy as np
 from r1export.data.task import Task
 from r1export.errors import InputError, R1ExportError, Unsupported
 from r1export.export.graph import GRAPHS
-from r1export.export.write_release import read_manifest
 from r1export.pipeline.context import RunContext
 from r1export.pipeline.environment import absent, report_head
 from r1export.pipeline.variant import Variant
@@ -26,6 +25,7 @@ from r1export.report.checks import failed, overall
 from r1export.report.write import settled, write_report
 from r1export.update.atomic_io import sha256_file
 from r1export.update.factors import ExpertUpdate
+from r1export.update.release_manifest import ReleaseManifest
 from r1export.verify.drift import embedding_drift
 from r1export.verify.ort_profile import Execution
 from r1export.verify.runtime import check_provider
@@ -96,7 +96,7 @@ def _verify_release(
         "release": {"index": number, "name": variant.label(path.name), "precision": variant.precision}
     }
     try:
-        manifest = read_manifest(path)
+        manifest = ReleaseManifest.read(path).to_json()
         found["contents"] = contents.identity(variant, number, path, manifest)
         if failed(found["contents"]):
             return found
@@ -166,7 +166,7 @@ def _variant(variant: Variant, number: int, manifest: Mapping[str, Any], seen: _
         "bytes": {name: (path / name).stat().st_size for name in names},
         "bytes_fp32": {name: (single / name).stat().st_size for name in names},
         "accuracy": accuracies,
-        "accuracy_fp32": {task["name"]: task["accuracy"] for task in read_manifest(single)["tasks"]},
+        "accuracy_fp32": {task.name: task.accuracy for task in ReleaseManifest.read(single).tasks},
         "speed": seen.speed,
     }
 
