@@ -22,6 +22,7 @@ MODULES = {  # what a device runs; the rest of the package stays in the lab
         "factors",
         "int8",
         "manifest",
+        "plain_text",
         "rebuild",
         "release_manifest",
         "strict_json",

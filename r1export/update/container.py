@@ -9,18 +9,19 @@ Format: https://huggingface.co/docs/safetensors (the safetensors library is the 
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from r1export.errors import InputError
-from r1export.update.atomic_io import write_file
+from r1export.update.atomic_io import open_regular, write_file
 from r1export.update.strict_json import no_duplicates
 
 DTYPES = {
@@ -35,6 +36,7 @@ DTYPES = {
     "BOOL": "|b1",
 }
 NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
+MAX_AXES, MAX_ELEMENTS = 32, 1 << 48  # of one tensor: numpy can make an array of every such shape, even of no bytes
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
@@ -81,6 +83,10 @@ def plan(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> Layout:
 
 def _spec(name: str, entry: Mapping[str, Any], data_start: int) -> TensorSpec:
     start, end = entry["data_offsets"]
+    if any(type(n) is not int or not 0 <= n <= MAX_ELEMENTS for n in (start, end, *entry["shape"])):
+        raise ValueError(f"{ascii(name)[:100]}: an offset or a size is no whole number from 0 to {MAX_ELEMENTS}")
+    if len(entry["shape"]) > MAX_AXES or prod(max(n, 1) for n in entry["shape"]) > MAX_ELEMENTS:
+        raise ValueError(f"{ascii(name)[:100]}: more than {MAX_AXES} axes or {MAX_ELEMENTS} elements")
     return TensorSpec(name, np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), data_start + start, end - start)
 
 
@@ -118,17 +124,27 @@ def read_layout(path: Path) -> Layout:
     Raises:
         InputError: not a safetensors file, or one whose tensors overlap, leave gaps or do not end with the file.
     """
+    with _open(path) as file:
+        return _read_layout(file, path)
+
+
+def _open(path: Path) -> BinaryIO:
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
-                raise ValueError("the header is longer than the file")
-            text = file.read(length)
-        return _parse(prefix + text, size)
+        return open_regular(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", "check the path") from None
+
+
+def _read_layout(file: BinaryIO, path: Path) -> Layout:
+    """The layout of an open file, or of bytes in memory; `path` names it in errors. The file's position is moved."""
+    try:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
+            raise ValueError("the header is longer than the file")
+        return _parse(prefix + file.read(length), size)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path}: not a well-formed safetensors file: {error}", "write or fetch the file again"
@@ -137,14 +153,13 @@ def read_layout(path: Path) -> Layout:
 
 def _parse(header: bytes, size: int) -> Layout:
     entries = json.loads(header[8:].decode(), object_pairs_hook=no_duplicates)
+    json.dumps(list(entries), ensure_ascii=False).encode()  # half a surrogate pair is no name: nothing could print it
     entries.pop("__metadata__", None)
     specs = sorted(
         (_spec(name, entry, len(header)) for name, entry in entries.items()), key=lambda s: (s.offset, s.nbytes)
     )
     end = len(header)
     for spec in specs:
-        if any(type(n) is not int or n < 0 for n in spec.shape):
-            raise ValueError(f"{spec.name}: shape {spec.shape}")
         if spec.offset != end or spec.nbytes != spec.dtype.itemsize * prod(spec.shape):
             raise ValueError(f"{spec.name}: gap, overlap or wrong length at byte {end}")
         end += spec.nbytes
@@ -154,16 +169,25 @@ def _parse(header: bytes, size: int) -> Layout:
 
 
 def map_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a container as read-only views of the file: nothing is read until it is used."""
-    layout = read_layout(path)
-    if not layout.specs or layout.nbytes == len(layout.header):  # an empty file region cannot be mapped
-        return {spec.name: np.zeros(spec.shape, spec.dtype) for spec in layout.specs}
-    data = np.memmap(path, np.uint8, "r")
-    return {
-        s.name: np.asarray(data[s.offset : s.offset + s.nbytes].view(s.dtype)).reshape(s.shape) for s in layout.specs
-    }
+    """The tensors of a container as read-only views of the file: nothing is read until it is used. Raises like `read_layout`."""
+    with _open(path) as file:
+        layout = _read_layout(file, path)
+        empty = layout.nbytes == len(layout.header)  # a region of no bytes cannot be mapped
+        data = np.zeros(0, np.uint8) if empty else np.memmap(file, np.uint8, "r")
+    return _views(layout, data)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a container, copied into memory."""
+    """The tensors of a container, copied into memory. Raises like `read_layout`."""
     return {name: np.array(tensor) for name, tensor in map_tensors(path).items()}
+
+
+def parse_tensors(data: bytes, path: Path) -> dict[str, np.ndarray]:
+    """The tensors in the bytes of a container, as read-only views of them; `path` names it in errors. Raises like `read_layout`."""
+    return _views(_read_layout(io.BytesIO(data), path), np.frombuffer(data, np.uint8))
+
+
+def _views(layout: Layout, data: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        s.name: np.asarray(data[s.offset : s.offset + s.nbytes].view(s.dtype)).reshape(s.shape) for s in layout.specs
+    }
