@@ -23,7 +23,7 @@ TESTS = (
     "tests/device/test_health.py",
     "tests/device/test_install.py",
     "tests/device/test_interrupted.py",
-    "tests/device/test_session.py",
+    "tests/device/test_version.py",
     "tests/device/test_doctor.py",
     "tests/device/test_provision.py",
 )  # tests/device/test_faults.py takes out each fsync itself
@@ -97,8 +97,8 @@ RULES = [
         "if len(golden.get(given, ())) and answer in golden:",
         "if given in golden and answer in golden:",
     ),
-    ("device/session.py", "        check_digest(path, sha256_bytes(data), file.sha256)\n", ""),
-    ("device/session.py", "        check_digest(file.path, found.hexdigest(), file.sha256)\n", ""),
+    ("device/version.py", "        check_digest(path, sha256_bytes(data), file.sha256)\n", ""),
+    ("device/version.py", "        check_digest(file.path, found.hexdigest(), file.sha256)\n", ""),
     (
         "device/worker.py",
         "            check_digest(file.path, base.manifest.files[file.path].sha256, file.sha256)",
@@ -114,8 +114,8 @@ RULES = [
     ("device/store.py", "if state.awaits(slot) and slot != self.active)", "if state.awaits(slot))"),
     ("device/store.py", "if state.pending == state.digest:", "if False:"),
     ("device/store.py", "if known and target == _target(name) else", "if known else"),
-    ("device/record.py", 'if "sha256" in fields and fields.digest', "if False and fields.digest"),
-    ("device/record.py", "    fields.done()  # a flipped bit", "    # a flipped bit"),
+    ("device/state.py", 'if "sha256" in fields and fields.digest', "if False and fields.digest"),
+    ("device/state.py", "    fields.done()  # a flipped bit", "    # a flipped bit"),
     ("device/install.py", "        retire(device.folder(unfinished))\n", ""),
     (
         "device/install.py",

@@ -9,6 +9,7 @@ Format: https://huggingface.co/docs/safetensors (the safetensors library is the 
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,12 +17,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from r1export.errors import InputError
-from r1export.update.atomic_io import write_file
+from r1export.update.atomic_io import open_regular, write_file
 from r1export.update.strict_json import Fields, parse_json, whole, wrong
 
 DTYPES = {
@@ -36,7 +37,7 @@ DTYPES = {
     "BOOL": "|b1",
 }
 NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
-MAX_AXES, MAX_ELEMENTS = 32, 1 << 48
+MAX_AXES, MAX_ELEMENTS = 32, 1 << 48  # of one tensor: numpy can make an array of every such shape, even of no bytes
 _DTYPE = re.compile("|".join(DTYPES))
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
@@ -130,19 +131,27 @@ def read_layout(path: Path) -> Layout:
     Raises:
         InputError: not a safetensors file, or one whose tensors overlap, leave gaps or do not end with the file.
     """
+    with _open(path) as file:
+        return _read_layout(file, path)
+
+
+def _open(path: Path) -> BinaryIO:
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
-                raise ValueError("the header is longer than the file")
-            text = file.read(length)
-        return _parse(prefix + text, size)
+        return open_regular(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", "check the path") from None
-    except (IsADirectoryError, NotADirectoryError):
-        raise InputError(f"{path} is a folder, or lies in no folder", "give a .safetensors file") from None
+
+
+def _read_layout(file: BinaryIO, path: Path) -> Layout:
+    """The layout of an open file, or of bytes in memory; `path` names it in errors. The file's position is moved."""
+    try:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
+            raise ValueError("the header is longer than the file")
+        return _parse(prefix + file.read(length), size)
     except (ValueError, InputError) as error:
         message = error.message if isinstance(error, InputError) else str(error)
         raise InputError(
@@ -158,7 +167,7 @@ def _parse(header: bytes, size: int) -> Layout:
     end = len(header)
     for spec in specs:
         if spec.offset != end:
-            raise ValueError(f"{spec.name}: gap or overlap at byte {end}")
+            raise ValueError(f"{ascii(spec.name)[:100]}: gap or overlap at byte {end}")
         end = spec.end
     if end != size:
         raise ValueError(f"{size} bytes, expected {end}")
@@ -169,7 +178,7 @@ def _spec(name: str, entry: Fields, data_start: int) -> TensorSpec:
     offsets = [whole(end, location) for end, location in entry.array("data_offsets", 2)]
     spec = TensorSpec(name, take_dtype(entry), take_shape(entry), data_start + (offsets[0] if offsets else 0))
     if [spec.offset, spec.end] != [data_start + end for end in offsets]:
-        raise ValueError(f"{name}: gap, overlap or wrong length in data_offsets {offsets}")
+        raise ValueError(f"{ascii(name)[:100]}: gap, overlap or wrong length in data_offsets {offsets}")
     return spec
 
 
@@ -187,16 +196,25 @@ def take_shape(entry: Fields) -> tuple[int, ...]:
 
 
 def map_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a container as read-only views of the file: nothing is read until it is used."""
-    layout = read_layout(path)
-    if not layout.specs or layout.nbytes == len(layout.header):  # an empty file region cannot be mapped
-        return {spec.name: np.zeros(spec.shape, spec.dtype) for spec in layout.specs}
-    data = np.memmap(path, np.uint8, "r")
-    return {
-        s.name: np.asarray(data[s.offset : s.offset + s.nbytes].view(s.dtype)).reshape(s.shape) for s in layout.specs
-    }
+    """The tensors of a container as read-only views of the file: nothing is read until it is used. Raises like `read_layout`."""
+    with _open(path) as file:
+        layout = _read_layout(file, path)
+        empty = layout.nbytes == len(layout.header)  # a region of no bytes cannot be mapped
+        data = np.zeros(0, np.uint8) if empty else np.memmap(file, np.uint8, "r")
+    return _views(layout, data)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a container, copied into memory."""
+    """The tensors of a container, copied into memory. Raises like `read_layout`."""
     return {name: np.array(tensor) for name, tensor in map_tensors(path).items()}
+
+
+def parse_tensors(data: bytes, path: Path) -> dict[str, np.ndarray]:
+    """The tensors in the bytes of a container, as read-only views of them; `path` names it in errors. Raises like `read_layout`."""
+    return _views(_read_layout(io.BytesIO(data), path), np.frombuffer(data, np.uint8))
+
+
+def _views(layout: Layout, data: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        s.name: np.asarray(data[s.offset : s.offset + s.nbytes].view(s.dtype)).reshape(s.shape) for s in layout.specs
+    }

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from r1export.errors import CheckFailed, InputError
-from r1export.update.atomic_io import json_bytes, sha256_bytes, sha256_file, write_file
+from r1export.update.atomic_io import json_bytes, read_regular, sha256_bytes, sha256_file, write_file
 from r1export.update.container import NAMES, TensorSpec, take_dtype, take_shape
 from r1export.update.names import NAME, PARAMETER, PATH, PRINTABLE, check_paths
 from r1export.update.strict_json import Fields, items, parse_json, whole, wrong
@@ -224,9 +224,8 @@ class Release:
     def read(cls, path: Path) -> Release:
         """Read PATH/manifest.json, once. Raises InputError if it is missing or not a release's."""
         try:
-            with open(path / MANIFEST, "rb") as file:
-                data = file.read(MAX_MANIFEST + 1)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            data = read_regular(path / MANIFEST, MAX_MANIFEST)
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{path} is no release: it has no {MANIFEST}", "give a folder of RUN/releases") from None
         return cls(path, ReleaseManifest.parse(data, str(path / MANIFEST)), sha256_bytes(data))
 

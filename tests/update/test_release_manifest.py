@@ -183,7 +183,7 @@ def test_a_folder_without_a_manifest_is_no_release(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no release: it has no manifest\.json"):
         ReleaseManifest.read(tmp_path / "nothing")
     (tmp_path / MANIFEST).mkdir()
-    with pytest.raises(InputError, match=r"no release: it has no manifest\.json"):
+    with pytest.raises(InputError, match=r"manifest\.json is no regular file"):
         ReleaseManifest.read(tmp_path)
 
 

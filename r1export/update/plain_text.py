@@ -1,0 +1,27 @@
+"""Text that others wrote, made safe for a terminal: it can neither move the cursor nor pretend to be another line."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_UNSAFE = {
+    "Cc",
+    "Cf",
+    "Cs",
+    "Zl",
+    "Zp",
+}  # control, format (which includes bidi), surrogate, line and paragraph separator
+_JOINERS = {"\u200c", "\u200d"}  # format characters that Persian and the Indic scripts cannot be written without
+
+
+def printable(text: str) -> str:
+    r"""`text` on one line, each character that acts on a terminal written as an escape.
+
+    >>> printable("a\x1b[2J\nb")
+    'a\\x1b[2J\\nb'
+    """
+    return "".join(_escape(c) if unicodedata.category(c) in _UNSAFE and c not in _JOINERS else c for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
