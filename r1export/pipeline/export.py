@@ -85,7 +85,7 @@ def _write_releases(variant: Variant, updates: list[ExpertUpdate]) -> list[Path]
     with context.progress.track(f"Writing releases in {variant.precision}", len(releases)) as advance:
         for number, path in enumerate(releases):
             if not path.exists():
-                with context.showing(updates[:number]) as merged:
+                with context.with_updates_applied(updates[:number]) as merged:
                     content = _content(variant, number, path.name, updates[:number], merged, metrics, adapted)
                     write_release(content, variant.exports.graphs, path)
             advance(path.name)
@@ -95,7 +95,7 @@ def _write_releases(variant: Variant, updates: list[ExpertUpdate]) -> list[Path]
 def _audit(context: RunContext, updates: list[ExpertUpdate]) -> None:
     last = context.run.releases(context.recipe)[len(updates)]
     context.progress.step(f"Exporting {last.name} afresh to compare")
-    with context.showing(updates):
+    with context.with_updates_applied(updates):
         audit_reexport(
             context.clip.model,
             context.clip.preprocess.size,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from r1export.adapt.pool import Batch, routed
 from r1export.errors import Unsupported
 from r1export.pipeline.variant import Variant
 from r1export.pipeline.verification.proof import touched_towers, unmerged
@@ -93,14 +94,8 @@ def _routed(models: TorchModels, tower: str) -> parity.Encode:
     encode = encoders(models.unmerged.model).tower(tower)
 
     def run(values: np.ndarray) -> np.ndarray:
-        gates = {rows: pool.gate for rows, pool in models.pools.items()}
-        for pool in models.pools.values():
-            pool.gate = None
-        try:
+        with routed(models.pools.values(), lambda _: Batch()):
             return encode(values)
-        finally:
-            for rows, pool in models.pools.items():
-                pool.gate = gates[rows]
 
     return run
 
