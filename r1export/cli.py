@@ -9,11 +9,11 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -134,9 +134,11 @@ def _read_run_report(folder: Path) -> RunReport:
     from r1export.report.freshness import check_fresh
     from r1export.verify.results import RunReport
 
-    report = _read_report(folder)
+    report: Report = _read_report(folder)
     if not isinstance(report, RunReport):
-        raise InputError(f"{folder}: the report of a release, expected one of a run", "give the folder of a verified run")
+        raise InputError(
+            f"{folder}: the report of a release, expected one of a run", "give the folder of a verified run"
+        )
     check_fresh(report, folder)
     return report
 
@@ -194,7 +196,6 @@ def train(
     with _terminal(as_json) as terminal:
         context = _open(recipe, out, resume, overwrite, device, set, order, terminal)
         from r1export.pipeline.train import train_tasks
-
         from r1export.pipeline.verification.run import accuracy_of
 
         metrics = train_tasks(context)
@@ -236,18 +237,19 @@ def verify(
         if (path / "manifest.json").exists():
             from r1export.pipeline.verification.release import verify_release
 
-            report = verify_release(path, provider or ())
+            _show(terminal, verify_release(path, provider or ()))
         else:
             context = _reopen(path, device, terminal)
             from r1export.pipeline.verification.run import verify_run
 
-            report = verify_run(context, provider or ())
-        _show(terminal, report)
+            _show(terminal, verify_run(context, provider or ()))
 
 
 @app.command()
 def report(
-    path: Annotated[Path, typer.Argument(metavar="RUN|RELEASE", help="A verified run, or one verified release folder.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|RELEASE", help="A verified run, or one verified release folder.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Show the report of a verified run or release and write its pages again; ends with the exit code of its verdict."""
@@ -256,7 +258,7 @@ def report(
         from r1export.report.write import write_report
         from r1export.verify.results import RunReport
 
-        report = _read_report(path)
+        report: Report = _read_report(path)
         check_fresh(report, path)
         write_report(report, path)
         if isinstance(report, RunReport):
@@ -267,7 +269,8 @@ def report(
 @app.command()
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of verified runs of the same tasks in the same order.")
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of verified runs of the same tasks in the same order."),
     ],
     out: Annotated[
         Path | None,

@@ -16,10 +16,10 @@ from rich.text import Text
 
 from r1export.errors import R1ExportError
 from r1export.update.plain_text import printable
+from r1export.verify.results import Accuracy, Latency, ReleaseReport, Report, RunReport, Verdict
 
 if TYPE_CHECKING:
     from r1export.report.compare_runs import Comparison
-    from r1export.verify.results import Accuracy, Latency, ReleaseReport, Report
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "not_applicable": "dim"}
 
@@ -65,7 +65,9 @@ class Terminal:
 
     def error(self, error: R1ExportError, exit_code: int) -> None:
         """One line, whatever the width of the terminal, and the same for machines, as the device's kit prints it."""
-        self.errors.print(Text.assemble(("Error: ", "bold red"), printable(" ".join(str(error).split()))), soft_wrap=True)
+        self.errors.print(
+            Text.assemble(("Error: ", "bold red"), printable(" ".join(str(error).split()))), soft_wrap=True
+        )
         self.document({"error": {"message": error.message, "remedy": error.remedy}, "exit_code": exit_code})
 
     def document(self, value: Any) -> None:
@@ -112,7 +114,7 @@ class Terminal:
 
     def report(self, report: Report) -> None:
         """Verdicts of all releases and the reasons for what is not a pass."""
-        releases = getattr(report, "releases", (report,))
+        releases = report.releases if isinstance(report, RunReport) else (report,)
         self.table(
             "Verification (max. difference, same program, latency vs. base)",
             ["release", "merge", "export", "total", "program", "latency", "unmerged", "verdict"],
@@ -138,7 +140,7 @@ def _release_row(report: ReleaseReport) -> list[str]:
     program = report.proof.verdict
     ratio = "-" if latency.ratio is None else f"{latency.ratio:.3f}{_half_width(latency)}"
     unmerged = "-" if latency.unmerged_ratio is None else f"{latency.unmerged_ratio:.2f}"
-    return [report.name, *errors, "-" if program == "inconclusive" else program, ratio, unmerged, report.verdict]
+    return [report.name, *errors, "-" if program is Verdict.INCONCLUSIVE else program, ratio, unmerged, report.verdict]
 
 
 def _half_width(latency: Latency) -> str:

@@ -15,7 +15,7 @@ from r1export.report.format import size
 from r1export.run_folder import RunFolder
 from r1export.update.container import NAMES, read_layout
 from r1export.update.factors import Rows
-from r1export.update.release_manifest import Release
+from r1export.update.release_manifest import ReleaseManifest
 
 Description = tuple[str, dict[str, object], list[str], list[list[str]]]
 PACKAGES = (
@@ -71,12 +71,12 @@ def _run(path: Path) -> Description:
 
 
 def _release(path: Path) -> Description:
-    release = Release.read(path)
+    release = ReleaseManifest.read(path)
     rows = [[name, size(entry.nbytes), entry.sha256] for name, entry in release.files.items()]
     facts: dict[str, object] = {
         "release": release.name,
-        "base": release.base_name,
-        "learned": ", ".join(task for task, _ in release.updates) or "nothing",
+        "base": release.base.name,
+        "learned": ", ".join(update.task for update in release.updates) or "nothing",
         "parameters": len(release.tensors),
     }
     return "Release", facts, ["file", "size", "sha256"], rows

@@ -9,9 +9,9 @@ import numpy as np
 from torch import nn
 
 from r1export.adapt.clip import Clip
-from r1export.adapt.distillation import Knowledge
+from r1export.adapt.distillation import DistillationTargets
 from r1export.adapt.image_cache import Pixels
-from r1export.adapt.trainer import Step, TrainSettings, train_pools_
+from r1export.adapt.trainer import TrainSettings, TrainStep, train_pools_
 from r1export.data.task import Task
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 
@@ -23,8 +23,8 @@ def fine_tune_(
     settings: TrainSettings,
     *,
     number: int,
-    on_step: Callable[[Step], None] = lambda step: None,
-    knowledge: Knowledge | None = None,
+    on_step: Callable[[TrainStep], None] = lambda step: None,
+    targets: DistillationTargets | None = None,
 ) -> tuple[list[float], ExpertUpdate]:
     """Train every weight of the model on one task; the losses of all steps and what to add to the weights.
 
@@ -33,7 +33,7 @@ def fine_tune_(
     before = {name: value.copy() for name, value in clip.parameters().items()}
     with _trainable(clip.model) as parameters:
         losses = train_pools_(
-            clip, {}, task, train, settings, number=number, on_step=on_step, parameters=parameters, knowledge=knowledge
+            clip, {}, task, train, settings, number=number, on_step=on_step, parameters=parameters, targets=targets
         )
     return losses, difference(before, clip.parameters())
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,52 +17,49 @@ from torch import Tensor, nn
 
 from r1export.adapt import distributed
 from r1export.adapt.clip import Clip
-from r1export.adapt.distillation import Knowledge
+from r1export.adapt.distillation import DistillationTargets
 from r1export.adapt.image_cache import Pixels
-from r1export.adapt.inject import load_pool_tensors_, pool_tensors
 from r1export.adapt.losses import in_batch_loss, orthogonality_loss
-from r1export.adapt.pool import ExpertPool
+from r1export.adapt.pack import load_pool_tensors_, pool_tensors
+from r1export.adapt.pool import Frozen, Pools
 from r1export.adapt.text_truncation import short_texts
 from r1export.data.task import Task
 from r1export.errors import InputError
 from r1export.update.container import read_tensors, write_tensors
-from r1export.update.factors import Rows
 
-Pools = dict[Rows, ExpertPool]
 SHRINK = 0.005  # largest soft threshold on a sparse gate, arXiv 2412.01004
-SPAN = 16  # directions kept of each task's inputs for the input side of orthogonality
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Optimisation of one task: AdamW with a cosine schedule. Defaults: arXiv 2601.22828, but for `consolidate`.
+    """Optimisation of one task: AdamW with a cosine schedule.
 
-    `loss` is "in-batch" or "all-classes", `orthogonality` "output", "input" or "none",
-    `precision` "fp32" or "bf16" (autocast; experts stay in float32).
+    After the share `consolidate` of `iterations` the experts with the most votes are fixed and trained on alone.
+    `precision` "bf16" is autocast; experts stay in float32. A checkpoint is written every `checkpoint_every` steps.
     """
 
-    iterations: int = 500
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    min_learning_rate: float = 1e-6
-    weight_decay: float = 1e-2
-    loss: str = "in-batch"
-    orthogonality: str = "output"
-    orthogonality_weight: float = 0.1
-    precision: str = "fp32"
-    consolidate: float = 0.3
-    checkpoint_every: int = 50
-    seed: int = 42
+    iterations: int
+    batch_size: int
+    learning_rate: float
+    min_learning_rate: float
+    weight_decay: float
+    loss: Literal["in-batch", "all-classes"]
+    orthogonality: Literal["output", "none"]
+    orthogonality_weight: float
+    precision: Literal["fp32", "bf16"]
+    consolidate: float
+    checkpoint_every: int
+    seed: int
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainStep:
     """What one step reports: the supervised loss, the weighted losses of orthogonality and distillation, its time in seconds."""
 
     number: int
     loss: float
     orthogonality: float
-    kept: float
+    distillation: float
     seconds: float
 
 
@@ -129,15 +127,15 @@ def train_pools_(
     *,
     number: int,
     checkpoint: Path | None = None,
-    on_step: Callable[[Step], None] = lambda step: None,
+    on_step: Callable[[TrainStep], None] = lambda step: None,
     parameters: Sequence[nn.Parameter] = (),
-    knowledge: Knowledge | None = None,
+    targets: DistillationTargets | None = None,
 ) -> list[float]:
-    """Teach the pools task number `number` (from 1) and return the supervised loss of every step.
+    """Train the pools on task number `number` (from 1) and return the supervised loss of every step.
 
     `clip.model` carries the pools; nothing else of it changes, unless `parameters` names what is trained instead.
-    With `knowledge` of the model before, the distillation loss holds on to it. With `checkpoint`, the state is written there
-    every `checkpoint_every` steps, picked up again if the file is there, and removed at the end.
+    `targets` add the distillation loss. With `checkpoint`, the state is written there every `checkpoint_every` steps,
+    read if the file exists, and removed at the end.
 
     Raises InputError if the loss is not finite.
     """
@@ -147,22 +145,25 @@ def train_pools_(
     progress = _Progress()
     if checkpoint is not None and checkpoint.exists():
         progress = _load_checkpoint_(checkpoint, pools, optimizer)
-    lesson = _Lesson(clip, distributed.encoders(clip, pools), pools, task, train, prompts, settings, number, knowledge)
+    objective = _Objective(
+        clip, distributed.encoders(clip, pools), pools, task, train, prompts, settings, number, targets
+    )
     with _in_training(clip, [clip.model] if parameters else pools.values()):
         while progress.step < settings.iterations:
             started = time.perf_counter()
             if progress.step >= settings.consolidate * settings.iterations:
                 _consolidate_(pools)
-            losses = lesson.losses(progress.step)
+            losses = objective.losses(progress.step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress.step, settings)
             optimizer.zero_grad()
             torch.stack(losses).sum().backward()
             optimizer.step()
             _shrink_(pools, progress.step / settings.iterations)
-            loss, extra, kept = (value.item() for value in losses)
+            loss, orthogonality, distillation = (value.item() for value in losses)
             progress.add(loss, task)
-            on_step(Step(progress.step, loss, extra, kept, time.perf_counter() - started))
+            seconds = time.perf_counter() - started
+            on_step(TrainStep(progress.step, loss, orthogonality, distillation, seconds))
             if checkpoint is not None and progress.step % settings.checkpoint_every == 0 and distributed.is_first():
                 _write_checkpoint(checkpoint, pools, optimizer, progress)
     distributed.wait()
@@ -185,31 +186,15 @@ def _in_training(clip: Clip, learners: Iterable[nn.Module]) -> Iterator[None]:
 def _consolidate_(pools: Pools) -> None:
     """Fix the experts, so that from here on the function that is trained is the one that will be merged."""
     for pool in pools.values():
-        if pool.gate is None:
+        if not isinstance(pool.routing, Frozen):
             pool.freeze_()
 
 
 def _shrink_(pools: Pools, share: float) -> None:
     """Sparse gates, until they are fixed: a soft threshold that rises from 0 to SHRINK over the last half of the task."""
     for pool in pools.values():
-        if pool.settings.gate == "sparse" and pool.gate is None and share > 0.5:
+        if pool.settings.gate == "sparse" and not isinstance(pool.routing, Frozen) and share > 0.5:
             pool.shrink_(SHRINK * (2 * share - 1))
-
-
-@torch.no_grad()
-def input_directions(clip: Clip, pools: Pools, train: Pixels, prompts: Tensor) -> dict[str, np.ndarray]:
-    """The SPAN leading directions (in, SPAN) of every pool's inputs on a task, by rows: right singular vectors of all tokens."""
-    for pool in pools.values():
-        pool.gram = torch.zeros(pool.lora_A.shape[1], pool.lora_A.shape[1], device=clip.device)
-    for batch in train.batches(64):
-        clip.encode_image(batch)
-    with short_texts(clip.model):
-        clip.encode_text(prompts)
-    found = {}
-    for rows, pool in pools.items():
-        found[str(rows)] = torch.linalg.eigh(pool.gram)[1][:, -SPAN:].float().cpu().numpy()
-        pool.gram = None
-    return found
 
 
 def task_prompts(clip: Clip, task: Task, seed: int, number: int) -> Tensor:
@@ -219,8 +204,8 @@ def task_prompts(clip: Clip, task: Task, seed: int, number: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Lesson:
-    """What stays the same over the steps of one task, and what one step is taught by."""
+class _Objective:
+    """What stays the same over the steps of one task, and the losses of a step."""
 
     clip: Clip
     encode: nn.Module
@@ -230,7 +215,7 @@ class _Lesson:
     prompts: Tensor
     settings: TrainSettings
     number: int
-    knowledge: Knowledge | None
+    targets: DistillationTargets | None
 
     def losses(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The supervised loss and the weighted losses of orthogonality and distillation, float32 scalars."""
@@ -241,31 +226,31 @@ class _Lesson:
         )
         pixels, images = self.train.batch(distributed.own(parts)), np.concatenate(parts)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            supervised, kept = self._contrast(pixels, images, self._seed(4, step))
-        apart = supervised.new_zeros(())
+            supervised, distillation = self._contrast(pixels, images, self._seed(4, step))
+        orthogonality = supervised.new_zeros(())
         if self.number > 1 and self.pools and settings.orthogonality != "none":
-            apart = orthogonality_loss(self.pools.values(), settings.orthogonality) * settings.orthogonality_weight
-        return supervised, apart, kept
+            orthogonality = orthogonality_loss(self.pools.values()) * settings.orthogonality_weight
+        return supervised, orthogonality, distillation
 
     def _contrast(self, pixels: Tensor, images: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
         """The losses between images and texts. Each class is encoded once, however many images share it: those of the
         batch, or all of the task."""
         labels = torch.from_numpy(self.task.train.labels[images]).to(self.clip.device)
-        everything = self.settings.loss == "all-classes"
-        present, positions = (slice(None), labels) if everything else labels.unique(return_inverse=True)
+        all_classes = self.settings.loss == "all-classes"
+        present, positions = (slice(None), labels) if all_classes else labels.unique(return_inverse=True)
         classes, drawn = self.prompts[present], np.zeros(0, np.int64)
         tokens = classes
-        if self.knowledge is not None:
-            drawn = self.knowledge.draw(seed)
-            tokens = torch.cat([classes, self.knowledge.tokens[drawn]])
+        if self.targets is not None:
+            drawn = self.targets.draw(seed)
+            tokens = torch.cat([classes, self.targets.tokens[drawn]])
         with short_texts(self.clip.model):
             image, text = self.encode(pixels, tokens)
         image, scale = distributed.gathered(image), self.clip.model.logit_scale.exp()
         logits = (scale * image @ text[: len(classes)].T).float()
-        supervised = (F.cross_entropy if everything else in_batch_loss)(logits, positions)
-        if self.knowledge is None:
+        supervised = (F.cross_entropy if all_classes else in_batch_loss)(logits, positions)
+        if self.targets is None:
             return supervised, supervised.new_zeros(())
-        return supervised, self.knowledge.loss(image, text[len(classes) :], images, drawn, scale)
+        return supervised, self.targets.loss(image, text[len(classes) :], images, drawn, scale)
 
     def _seed(self, *path: int) -> int:
         return seed_of(self.settings.seed, self.number, *path)

@@ -45,9 +45,9 @@ def init(
     if health == "onnxruntime" and not has_onnxruntime():
         raise Unsupported("onnxruntime is not installed", "install it, or say --health none to rely on hashes alone")
     release = Release.read(base)
-    if release.updates:
+    if release.manifest.updates:
         raise InputError(
-            f"{base} is release {release.sequence} with {len(release.updates)} updates",
+            f"{base} is release {release.manifest.sequence} with {len(release.manifest.updates)} updates",
             "give the base release, 00-base",
         )
     release.check()
@@ -66,7 +66,7 @@ def init(
 
 def _copy(release: Release, to: Path) -> None:
     """Copy a release, read-only and for good: a store that is there is whole, after a power cut too."""
-    for path in [*release.files, MANIFEST]:
+    for path in [*release.manifest.files, MANIFEST]:
         (to / path).parent.mkdir(parents=True, exist_ok=True)
         write_file(to / path, read_chunks(release.path / path))
         (to / path).chmod(0o444)

@@ -102,7 +102,7 @@ class Version:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # numpy's elementwise loops run side by side
             tensors = list(pool.map(self._checked, parameters))
         return {
-            names[self.rebuild.base.tensors[parameter].offset]: tensor
+            names[self.rebuild.base.manifest.tensors[parameter].offset]: tensor
             for parameter, tensor in zip(parameters, tensors, strict=True)
         }
 

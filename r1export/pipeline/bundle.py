@@ -39,7 +39,7 @@ def _refresh(context: RunContext, step: Step, folder: Path) -> None:
     learned = zip(context.recipe.stream, context.run.updates(context.recipe)[: step.release], strict=False)
     golden = read_tensors(folder / "golden.safetensors")
     images, tokens = (torch.from_numpy(golden[name]).to(clip.device) for name in ("pixel_values", "input_ids"))
-    with context.showing([update for task, update in learned if task.name not in step.drop]):
+    with context.with_updates_applied([update for task, update in learned if task.name not in step.drop]):
         for task in context.tasks:
             embeddings = class_embeddings(clip, task)
             write_tensors(folder / "classes" / f"{task.name}.safetensors", {"class_embeds": embeddings})

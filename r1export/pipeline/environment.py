@@ -57,7 +57,9 @@ def absent(provider: str) -> str:
 def runtimes(measured: Sequence[str]) -> dict[str, str]:
     """Of every runtime that r1export knows: measured, or why not."""
     return {
-        provider.label: "measured" if name in measured else f"not measured, {absent(name) or f'not asked for (--provider {name})'}"
+        provider.label: "measured"
+        if name in measured
+        else f"not measured, {absent(name) or f'not asked for (--provider {name})'}"
         for name, provider in PROVIDERS.items()
     }
 

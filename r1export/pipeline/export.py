@@ -25,6 +25,7 @@ from r1export.pipeline.variant import RANGES, Variant
 from r1export.pipeline.verification.inputs import BATCH, calibration
 from r1export.update.atomic_io import new_folder, sha256_file, write_json
 from r1export.update.factors import ExpertUpdate, Rows
+from r1export.update.release_manifest import BaseModel, MergedUpdate
 from r1export.verify.graph_digest import graph_digest
 from r1export.verify.runtime import open_session, runner
 
@@ -84,7 +85,7 @@ def _write_releases(variant: Variant, updates: list[ExpertUpdate]) -> list[Path]
     with context.progress.track(f"Writing releases in {variant.precision}", len(releases)) as advance:
         for number, path in enumerate(releases):
             if not path.exists():
-                with context.showing(updates[:number]) as merged:
+                with context.with_updates_applied(updates[:number]) as merged:
                     content = _content(variant, number, path.name, updates[:number], merged, metrics, adapted)
                     write_release(content, variant.exports.graphs, path)
             advance(path.name)
@@ -94,7 +95,7 @@ def _write_releases(variant: Variant, updates: list[ExpertUpdate]) -> list[Path]
 def _audit(context: RunContext, updates: list[ExpertUpdate]) -> None:
     last = context.run.releases(context.recipe)[len(updates)]
     context.progress.step(f"Exporting {last.name} afresh to compare")
-    with context.showing(updates):
+    with context.with_updates_applied(updates):
         audit_reexport(
             context.clip.model,
             context.clip.preprocess.size,
@@ -129,9 +130,9 @@ def _content(
         name=name,
         sequence=number,
         precision=variant.precision,
-        base=context.run.base(),
+        base=BaseModel(**context.run.base()),
         updates=tuple(
-            {"task": t.name, "sha256": sha256_file(context.run.task(i, t.name) / "factors.safetensors")}
+            MergedUpdate(t.name, sha256_file(context.run.task(i, t.name) / "factors.safetensors"))
             for i, t in enumerate(recipe.stream[:number], 1)
         ),
         weights=merged if variant.precision == "fp32" else variant.tensors(updates),

@@ -15,6 +15,7 @@ from r1export.export.weight_map import WeightMap
 from r1export.pipeline.context import RunContext
 from r1export.run_folder import Exports, read_json
 from r1export.update.factors import ExpertUpdate
+from r1export.update.release_manifest import GoldenGate
 from r1export.verify.parity import GATES, Gate
 
 REFERENCE = "fp32"  # as trained: the precision that the others are compared with
@@ -58,6 +59,11 @@ class Variant:
         settings = self.context.recipe.verify
         gate = GATES[self.precision]
         return replace(gate, max_abs=settings.max_abs, min_cosine=settings.min_cosine) if self.is_reference else gate
+
+    @property
+    def tolerance(self) -> GoldenGate:
+        """What a device may differ by from the golden samples."""
+        return GoldenGate(self.gate.max_abs, self.gate.min_cosine)
 
     def release(self, number: int, updates: Sequence[ExpertUpdate] = ()) -> ReleaseRef:
         """The release after task `number` of the run's `updates`; 0 is the base."""

@@ -115,7 +115,13 @@ def table(comparison: Comparison) -> Table:
 
 def _cells(run: RunFigures) -> list[str]:
     accuracies = [percent(run.transfer), percent(run.avg), percent(run.last), points(run.worst_forgetting)]
-    return [*accuracies, percent(run.probe_last), size(run.update_bytes), scientific(run.max_abs), ratio(run.latency_ratio)]
+    return [
+        *accuracies,
+        percent(run.probe_last),
+        size(run.update_bytes),
+        scientific(run.max_abs),
+        ratio(run.latency_ratio),
+    ]
 
 
 def picture(comparison: Comparison) -> str:
@@ -126,7 +132,10 @@ def picture(comparison: Comparison) -> str:
         axes = figure.subplots()
         for n, run in enumerate(comparison.runs):
             values = [100 * value for value in run.mean_after]
-            look = {"color": SERIES[n % len(SERIES)], "linestyle": DASHES[n // len(SERIES) % len(DASHES)]}
+            look: dict[str, Any] = {
+                "color": SERIES[n % len(SERIES)],
+                "linestyle": DASHES[n // len(SERIES) % len(DASHES)],
+            }
             axes.plot(range(len(values)), values, marker="o", markersize=4, label=run.name, **look)
         axes.set_xticks(range(len(ticks)), ticks, rotation=20, ha="right")
         axes.set(ylabel="mean accuracy over all tasks, %")

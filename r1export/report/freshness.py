@@ -19,7 +19,9 @@ def check_fresh(report: Report, folder: Path) -> None:
     for name, sha256, release in _releases(report, folder):
         problem = _change(release, sha256)
         if problem:
-            raise CheckFailed(f"{name} changed after it was verified: {problem}", f"verify it again: r1export verify {folder}")
+            raise CheckFailed(
+                f"{name} changed after it was verified: {problem}", f"verify it again: r1export verify {folder}"
+            )
 
 
 def _releases(report: Report, folder: Path) -> Iterable[tuple[str, str, Path]]:

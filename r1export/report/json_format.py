@@ -13,7 +13,10 @@ from r1export.update.plain_text import printable
 from r1export.verify.results import ReleaseReport, Report, RunReport, Verdict
 
 FORMAT = ReleaseReport.schema
-_TYPES = {"release": TypeAdapter(ReleaseReport), "releases": TypeAdapter(RunReport)}  # by the member that tells them apart
+_TYPES: dict[str, TypeAdapter[Any]] = {
+    "release": TypeAdapter(ReleaseReport),
+    "releases": TypeAdapter(RunReport),
+}  # by the member that tells them apart
 _COMPUTED = ("schema", "verdict", "reasons")  # written for readers, computed anew when read
 
 
@@ -60,7 +63,9 @@ def _parse(document: Any) -> Report:
 def _compare(document: dict[str, Any], report: Report) -> None:
     """Raises ValueError if the verdict that is written is not the one that the checks give."""
     if document.get("verdict") != report.verdict:
-        raise ValueError(f"{report.name}: the verdict {document.get('verdict')!r:.40} does not follow from its checks: {report.verdict}")
+        raise ValueError(
+            f"{report.name}: the verdict {document.get('verdict')!r:.40} does not follow from its checks: {report.verdict}"
+        )
 
 
 def _first(error: Exception) -> str:

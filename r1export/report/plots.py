@@ -111,7 +111,9 @@ def error_histogram(parity: ParityStages, key: str) -> str:
 
 
 def _strip(axes: Axes, name: str, stage: Parity, histogram: Histogram) -> None:
-    axes.stairs(histogram.counts, [math.log10(edge) for edge in histogram.edges], fill=True, color=SERIES[0], alpha=0.85)
+    axes.stairs(
+        histogram.counts, [math.log10(edge) for edge in histogram.edges], fill=True, color=SERIES[0], alpha=0.85
+    )
     axes.set_ylabel(name, rotation=0, ha="right", va="center", color=INK)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)

@@ -20,8 +20,23 @@ from r1export.report.format import (
     size,
 )
 from r1export.verify.results import (
-    PARITY_STAGES, RUNGS, TITLES, Accuracy, Difference, Drift, Flip, Latency, Parity, Ratio, ReleaseReport, Report, RunReport, Times,
-    VariantCost, Verdict, overall,
+    PARITY_STAGES,
+    RUNGS,
+    TITLES,
+    Accuracy,
+    Difference,
+    Drift,
+    Flip,
+    Latency,
+    Parity,
+    Ratio,
+    ReleaseReport,
+    Report,
+    RunReport,
+    Times,
+    VariantCost,
+    Verdict,
+    overall,
 )  # fmt: skip
 
 MODELS = {
@@ -197,7 +212,9 @@ def accuracies(accuracy: Accuracy | None) -> Table | None:
     if accuracy is None:
         return None
     names, columns, values = matrix(accuracy)
-    rows = [[name, *(percent(value).removesuffix(" %") for value in row)] for name, row in zip(names, values, strict=True)]
+    rows = [
+        [name, *(percent(value).removesuffix(" %") for value in row)] for name, row in zip(names, values, strict=True)
+    ]
     return Table(["Accuracy, %", *columns], rows)
 
 
@@ -206,7 +223,12 @@ def accuracy_summary(report: Report) -> list[tuple[str, str]]:
     accuracy, gaps = report.accuracy, report.gaps
     figures: dict[str, float | None] = {}
     if accuracy:
-        figures = {"Zero-shot": accuracy.zero_shot_avg, "Transfer": accuracy.transfer, "Average": accuracy.avg, "Last": accuracy.last}
+        figures = {
+            "Zero-shot": accuracy.zero_shot_avg,
+            "Transfer": accuracy.transfer,
+            "Average": accuracy.avg,
+            "Last": accuracy.last,
+        }
     summary = [(title, percent(value)) for title, value in figures.items() if value is not None]
     if accuracy and accuracy.forgetting:
         summary.append(("Worst forgetting", points(max(accuracy.forgetting))))
@@ -290,7 +312,9 @@ def _variant_cells(variant: VariantCost) -> list[str]:
     shared = [task for task in variant.accuracy if task in variant.accuracy_fp32]
     lost = max((variant.accuracy_fp32[task] - variant.accuracy[task] for task in shared), default=None)
     speed = "; ".join(f"{provider}: {_speed(times)}" for provider, times in (variant.speed or {}).items())
-    means = [percent(_mean([accuracy[task] for task in shared])) for accuracy in (variant.accuracy, variant.accuracy_fp32)]
+    means = [
+        percent(_mean([accuracy[task] for task in shared])) for accuracy in (variant.accuracy, variant.accuracy_fp32)
+    ]
     return [f"{size(weights)}, {share(weights, reference)}", speed or NOT_MEASURED, *means, points(lost)]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from markupsafe import Markup, escape
 from r1export.report import tables
 from r1export.report.checks import Line, lines
 from r1export.report.json_format import to_json
+from r1export.update.plain_text import printable
 from r1export.update.release_manifest import REPORTS
 from r1export.verify.results import Accuracy, ReleaseReport, Report, RunReport, Verdict
 
@@ -36,7 +36,9 @@ MARKS = {
 def write_report(report: Report, folder: Path) -> None:
     """Write the four files of `REPORTS`; each one is renamed into place when all are complete."""
     document = json.dumps(to_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    texts = dict(zip(REPORTS, (render_html(report), render_markdown(report), render_junit(report), document), strict=True))
+    texts = dict(
+        zip(REPORTS, (render_html(report), render_markdown(report), render_junit(report), document), strict=True)
+    )
     temporary = {name: folder / f".{name}.{os.getpid()}" for name in texts}
     try:
         for name, text in texts.items():
@@ -94,7 +96,9 @@ class Suite:
 
 
 def _suite(report: Report) -> Suite:
-    verdict = Line("report.verdict", "Verdict", "The release may be deployed.", report.verdict, " ".join(report.reasons))
+    verdict = Line(
+        "report.verdict", "Verdict", "The release may be deployed.", report.verdict, " ".join(report.reasons)
+    )
     return Suite(report.name, (*lines(report), verdict))
 
 
@@ -110,7 +114,9 @@ def environment(language: str) -> Environment:
         finalize=_markdown if language == "md" else _printable,
     )
     templates.globals.update(WORDS=WORDS, MARKS=MARKS, Verdict=Verdict)
-    templates.filters["code"] = lambda text: Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(printable(text)))))
+    templates.filters["code"] = lambda text: Markup(
+        re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(printable(text))))
+    )
     return templates
 
 

@@ -1,4 +1,7 @@
-"""Files that are there whole or not at all: written beside, synced, renamed."""
+"""Files that are there whole or not at all: written beside, synced, renamed. And foreign files: read once, in their folder.
+
+What is written has its mode whatever the umask is: a device's updater may run under any.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,59 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from r1export.errors import InputError
 
 CHUNK = 1 << 20  # bytes read at a time: large enough to hash at full speed, small beside any model
+FILE_MODE, FOLDER_MODE = 0o644, 0o755
+
+
+def inside(root: Path, name: str) -> Path:
+    """`root / name`, for a name that others wrote.
+
+    Raises InputError unless it is a plain way down: no `..`, not absolute, and no link on it.
+    """
+    segments = name.split("/")
+    ways = [root.joinpath(*segments[:depth]) for depth in range(1, len(segments) + 1)]
+    plain = (
+        not {"", ".", ".."} & set(segments) and name.isprintable()
+    )  # a NUL ends a path, half a surrogate pair is none
+    if not plain or any(path.is_symlink() for path in ways):
+        raise InputError(
+            f"{ascii(name)[:100]} leads out of {root}, or over a link", "get the files again from their source"
+        )
+    return root / name
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading that may be anything: a pipe would wait for ever, a device has no end.
+
+    Raises:
+        InputError: no regular file.   OSError: not there, or not readable.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except ValueError as error:
+        raise InputError(f"{ascii(str(path))[:100]} is no path: {error}", "check the path") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path} is no regular file", "replace it by the file itself")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """A file's bytes, at most `limit`. Raises InputError if there are more, and like `open_regular`."""
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise InputError(f"{path} has more than {limit} bytes", "check that it is the right file")
+    return data
 
 
 def sha256_file(path: Path) -> str:
@@ -24,8 +73,8 @@ def sha256_file(path: Path) -> str:
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:
-    """A file's bytes, piece by piece."""
-    with open(path, "rb") as file:
+    """A file's bytes, piece by piece. Raises like `open_regular`."""
+    with open_regular(path) as file:
         while chunk := file.read(CHUNK):
             yield chunk
 
@@ -35,11 +84,11 @@ def sha256_bytes(data: Any) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write_file(path: Path, chunks: bytes | Iterable[bytes | memoryview]) -> None:
+def write_file(path: Path, chunks: bytes | Iterable[bytes | memoryview], mode: int = FILE_MODE) -> None:
     """Write `path` atomically: on any failure the old file, or none, is there.
 
     Raises:
-        OSError: no space, no permission; the temporary file is removed first.
+        OSError: no space, no permission. The temporary file is removed first, whatever `chunks` raises too.
     """
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
@@ -47,8 +96,8 @@ def write_file(path: Path, chunks: bytes | Iterable[bytes | memoryview]) -> None
             for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
                 file.write(chunk)
             file.flush()
+            os.chmod(temporary, mode)  # mkstemp's 0600 would lock other users out of a release
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock other users out of a release
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -58,7 +107,21 @@ def write_file(path: Path, chunks: bytes | Iterable[bytes | memoryview]) -> None
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN and Infinity are refused with ValueError."""
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_file(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """`value` as indented JSON in UTF-8; NaN and Infinity are refused with ValueError."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, for everybody to read."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir()
+    path.chmod(FOLDER_MODE)
 
 
 def sync_folder(folder: Path) -> None:
@@ -79,7 +142,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
-        partial.chmod(0o755)
+        partial.chmod(FOLDER_MODE)
         yield partial
         replaced = partial.with_name(partial.name + ".old")
         if path.exists():

@@ -85,7 +85,9 @@ def check_programs(release: Path, manifest: ReleaseManifest, graphs: Sequence[st
         for name in graphs
         if name in manifest.graphs and graph_digest(release / name) != manifest.graphs[name]
     ]
-    return Check.judge(problems, looked_at=len(graphs), of=len(graphs), detail=f"{len(graphs)} graphs compute what was released")
+    return Check.judge(
+        problems, looked_at=len(graphs), of=len(graphs), detail=f"{len(graphs)} graphs compute what was released"
+    )
 
 
 def check_epsilons(release: Path, graphs: Sequence[str], epsilons: Mapping[str, float]) -> Check:
@@ -95,7 +97,9 @@ def check_epsilons(release: Path, graphs: Sequence[str], epsilons: Mapping[str, 
     """
     found = {module: value for name in graphs for module, value in _epsilons(release / name)}
     wrong = {m: v for m, v in found.items() if m in epsilons and np.float32(epsilons[m]) != np.float32(v)}
-    problems = [f"epsilon of {module} is {value:.3g}, expected {epsilons[module]:.3g}" for module, value in wrong.items()]
+    problems = [
+        f"epsilon of {module} is {value:.3g}, expected {epsilons[module]:.3g}" for module, value in wrong.items()
+    ]
     seen = len(found.keys() & epsilons.keys())
     return Check.judge(problems, looked_at=seen, of=len(epsilons), detail=f"{seen} norms have their epsilon")
 
@@ -132,7 +136,9 @@ def check_tensor_map(release: Path, manifest: ReleaseManifest, files: Sequence[s
             problems.append(f"{name} in {entry.file} has NaN or Inf")
     stored = {(file, name) for file, specs in layouts.items() for name in specs}
     count = len(stored | {(entry.file, name) for name, entry in manifest.tensors.items()})
-    return Check.judge(problems, looked_at=count, of=count, detail=f"{count} tensors lie where the manifest says, all values finite")
+    return Check.judge(
+        problems, looked_at=count, of=count, detail=f"{count} tensors lie where the manifest says, all values finite"
+    )
 
 
 def _misplaced(entry: TensorEntry, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> str:

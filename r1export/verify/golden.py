@@ -31,7 +31,8 @@ def golden_parity(
     samples = read_tensors(release / "golden.safetensors")
     inputs = Inputs(samples["pixel_values"], samples["input_ids"])
     expected = Embeddings(samples["image_embeds"], samples["text_embeds"])
-    gate, outputs = manifest_gate(manifest), {}
+    gate = manifest_gate(manifest)
+    outputs: dict[ExecutionConfig, Embeddings] = {}
     for provider in providers:
         configs = [ExecutionConfig(provider, "all", batch) for batch in BATCHES]
         outputs |= run_in_batches(onnx_model(release, provider=provider), inputs, configs)
@@ -45,7 +46,8 @@ def manifest_gate(manifest: ReleaseManifest) -> Gate:
     """
     if manifest.precision not in GATES:
         raise InputError(
-            f"the release's precision is {manifest.precision!r}, known are {', '.join(GATES)}", "verify it with a newer r1export"
+            f"the release's precision is {manifest.precision!r}, known are {', '.join(GATES)}",
+            "verify it with a newer r1export",
         )
     return GATES[manifest.precision].no_laxer_than(manifest.golden.max_abs, manifest.golden.min_cosine)
 
@@ -53,7 +55,9 @@ def manifest_gate(manifest: ReleaseManifest) -> Gate:
 def check_golden(release: Path, manifest: ReleaseManifest) -> Check:
     """The stored samples are reproduced. Raises as `golden_parity`."""
     parity = golden_parity(release, manifest)
-    return Check(verdict=parity.verdict, looked_at=parity.looked_at, of=parity.of, detail=f"golden.safetensors: {parity.detail}")
+    return Check(
+        verdict=parity.verdict, looked_at=parity.looked_at, of=parity.of, detail=f"golden.safetensors: {parity.detail}"
+    )
 
 
 def check_classifier(release: Path, tasks: Sequence[str], scalars: Mapping[str, np.ndarray]) -> Check:

@@ -37,7 +37,9 @@ def execute(graph: Path, feeds: Mapping[str, np.ndarray]) -> Execution:
         model = compile_graph(graph)
         model.create_infer_request().infer(dict(feeds))
     except RuntimeError as error:
-        raise CheckFailed(f"{graph}: OpenVINO cannot run it: {first_error_line(error)}", "write the release again") from error
+        raise CheckFailed(
+            f"{graph}: OpenVINO cannot run it: {first_error_line(error)}", "write the release again"
+        ) from error
     nodes = sorted(model.get_runtime_model().get_ops(), key=lambda node: int(_fact(node, "execOrder")))
     kernels = tuple(_kernel(node) for node in nodes if not _is_constant(node))
     weights = sum(_nbytes(node) for node in nodes if _is_constant(node))

@@ -49,5 +49,8 @@ def latency_verdict(merged: Ratio, noise: Ratio, margin: float) -> tuple[Verdict
             "faster by more than the margin, so look for what disturbed the base, and verify again"
         )
     if not merged.within(margin):
-        return Verdict.INCONCLUSIVE, f"the interval {low:.3f} to {high:.3f} is wider than the margin: raise verify.pairs"
+        return (
+            Verdict.INCONCLUSIVE,
+            f"the interval {low:.3f} to {high:.3f} is wider than the margin: raise verify.pairs",
+        )
     return Verdict.PASS, ""

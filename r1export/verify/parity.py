@@ -104,7 +104,12 @@ class Gate:
 
     def calibrated(self, control: Parity | None) -> Gate:
         """The gate for a merged model, given the same comparison on the base. Only a control that passed calibrates."""
-        if control is None or control.verdict is not Verdict.PASS or control.max_abs is None or control.min_cosine is None:
+        if (
+            control is None
+            or control.verdict is not Verdict.PASS
+            or control.max_abs is None
+            or control.min_cosine is None
+        ):
             return self
         allowed = self.control_factor * control.max_abs
         lowest = 1 - self.control_factor**2 * (1 - control.min_cosine)  # 1 - cosine grows with the square of the error
@@ -115,7 +120,9 @@ class Gate:
     def no_laxer_than(self, max_abs: float, min_cosine: float) -> Gate:
         """The stricter of this gate and the limits that somebody else states. NaN states nothing."""
         stated = max_abs if max_abs <= self.max_abs else self.max_abs
-        return replace(self, max_abs=stated, min_cosine=min_cosine if min_cosine >= self.min_cosine else self.min_cosine)
+        return replace(
+            self, max_abs=stated, min_cosine=min_cosine if min_cosine >= self.min_cosine else self.min_cosine
+        )
 
 
 # fp32: 3e-6 is what a correct export of ViT-B/16 errs by. fp16 rounds each activation to 2^-11: 2e-4 on the built-in
@@ -127,7 +134,9 @@ GATES = {
 }
 
 
-def run_in_batches(model: Model, inputs: Inputs, configs: Iterable[ExecutionConfig]) -> dict[ExecutionConfig, Embeddings]:
+def run_in_batches(
+    model: Model, inputs: Inputs, configs: Iterable[ExecutionConfig]
+) -> dict[ExecutionConfig, Embeddings]:
     """Encode all inputs once per configuration, of which the batch size is applied here.
 
     Raises CheckFailed naming the tower and the batch size.
@@ -225,7 +234,9 @@ def _worst(differences: Iterable[Difference]) -> Difference:
     columns = {name: [getattr(one, name) for one in listed] for name in ("max_abs", "p99_abs", "min_cosine")}
     if None in columns["max_abs"]:
         return Difference(max_abs=None, p99_abs=None, min_cosine=None)
-    return Difference(max_abs=max(columns["max_abs"]), p99_abs=max(columns["p99_abs"]), min_cosine=min(columns["min_cosine"]))
+    return Difference(
+        max_abs=max(columns["max_abs"]), p99_abs=max(columns["p99_abs"]), min_cosine=min(columns["min_cosine"])
+    )
 
 
 def _by_provider(reference: Embeddings, outputs: Outputs) -> dict[str, Difference]:

@@ -195,4 +195,6 @@ def joined_controls(by_tower: Mapping[str, Check]) -> Check:
         return Check.unmeasured("the update changes no weight of either tower")
     detail = "; ".join(f"{tower} tower: {check.detail}" for tower, check in by_tower.items())
     looked_at = sum(check.looked_at for check in by_tower.values())
-    return Check(verdict=overall(c.verdict for c in by_tower.values()), looked_at=looked_at, of=len(by_tower), detail=detail)
+    return Check(
+        verdict=overall(c.verdict for c in by_tower.values()), looked_at=looked_at, of=len(by_tower), detail=detail
+    )

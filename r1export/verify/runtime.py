@@ -53,7 +53,9 @@ PROVIDERS = {
     "cuda": Provider("CUDAExecutionProvider"),
     "tensorrt": Provider("TensorrtExecutionProvider", inspectable=False),  # an engine that onnxruntime cannot write out
     "openvino": Provider("OpenVINO", has_levels=False),
-    "reference": Provider("onnx.reference", has_levels=False, timed=False, inspectable=False),  # code written to be read
+    "reference": Provider(
+        "onnx.reference", has_levels=False, timed=False, inspectable=False
+    ),  # code written to be read
 }
 OPTIONS = {"cuda": {"use_tf32": "0"}}  # TF32 keeps ten bits of each factor: its error hides what parity looks for
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
@@ -148,7 +150,9 @@ def onnx_model(release: Path, *, level: str = "all", provider: str = "cpu") -> M
     visual, textual = (
         runner(open_session(release / f"{tower}.onnx", level=level, provider=provider)) for tower in TOWERS
     )
-    return Model(lambda values: visual({ENTRIES["visual"]: values}), lambda values: textual({ENTRIES["textual"]: values}))
+    return Model(
+        lambda values: visual({ENTRIES["visual"]: values}), lambda values: textual({ENTRIES["textual"]: values})
+    )
 
 
 def job(session: Session, feeds: dict[str, np.ndarray], provider: str) -> Callable[[], object]:

@@ -17,7 +17,8 @@ from peers.contender import FIRST_LINEAR, Row, enter, onnx_embeddings, release_b
 from peers.mapping import rows_of
 from peers.workload import ALPHA, RANK, parity, read_samples
 from r1export import __version__
-from r1export.adapt.inject import eject_experts_, pack_experts, pool_tensors
+from r1export.adapt.inject import eject_experts_
+from r1export.adapt.pack import pack_experts, pool_tensors
 from r1export.export.graph import GRAPHS
 from r1export.pipeline.bundle import bundle
 from r1export.pipeline.context import NoProgress, RunContext, inject_pools_

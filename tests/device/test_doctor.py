@@ -159,7 +159,7 @@ FLUSHED = """
 import sys, torch
 assert torch.set_flush_denormal(True)
 from pathlib import Path
-from r1export.device import install, selftest
+from r1export.device import arithmetic, install
 from r1export.errors import Unsupported
 try:
     arithmetic.known_answers_hold()

@@ -50,7 +50,7 @@ def test_the_kit_holds_all_that_runs_on_a_device_and_nothing_of_the_lab(kit):
     }
     device = {path.stem for path in (PACKAGE / "device").glob("*.py")} - {"kit"}
     assert device == set(MODULES["device"])
-    assert not {"publish", "drop"} & set(MODULES["update"])
+    assert not {"publish", "without_task"} & set(MODULES["update"])
 
 
 def test_the_kit_updates_a_device_with_a_fresh_process_of_its_own(kit, lab, tmp_path):

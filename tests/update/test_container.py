@@ -1,6 +1,8 @@
 """The safetensors container: what the library writes we read, what we write the library reads, and nothing else passes."""
 
 import json
+import os
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -9,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1export.errors import InputError
-from r1export.update.container import NAMES, map_tensors, plan, read_layout, read_tensors, write_layout, write_tensors
+from r1export.update.container import (
+    NAMES,
+    map_tensors,
+    parse_tensors,
+    plan,
+    read_layout,
+    read_tensors,
+    write_layout,
+    write_tensors,
+)
 
 TENSORS = {
     "matrix": np.arange(6, dtype=np.float32).reshape(2, 3), "half": np.ones((3,), np.float16), "scalar": np.array(4.5, np.float32),
@@ -94,6 +105,22 @@ BAD = {
     "duplicate keys": raw(b'{"w":' + json.dumps(F32).encode() + b',"w":' + json.dumps(F32).encode() + b"}", b"1234"),
     "no offsets": raw(b'{"w":{"dtype":"F32","shape":[1]}}', b"1234"),
     "deep nesting": raw(b"[" * 100000),
+    "offsets with a point": raw(json.dumps({"w": F32 | {"data_offsets": [0.0, 4.0]}}).encode(), b"1234"),
+    "one offset": raw(json.dumps({"w": F32 | {"data_offsets": [0]}}).encode(), b"1234"),
+    "offsets that are no list": raw(json.dumps({"w": F32 | {"data_offsets": 4}}).encode(), b"1234"),
+    "a boolean offset": raw(json.dumps({"w": F32 | {"data_offsets": [False, 4]}}).encode(), b"1234"),
+    "an offset of 4000 digits": raw(
+        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,' + b"9" * 4000 + b"]}}", b"1234"
+    ),
+    "a size of 4000 digits": raw(b'{"w":{"dtype":"F32","shape":[0,' + b"9" * 4000 + b'],"data_offsets":[0,0]}}'),
+    "more axes than numpy has": raw(json.dumps({"w": F32 | {"shape": [1] * 65}}).encode(), b"1234"),
+    "a shape that overflows": raw(
+        json.dumps({"w": F32 | {"shape": [0, 2**40, 2**40], "data_offsets": [0, 0]}}).encode()
+    ),
+    "a shape that is no list": raw(json.dumps({"w": F32 | {"shape": 1}}).encode(), b"1234"),
+    "an entry that is no object": raw(json.dumps({"w": [1]}).encode()),
+    "half a surrogate pair": raw(json.dumps({"\ud800": F32}).encode(), b"1234"),
+    "no UTF-8": raw(b'{"\xff":{}}'),
 }
 
 
@@ -108,3 +135,46 @@ def test_a_malformed_container_is_refused(name: str, tmp_path) -> None:
 def test_a_missing_container_is_named(tmp_path) -> None:
     with pytest.raises(InputError, match="no such file"):
         read_tensors(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_malformed_bytes_in_memory_are_refused_too(name: str, tmp_path) -> None:
+    with pytest.raises(InputError, match=r"bad\.safetensors: not a well-formed safetensors file"):
+        parse_tensors(BAD[name], tmp_path / "bad.safetensors")
+
+
+def test_bytes_in_memory_hold_the_same_tensors_as_the_file(tmp_path) -> None:
+    path = tmp_path / "f.safetensors"
+    for tensors in (TENSORS, {"empty": np.zeros((0, 4), np.float32)}, {}):
+        write_tensors(path, tensors)
+        assert same(parse_tensors(path.read_bytes(), path), tensors)
+        assert same(map_tensors(path), tensors)
+
+
+def test_what_is_no_file_is_refused_and_a_pipe_is_not_waited_for(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in (".", "pipe"):
+        for read in (read_layout, read_tensors):
+            with pytest.raises(InputError, match="is no regular file"):
+                read(tmp_path / name)
+
+
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+_ENTRY = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from([*NAMES.values(), "F31", 1]),
+        "shape": st.lists(st.integers(-1, 3), max_size=3) | st.lists(_SCALARS, max_size=3) | _SCALARS,
+        "data_offsets": st.lists(st.integers(-1, 64), min_size=2, max_size=2) | st.lists(_SCALARS, max_size=3),
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.text(max_size=3), _ENTRY | _SCALARS, max_size=3) | _SCALARS, st.binary(max_size=64))
+def test_any_header_is_read_or_refused(tmp_path_factory, header, data) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    path.write_bytes(raw(json.dumps(header).encode(), data))
+    with suppress(InputError):
+        for tensor in read_tensors(path).values():
+            assert tensor.nbytes <= len(data)

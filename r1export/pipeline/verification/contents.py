@@ -14,7 +14,7 @@ from r1export.pipeline.context import RunContext
 from r1export.pipeline.variant import ReleaseRef
 from r1export.run_folder import read_json
 from r1export.update.atomic_io import sha256_file
-from r1export.update.release_manifest import BaseModel, GoldenGate, MergedUpdate, ReleaseManifest, TaskEntry
+from r1export.update.release_manifest import BaseModel, MergedUpdate, ReleaseManifest, TaskEntry
 from r1export.verify import contents
 from r1export.verify.contents import ClassList, Embed, attempt
 from r1export.verify.golden import check_classifier, check_golden
@@ -51,7 +51,9 @@ def check_contents(ref: ReleaseRef, manifest: ReleaseManifest) -> Contents:
         return Contents.only(NOT_THE_RELEASE, **identity)
     parameters = ref.variant.tensors(ref.updates)
     updates = list(zip(ref.learned, ref.updates, strict=True))
-    epsilons = {name: module.eps for name, module in context.clip.model.named_modules() if isinstance(module, LayerNorm)}
+    epsilons = {
+        name: module.eps for name, module in context.clip.model.named_modules() if isinstance(module, LayerNorm)
+    }
     classes = sum(len(task.classes) for task in context.tasks)
     return Contents(
         **identity,
@@ -66,20 +68,20 @@ def check_contents(ref: ReleaseRef, manifest: ReleaseManifest) -> Contents:
 
 def expected_fields(ref: ReleaseRef) -> dict[str, object]:
     """The fields of a manifest that follow from the run. Accuracies of variants are measured when they are written."""
-    context, variant, gate = ref.context, ref.variant, ref.variant.gate
+    context, variant = ref.context, ref.variant
     base = context.run.base()
     facts: dict[str, object] = {
         "name": ref.path.name,
         "sequence": ref.number,
         "procedure": variant.procedure,
         "precision": variant.precision,
-        "base": BaseModel(base["name"], base["sha256"], base["licence"]),
+        "base": BaseModel(base["name"], base["sha256"], base.get("licence")),
         "updates": tuple(
             MergedUpdate(name, sha256_file(context.run.task(i, name) / "factors.safetensors"))
             for i, name in enumerate(ref.learned, 1)
         ),
         "graphs": {graph: graph_digest(variant.exports.graphs / graph) for graph in GRAPHS},
-        "golden": GoldenGate(gate.max_abs, gate.min_cosine),
+        "golden": variant.tolerance,
     }
     return facts | ({"tasks": _expected_tasks(ref)} if variant.is_reference else {})
 
@@ -103,8 +105,14 @@ def _check_classes(ref: ReleaseRef) -> Check:
         return contents.check_same_files(ref.path, ref.reference.path, files, detail)
     lists = [ClassList(task.name, task.classes, task.templates) for task in tasks]
     listed = [problem for task in lists for problem in _list_problems(ref.path, task)]
-    check = contents.check_class_embeddings(ref.path, lists, _embedder(ref.context, ref.path), 2 * ref.variant.gate.max_abs)
-    return Check.failed("; ".join([*listed, *([check.detail] if check.verdict is Verdict.FAIL else [])]), of=check.of) if listed else check
+    check = contents.check_class_embeddings(
+        ref.path, lists, _embedder(ref.context, ref.path), 2 * ref.variant.gate.max_abs
+    )
+    return (
+        Check.failed("; ".join([*listed, *([check.detail] if check.verdict is Verdict.FAIL else [])]), of=check.of)
+        if listed
+        else check
+    )
 
 
 def _embedder(context: RunContext, path: Path) -> Embed:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from r1export.adapt.pool import Batch, routed
 from r1export.errors import Unsupported
 from r1export.pipeline.variant import ReleaseRef, Variant
 from r1export.pipeline.verification.proof import touched_towers, unmerged
@@ -20,7 +21,12 @@ from r1export.verify.runtime import PROVIDERS, job, open_session
 
 
 def release_latency(
-    ref: ReleaseRef, inputs: parity.Inputs, models: TorchModels, control: Check, providers: Sequence[str], budget: TimingBudget
+    ref: ReleaseRef,
+    inputs: parity.Inputs,
+    models: TorchModels,
+    control: Check,
+    providers: Sequence[str],
+    budget: TimingBudget,
 ) -> Latency:
     """Rung L5 on every provider that can be timed; in fp32 with torch, and with the unmerged model if the `control` could run it.
 
@@ -57,7 +63,7 @@ def variant_speed(
     feeds = {"pixel_values": inputs.visual[:1]}
     graphs = [one.release(0).path / "visual.onnx" for one in (variant.reference, variant)]
     return {
-        provider: latency.relative_time(*(opener(graph, feeds, provider) for graph in graphs), budget)
+        provider: latency.relative_time(opener(graphs[0], feeds, provider), opener(graphs[1], feeds, provider), budget)
         for provider in timeable(providers)
     }
 
@@ -86,14 +92,8 @@ def _routed(models: TorchModels, tower: str) -> parity.Encode:
     encode = encoders(models.unmerged.model).tower(tower)
 
     def run(values: np.ndarray) -> np.ndarray:
-        gates = {rows: pool.gate for rows, pool in models.pools.items()}
-        for pool in models.pools.values():
-            pool.gate = None
-        try:
+        with routed(models.pools.values(), lambda _: Batch()):
             return encode(values)
-        finally:
-            for rows, pool in models.pools.items():
-                pool.gate = gates[rows]
 
     return run
 

@@ -133,7 +133,9 @@ def _located(ref: ReleaseRef, run: TorchRun, outputs: Outputs, tolerance: float 
         boundaries, output = module_boundaries(model, partial(encoders(model).tower(tower), few))
         case = ref.variant.exports.path / "failures" / ref.path.name / tower
         try:
-            divergence = locate(ref.path / f"{tower}.onnx", {entry: few}, boundaries, output, case, ref.variant.precision)
+            divergence = locate(
+                ref.path / f"{tower}.onnx", {entry: few}, boundaries, output, case, ref.variant.precision
+            )
         except CheckFailed as error:
             yield f"{tower}.onnx: {error.message}"
             continue

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from r1export.errors import CheckFailed, R1ExportError
 from r1export.export.graph import GRAPHS
 from r1export.pipeline.environment import environment, now
 from r1export.pipeline.verification.contents import WEIGHTS, check_manifest_and_files
@@ -22,7 +21,17 @@ from r1export.verify.golden import check_classifier, check_golden, golden_parity
 from r1export.verify.latency import Contenders, TimingBudget
 from r1export.verify.proof import Feeds
 from r1export.verify.results import (
-    SKIPPED, Check, Contents, Latency, Parity, ParityStages, Proof, ReleaseFacts, ReleaseReport, Verdict, overall,
+    SKIPPED,
+    Check,
+    Contents,
+    Latency,
+    Parity,
+    ParityStages,
+    Proof,
+    ReleaseFacts,
+    ReleaseReport,
+    Verdict,
+    overall,
 )  # fmt: skip
 from r1export.verify.runtime import PROVIDERS, check_provider
 
@@ -109,7 +118,11 @@ def _control(base: Path, manifest: ReleaseManifest, providers: Sequence[str]) ->
     """The golden samples of the base, if it is the one that the release names and all its own checks pass."""
     try:
         own = ReleaseManifest.read(base)
-        if own.base != manifest.base or own.precision != manifest.precision or own_contents(base, own).verdict is not Verdict.PASS:
+        if (
+            own.base != manifest.base
+            or own.precision != manifest.precision
+            or own_contents(base, own).verdict is not Verdict.PASS
+        ):
             return None
         return golden_parity(base, own, providers)
     except UNREADABLE:
@@ -131,12 +144,16 @@ def _compare_with_base(
     )
     if report.proof.verdict is Verdict.FAIL or not executions.runs:
         return report
-    changed = (t for t in parity.TOWERS if sha256_file(path / f"{t}.safetensors") != sha256_file(base / f"{t}.safetensors"))
+    changed = (
+        t for t in parity.TOWERS if sha256_file(path / f"{t}.safetensors") != sha256_file(base / f"{t}.safetensors")
+    )
     tower = next(changed, "visual")
     return replace(report, latency=_latency(path, base, tower, feeds[f"{tower}.onnx"], providers, budget))
 
 
-def _latency(path: Path, base: Path, tower: str, feeds: Feeds, providers: Sequence[str], budget: TimingBudget) -> Latency:
+def _latency(
+    path: Path, base: Path, tower: str, feeds: Feeds, providers: Sequence[str], budget: TimingBudget
+) -> Latency:
     """Rung L5 on one tower."""
     results, settings = [], Verify()
     for provider in timeable(providers):

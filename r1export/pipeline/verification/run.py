@@ -64,7 +64,9 @@ def _release_refs(context: RunContext, updates: Sequence[ExpertUpdate]) -> list[
     return refs
 
 
-def _verify_releases(context: RunContext, updates: Sequence[ExpertUpdate], conditions: Conditions) -> Iterator[ReleaseReport]:
+def _verify_releases(
+    context: RunContext, updates: Sequence[ExpertUpdate], conditions: Conditions
+) -> Iterator[ReleaseReport]:
     """The reports of all releases, each written as soon as it is made; the base first in every precision."""
     variants = Variant.all_of(context)
     bases: dict[Variant, BaseMeasurements] = {}
@@ -94,7 +96,9 @@ def _written(report: ReleaseReport, ref: ReleaseRef) -> ReleaseReport:
 def _run_report(
     context: RunContext, refs: Sequence[ReleaseRef], reports: Sequence[ReleaseReport], conditions: Conditions
 ) -> RunReport:
-    by_variant = sorted(reports, key=lambda report: [v.precision for v in Variant.all_of(context)].index(report.release.precision))
+    by_variant = sorted(
+        reports, key=lambda report: [v.precision for v in Variant.all_of(context)].index(report.release.precision)
+    )
     gaps = {report.release.task: report.gaps for report in reports if report.gaps and report.release.task}
     return RunReport(
         created=conditions.created,
@@ -112,7 +116,9 @@ def _check_tasks(context: RunContext, refs: Sequence[ReleaseRef]) -> Check:
     names = [task.name for task in context.recipe.stream]
     learned = {ref.number for ref in refs if ref.number}
     if len(learned) == len(names):
-        return Check.judge([], looked_at=len(names), of=len(names), detail=f"all {len(names)} tasks of the recipe are learned")
+        return Check.judge(
+            [], looked_at=len(names), of=len(names), detail=f"all {len(names)} tasks of the recipe are learned"
+        )
     missing = [name for number, name in enumerate(names, 1) if number not in learned]
     detail = f"{len(learned)} of {len(names)} tasks: no factors of {', '.join(missing)}; train them with r1export run --resume"
     return Check(verdict=Verdict.INCONCLUSIVE, looked_at=len(learned), of=len(names), detail=detail)

@@ -11,8 +11,8 @@ import numpy as np
 from r1export.errors import CheckFailed, R1ExportError
 from r1export.export.graph import GRAPHS
 from r1export.pipeline.variant import ReleaseRef
-from r1export.pipeline.verification import freezing_gaps
 from r1export.pipeline.verification.contents import WEIGHTS, check_contents
+from r1export.pipeline.verification.freezing_gaps import measure_gaps
 from r1export.pipeline.verification.inputs import test_images
 from r1export.pipeline.verification.latency import release_latency, variant_speed
 from r1export.pipeline.verification.parity import TorchRun, base_control, release_parity
@@ -23,8 +23,23 @@ from r1export.verify.drift import embedding_drift
 from r1export.verify.latency import TimingBudget
 from r1export.verify.proof import Executions
 from r1export.verify.results import (
-    SKIPPED, Accuracy, Check, Contents, Drift, Environment, Gaps, Latency, Parity, ParityStages, Probe, Proof, Ratio, ReleaseFacts,
-    ReleaseReport, VariantCost, Verdict,
+    SKIPPED,
+    Accuracy,
+    Check,
+    Contents,
+    Drift,
+    Environment,
+    Gaps,
+    Latency,
+    Parity,
+    ParityStages,
+    Probe,
+    Proof,
+    Ratio,
+    ReleaseFacts,
+    ReleaseReport,
+    VariantCost,
+    Verdict,
 )  # fmt: skip
 
 
@@ -65,7 +80,9 @@ def measure_base(base: ReleaseRef, runs: Sequence[TorchRun], conditions: Conditi
     controls = {first.task.name: parity.export}
     controls |= {run.task.name: base_control(base, run, providers) for run in runs[1:]}
     executions = run_graphs(base.path, graph_feeds(first.inputs, embedding_width(base)), providers)
-    speed = None if base.variant.is_reference else variant_speed(base.variant, first.inputs, providers, conditions.budget)
+    speed = (
+        None if base.variant.is_reference else variant_speed(base.variant, first.inputs, providers, conditions.budget)
+    )
     return BaseMeasurements(parity, controls, executions, speed)
 
 
@@ -107,7 +124,7 @@ def _read_contents(ref: ReleaseRef) -> tuple[ReleaseManifest | None, Contents]:
 
 
 def _parity(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, conditions: Conditions) -> ParityStages:
-    control = base.controls[ref.task.name] if ref.task.name in base.controls else None
+    control = base.controls.get(ref.task.name)
     return release_parity(ref, run, control, conditions.providers)
 
 
@@ -140,10 +157,9 @@ def _variant_cost(ref: ReleaseRef, manifest: ReleaseManifest, base: BaseMeasurem
 
 def _gaps(ref: ReleaseRef, run: TorchRun) -> Gaps:
     """G1 to G3 of the task learned last."""
-    scale, answers = float(run.models.merged.model.logit_scale.exp()), run.inputs.answers
-    exactness = freezing_gaps.exactness(run.unmerged.among(answers), run.merged.among(answers), scale)
-    images, labels = test_images(ref.context, ref.task)
-    return Gaps(**exactness, **freezing_gaps.freezing(run.models.unmerged, run.models.pools, ref.task, images, labels))
+    answers = run.inputs.answers
+    test = test_images(ref.context, ref.task)
+    return measure_gaps(run.models, ref.task, test, run.unmerged.among(answers), run.merged.among(answers))
 
 
 def _drift(ref: ReleaseRef, conditions: Conditions) -> Drift | None:

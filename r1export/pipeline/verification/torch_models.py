@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1export.adapt.clip import Clip, ClipModel
-from r1export.adapt.inject import eject_experts_, load_pool_tensors_
-from r1export.adapt.trainer import Pools
+from r1export.adapt.inject import eject_experts_
+from r1export.adapt.pack import load_pool_tensors_
+from r1export.adapt.pool import Pools
 from r1export.pipeline.context import RunContext, inject_pools_
 from r1export.update.container import read_tensors
 from r1export.update.factors import ExpertUpdate
