@@ -176,7 +176,7 @@ def train(
         context = _open(recipe, out, resume, overwrite, device, set, order, terminal)
         from r1export.pipeline.train import train_tasks
 
-        metrics = train_tasks(context)
+        metrics = train_tasks(context).to_json()
         terminal.accuracy(metrics)
         terminal.document(metrics)
 

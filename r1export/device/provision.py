@@ -11,7 +11,8 @@ from r1export.device.worker import has_onnxruntime, health_command
 from r1export.errors import InputError, Unsupported
 from r1export.update.atomic_io import new_folder, read_chunks, sync_folder, write_file
 from r1export.update.envelope import PublicKey
-from r1export.update.release_manifest import MANIFEST, Release
+from r1export.update.release_layout import MANIFEST
+from r1export.update.release_manifest import Release
 
 
 def init(

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from r1export.export.precision import version_tensors
 from r1export.export.weight_map import WeightMap
 from r1export.pipeline.context import RunContext
-from r1export.run_folder import Exports, read_json
+from r1export.run_folder import read_value
 from r1export.update.factors import ExpertUpdate
 from r1export.update.release_manifest import GoldenGate
+from r1export.update.run_layout import VariantLayout
 from r1export.verify.parity import GATES, Gate
-
-RANGES = "ranges.json"  # beside the int8 graphs: smallest and largest input of every linear, from the calibration
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,13 @@ class Variant:
     precision: str
 
     @property
-    def exports(self) -> Exports:
-        return self.context.run.exports(self.precision)
+    def exports(self) -> VariantLayout:
+        return self.context.run.variant(self.precision)
+
+    @property
+    def releases(self) -> list[Path]:
+        """The base's release and that of each task, whether they exist yet or not."""
+        return self.exports.releases([task.name for task in self.context.recipe.stream])
 
     @property
     def gate(self) -> Gate:
@@ -55,6 +60,6 @@ class Variant:
 
     @cached_property
     def _layout(self) -> tuple[WeightMap, dict[str, tuple[float, float]]]:
-        graphs, remedy = self.exports.graphs, "export the run again with --overwrite"
-        ranges = read_json(graphs / RANGES, remedy) if (graphs / RANGES).exists() else {}
-        return WeightMap.read(graphs / "weight_map.json"), {name: tuple(ends) for name, ends in ranges.items()}
+        path, remedy = self.exports.ranges, "export the run again with --overwrite"
+        ranges = read_value(dict[str, tuple[float, float]], path, remedy) if path.exists() else {}
+        return WeightMap.read(self.exports.weight_map), ranges

@@ -20,7 +20,7 @@ from r1export.report import parity_tables, run_tables, tables
 from r1export.report.checks import FAIL, INCONCLUSIVE, PASS, Check, checks, overall, verdict_of
 from r1export.report.format import NOT_MEASURED
 from r1export.report.templating import WORDS, environment
-from r1export.update.release_manifest import REPORTS
+from r1export.update.release_layout import REPORTS
 
 SCHEMA = "r1export.report/1"
 # Characters that XML forbids, that are no characters, or that turn the direction of the text after them.

@@ -11,15 +11,14 @@ import numpy as np
 from torch.nn import LayerNorm
 
 from r1export.errors import R1ExportError
-from r1export.export.graph import GRAPHS
 from r1export.export.precision import PROCEDURES
-from r1export.export.write_release import UNLISTED
 from r1export.pipeline.context import RunContext
 from r1export.pipeline.variant import Variant
 from r1export.run_folder import read_json
 from r1export.update.atomic_io import sha256_file
 from r1export.update.container import map_tensors
 from r1export.update.factors import ExpertUpdate
+from r1export.update.release_layout import GRAPHS, UNLISTED
 from r1export.update.release_manifest import ReleaseManifest, manifest_digest
 from r1export.verify import contents, golden, graph_digest
 from r1export.verify.runtime import open_session, runner
@@ -92,7 +91,7 @@ def _class_problems(variant: Variant, number: int, path: Path) -> list[str]:
     """Class embeddings follow from the text tower in fp32; the other precisions carry the same files."""
     context = variant.context
     if variant.precision != "fp32":
-        single = context.run.releases(context.recipe)[number]
+        single = Variant(context, "fp32").releases[number]
         files = [f"classes/{task.name}.{kind}" for task in context.tasks for kind in ("safetensors", "json")]
         other = [name for name in files if sha256_file(path / name) != sha256_file(single / name)]
         return [f"{name} is not that of the fp32 release" for name in other]
@@ -127,15 +126,14 @@ def expected_manifest(variant: Variant, number: int) -> dict[str, Any]:
     folders = [(task.name, run.task(i, task.name)) for i, task in enumerate(recipe.stream[:number], 1)]
     learned = {name for name, _ in folders}
     facts = {
-        "name": run.releases(recipe)[number].name, "sequence": number, "procedure": PROCEDURES[variant.precision], "precision": variant.precision,
-        "base": run.base(),
-        "updates": [{"task": name, "sha256": sha256_file(folder / "factors.safetensors")} for name, folder in folders],
+        "name": variant.releases[number].name, "sequence": number, "procedure": PROCEDURES[variant.precision], "precision": variant.precision,
+        "base": asdict(run.base()),
+        "updates": [{"task": name, "sha256": sha256_file(folder.factors)} for name, folder in folders],
         "graphs": {graph: graph_digest.graph_digest(variant.exports.graphs / graph) for graph in GRAPHS},
         "golden": asdict(variant.tolerance),
     }  # fmt: skip
     if variant.precision == "fp32":
-        values = metrics["accuracy"][number - 1] if number else metrics["zero_shot"]
-        accuracies = dict(zip(metrics["tasks"], values, strict=True))
+        accuracies = metrics.after(number)
         facts["tasks"] = [
             {
                 "name": t.name,

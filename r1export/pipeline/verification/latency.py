@@ -34,7 +34,7 @@ def added_latency(
 
     The visual tower is timed, or the text tower if the updates leave the visual one as it is.
     """
-    context, releases = variant.context, variant.exports.releases(variant.context.recipe)
+    context, releases = variant.context, variant.releases
     tower = next(iter(touched_towers(variant, updates)), "visual")
     settings, value = context.recipe.verify, inputs.tower(tower)[:1]
     feeds = {parity.ENTRIES[tower]: value}
@@ -62,8 +62,8 @@ def timeable(providers: Iterable[str]) -> list[str]:
 
 def speed(variant: Variant, inputs: parity.Inputs, providers: tuple[str, ...]) -> dict[str, Any]:
     """Time of the base in this precision to the base in fp32, on every provider: weights play no part."""
-    feeds, recipe = {"pixel_values": inputs.visual[:1]}, variant.context.recipe
-    graphs = [exports.releases(recipe)[0] / "visual.onnx" for exports in (variant.context.run, variant.exports)]
+    feeds = {"pixel_values": inputs.visual[:1]}
+    graphs = [form.releases[0] / "visual.onnx" for form in (Variant(variant.context, "fp32"), variant)]
     return {
         provider: latency.relative_time(*(opener(graph, feeds, provider) for graph in graphs))
         for provider in timeable(providers)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from r1export.errors import CheckFailed, Unsupported
-from r1export.export.graph import GRAPHS
 from r1export.export.weight_map import WeightMap
 from r1export.pipeline.variant import Variant
 from r1export.update.factors import ExpertUpdate
+from r1export.update.release_layout import GRAPHS
 from r1export.verify import parity, proof
 from r1export.verify.ort_profile import Execution
 from r1export.verify.unmerged_graph import add_branches
@@ -30,7 +30,7 @@ def ladder(
     providers: tuple[str, ...],
 ) -> dict[str, Any]:
     """Rungs L0 to L4 of a release and, in fp32, the control. `seen` holds what the base ran; the base fills it."""
-    context, releases = variant.context, variant.exports.releases(variant.context.recipe)
+    context, releases = variant.context, variant.releases
     graphs = [{name: folder / name for name in GRAPHS} for folder in (releases[0], releases[number])]
     embeds = np.zeros((2, context.clip.encode_text(context.clip.tokenize([""])).shape[1]), np.float32)
     feeds = {
@@ -60,7 +60,7 @@ def _control(
     variant: Variant, number: int, updates: list[ExpertUpdate], tower: str, feeds: proof.Feeds
 ) -> dict[str, Any]:
     """Whether the unmerged tower is told apart. A control that gives no answer takes nothing back from the rungs."""
-    base = variant.exports.releases(variant.context.recipe)[number] / f"{tower}.onnx"
+    base = variant.releases[number] / f"{tower}.onnx"
     try:
         with unmerged(variant, number, updates, tower) as path:
             return proof.proof_control(base, path, feeds)
@@ -70,7 +70,7 @@ def _control(
 
 def touched_towers(variant: Variant, updates: list[ExpertUpdate]) -> tuple[str, ...]:
     """The towers whose weights `updates` change, visual first. Raises InputError if the graphs are not there."""
-    places = WeightMap.read(variant.exports.graphs / "weight_map.json").placements()
+    places = WeightMap.read(variant.exports.weight_map).placements()
     files = {places[name][0] for update in updates for name in update.parameters if name in places}
     return tuple(tower for tower in parity.TOWERS if f"{tower}.safetensors" in files)
 
@@ -78,7 +78,7 @@ def touched_towers(variant: Variant, updates: list[ExpertUpdate]) -> tuple[str, 
 @contextmanager
 def unmerged(variant: Variant, number: int, updates: list[ExpertUpdate], tower: str) -> Iterator[Path]:
     """A tower of the release before, with the branches of the task beside its linears. Raises Unsupported."""
-    releases, weights = variant.exports.releases(variant.context.recipe), f"{tower}.safetensors"
+    releases, weights = variant.releases, f"{tower}.safetensors"
     with TemporaryDirectory(prefix=".unmerged.", dir=variant.context.run.path) as folder:
         shutil.copyfile(releases[number - 1] / weights, Path(folder) / weights)
         yield add_branches(releases[number] / f"{tower}.onnx", updates[-1], Path(folder) / f"{tower}.onnx")

@@ -11,7 +11,6 @@ import numpy as np
 
 from r1export.data.task import Task
 from r1export.errors import InputError, R1ExportError, Unsupported
-from r1export.export.graph import GRAPHS
 from r1export.pipeline.context import RunContext
 from r1export.pipeline.environment import absent, report_head
 from r1export.pipeline.variant import Variant
@@ -25,6 +24,7 @@ from r1export.report.checks import failed, overall
 from r1export.report.write import settled, write_report
 from r1export.update.atomic_io import sha256_file
 from r1export.update.factors import ExpertUpdate
+from r1export.update.release_layout import GRAPHS
 from r1export.update.release_manifest import ReleaseManifest
 from r1export.verify.drift import embedding_drift
 from r1export.verify.ort_profile import Execution
@@ -53,14 +53,14 @@ def verify_run(context: RunContext, providers: Sequence[str] = ()) -> dict[str, 
         raise Unsupported("full fine-tuning has no unmerged model to verify against", "use it with r1export train")
     for provider in providers:
         check_provider(provider)
-    updates, metrics = run.updates(recipe), run.metrics()
+    updates, metrics = run.updates(recipe), run.metrics().to_json()
     variants = {Variant(context, precision): _Seen() for precision in ("fp32", *recipe.export.variants)}
     reports: dict[Variant, list[dict[str, Any]]] = {variant: [] for variant in variants}
     measured_gaps = {}
     for number in range(len(updates) + 1):
         outputs = TorchOutputs(context, parity_inputs(context, context.tasks[max(0, number - 1)]))
         for variant, seen in variants.items():
-            path = variant.exports.releases(recipe)[number]
+            path = variant.releases[number]
             if not path.exists():
                 raise InputError(f"{path}: no such release", f"write it with r1export export {run.path}")
             context.progress.step(f"Verifying {variant.label(path.name)}")
@@ -91,7 +91,7 @@ def _verify_release(
     providers: tuple[str, ...],
 ) -> dict[str, Any]:
     """One release. Each step is left out where the one before failed: what is not the release is not measured."""
-    context, path = variant.context, variant.exports.releases(variant.context.recipe)[number]
+    context, path = variant.context, variant.releases[number]
     found = report_head(providers) | {
         "release": {"index": number, "name": variant.label(path.name), "precision": variant.precision}
     }
@@ -155,9 +155,9 @@ def _parity(
 
 def _variant(variant: Variant, number: int, manifest: Mapping[str, Any], seen: _Seen) -> dict[str, Any]:
     """What a coarser precision saves and costs against the fp32 release of the same number."""
-    single = variant.context.run.releases(variant.context.recipe)[number]
+    single = Variant(variant.context, "fp32").releases[number]
     path, names = (
-        variant.exports.releases(variant.context.recipe)[number],
+        variant.releases[number],
         ("visual.safetensors", "textual.safetensors"),
     )
     accuracies = {task["name"]: task["accuracy"] for task in manifest["tasks"]}
@@ -194,11 +194,9 @@ def _release_facts(context: RunContext, number: int, path: Path) -> dict[str, An
     names = ("visual.safetensors", "textual.safetensors")
     sizes = {name: (path / name).stat().st_size for name in names}
     if number:
-        sizes["factors.safetensors"] = (
-            (context.run.task(number, context.tasks[number - 1].name) / "factors.safetensors").stat().st_size
-        )
+        sizes["factors.safetensors"] = (context.run.task(number, context.tasks[number - 1].name).factors).stat().st_size
     return {
-        "task": context.tasks[number - 1].name if number else None, "base": base["name"], "base_sha256": base["sha256"],
+        "task": context.tasks[number - 1].name if number else None, "base": base.name, "base_sha256": base.sha256,
         "graph": {name: sha256_file(path / name) for name in GRAPHS}, "weights": {name: sha256_file(path / name) for name in names}, "bytes": sizes,
     }  # fmt: skip
 
