@@ -29,7 +29,8 @@ class VisualTower(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.model.encode_image(pixel_values, normalize=True)
+        embeds: Tensor = self.model.encode_image(pixel_values, normalize=True)
+        return embeds
 
 
 class TextualTower(nn.Module):
@@ -38,7 +39,8 @@ class TextualTower(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model.encode_text(input_ids, normalize=True)
+        embeds: Tensor = self.model.encode_text(input_ids, normalize=True)
+        return embeds
 
 
 @dataclass(frozen=True, eq=False)
