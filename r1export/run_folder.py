@@ -20,20 +20,11 @@ from r1export.update.factors import ExpertUpdate
 from r1export.update.release_manifest import BaseModel
 from r1export.update.run_layout import RunLayout
 from r1export.update.strict_json import parse_json
+from r1export.verify.results import Probe
 
 MAX_JSON = 64 << 20  # bytes
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Accuracies on a set that is never trained on: zero-shot, then after each task."""
-
-    __pydantic_config__ = _STRICT
-
-    name: str
-    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -97,7 +88,7 @@ class RunFolder(RunLayout):
         files = [self.task(i, task.name).factors for i, task in enumerate(recipe.stream, 1)]
         return [ExpertUpdate.read(file) for file in files if file.exists()]
 
-    def keep_gaps(self, number: int, name: str, gaps: Mapping[str, Any]) -> None:
+    def keep_gaps(self, number: int, name: str, gaps: Mapping[str, object]) -> None:
         """Put G1 to G3 of a task, which `verify` measures, beside what training wrote into its metrics.json."""
         path = self.task(number, name).metrics
         metrics = read_json(path, "delete the file and verify again") if path.exists() else {}

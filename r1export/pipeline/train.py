@@ -27,12 +27,13 @@ from r1export.pipeline.context import RunContext, inject_pools_, train_settings
 from r1export.pipeline.environment import now, versions
 from r1export.pipeline.tensorboard import log_accuracies, step_log
 from r1export.recipe import Recipe
-from r1export.run_folder import Probe, RunMetrics, RunRecord, read_value
+from r1export.run_folder import RunMetrics, RunRecord, read_value
 from r1export.update.atomic_io import write_json
 from r1export.update.container import write_tensors
 from r1export.update.factors import ExpertUpdate
 from r1export.update.release_manifest import BaseModel
 from r1export.update.run_layout import TaskLayout
+from r1export.verify.results import Probe
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
@@ -212,7 +213,7 @@ def _metrics(recipe: Recipe, zero_shot: dict[str, float], rows: list[dict[str, f
         avg=summary.avg,
         last=summary.last,
         forgetting=summary.forgetting,
-        probe=Probe(probe, tuple(row[probe] for row in (zero_shot, *rows))) if probe else None,
+        probe=Probe(name=probe, values=tuple(row[probe] for row in (zero_shot, *rows))) if probe else None,
     )
 
 
