@@ -200,7 +200,7 @@ def train(
 
         metrics = train_tasks(context)
         terminal.accuracy(accuracy_of(metrics))
-        terminal.document(metrics)
+        terminal.document(metrics.to_json())
 
 
 @app.command()

@@ -15,6 +15,7 @@ from r1export.report.format import size
 from r1export.run_folder import RunFolder
 from r1export.update.container import NAMES, read_layout
 from r1export.update.factors import Rows
+from r1export.update.release_layout import MANIFEST
 from r1export.update.release_manifest import ReleaseManifest
 
 Description = tuple[str, dict[str, object], list[str], list[list[str]]]
@@ -38,7 +39,7 @@ def describe(path: Path) -> Description:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder", "check the path")
     if path.is_dir():
-        return _release(path) if (path / "manifest.json").exists() else _run(path)
+        return _release(path) if (path / MANIFEST).exists() else _run(path)
     kinds: dict[str, Callable[[Path], Description]] = {
         ".safetensors": _tensors,
         ".onnx": _graph,
@@ -55,7 +56,7 @@ def _run(path: Path) -> Description:
     recipe = run.recipe()
     rows = []
     for number, task in enumerate(recipe.stream, 1):
-        factors = run.task(number, task.name) / "factors.safetensors"
+        factors = run.task(number, task.name).factors
         released = run.release(number, task.name).exists()
         rows.append(
             [

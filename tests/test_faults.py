@@ -19,9 +19,9 @@ import pytest
 from onnx import helper, numpy_helper
 from running import RECIPE, SETTINGS, r1export, reseal
 
-from r1export.export.graph import GRAPHS
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.factors import ExpertUpdate
+from r1export.update.release_layout import GRAPHS
 from r1export.update.release_manifest import GoldenGate, ReleaseManifest
 
 

@@ -109,7 +109,7 @@ def test_a_file_of_a_run_without_what_it_should_hold_is_named(recipe, tmp_path) 
     context = context_of(recipe, tmp_path / "run")
     train_tasks(context)
     for file, words, step in (
-        ("run.json", "it lacks base.name, base.sha256", train_tasks),
+        ("run.json", "it lacks r1export, seed, base", train_tasks),
         ("zero_shot.json", "no accuracy of digits, arrows", train_tasks),
         ("tasks/02-arrows/accuracy.json", "no accuracy of digits, arrows", train_tasks),
         ("metrics.json", "it lacks tasks, .*probe", export_releases),

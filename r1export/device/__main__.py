@@ -1,25 +1,31 @@
 """The device's command line: `python r1device.pyz apply STORE update.r1u`, with numpy and nothing else installed.
 
 Exit codes: 0 passed, 1 a check failed, 2 bad usage or bad input, 3 this environment cannot do it, 4 inconclusive.
+70: a defect of the kit itself; with R1EXPORT_TRACEBACK=1 it says where.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from r1export.device import doctor, install, provision
+from r1export.device.policy import MAX_SEQ_JUMP
 from r1export.device.state import MODES
-from r1export.errors import R1ExportError, refused
+from r1export.errors import R1ExportError, Unsupported, refused
 from r1export.update import bundle
+from r1export.update.plain_text import printable
 
-Verb = Callable[[argparse.Namespace], tuple[int, dict[str, Any]]]
+Answer = Mapping[str, Any]  # one JSON document
+Verb = Callable[[argparse.Namespace], tuple[int, Answer]]
+DEFECT = 70  # EX_SOFTWARE
 
 
 def main(arguments: list[str] | None = None, program: str = "r1device") -> int:
@@ -28,21 +34,46 @@ def main(arguments: list[str] | None = None, program: str = "r1device") -> int:
     verb: Verb = options.verb
     try:
         code, answer = verb(options)
-    except (R1ExportError, OSError) as caught:
-        error = refused(caught) if isinstance(caught, OSError) else caught
-        if options.json:
-            print(
-                json.dumps({"error": {"message": error.message, "remedy": error.remedy}, "exit_code": error.exit_code})
-            )
-        else:
-            print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    with suppress(BrokenPipeError):  # whoever reads may have seen enough
-        print(json.dumps(answer) if options.json else _text(answer), flush=True)
+    except R1ExportError as error:
+        return _fail(options, error.exit_code, error.message, error.remedy)
+    except OSError as error:
+        return _fail(options, refused(error).exit_code, refused(error).message, refused(error).remedy)
+    except MemoryError:
+        return _fail(options, Unsupported.exit_code, "out of memory", "free memory, or use a smaller base")
+    except Exception as error:
+        if os.environ.get("R1EXPORT_TRACEBACK"):
+            traceback.print_exc()
+        message = f"internal error: {type(error).__name__}: {error}"
+        return _fail(options, DEFECT, message, "please report it, with the output under R1EXPORT_TRACEBACK=1")
+    _print([_json(answer)] if options.json else _lines(answer), sys.stdout)
     return code
 
 
-def _init(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def _fail(options: argparse.Namespace, code: int, message: str, remedy: str) -> int:
+    if options.json:
+        document = {"error": {"message": message, "remedy": remedy}, "exit_code": code}
+        _print([_json(document)], sys.stdout)
+    else:
+        _print([f"error: {message} ({remedy})" if remedy else f"error: {message}"], sys.stderr)
+    return code
+
+
+def _json(document: Answer) -> str:
+    """One line of ASCII; DEL is the one control character that the json module leaves as it is."""
+    return json.dumps(document).replace("\x7f", "\\u007f")
+
+
+def _print(lines: Iterable[str], stream: TextIO) -> None:
+    """The one way from the kit to a terminal. Much of what it says was written by others, so each line is made plain."""
+    encoding = stream.encoding or "ascii"
+    try:
+        for line in lines:
+            print(printable(line).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough; what is left must not fail once more when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _init(options: argparse.Namespace) -> tuple[int, Answer]:
     store = provision.init(
         options.store,
         options.base,
@@ -53,29 +84,32 @@ def _init(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         health=options.health,
         threshold=options.threshold,
         keep=options.keep,
+        max_seq_jump=options.max_seq_jump,
+        min_seq=options.min_seq,
+        base_sha256=options.base_sha256,
     )
-    return 0, doctor.status(store.path)
+    return 0, asdict(doctor.status(store.path))
 
 
-def _apply(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def _apply(options: argparse.Namespace) -> tuple[int, Answer]:
     return 0, asdict(install.apply(options.store, options.update, retry=options.retry, wait=options.wait))
 
 
-def _rollback(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def _rollback(options: argparse.Namespace) -> tuple[int, Answer]:
     return 0, asdict(install.rollback(options.store, options.to, wait=options.wait))
 
 
-def _status(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    return 0, doctor.status(options.store)
+def _status(options: argparse.Namespace) -> tuple[int, Answer]:
+    return 0, asdict(doctor.status(options.store))
 
 
-def _doctor(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def _doctor(options: argparse.Namespace) -> tuple[int, Answer]:
     findings = doctor.doctor(options.store)
     faults = sum(bool(finding.fault) for finding in findings)
     return int(faults > 0), {"faults": faults, "findings": [asdict(finding) for finding in findings]}
 
 
-def _inspect(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def _inspect(options: argparse.Namespace) -> tuple[int, Answer]:
     return 0, bundle.inspect(options.update)
 
 
@@ -92,7 +126,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         command.set_defaults(verb=function)
         return command
 
-    command = verb("init", _init, "make a store from a base release")
+    command = verb("init", _init, "make a store from a base release, which has to pass the health check")
     command.add_argument("--base", type=Path, required=True, help="the folder of the base release, 00-base")
     command.add_argument(
         "--trust", type=Path, action="append", required=True, help="a public key; give it once for each key"
@@ -110,7 +144,17 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--health", default="onnxruntime", help="onnxruntime, none, or a command that gets the new version's folder"
     )
     command.add_argument("--keep", type=int, default=2, help="how many versions to keep besides the base")
-    command = verb("apply", _apply, "install an update and make it current")
+    command.add_argument(
+        "--base-sha256", default="", metavar="SHA256", help="the digest that the base's manifest.json has to have"
+    )
+    command.add_argument(
+        "--max-seq-jump",
+        type=int,
+        default=MAX_SEQ_JUMP,
+        help="how far above the newest version an update's number may lie",
+    )
+    command.add_argument("--min-seq", type=int, default=0, help="the lowest version that may ever run, for a new start")
+    command = verb("apply", _apply, "install an update and make it current; repair the current version")
     command.add_argument("update", type=Path, metavar="UPDATE")
     command.add_argument("--retry", action="store_true", help="forget that this update failed before")
     command.add_argument("--wait", type=float, default=install.WAIT, help="seconds to wait for another updater")
@@ -123,14 +167,14 @@ def _parser(program: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _text(answer: dict[str, Any]) -> str:
+def _lines(answer: Answer) -> list[str]:
     lines = []
     for key, value in answer.items():
         if key == "findings":
             lines += [f"{'FAIL' if item['fault'] else 'ok  '} {item['name']}{_because(item)}" for item in value]
         else:
             lines.append(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
-    return "\n".join(lines)
+    return lines
 
 
 def _because(item: dict[str, str]) -> str:

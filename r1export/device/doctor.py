@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from r1export.device.arithmetic import known_answers_hold
 from r1export.device.install import check_slot
+from r1export.device.policy import is_expired
 from r1export.device.state import CONFIG, STATE, read_state
 from r1export.device.store import BASE, Store
-from r1export.errors import CheckFailed, InputError, R1ExportError
+from r1export.errors import CheckFailed, InputError, R1ExportError, refused
 from r1export.update.release_manifest import check_file
 
-FRESH = "make a new store with `init` from the base release, then apply the newest update"
+FRESH = "make a new store with `init` (and --min-seq, to go on from there) from the base release, then apply the newest update"
+AGAIN = "apply the same update again, signed by keys that are trusted now: what is damaged is derived again"
 
 
 @dataclass(frozen=True)
@@ -27,26 +29,58 @@ class Finding:
     remedy: str = ""
 
 
-def status(store: Path) -> dict[str, Any]:
-    """What the device is, which version is current, which ones it has. Raises InputError if there is no store."""
+@dataclass(frozen=True)
+class Status:
+    """What a device is and has. Times are seconds since 1970 UTC, None where the current version states none.
+
+    `expired` says that the current version should have been replaced by now; it goes on running.
+    """
+
+    store: str
+    product: str
+    device_class: str
+    mode: str
+    current: str
+    name: str
+    seq: int
+    tasks: tuple[str, ...]
+    created: int | None
+    expires: int | None
+    expired: bool
+    highest_seq: int
+    min_seq: int
+    versions: tuple[str, ...]
+    interrupted: str
+    failed: Mapping[str, int]
+
+
+def status(store: Path, *, now: float | None = None) -> Status:
+    """What the device is, which version is current, which ones it has; `now` is the time, by default the clock's.
+
+    Raises InputError if there is no store, or the current version's update is damaged.
+    """
     device = Store.open(store)
     state, current, unfinished = device.state(), device.current, device.unfinished()
     manifest = None if current == BASE else device.bundle(current).manifest
-    return {
-        "store": str(store),
-        "product": device.config.product,
-        "device_class": device.config.device_class,
-        "mode": device.config.mode,
-        "current": current,
-        "name": manifest.name if manifest else "base",
-        "seq": manifest.seq if manifest else 0,
-        "tasks": [update.task for update in manifest.updates] if manifest else [],
-        "highest_seq": state.seq,
-        "min_seq": state.min_seq,
-        "versions": [BASE, *(slot for slot in device.slots() if slot != unfinished)],
-        "interrupted": state.pending,
-        "failed": dict(state.tries),
-    }
+    clock = int(time.time() if now is None else now)
+    return Status(
+        store=str(store),
+        product=device.config.product,
+        device_class=device.config.device_class,
+        mode=device.config.mode,
+        current=current,
+        name=manifest.name if manifest else BASE,
+        seq=manifest.seq if manifest else 0,
+        tasks=tuple(update.task for update in manifest.updates) if manifest else (),
+        created=manifest.created if manifest else None,
+        expires=(manifest.expires or None) if manifest else None,
+        expired=manifest is not None and is_expired(manifest, state.clock, clock),
+        highest_seq=state.seq,
+        min_seq=state.min_seq,
+        versions=(BASE, *(slot for slot in device.slots() if slot != unfinished)),
+        interrupted=state.pending,
+        failed=dict(state.tries),
+    )
 
 
 def doctor(store: Path) -> list[Finding]:
@@ -64,12 +98,12 @@ def _look(name: str, remedy: str, check: Callable[[], object]) -> Finding:
     try:
         check()
     except (R1ExportError, OSError) as error:
-        return Finding(name, error.message if isinstance(error, R1ExportError) else str(error), remedy)
+        fault = error if isinstance(error, R1ExportError) else refused(error)
+        return Finding(name, fault.message, remedy)
     return Finding(name)
 
 
 def _checks(device: Store) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    again = "apply the same update again: a damaged version is built anew; if it is current, `rollback` first"
     yield "arithmetic", "run in a fresh process and check the processor's floating-point mode", known_answers_hold
     yield "trusted keys", "put the fleet's public keys into trust/ again", lambda: _check_keys(device)
     yield "base", FRESH, lambda: device.base().check()
@@ -78,12 +112,16 @@ def _checks(device: Store) -> Iterator[tuple[str, str, Callable[[], object]]]:
         "nothing: it is derived from the versions, and the next update writes it again",
         lambda: read_state(device.path / STATE),
     )
-    yield "current", "choose a version with `rollback --to SEQ`", lambda: _check_current(device)
+    yield (
+        "current",
+        "choose a version with `rollback --to SEQ`, or apply the newest update again",
+        lambda: _check_current(device),
+    )
     for slot in device.slots():
-        yield f"slots/{slot}", again, partial(check_slot, device, slot)
+        yield f"slots/{slot}", AGAIN, partial(check_slot, device, slot)
     for path in sorted((device.path / "factors").glob("*.safetensors")):
         name = path.name.removesuffix(".safetensors")
-        yield f"factors/{path.name}", "apply an update made with --since 0", partial(check_file, path, name)
+        yield f"factors/{path.name}", "apply a newer update, made with --since 0", partial(check_file, path, name)
     yield "leftovers", "nothing: the next update removes them", lambda: _check_leftovers(device)
 
 
@@ -102,12 +140,8 @@ def _check_current(device: Store) -> None:
 
 
 def _check_leftovers(device: Store) -> None:
-    found = [
-        path.name
-        for folder in (device.path, device.path / "slots", device.path / "factors")
-        for path in folder.glob(".*.partial")
-    ]
+    names = [path.name for path in device.leftovers()]
     if unfinished := device.unfinished():
-        found.append(f"slots/{unfinished}")
-    if found:
-        raise CheckFailed(f"an interrupted update left {', '.join(sorted(found))[:300]}")
+        names.append(f"slots/{unfinished}")
+    if names:
+        raise CheckFailed(f"an interrupted update left {', '.join(sorted(names))[:300]}")

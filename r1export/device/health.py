@@ -5,18 +5,20 @@ Hashes prove that the bytes are right; this proves that the machine computes wit
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from r1export.device.version import Version
-from r1export.errors import CheckFailed
-from r1export.update.container import read_tensors
+from r1export.errors import CheckFailed, R1ExportError
+from r1export.update.container import parse_tensors
 from r1export.update.manifest import Health
+from r1export.update.release_layout import GOLDEN, TOWERS
 
-TOWERS = (("visual.onnx", "pixel_values", "image_embeds"), ("textual.onnx", "input_ids", "text_embeds"))
+CEILING = Health(0.1, 0.97, 0.9)  # the gate of int8, the coarsest precision there is: no version may ask for less
+REMEDY = "see what differs from the lab: runtime, processor, or the release itself"
 
 
 @dataclass(frozen=True)
@@ -30,71 +32,97 @@ class Agreement:
     top1: float
 
 
+def limits_of(version: Version) -> Health:
+    """The signed limits of a version, those of its manifest for the base; neither may be laxer than CEILING."""
+    if version.bundle:
+        limits = version.bundle.manifest.health
+    else:
+        golden = version.base.manifest.golden
+        limits = Health(golden.max_abs, golden.min_cosine, CEILING.min_agreement)
+    return Health(
+        min(limits.max_abs, CEILING.max_abs), max(limits.min_cosine, CEILING.min_cosine), limits.min_agreement
+    )
+
+
 def check_health(version: Version, limits: Health) -> list[Agreement]:
     """Run the golden inputs of every tower that the version has.
 
     Raises:
-        CheckFailed: an answer is further off than `limits`, the version has no golden inputs at all, or none of a tower
-            that its updates change.
+        CheckFailed: a graph does not run, an answer is further off than `limits`, the version has no golden inputs at all,
+            or none of a tower that its updates change.
         Unsupported: onnxruntime is not installed.
     """
-    golden = _tensors(version, "golden.safetensors")
-    found = []
-    for graph, given, answer in TOWERS:
+    golden, classes = _tensors(version, GOLDEN), _class_embeds(version)
+    results = []
+    for tower in TOWERS:
+        graph, given, answer = tower.graph, tower.input, tower.output
         if graph not in version.paths:
             continue
-        if len(golden.get(given, ())) and answer in golden:
-            session = version.session(graph)
-            (embeds,) = session.run([answer], {session.get_inputs()[0].name: golden[given]})
-            found.append(compare(graph, embeds, golden[answer], _class_embeds(version)))
+        if golden.get(given, np.zeros(0)).size and answer in golden:
+            results.append(compare(graph, _answer(version, graph, answer, golden[given]), golden[answer], classes))
         elif version.merged_weights(graph):
             raise CheckFailed(
                 f"version {version.name} changes {graph}, but has no golden inputs for it", "export the release again"
             )
-    if not found:
+    if not results:
         raise CheckFailed(f"version {version.name} has no golden inputs", "export the release again")
-    for result in found:
+    for result in results:
         _judge(result, limits)
-    return found
+    return results
 
 
-def compare(tower: str, embeds: np.ndarray, expected: np.ndarray, classes: list[np.ndarray]) -> Agreement:
-    """Differences of embeddings (n, D), and the share of equal nearest classes over all lists of class embeddings (C, D)."""
-    one, other = embeds.astype(np.float64), expected.astype(np.float64)
-    if one.shape != other.shape or not np.isfinite(one).all():
+def _answer(version: Version, graph: str, answer: str, given: np.ndarray) -> np.ndarray:
+    """What `graph` computes for its first input. A graph is foreign code: whatever onnxruntime raises is its fault."""
+    try:
+        session = version.session(graph)
+        (embeds,) = session.run([answer], {session.get_inputs()[0].name: given})
+        return np.asarray(embeds, np.float64)
+    except (R1ExportError, OSError):
+        raise
+    except Exception as error:  # onnxruntime's exceptions have no class in common
+        raise CheckFailed(f"{graph} does not run: {first_line(error)}", REMEDY) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's text, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def compare(tower: str, embeds: np.ndarray, expected: np.ndarray, classes: Sequence[np.ndarray]) -> Agreement:
+    """Differences of embeddings (n, D), and the share of equal nearest classes over all lists of class embeddings (C, D).
+
+    Raises CheckFailed if the embeddings are not finite or have another shape than the expected ones.
+    """
+    embeds, expected = embeds.astype(np.float64), expected.astype(np.float64)
+    if embeds.shape != expected.shape or embeds.ndim != 2 or not np.isfinite(embeds).all():
         raise CheckFailed(
-            f"{tower}: embeddings {one.shape}, or not finite; expected {other.shape}", "the old version stays active"
+            f"{tower}: embeddings {embeds.shape}, or not finite; expected (n, D) as in {expected.shape}", REMEDY
         )
-    cosine = (one * other).sum(1) / np.maximum(np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1), 1e-30)
-    lists = [embeds_CD for embeds_CD in classes if embeds_CD.shape[1:] == one.shape[1:]]
-    same = [np.mean((one @ c.T).argmax(1) == (other @ c.T).argmax(1)) for c in lists] or [1.0]
-    return Agreement(tower, len(one), float(np.abs(one - other).max()), float(cosine.min()), float(min(same)))
+    norms = np.linalg.norm(embeds, axis=1) * np.linalg.norm(expected, axis=1)
+    cosine = (embeds * expected).sum(1) / np.maximum(norms, 1e-30)
+    lists = [class_embeds for class_embeds in classes if class_embeds.shape[1] == embeds.shape[1]]
+    same = [np.mean((embeds @ c.T).argmax(1) == (expected @ c.T).argmax(1)) for c in lists] or [1.0]
+    return Agreement(tower, len(embeds), float(np.abs(embeds - expected).max()), float(cosine.min()), float(min(same)))
 
 
-def _judge(found: Agreement, limits: Health) -> None:
+def _judge(result: Agreement, limits: Health) -> None:
     for name, value, limit, holds in (
-        ("largest difference", found.max_abs, limits.max_abs, found.max_abs <= limits.max_abs),
-        ("smallest cosine", found.min_cosine, limits.min_cosine, found.min_cosine >= limits.min_cosine),
-        ("equal top-1", found.top1, limits.min_agreement, found.top1 >= limits.min_agreement),
+        ("largest difference", result.max_abs, limits.max_abs, result.max_abs <= limits.max_abs),
+        ("smallest cosine", result.min_cosine, limits.min_cosine, result.min_cosine >= limits.min_cosine),
+        ("equal top-1", result.top1, limits.min_agreement, result.top1 >= limits.min_agreement),
     ):
         if not holds:
-            raise CheckFailed(
-                f"health check of {found.tower}: {name} {value:.9g}, limit {limit:.9g}", "the old version stays active"
-            )
+            raise CheckFailed(f"health check of {result.tower}: {name} {value:.9g}, limit {limit:.9g}", REMEDY)
 
 
 def _class_embeds(version: Version) -> list[np.ndarray]:
+    """All lists of class embeddings (C, D) of the version in float64."""
     lists = []
     for path in version.paths:
         if path.startswith("classes/") and path.endswith(".safetensors"):
-            lists += [tensor.astype(np.float64) for tensor in _tensors(version, path).values() if tensor.ndim == 2]
-    return lists
+            lists += [tensor.astype(np.float64) for tensor in _tensors(version, path).values()]
+    return [embeds for embeds in lists if embeds.ndim == 2 and embeds.size]
 
 
 def _tensors(version: Version, path: str) -> dict[str, np.ndarray]:
-    if version.files_there:
-        return read_tensors(version.folder / path)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "tensors.safetensors"
-        file.write_bytes(version.read(path))
-        return read_tensors(file)
+    return parse_tensors(version.read(path), Path(path))

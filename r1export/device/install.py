@@ -6,7 +6,9 @@ lock - read - verify - parse - policy - record the try - factors - build in a fr
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,16 +16,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1export.device import worker
-from r1export.device.policy import check_not_revoked, check_offer, counts_as_try
+from r1export.device.policy import check_not_revoked, check_offer, check_repair, counts_as_try
 from r1export.device.state import State
-from r1export.device.store import BASE, BUNDLE, Store, retire, write_new
+from r1export.device.store import BASE, BUNDLE, Store, remove, retire, write_new
+from r1export.device.worker import Run
 from r1export.errors import CheckFailed, InputError, R1ExportError, Unsupported
-from r1export.update.atomic_io import sha256_file, sync_folder
+from r1export.update.atomic_io import (
+    inside,
+    make_folder,
+    read_chunks,
+    sha256_bytes,
+    sha256_file,
+    sync_folder,
+    write_file,
+)
 from r1export.update.bundle import Bundle, read_bundle
 from r1export.update.release_manifest import check_file
 
 WAIT = 60.0  # seconds that an updater waits for another one
-Run = Callable[[Store, int, str, str], None]  # (store, descriptor to inherit, verb, name of the folder in slots/)
+Step = Callable[[str, str], None]  # (verb, name of the folder in slots/): `Run` in one store
 
 
 @dataclass(frozen=True)
@@ -44,8 +55,9 @@ def apply(
     wait: float = WAIT,
     run: Run = worker.run,
 ) -> Outcome:
-    """Install the update `bundle` and make it current. Nothing changes if it is current already.
+    """Install the update `bundle` and make it current.
 
+    If it is current already, only what is damaged is derived again, and its signatures are replaced by those of `bundle`.
     `now` is the time in seconds since 1970, by default the clock's; `retry` forgets earlier failures of this update.
 
     Raises:
@@ -58,17 +70,19 @@ def apply(
     with _plain_errors(), device.lock(wait) as descriptor:
         device.sweep()
         offer = Bundle.parse(data, device.trusted(), device.config.threshold)
-        previous = device.current
+        previous = device.active
         _settle(device, offer.digest if retry else "")
+
+        def step(verb: str, name: str) -> None:
+            run(device, descriptor, verb, name)
+
         if offer.slot == previous:
-            return _unchanged(device, previous)
-        needed = offer.manifest.nbytes if device.config.mode == "slot" else 0
-        free = shutil.disk_usage(device.path).free
+            with _swept(device):
+                return Outcome(offer.slot, previous, _repair(device, offer, step))
         clock = int(time.time() if now is None else now)
-        check_offer(
-            offer.manifest, offer.digest, device.installed(), now=clock, free=free, needed=needed + 2 * len(data)
-        )
-        _attempt(device, offer, previous, lambda verb, name: run(device, descriptor, verb, name))
+        free, needed = _space(device, offer)
+        check_offer(offer.manifest, offer.digest, device.installed(), now=clock, free=free, needed=needed)
+        _attempt(device, offer, previous, step)
         return Outcome(offer.slot, previous, True)
 
 
@@ -85,7 +99,8 @@ def rollback(store: Path, to: int | None = None, *, wait: float = WAIT, run: Run
         _settle(device)
         slot = _choose(device, previous, to)
         if slot == previous:
-            return _unchanged(device, slot)
+            sync_folder(device.path)  # whoever switched to it may have died before that was certain
+            return Outcome(slot, slot, False)
         state = device.state()
         check_not_revoked(_sequence(slot), state.min_seq)
         check_slot(device, slot)
@@ -102,7 +117,13 @@ def rollback(store: Path, to: int | None = None, *, wait: float = WAIT, run: Run
         return Outcome(slot, previous, True)
 
 
-def _attempt(device: Store, offer: Bundle, previous: str, run: Callable[[str, str], None]) -> None:
+def _space(device: Store, offer: Bundle) -> tuple[int, int]:
+    """Bytes that are free, and bytes that installing `offer` takes: its files, and the update twice, as such and as factors."""
+    files = offer.manifest.nbytes if device.config.mode == "slot" else 0
+    return shutil.disk_usage(device.path).free, files + 2 * len(offer.to_bytes())
+
+
+def _attempt(device: Store, offer: Bundle, previous: str, run: Step) -> None:
     """Build, check and switch; on any failure put everything back as it was."""
     before = device.state()
     others = {digest: count for digest, count in before.tries.items() if digest != offer.digest}
@@ -111,7 +132,9 @@ def _attempt(device: Store, offer: Bundle, previous: str, run: Callable[[str, st
     added: list[Path] = []
     try:
         _write_factors(device, offer, added)
-        if not _reusable(device, offer.slot):
+        if _is_whole(device, offer):
+            _store_bundle(device, offer)
+        else:
             added.append(device.folder(offer.slot))
             _build(device, offer, run)
         run("health", offer.slot)
@@ -125,29 +148,106 @@ def _attempt(device: Store, offer: Bundle, previous: str, run: Callable[[str, st
     _prune(device, offer.slot, previous)
 
 
-def _build(device: Store, offer: Bundle, run: Callable[[str, str], None]) -> None:
-    """Make the slot under a hidden name, hash what was written, sync it, and only then give it its name."""
-    partial = device.path / "slots" / f".{offer.slot}.partial"
-    partial.mkdir()
+def _build(device: Store, offer: Bundle, run: Step) -> None:
+    """Derive the version under a hidden name, and only then give it its own; a damaged one of that name goes."""
+    folder = device.folder(offer.slot)
+    if folder.exists():
+        retire(folder)
+    _derive(device, offer, run).rename(folder)
+
+
+def _derive(device: Store, offer: Bundle, run: Step) -> Path:
+    """Make the files of the version in a hidden folder, hash what was written and sync it. Returns the folder."""
+    partial = device.folder(f".{offer.slot}.partial")
+    make_folder(partial)
     write_new(partial / BUNDLE, [offer.to_bytes()])
     run("build", partial.name)
-    if device.config.mode == "slot":
-        for file in offer.manifest.files:
-            if (found := sha256_file(partial / file.path)) != file.sha256:
-                raise CheckFailed(
-                    f"{file.path} came out with SHA-256 {found}, signed is {file.sha256}",
-                    "have the update made again for this base",
-                )
-    for folder in [partial, *partial.rglob("*")]:
-        if folder.is_dir():
-            sync_folder(folder)
-    partial.rename(device.folder(offer.slot))
+    for path, sha256 in _files(device, offer).items():
+        if (digest := sha256_file(inside(partial, path))) != sha256:
+            raise CheckFailed(
+                f"{path} came out with SHA-256 {digest}, signed is {sha256}", "have the update made again for this base"
+            )
+    _sync_tree(partial)
+    return partial
+
+
+def _repair(device: Store, offer: Bundle, run: Step) -> bool:
+    """Make the current version whole, if it is not, and give it the signatures of `offer`. Returns whether anything changed."""
+    damaged = not _is_whole(device, offer)
+    if damaged:
+        free, needed = _space(device, offer)
+        check_repair(offer.manifest, device.installed(), free=free, needed=needed)
+        _write_factors(device, offer, [])
+        _replace_damaged(device, offer, run)
+        run("health", offer.slot)
+    renewed = _store_bundle(device, offer)
+    sync_folder(device.path)  # whoever switched to this version may have died before that was certain
+    return damaged or renewed
+
+
+def _replace_damaged(device: Store, offer: Bundle, run: Step) -> None:
+    """Derive the current version again and replace what differs, file by file.
+
+    So whoever reads meanwhile, and a power cut, finds each file as it was or as it should be, and never none.
+    """
+    partial, folder = _derive(device, offer, run), device.folder(offer.slot)
+    if not folder.is_dir():
+        remove(folder)
+        partial.rename(folder)
+        return
+    for path, sha256 in _files(device, offer).items():
+        if not _has_digest(folder / path, sha256):
+            _clear(folder, path)
+            write_file(folder / path, read_chunks(partial / path))
+    _sync_tree(folder)
+    remove(partial)
+
+
+def _clear(folder: Path, path: str) -> None:
+    """Make sure that the file `path` can be written in `folder`: what stands there or on the way and is no such thing goes."""
+    for parent in [folder / parent for parent in reversed(Path(path).parents[:-1])]:
+        if parent.is_symlink() or not parent.is_dir():
+            remove(parent)
+        make_folder(parent)
+    if not _is_regular(folder / path):
+        remove(folder / path)
+
+
+def _has_digest(path: Path, sha256: str) -> bool:
+    try:
+        return _is_regular(path) and sha256_file(path) == sha256
+    except OSError:  # a bad sector: as good as other bytes
+        return False
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            sync_folder(path)
+
+
+def _store_bundle(device: Store, offer: Bundle) -> bool:
+    """Keep `offer` as the update that its version was made from, with the signatures that it has now. Returns whether it is new."""
+    folder, data = device.folder(offer.slot), offer.to_bytes()
+    if _has_digest(folder / BUNDLE, sha256_bytes(data)):
+        return False
+    _clear(folder, BUNDLE)
+    write_file(folder / BUNDLE, data)
+    return True
 
 
 def _write_factors(device: Store, offer: Bundle, added: list[Path]) -> None:
+    make_folder(device.path / "factors")
     for sha256, update in offer.carried.items():
         path = device.factors_path(sha256)
-        if path.is_file() and sha256_file(path) == sha256:
+        if _has_digest(path, sha256):
             continue
         partial = path.with_name(f".{path.name}.partial")
         write_new(partial, [update.to_bytes()])
@@ -181,8 +281,11 @@ def _revert(device: Store, previous: str, added: list[Path], state: State) -> No
 
 def _switch_back(device: Store, previous: str) -> None:
     """Make `previous` current for good: before that, after a power cut `current` could name what is removed next."""
-    if previous and device.active != previous:
-        device.switch(previous)
+    if device.active != previous:
+        if previous:
+            device.switch(previous)
+        else:
+            remove(device.path / "current")
     sync_folder(device.path)
 
 
@@ -193,12 +296,6 @@ def _check_reverted(device: Store, previous: str, error: BaseException) -> None:
             f"version {active} is current, which could neither be recorded nor taken back: {error}",
             "see to the disk, then do the same again: that completes it",
         ) from error
-
-
-def _unchanged(device: Store, slot: str) -> Outcome:
-    """The answer where `slot` is current already: for good, should whoever switched to it have died before that was certain."""
-    sync_folder(device.path)
-    return Outcome(slot, slot, False)
 
 
 def _settle(device: Store, forget: str = "") -> None:
@@ -216,16 +313,28 @@ def _settle(device: Store, forget: str = "") -> None:
         device.write_state(replace(state, pending="", tries=tries))
 
 
-def _reusable(device: Store, slot: str) -> bool:
-    """Whether the slot is there and whole; a damaged one is removed."""
-    if not device.folder(slot).is_dir():
-        return False
+def _is_whole(device: Store, offer: Bundle) -> bool:
+    """Whether the version that `offer` makes is on the device, every byte of it; its own copy of the update does not matter."""
     try:
-        check_slot(device, slot)
-    except R1ExportError:
-        retire(device.folder(slot))
+        _check_contents(device, offer)
+    except (R1ExportError, OSError):
         return False
     return True
+
+
+def _check_contents(device: Store, bundle: Bundle) -> None:
+    """Hash all that the version of `bundle` is made of. Raises InputError or CheckFailed if it is damaged or not there."""
+    folder = device.folder(bundle.slot)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not there", "apply the update again")
+    device.update(bundle)
+    for path, sha256 in _files(device, bundle).items():
+        check_file(inside(folder, path), sha256)
+
+
+def _files(device: Store, bundle: Bundle) -> dict[str, str]:
+    """The files that lie in the version's folder besides the update, with their SHA-256."""
+    return {file.path: file.sha256 for file in bundle.manifest.files} if device.config.mode == "slot" else {}
 
 
 def check_slot(device: Store, slot: str) -> None:
@@ -239,17 +348,13 @@ def check_slot(device: Store, slot: str) -> None:
     bundle = Bundle.parse(read_bundle(device.folder(slot) / BUNDLE), device.trusted(), device.config.threshold)
     if bundle.slot != slot:
         raise CheckFailed(f"{device.folder(slot)} holds version {bundle.slot}", "apply the update again")
-    device.update(bundle)
-    if device.config.mode == "slot":
-        for file in bundle.manifest.files:
-            check_file(device.folder(slot) / file.path, file.sha256)
-    return None
+    return _check_contents(device, bundle)
 
 
 def _prune(device: Store, slot: str, previous: str) -> None:
     """Keep the current slot, the one before and the newest, `keep` in all; failures leave a slot more, which does no harm."""
     spare = [name for name in reversed(device.slots()) if name not in (slot, previous)]
-    room = max(0, device.config.keep - len({slot, previous} - {BASE}))
+    room = max(0, device.config.keep - len({slot, previous} - {BASE, ""}))
     for name in spare[room:]:
         with suppress(OSError):
             retire(device.folder(name))
@@ -271,6 +376,17 @@ def _choose(device: Store, current: str, to: int | None) -> str:
 
 def _sequence(slot: str) -> int:
     return 0 if slot in ("", BASE) else int(slot.split("-")[0])
+
+
+@contextmanager
+def _swept(device: Store) -> Iterator[None]:
+    """Remove what a step that fails leaves behind."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            device.sweep()
+        raise
 
 
 @contextmanager

@@ -14,11 +14,18 @@ from r1export.update.manifest import Base, Manifest
 MAX_TRIES = 3  # an update that failed its checks, or the device with it, this often is given up
 CLOCK_SLACK = 86_400  # seconds that a device's clock may lag behind the lab's before it is not believed
 RESERVE = 4 << 20  # bytes that stay free on the device
+# How far an update's number may lie above the highest that the device knows. Without a bound one update with the number
+# 2^53 - 1 leaves no higher one, for ever, even if its key is revoked; in steps of a million that takes nine billion updates.
+MAX_SEQ_JUMP = 1_000_000
 
 
 @dataclass(frozen=True)
 class Installed:
-    """What a device is and has. `seq` is the highest ever installed, `digest` its manifest's, `clock` the latest signed time seen."""
+    """What a device is and has.
+
+    `seq` is the highest number ever installed and `digest` its manifest's, `min_seq` the lowest that may run, `clock` the
+    latest signed time seen (seconds since 1970), `held` the digests of the factors it has, `tries` the failures of each update.
+    """
 
     product: str
     device_class: str
@@ -26,6 +33,7 @@ class Installed:
     seq: int = 0
     digest: str = ""
     min_seq: int = 0
+    max_seq_jump: int = MAX_SEQ_JUMP
     clock: int = 0
     held: frozenset[str] = frozenset()
     tries: Mapping[str, int] = field(default_factory=dict)
@@ -50,34 +58,52 @@ def check_offer(manifest: Manifest, digest: str, installed: Installed, *, now: i
             f"update {manifest.seq} failed {MAX_TRIES} times and is given up",
             "look at the cause, then apply it with --retry",
         )
-    if free < needed + RESERVE:
-        raise Unsupported(
-            f"{free} bytes are free, {needed + RESERVE} are needed", "free space, or use a store in overlay mode"
-        )
+    check_space(free, needed)
+
+
+def check_repair(manifest: Manifest, installed: Installed, *, free: int, needed: int) -> None:
+    """Accept the update as the source of the damaged version that is current already, or raise.
+
+    Its age, its expiry and its failures do not matter: the version runs, and could not be left otherwise where no other may.
+
+    Raises:
+        CheckFailed: meant for another device, forbidden since, or without factors that the device lacks.
+        Unsupported: no space.
+    """
+    check_target(manifest, installed)
+    check_not_revoked(manifest.seq, installed.min_seq)
+    check_held(manifest, installed)
+    check_space(free, needed)
 
 
 def check_target(manifest: Manifest, installed: Installed) -> None:
     """The update is for this product, this class of device and the base that the device has."""
-    for name, found, expected in (
+    for name, offered, own in (
         ("product", manifest.product, installed.product),
         ("device class", manifest.device_class, installed.device_class),
         ("base model", manifest.base.sha256, installed.base.sha256),
         ("base release", manifest.base.manifest, installed.base.manifest),
     ):
-        if found != expected:
+        if offered != own:
             raise CheckFailed(
-                f"the update is for {name} {found}, this device has {expected}", "get the update for this device"
+                f"the update is for {name} {offered}, this device has {own}", "get the update for this device"
             )
 
 
 def check_sequence(manifest: Manifest, digest: str, installed: Installed) -> None:
-    """The update is newer than everything ever installed, or is the newest itself, rolled back from meanwhile."""
+    """The update is newer than everything ever installed, but not by far; or it is the newest itself, rolled back from meanwhile."""
     if manifest.seq < installed.seq or (manifest.seq == installed.seq and digest != installed.digest):
         raise CheckFailed(
             f"update {manifest.seq} is not newer than {installed.seq}",
             "get a newer update; going back takes `rollback`",
         )
     check_not_revoked(manifest.seq, installed.min_seq)
+    highest = max(installed.seq, installed.min_seq)
+    if manifest.seq > highest + installed.max_seq_jump:
+        raise CheckFailed(
+            f"update {manifest.seq} is more than {installed.max_seq_jump} above {highest}",
+            "have it made with a lower --seq, or make the store again with a larger --max-seq-jump",
+        )
 
 
 def check_not_revoked(seq: int, min_seq: int) -> None:
@@ -93,7 +119,7 @@ def check_time(manifest: Manifest, installed: Installed, now: int) -> None:
     if not manifest.expires:
         return
     known = max(manifest.created, installed.clock)
-    if max(now, known) >= manifest.expires:
+    if is_expired(manifest, installed.clock, now):
         raise CheckFailed(
             f"the update expired at {manifest.expires}, it is {max(now, known)} (seconds since 1970)",
             "get a newer update",
@@ -101,6 +127,19 @@ def check_time(manifest: Manifest, installed: Installed, now: int) -> None:
     if now < known - CLOCK_SLACK:
         raise Inconclusive(
             f"the clock says {now}, but something signed at {known} is here", "set the clock and apply again"
+        )
+
+
+def is_expired(manifest: Manifest, clock: int, now: int) -> bool:
+    """Whether the later of the device's clock `now` and the latest signed time (`clock`, `created`) has reached `expires`."""
+    return bool(manifest.expires) and max(now, clock, manifest.created) >= manifest.expires
+
+
+def check_space(free: int, needed: int) -> None:
+    """`needed` bytes can be written, and a reserve stays free."""
+    if free < needed + RESERVE:
+        raise Unsupported(
+            f"{free} bytes are free, {needed + RESERVE} are needed", "free space, or use a store in overlay mode"
         )
 
 

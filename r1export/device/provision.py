@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from r1export.device import worker
+from r1export.device.policy import MAX_SEQ_JUMP
 from r1export.device.state import CONFIG, MODES, Config, State, write_config
 from r1export.device.store import BASE, Store
-from r1export.device.worker import has_onnxruntime, health_command
-from r1export.errors import InputError, Unsupported
-from r1export.update.atomic_io import new_folder, read_chunks, sync_folder, write_file
+from r1export.device.worker import Run, has_onnxruntime, health_command
+from r1export.errors import CheckFailed, InputError, R1ExportError, Unsupported
+from r1export.update.atomic_io import (
+    inside,
+    make_folder,
+    new_folder,
+    read_chunks,
+    sync_folder,
+    write_file,
+)
 from r1export.update.envelope import PublicKey
-from r1export.update.release_manifest import MANIFEST, Release
+from r1export.update.names import DIGEST, NAME
+from r1export.update.release_layout import MANIFEST
+from r1export.update.release_manifest import Release
+from r1export.update.strict_json import MAX_INTEGER
+
+MAX_KEEP = 1000
 
 
 def init(
@@ -25,51 +40,130 @@ def init(
     health: str = "onnxruntime",
     threshold: int = 1,
     keep: int = 2,
+    max_seq_jump: int = MAX_SEQ_JUMP,
+    min_seq: int = 0,
+    base_sha256: str = "",
+    run: Run = worker.run,
 ) -> Store:
     """Make a store from a base release and public keys; the base is its first version.
 
+    `base_sha256` is the digest that the base's manifest.json has to have; without one, whatever lies in `base` is believed.
+    With `health` onnxruntime the base has to give its own golden outputs. A command is not run: a store may be made on
+    another machine than the one that it is for.
+
     Raises:
         InputError: the store exists, the release is no base, or an argument does not fit.
-        CheckFailed: a file of the release is damaged.
+        CheckFailed: the release is another one or damaged, or does not pass the health check. No store is left.
         Unsupported: onnxruntime is missing while `health` asks for it.
     """
     if store.exists():
         raise InputError(f"{store} exists", "choose another folder; a store is changed by `apply` and `rollback` only")
-    keys = [PublicKey.read(path) for path in trust]
-    if mode not in MODES or keep < 1 or not 1 <= threshold <= len(set(keys)):
+    keys = {PublicKey.read(path) for path in trust}
+    release = _read_base(base, base_sha256)
+    config = Config(
+        product,
+        device_class,
+        mode,
+        health,
+        threshold,
+        keep,
+        base_manifest=release.manifest_sha256,
+        max_seq_jump=max_seq_jump,
+        min_seq=min_seq,
+    )
+    _check_config(config, len(keys))
+    with new_folder(store) as folder:
+        device = Store(folder, config)
+        _fill(device, release, keys)
+        _check_health(device, run)
+    return Store(store, config)
+
+
+def _check_config(config: Config, keys: int) -> None:
+    for name, value in (("product", config.product), ("device class", config.device_class)):
+        if not NAME.fullmatch(value):
+            raise InputError(f"{name} {ascii(value)[:100]}", "use letters, digits and ._+-, as updates have to name it")
+    if config.mode not in MODES or not 1 <= config.keep <= MAX_KEEP or not 1 <= config.threshold <= keys:
         raise InputError(
-            f"mode {mode}, {threshold} of {len(set(keys))} keys, keep {keep}",
-            f"mode is {' or '.join(MODES)}; need 1 <= threshold <= keys, keep >= 1",
+            f"mode {config.mode}, {config.threshold} of {keys} keys, keep {config.keep}",
+            f"mode is {' or '.join(MODES)}; need 1 <= threshold <= keys, 1 <= keep <= {MAX_KEEP}",
         )
-    health_command(health)
-    if health == "onnxruntime" and not has_onnxruntime():
+    if not 1 <= config.max_seq_jump <= MAX_INTEGER or not 0 <= config.min_seq <= MAX_INTEGER:
+        raise InputError(
+            f"max-seq-jump {config.max_seq_jump}, min-seq {config.min_seq}",
+            f"the first is a number from 1 to {MAX_INTEGER}, the second from 0",
+        )
+    health_command(config.health)
+    if len(config.health) > 1000 or not config.health.isprintable():
+        raise InputError("the health command is too long or not printable", "put it into a script")
+    if config.health == "onnxruntime" and not has_onnxruntime():
         raise Unsupported("onnxruntime is not installed", "install it, or say --health none to rely on hashes alone")
+
+
+def _read_base(base: Path, sha256: str) -> Release:
+    """The release in `base`, if its manifest is the one with digest `sha256` (empty: any)."""
+    if sha256 and not DIGEST.fullmatch(sha256):
+        raise InputError(f"{ascii(sha256)[:100]} is no SHA-256", "give the 64 digits that sha256sum prints")
     release = Release.read(base)
+    if sha256 and release.manifest_sha256 != sha256:
+        raise CheckFailed(
+            f"{base / MANIFEST} has SHA-256 {release.manifest_sha256}, expected {sha256}",
+            "get the base release that was named again",
+        )
     if release.manifest.updates:
         raise InputError(
             f"{base} is release {release.manifest.sequence} with {len(release.manifest.updates)} updates",
             "give the base release, 00-base",
         )
-    release.check()
-    config = Config(product, device_class, mode, health, threshold, keep, release.manifest_sha256)
-    with new_folder(store) as folder:
-        for name in ("slots", "factors", "trust"):
-            (folder / name).mkdir()
-        _copy(release, folder / BASE)
-        for key in set(keys):
-            write_file(folder / "trust" / f"{key.keyid}.pub", key.to_pem().encode())
-        write_config(folder / CONFIG, config)
-        Store(folder, config).switch(BASE)
-        Store(folder, config).write_state(State())
-    return Store(store, config)
+    return release
+
+
+def _fill(device: Store, release: Release, keys: set[PublicKey]) -> None:
+    for name in ("slots", "factors", "trust"):
+        make_folder(device.path / name)
+    _copy(release, device.path / BASE)
+    for key in keys:
+        write_file(device.path / "trust" / f"{key.keyid}.pub", key.to_pem().encode())
+    write_config(device.path / CONFIG, device.config)
+    device.switch(BASE)
+    device.write_state(State())
 
 
 def _copy(release: Release, to: Path) -> None:
     """Copy a release, read-only and for good: a store that is there is whole, after a power cut too."""
-    for path in [*release.manifest.files, MANIFEST]:
-        (to / path).parent.mkdir(parents=True, exist_ok=True)
-        write_file(to / path, read_chunks(release.path / path))
-        (to / path).chmod(0o444)
+    digests = {path: file.sha256 for path, file in release.manifest.files.items()}
+    for path, sha256 in {**digests, MANIFEST: release.manifest_sha256}.items():
+        target = inside(to, path)
+        make_folder(target.parent)
+        write_file(target, _chunks(inside(release.path, path), sha256), 0o444)
     for folder in to.rglob("*"):
         if folder.is_dir():
             sync_folder(folder)
+
+
+def _chunks(path: Path, sha256: str) -> Iterator[bytes]:
+    """A file's bytes, hashed as they pass, so that what was checked is what is written. Raises CheckFailed at the end if they are others."""
+    digest = hashlib.sha256()
+    try:
+        for chunk in read_chunks(path):
+            digest.update(chunk)
+            yield chunk
+    except FileNotFoundError:
+        raise CheckFailed(f"{path} is missing", "copy it from the release it belongs to") from None
+    if digest.hexdigest() != sha256:
+        raise CheckFailed(
+            f"{path} is damaged: SHA-256 {digest.hexdigest()}, expected {sha256}",
+            "copy it from the release it belongs to",
+        )
+
+
+def _check_health(device: Store, run: Run) -> None:
+    if device.config.health != "onnxruntime":
+        return
+    with device.lock(0) as descriptor:
+        try:
+            run(device, descriptor, "health", BASE)
+        except R1ExportError as error:
+            raise type(error)(
+                f"the base release does not pass the health check: {error.message}", error.remedy
+            ) from error

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from r1export.device.policy import MAX_SEQ_JUMP
 from r1export.errors import InputError
-from r1export.update.atomic_io import write_json
+from r1export.update.atomic_io import read_regular, write_json
 from r1export.update.manifest import Manifest
 from r1export.update.strict_json import parse_json
 
@@ -22,12 +23,16 @@ FORMAT = "r1export.store/1"
 MODES = ("slot", "overlay")
 CONFIG = "store.json"
 STATE = "state.json"
+MAX_BYTES = 1 << 20  # of either file
 _ANY = re.compile(r"(?s).{0,1000}")
 
 
 @dataclass(frozen=True)
 class Config:
-    """What a device is, fixed by `init`. `health` is onnxruntime, none, or the command line of a check; `keep` counts slots."""
+    """What a device is, fixed by `init`. `health` is onnxruntime, none, or the command line of a check; `keep` counts slots.
+
+    `min_seq` is the lowest version that may run whatever the updates say: a store that replaces another one keeps its floor.
+    """
 
     product: str
     device_class: str
@@ -36,6 +41,8 @@ class Config:
     threshold: int
     keep: int
     base_manifest: str
+    max_seq_jump: int = MAX_SEQ_JUMP
+    min_seq: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,11 +79,12 @@ def write_config(path: Path, config: Config) -> None:
 
 
 def read_config(path: Path) -> Config:
-    """Read store.json, also one without a digest, as the first kit wrote it. Raises InputError if it is missing or damaged."""
+    """Read store.json, also one that lacks the digest or newer members. Raises InputError if it is missing or damaged."""
     try:
-        fields = parse_json(path.read_bytes(), str(path), 1 << 20)
+        fields = parse_json(read_regular(path, MAX_BYTES), str(path), MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path.parent} is no store: it has no {CONFIG}", "make one with `init`") from None
+    members = set(fields)
     form = fields.text("format", re.compile(re.escape(FORMAT)))
     config = Config(
         product=fields.text("product", _ANY),
@@ -86,8 +94,11 @@ def read_config(path: Path) -> Config:
         threshold=fields.integer("threshold", 1),
         keep=fields.integer("keep", 1),
         base_manifest=fields.digest("base_manifest"),
+        max_seq_jump=fields.integer("max_seq_jump", 1) if "max_seq_jump" in fields else MAX_SEQ_JUMP,
+        min_seq=fields.integer("min_seq") if "min_seq" in fields else 0,
     )
-    if "sha256" in fields and fields.digest("sha256") != _digest({"format": form, **asdict(config)}):
+    body = {name: value for name, value in {"format": form, **asdict(config)}.items() if name in members}
+    if "sha256" in fields and fields.digest("sha256") != _digest(body):
         raise InputError(f"{path} is damaged", "make a new store with `init` from the base release")
     fields.done()  # a flipped bit in the name of the digest's member must not make it an old file
     return config
@@ -96,7 +107,7 @@ def read_config(path: Path) -> Config:
 def read_state(path: Path) -> State:
     """Read state.json. Raises InputError if it is missing or damaged."""
     try:
-        fields = parse_json(path.read_bytes(), str(path), 1 << 20)
+        fields = parse_json(read_regular(path, MAX_BYTES), str(path), MAX_BYTES)
     except FileNotFoundError:
         raise InputError(f"{path} is missing", "the next update writes it again") from None
     digest, body = fields.digest("sha256"), fields.object("state")

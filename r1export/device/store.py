@@ -16,17 +16,18 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1export.device import state as state_files
 from r1export.device.policy import Installed
 from r1export.device.state import CONFIG, STATE, Config, State, read_config, read_state
 from r1export.errors import InputError, R1ExportError, Unsupported
-from r1export.update.atomic_io import sync_folder
+from r1export.update.atomic_io import FILE_MODE, inside, sync_folder
 from r1export.update.bundle import Bundle, read_bundle, split
 from r1export.update.envelope import PublicKey
 from r1export.update.factors import ExpertUpdate
@@ -35,6 +36,8 @@ from r1export.update.release_manifest import Release, check_file
 
 BUNDLE = "update.r1u"
 BASE = "base"
+LOCK_MODE = 0o600
+_PARTIAL = ".*.partial"
 _SLOT = re.compile(r"[0-9]{8,16}-[0-9a-f]{16}")
 
 
@@ -82,12 +85,12 @@ class Store:
         return name
 
     def folder(self, slot: str) -> Path:
-        """Where a version lies."""
-        return self.path / BASE if slot == BASE else self.path / "slots" / slot
+        """Where a version lies. Raises InputError if that is not in the store."""
+        return inside(self.path, _target(slot))
 
     def slots(self) -> list[str]:
         """Names of the versions on the device but the base, lowest sequence first."""
-        return sorted(path.name for path in (self.path / "slots").iterdir() if _SLOT.fullmatch(path.name))
+        return sorted(path.name for path in (self.path / "slots").glob("*") if _SLOT.fullmatch(path.name))
 
     def unfinished(self) -> str:
         """The slot of an update that was interrupted before it became current, or nothing.
@@ -122,16 +125,17 @@ class Store:
         )
 
     def factors_path(self, sha256: str) -> Path:
-        """Where the experts with this digest are kept."""
-        return self.path / "factors" / f"{sha256}.safetensors"
+        """Where the experts with this digest are kept. Raises InputError if that is not in the store."""
+        return inside(self.path, f"factors/{sha256}.safetensors")
 
     def _held(self, sha256: str) -> ExpertUpdate:
         check_file(self.factors_path(sha256), sha256)
         return ExpertUpdate.read(self.factors_path(sha256))
 
     def state(self) -> State:
-        """state.json, raised to what the installed versions prove. A missing or damaged file counts as empty."""
+        """state.json, raised to what store.json and the installed versions prove. A missing or damaged file counts as empty."""
         state, unfinished = self._recorded(), self.unfinished()
+        state = replace(state, min_seq=max(state.min_seq, self.config.min_seq))
         for slot in self.slots():
             if slot == unfinished:
                 continue
@@ -145,7 +149,7 @@ class Store:
     def _recorded(self) -> State:
         try:
             return read_state(self.path / STATE)
-        except R1ExportError:
+        except (R1ExportError, OSError):  # also a file that cannot be read: the next update writes it again
             return State()
 
     def write_state(self, state: State) -> None:
@@ -162,6 +166,7 @@ class Store:
             seq=state.seq,
             digest=state.digest,
             min_seq=state.min_seq,
+            max_seq_jump=self.config.max_seq_jump,
             clock=state.clock,
             held=frozenset(
                 path.name.removesuffix(".safetensors") for path in (self.path / "factors").glob("*.safetensors")
@@ -177,17 +182,26 @@ class Store:
         temporary.symlink_to(_target(slot))
         os.replace(temporary, self.path / "current")
 
+    def leftovers(self) -> list[Path]:
+        """What an interrupted update left behind: hidden files and folders that were to be renamed."""
+        slots, factors = self.path / "slots", self.path / "factors"
+        return sorted([*self.path.glob(_PARTIAL), *slots.rglob(_PARTIAL), *factors.glob(_PARTIAL)])
+
     def sweep(self) -> None:
         """Remove what an interrupted update left behind."""
-        for folder in (self.path, self.path / "slots", self.path / "factors"):
-            for path in folder.glob(".*.partial"):
-                remove(path)
+        for path in self.leftovers():
+            remove(path)
 
     @contextmanager
     def lock(self, wait: float) -> Iterator[int]:
-        """Hold the store's lock; yields its descriptor. Raises Unsupported if another updater has it for `wait` seconds."""
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        """Hold the store's lock; yields its descriptor. Raises Unsupported if another updater has it for `wait` seconds.
+
+        The file is its owner's alone: whoever can open it, if only to read, can hold the lock and stop all updates.
+        """
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, LOCK_MODE)
         try:
+            if stat.S_IMODE(os.fstat(descriptor).st_mode) != LOCK_MODE:  # an older kit's, or another umask
+                os.fchmod(descriptor, LOCK_MODE)
             deadline = time.monotonic() + wait
             while not _locked(descriptor):
                 if time.monotonic() > deadline:
@@ -229,8 +243,9 @@ def remove(path: Path) -> None:
 
 def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write a file that does not exist yet and sync its data; the caller syncs the folder. Raises OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
     with os.fdopen(descriptor, "wb") as file:
+        path.chmod(FILE_MODE)  # whatever the umask is
         for chunk in chunks:
             file.write(chunk)
         file.flush()

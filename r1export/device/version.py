@@ -13,18 +13,21 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from r1export.device.store import BASE, BUNDLE, Store
+from r1export.device.store import BASE, Store
 from r1export.errors import CheckFailed, InputError, Unsupported
-from r1export.update.atomic_io import sha256_bytes
+from r1export.update.atomic_io import inside, sha256_bytes
 from r1export.update.bundle import Bundle
 from r1export.update.container import read_layout
 from r1export.update.manifest import File
 from r1export.update.rebuild import Rebuild
+from r1export.update.release_layout import MANIFEST
+from r1export.update.release_manifest import Release
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -37,7 +40,7 @@ class Version:
     """One version on a device. `bundle` is None for the base; `files_there` says whether `folder` holds the files themselves."""
 
     folder: Path
-    base: Path
+    base: Release
     files_there: bool
     bundle: Bundle | None = None
     rebuild: Rebuild | None = None
@@ -50,9 +53,15 @@ class Version:
     @property
     def paths(self) -> list[str]:
         """Names of all files of the version."""
+        return list(self._digests)
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        """The signed SHA-256 of each file; of the base, that of `init`."""
         if self.bundle:
-            return [file.path for file in self.bundle.manifest.files]
-        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+            return {file.path: file.sha256 for file in self.bundle.manifest.files}
+        listed = {path: file.sha256 for path, file in self.base.manifest.files.items()}
+        return {**listed, MANIFEST: self.base.manifest_sha256}
 
     def read(self, path: str) -> bytes:
         """The bytes of one file.
@@ -62,22 +71,23 @@ class Version:
             CheckFailed: they are not the signed ones.
         """
         self._check_there(path)
-        if self.bundle is None:
-            return (self.folder / path).read_bytes()
-        file = next(file for file in self.bundle.manifest.files if file.path == path)
-        data = (self.folder / path).read_bytes() if self.files_there else b"".join(self.chunks(file))
-        check_digest(path, sha256_bytes(data), file.sha256)
+        if self.bundle is None or self.files_there:
+            data = inside(self.folder, path).read_bytes()
+        else:
+            file = next(file for file in self.bundle.manifest.files if file.path == path)
+            data = b"".join(self.chunks(file))
+        check_digest(path, sha256_bytes(data), self._digests[path])
         return data
 
     def _check_there(self, path: str) -> None:
-        if path not in self.paths:
+        if path not in self._digests:
             raise InputError(f"version {self.name} has no file {path}", f"it has {', '.join(self.paths)[:300]}")
 
     def chunks(self, file: File) -> Iterator[bytes | memoryview]:
         """The bytes of a file, derived from the base and the bundle."""
         assert self.bundle is not None
         assert self.rebuild is not None
-        return self.rebuild.chunks(file.path) if file.parts is None else self.bundle.content(file, self.base)
+        return self.rebuild.chunks(file.path) if file.parts is None else self.bundle.content(file, self.base.path)
 
     def check(self, file: File) -> None:
         """Derive a file without writing it.
@@ -85,10 +95,10 @@ class Version:
         Raises:
             CheckFailed: it is not the signed one.   InputError: a part lies beyond the end of the base's file.
         """
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for chunk in self.chunks(file):
-            found.update(chunk)
-        check_digest(file.path, found.hexdigest(), file.sha256)
+            digest.update(chunk)
+        check_digest(file.path, digest.hexdigest(), file.sha256)
 
     def tensors(self, weights: str) -> dict[str, np.ndarray]:
         """The merged tensors of the file `weights` by initializer name, each checked against its signed digest.
@@ -97,7 +107,7 @@ class Version:
         """
         if self.bundle is None or self.rebuild is None:
             return {}
-        names = {spec.offset: spec.name for spec in read_layout(self.base / weights).specs}
+        names = {spec.offset: spec.name for spec in read_layout(self.base.path / weights).specs}
         parameters = self.rebuild.merged_files.get(weights, [])
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # numpy's elementwise loops run side by side
             tensors = list(pool.map(self._checked, parameters))
@@ -117,7 +127,7 @@ class Version:
         """The weights files with merged tensors that `graph` reads."""
         if self.rebuild is None:
             return []
-        model = (self.base / graph).read_bytes()
+        model = (self.base.path / graph).read_bytes()
         return [
             weights for weights in self.rebuild.merged_files if weights.encode() in model
         ]  # a graph names its files
@@ -143,20 +153,20 @@ class Version:
         options = onnxruntime.SessionOptions()
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in merged.values()]
         options.add_external_initializers(list(merged), values)
-        return onnxruntime.InferenceSession(self.base / graph, options, providers=list(providers))
+        return onnxruntime.InferenceSession(self.base.path / graph, options, providers=list(providers))
 
 
 def check_tensor(parameter: str, tensor: np.ndarray, digests: dict[str, str]) -> None:
     """Raises CheckFailed if the stored bytes of `tensor` have not the signed digest."""
-    found = sha256_bytes(tensor.reshape(-1).view(np.uint8).data)
-    check_digest(parameter, found, digests.get(parameter, "nothing"))
+    digest = sha256_bytes(tensor.reshape(-1).view(np.uint8).data)
+    check_digest(parameter, digest, digests.get(parameter, "nothing"))
 
 
-def check_digest(name: str, found: str, signed: str) -> None:
+def check_digest(name: str, digest: str, signed: str) -> None:
     """Raises CheckFailed if what `name` came out as is not what was signed."""
-    if found != signed:
+    if digest != signed:
         raise CheckFailed(
-            f"{name} has SHA-256 {found}, signed is {signed}",
+            f"{name} has SHA-256 {digest}, signed is {signed}",
             "run `doctor`: if it finds no damage, have the update made again for this base",
         )
 
@@ -168,15 +178,17 @@ def open_version(store: Path, slot: str = "") -> Version:
         InputError, CheckFailed: no such store or version, or it is damaged.
     """
     device = Store.open(store)
-    slot = slot or device.current
+    return version_in(device, slot or device.current)
+
+
+def version_in(device: Store, slot: str) -> Version:
+    """The version that lies in `slot`. Raises like `open_version`."""
     if slot == BASE:
-        return Version(device.folder(BASE), device.path / BASE, True)
-    bundle = device.bundle(slot)
-    return version_of(device, bundle, device.folder(slot))
+        return Version(device.folder(BASE), device.base(), True)
+    return version_of(device, device.bundle(slot), device.folder(slot))
 
 
 def version_of(device: Store, bundle: Bundle, folder: Path) -> Version:
     """The version that `bundle` makes of the device's base; `folder` is its slot. Raises like `open_version`."""
     rebuild = Rebuild(device.base(), device.update(bundle))
-    files_there = any(path.name != BUNDLE for path in folder.iterdir())
-    return Version(folder, device.path / BASE, files_there, bundle, rebuild)
+    return Version(folder, rebuild.base, device.config.mode == "slot", bundle, rebuild)

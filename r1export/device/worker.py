@@ -14,47 +14,63 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from r1export.device.arithmetic import known_answers_hold
-from r1export.device.health import check_health
+from r1export.device.health import check_health, limits_of
 from r1export.device.store import BUNDLE, Store, write_new
-from r1export.device.version import check_digest, check_tensor, version_of
+from r1export.device.version import check_digest, check_tensor, version_in, version_of
 from r1export.errors import CheckFailed, Inconclusive, InputError, R1ExportError, Unsupported
+from r1export.update.atomic_io import inside, make_folder
 from r1export.update.bundle import Bundle, read_bundle
 from r1export.update.manifest import File, Manifest
 from r1export.update.rebuild import Rebuild
 from r1export.update.release_manifest import Release, is_graph
 
-SECONDS = {"build": 3600, "health": 600}  # a step that takes longer hangs
+Run = Callable[[Store, int, str, str], None]  # `run` below, or a stand-in
+SECONDS = {"build": 3600, "health": 600, "arithmetic": 60}  # a step that takes longer hangs
 _ERRORS = {kind.exit_code: kind for kind in (CheckFailed, InputError, Unsupported, Inconclusive)}
 _START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from r1export.device.worker import main; main(*sys.argv[1:])"
 
 
 def run(device: Store, descriptor: int, verb: str, name: str) -> None:
-    """Do `verb` (build or health) for the folder `name` of slots/ in a fresh process that keeps `descriptor` open.
+    """Do `verb` (build or health) for `base` or the folder `name` of slots/ in a fresh process that keeps `descriptor` open.
 
     Raises:
         R1ExportError: what the step raised there; CheckFailed if the process died or hung.
     """
     if verb == "health" and device.config.health == "none":
         return
-    own = verb == "build" or device.config.health == "onnxruntime"
-    command = _command(device, verb, name) if own else [*health_command(device.config.health), str(device.folder(name))]
+    if verb == "build" or device.config.health == "onnxruntime":
+        _do(verb, name, _command(verb, str(device.path), name), [descriptor])
+    else:
+        _do(verb, name, [*health_command(device.config.health), str(device.folder(name))], [])
+
+
+def known_answers_hold_in_fresh_process() -> None:
+    """`known_answers_hold` in a process of its own: the libraries of this one may have changed the floating-point mode.
+
+    Raises Unsupported if a result differs, CheckFailed if the process died.
+    """
+    _do("arithmetic", "this machine", _command("arithmetic"), [])
+
+
+def _do(verb: str, name: str, command: list[str], inherited: list[int]) -> None:
     try:
-        process = _finish(command, SECONDS[verb], [descriptor] if own else [])
+        process = _finish(command, SECONDS[verb], inherited)
     except subprocess.TimeoutExpired:
         raise CheckFailed(
-            f"{verb} of {name} took more than {SECONDS[verb]} seconds", "the old version stays active"
+            f"{verb} of {name} took more than {SECONDS[verb]} seconds", "see what keeps it; nothing was changed"
         ) from None
     if process.returncode:
         raise _failure(verb, process)
 
 
-def _command(device: Store, verb: str, name: str) -> list[str]:
+def _command(*arguments: str) -> list[str]:
     root = Path(__file__.replace("\\", "/")).parents[2]  # the folder, or the .pyz, that holds this package
-    return [sys.executable, "-P", "-W", "ignore", "-c", _START, str(root.resolve()), verb, str(device.path), name]
+    return [sys.executable, "-P", "-W", "ignore", "-c", _START, str(root.resolve()), *arguments]
 
 
 def health_command(text: str) -> list[str]:
@@ -95,14 +111,17 @@ def _failure(verb: str, process: subprocess.CompletedProcess[bytes]) -> R1Export
         how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
         tail = process.stderr.decode(errors="replace").strip().splitlines()[-1:]
         return CheckFailed(
-            f"{verb} ended with {how}{': ' + tail[0][:300] if tail else ''}", "the old version stays active"
+            f"{verb} ended with {how}{': ' + tail[0][:300] if tail else ''}", "nothing was changed; try it by hand"
         )
 
 
-def main(verb: str, store: str, name: str) -> None:
+def main(verb: str, store: str = "", name: str = "") -> None:
     """Entry of the fresh process: exit code as everywhere, and one JSON line about an error on standard output."""
     try:
-        STEPS[verb](Store.open(Path(store)), name)
+        if verb == "arithmetic":
+            known_answers_hold()
+        else:
+            STEPS[verb](Store.open(Path(store)), name)
     except R1ExportError as error:
         print(json.dumps({"message": error.message, "remedy": error.remedy}))
         sys.exit(error.exit_code)
@@ -136,8 +155,9 @@ def build(device: Store, name: str) -> None:
     for file in bundle.manifest.files:
         _check_source(base, file)
         if device.config.mode == "slot":
-            (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
-            write_new(folder / file.path, version.chunks(file))
+            path = inside(folder, file.path)
+            make_folder(path.parent)
+            write_new(path, version.chunks(file))
         elif file.parts is None and file.path not in version.rebuild.merged_files:
             check_digest(file.path, base.manifest.files[file.path].sha256, file.sha256)  # hashed with the base
         else:
@@ -171,9 +191,9 @@ def _check_source(base: Release, file: File) -> None:
 
 
 def health(device: Store, name: str) -> None:
-    """Run the golden inputs of the version in slots/NAME. Raises like `check_health`."""
-    bundle = device.bundle(name)
-    check_health(version_of(device, bundle, device.folder(name)), bundle.manifest.health)
+    """Run the golden inputs of `base` or of the version in slots/NAME. Raises like `check_health`."""
+    version = version_in(device, name)
+    check_health(version, limits_of(version))
 
 
 STEPS = {"build": build, "health": health}

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from r1export.errors import refused
-from r1export.export.graph import GRAPHS
 from r1export.export.int8 import SCALE
 from r1export.export.precision import PROCEDURES
 from r1export.export.tokenizer import write_tokenizer
@@ -24,9 +23,22 @@ from r1export.export.weight_map import WeightMap
 from r1export.update.atomic_io import new_folder, sha256_bytes, sha256_file, write_file, write_json
 from r1export.update.container import write_tensors
 from r1export.update.factors import Rows
+from r1export.update.release_layout import (
+    CLASS_EMBEDS,
+    CLASSES,
+    GOLDEN,
+    GRAPHS,
+    MODEL_CARD,
+    PREPROCESS,
+    PREPROCESS_GRAPH,
+    TEXTUAL,
+    TOKENIZER,
+    UNLISTED,
+    VISUAL,
+    class_embeddings_file,
+    class_names_file,
+)
 from r1export.update.release_manifest import (
-    MANIFEST,
-    REPORTS,
     BaseModel,
     FileEntry,
     GoldenGate,
@@ -35,9 +47,7 @@ from r1export.update.release_manifest import (
     TaskEntry,
     TensorEntry,
 )
-
-PREPROCESS = "preprocess.onnx"
-UNLISTED = (MANIFEST, "README.md", *REPORTS, "update.r1u")  # made from the manifest, or after it
+from r1export.update.run_layout import WEIGHT_MAP
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,15 @@ class Golden:
     image_embeds: np.ndarray
     input_ids: np.ndarray
     text_embeds: np.ndarray
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """As they stand in golden.safetensors, the widest type first."""
+        return {
+            TEXTUAL.input: self.input_ids,
+            VISUAL.input: self.pixel_values,
+            VISUAL.output: self.image_embeds,
+            TEXTUAL.output: self.text_embeds,
+        }
 
 
 @dataclass(frozen=True)
@@ -92,26 +111,23 @@ def write_release(content: ReleaseContent, graphs: Path, path: Path) -> ReleaseM
         InputError: `path` cannot be.
         Unsupported: no space, no permission. Nothing half-written is left.
     """
-    weights = WeightMap.read(graphs / "weight_map.json")
+    weights = WeightMap.read(graphs / WEIGHT_MAP)
     with refused_writes(path), new_folder(path) as folder:
-        for graph in (*GRAPHS, *((PREPROCESS,) if (graphs / PREPROCESS).exists() else ())):
+        for graph in (*GRAPHS, *((PREPROCESS_GRAPH,) if (graphs / PREPROCESS_GRAPH).exists() else ())):
             shutil.copyfile(graphs / graph, folder / graph)
         tensors = {file: weights.stored(file, content.weights) for file in weights.files}
         for file, stored in tensors.items():
             write_tensors(folder / file, stored)
-        _write_classes(content.tasks, folder / "classes")
-        write_json(folder / "preprocess.json", content.preprocess)
-        write_tokenizer(content.tokenizer, folder / "tokenizer")
-        write_tensors(
-            folder / "golden.safetensors",
-            {n: getattr(content.golden, n) for n in ("input_ids", "pixel_values", "image_embeds", "text_embeds")},
-        )
+        _write_classes(content.tasks, folder)
+        write_json(folder / PREPROCESS, content.preprocess)
+        write_tokenizer(content.tokenizer, folder / TOKENIZER)
+        write_tensors(folder / GOLDEN, content.golden.tensors())
         accuracy = content.accuracy(folder)
         with ThreadPoolExecutor(1) as pool:  # all bytes are hashed twice, which takes as long as writing them
             entries = pool.submit(_tensor_entries, weights, tensors, content)
             manifest = _manifest(content, accuracy, _file_entries(folder), entries.result()).sealed()
         manifest.write(folder)
-        write_file(folder / "README.md", model_card(manifest).encode())
+        write_file(folder / MODEL_CARD, model_card(manifest).encode())
     return manifest
 
 
@@ -125,11 +141,11 @@ def refused_writes(path: Path) -> Iterator[None]:
 
 
 def _write_classes(tasks: tuple[TaskClasses, ...], folder: Path) -> None:
-    folder.mkdir()
+    (folder / CLASSES).mkdir()
     for task in tasks:
-        write_tensors(folder / f"{task.name}.safetensors", {"class_embeds": task.embeddings})
+        write_tensors(folder / class_embeddings_file(task.name), {CLASS_EMBEDS: task.embeddings})
         write_json(
-            folder / f"{task.name}.json",
+            folder / class_names_file(task.name),
             {
                 "task": task.name,
                 "classes": list(task.classes),

@@ -49,4 +49,4 @@ def _writer(context: RunContext) -> Any:
         raise Unsupported(
             "tensorboard is not installed", "pip install 'r1export[tensorboard]', or leave train.tensorboard out"
         ) from None
-    return SummaryWriter(str(context.run.path / "tensorboard"))
+    return SummaryWriter(str(context.run.tensorboard))

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,35 +27,38 @@ from r1export.pipeline.context import RunContext, inject_pools_, train_settings
 from r1export.pipeline.environment import now, versions
 from r1export.pipeline.tensorboard import log_accuracies, step_log
 from r1export.recipe import Recipe
-from r1export.run_folder import read_json
+from r1export.run_folder import RunMetrics, RunRecord, read_value
 from r1export.update.atomic_io import write_json
 from r1export.update.container import write_tensors
 from r1export.update.factors import ExpertUpdate
+from r1export.update.release_manifest import BaseModel
+from r1export.update.run_layout import TaskLayout
+from r1export.verify.results import Probe
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
 
-def train_tasks(context: RunContext) -> dict[str, Any]:
-    """Train every task that is not trained yet and return metrics.json. Continues where an earlier run stopped."""
+def train_tasks(context: RunContext) -> RunMetrics:
+    """Train every task that is not trained yet and return what metrics.json says. Continues where an earlier run stopped."""
     run, recipe = context.run, context.recipe
     with refused_writes(run.path):
         _write_run_json(context)
-        zero_shot = _cached_accuracies(context, run.path / "zero_shot.json", "Zero-shot")
+        zero_shot = _cached_accuracies(context, run.zero_shot, "Zero-shot")
         rows: list[dict[str, float]] = []
         updates: list[ExpertUpdate] = []
         for number, task in enumerate(context.tasks, 1):
             folder = run.task(number, task.name)
-            if not (folder / "factors.safetensors").exists():
+            if not folder.factors.exists():
                 with context.with_updates_applied(updates):
                     _train_task(context, number, task, updates, folder)
             distributed.wait()
-            updates.append(ExpertUpdate.read(folder / "factors.safetensors"))
+            updates.append(ExpertUpdate.read(folder.factors))
             with context.with_updates_applied(updates):
-                rows.append(_cached_accuracies(context, folder / "accuracy.json", f"After {task.name}"))
+                rows.append(_cached_accuracies(context, folder.accuracy, f"After {task.name}"))
             log_accuracies(context, number, rows[-1])
         metrics = _metrics(recipe, zero_shot, rows)
         if distributed.is_first():
-            write_json(run.metrics_file, metrics)
+            write_json(run.metrics_file, metrics.to_json())
     return metrics
 
 
@@ -66,34 +68,26 @@ def _cached_accuracies(context: RunContext, path: Path, title: str) -> dict[str,
         write_json(path, _evaluate(context, title))
     distributed.wait()
     remedy = "delete the file and run again with --resume"
-    accuracies, probe = read_json(path, remedy), context.recipe.probe
+    accuracies, probe = read_value(dict[str, float], path, remedy), context.recipe.probe
     names = [task.name for task in (*context.recipe.stream, *((probe,) if probe else ()))]
-    if missing := [name for name in names if not isinstance(accuracies.get(name), float | int)]:
+    if missing := [name for name in names if name not in accuracies]:
         raise InputError(f"{path}: damaged: no accuracy of {', '.join(missing)}", remedy)
     return accuracies
 
 
 def _write_run_json(context: RunContext) -> None:
-    path = context.run.path / "run.json"
+    path = context.run.run_json
     source = context.recipe.base
     terms = "Apache-2.0" if source.model.startswith("builtin:") else licence(source.pretrained)
-    base = {"name": source.model or context.clip.name, "sha256": digest(context.base), "licence": terms}
+    base = BaseModel(source.model or context.clip.name, digest(context.base), terms)
     if path.exists() and context.run.base() != base:
         raise InputError(
             f"{path}: the run was started from another base model",
             "give back the weights it was started with, or --overwrite",
         )
     if not path.exists() and distributed.is_first():
-        write_json(
-            path,
-            {
-                "r1export": __version__,
-                "seed": context.recipe.train.seed,
-                "base": base,
-                "versions": versions(),
-                "started": now(),
-            },
-        )
+        record = RunRecord(__version__, context.recipe.train.seed, base, versions(), now())
+        write_json(path, record.to_json())
 
 
 def _evaluate(context: RunContext, title: str) -> dict[str, float]:
@@ -117,7 +111,7 @@ class TaskJob:
     number: int
     task: Task
     earlier: list[ExpertUpdate]
-    folder: Path
+    folder: TaskLayout
     targets: DistillationTargets | None
     on_step: Callable[[TrainStep], None]
 
@@ -131,10 +125,10 @@ class _Trained:
     parameters: int
 
 
-def _train_task(context: RunContext, number: int, task: Task, earlier: list[ExpertUpdate], folder: Path) -> None:
+def _train_task(context: RunContext, number: int, task: Task, earlier: list[ExpertUpdate], folder: TaskLayout) -> None:
     """Train one task on the model with `earlier` merged. factors.safetensors is written last: it marks the task as done."""
     recipe, started = context.recipe, time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.path.mkdir(parents=True, exist_ok=True)
     train = _train_all_weights if recipe.train.method == "full" else _train_experts
     title = f"Task {number} of {len(context.tasks)}: {task.name}"
     targets = _distillation_targets(context, number, task, title) if recipe.train.distill_weight else None
@@ -148,13 +142,13 @@ def _train_task(context: RunContext, number: int, task: Task, earlier: list[Expe
     if not distributed.is_first():
         return
     write_json(
-        folder / "metrics.json",
+        folder.metrics,
         {
             "task": task.name, "images": len(task.train), "losses": trained.losses, "seconds": time.perf_counter() - started, "peak_rss_mb": _peak_rss_mb(),
             "trainable_parameters": trained.parameters, "factor_bytes": trained.update.nbytes,
         },
     )  # fmt: skip
-    trained.update.write(folder / "factors.safetensors")
+    trained.update.write(folder.factors)
 
 
 def _train_experts(job: TaskJob) -> _Trained:
@@ -167,13 +161,13 @@ def _train_experts(job: TaskJob) -> _Trained:
             set_past_experts_(pools, ExpertUpdate.stack(job.earlier))
         losses = train_pools_(
             context.clip, pools, task, context.trains[task.name], train_settings(recipe.train), number=number,
-            checkpoint=folder / "checkpoint.safetensors", on_step=job.on_step, targets=job.targets,
+            checkpoint=folder.checkpoint, on_step=job.on_step, targets=job.targets,
         )  # fmt: skip
         update = pack_experts(pools, DTYPES[recipe.pool.factors])
         if recipe.pool.factors != "fp32":
             load_rounded_factors_(pools, update)
         if distributed.is_first():
-            write_tensors(folder / "pool.safetensors", pool_tensors(pools))
+            write_tensors(folder.pool, pool_tensors(pools))
         return _Trained(losses, update, sum(p.numel() for pool in pools.values() for p in pool.learned()))
     finally:
         eject_experts_(context.clip.model)
@@ -205,17 +199,22 @@ def _note(step: TrainStep, recipe: Recipe) -> str:
     return f"loss {step.loss:.3f}{extra}, {recipe.train.batch_size / step.seconds:.0f} images/s"
 
 
-def _metrics(recipe: Recipe, zero_shot: dict[str, float], rows: list[dict[str, float]]) -> dict[str, Any]:
+def _metrics(recipe: Recipe, zero_shot: dict[str, float], rows: list[dict[str, float]]) -> RunMetrics:
     names = [task.name for task in recipe.stream]
-    matrix = [[row[name] for name in names] for row in rows]
+    matrix = tuple(tuple(row[name] for name in names) for row in rows)
     summary = stream_metrics(matrix)
     probe = recipe.probe.name if recipe.probe else None
-    return {
-        "tasks": names, "zero_shot": [zero_shot[name] for name in names], "accuracy": matrix,
-        "zero_shot_avg": float(np.mean([zero_shot[name] for name in names])),
-        "transfer": summary.transfer, "avg": summary.avg, "last": summary.last, "forgetting": list(summary.forgetting),
-        "probe": {"name": probe, "values": [zero_shot[probe], *(row[probe] for row in rows)]} if probe else None,
-    }  # fmt: skip
+    return RunMetrics(
+        tasks=tuple(names),
+        zero_shot=tuple(zero_shot[name] for name in names),
+        accuracy=matrix,
+        zero_shot_avg=float(np.mean([zero_shot[name] for name in names])),
+        transfer=summary.transfer,
+        avg=summary.avg,
+        last=summary.last,
+        forgetting=summary.forgetting,
+        probe=Probe(name=probe, values=tuple(row[probe] for row in (zero_shot, *rows))) if probe else None,
+    )
 
 
 def _peak_rss_mb() -> float:

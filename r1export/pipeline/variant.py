@@ -13,13 +13,13 @@ from r1export.data.task import Task
 from r1export.export.precision import PROCEDURES, version_tensors
 from r1export.export.weight_map import WeightMap
 from r1export.pipeline.context import RunContext
-from r1export.run_folder import Exports, read_json
+from r1export.run_folder import read_value
 from r1export.update.factors import ExpertUpdate
 from r1export.update.release_manifest import GoldenGate
+from r1export.update.run_layout import FP32, VariantLayout
 from r1export.verify.parity import GATES, Gate
 
-REFERENCE = "fp32"  # as trained: the precision that the others are compared with
-RANGES = "ranges.json"  # next to the int8 graphs: smallest and largest input of every linear, from the calibration
+REFERENCE = FP32  # as trained: the precision that the others are compared with
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,13 @@ class Variant:
         return Variant(self.context, REFERENCE)
 
     @property
-    def exports(self) -> Exports:
-        return self.context.run.exports(self.precision)
+    def exports(self) -> VariantLayout:
+        return self.context.run.variant(self.precision)
+
+    @property
+    def releases(self) -> list[Path]:
+        """The base's release and that of each task, whether they exist yet or not."""
+        return self.exports.releases([task.name for task in self.context.recipe.stream])
 
     @property
     def procedure(self) -> str:
@@ -67,7 +72,7 @@ class Variant:
 
     def release(self, number: int, updates: Sequence[ExpertUpdate] = ()) -> ReleaseRef:
         """The release after task `number` of the run's `updates`; 0 is the base."""
-        path = self.exports.releases(self.context.recipe)[number]
+        path = self.releases[number]
         return ReleaseRef(self, number, self.context.tasks[max(0, number - 1)], tuple(updates[:number]), path)
 
     def tensors(self, updates: Sequence[ExpertUpdate]) -> dict[str, np.ndarray]:
@@ -79,13 +84,12 @@ class Variant:
     @cached_property
     def weight_map(self) -> WeightMap:
         """Where each parameter lies in the weights files. Raises InputError if the graphs are not there."""
-        return WeightMap.read(self.exports.graphs / "weight_map.json")
+        return WeightMap.read(self.exports.weight_map)
 
     @cached_property
     def _ranges(self) -> dict[str, tuple[float, float]]:
-        path = self.exports.graphs / RANGES
-        ranges = read_json(path, "export the run again with --overwrite") if path.exists() else {}
-        return {name: tuple(ends) for name, ends in ranges.items()}
+        path, remedy = self.exports.ranges, "export the run again with --overwrite"
+        return read_value(dict[str, tuple[float, float]], path, remedy) if path.exists() else {}
 
 
 @dataclass(frozen=True)

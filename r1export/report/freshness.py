@@ -7,7 +7,9 @@ from pathlib import Path
 
 from r1export.errors import CheckFailed
 from r1export.update.atomic_io import sha256_file
-from r1export.update.release_manifest import MANIFEST, ReleaseManifest
+from r1export.update.release_layout import MANIFEST
+from r1export.update.release_manifest import ReleaseManifest
+from r1export.update.run_layout import RunLayout
 from r1export.verify.results import Report, RunReport
 
 
@@ -30,9 +32,8 @@ def _releases(report: Report, folder: Path) -> Iterable[tuple[str, str, Path]]:
         yield report.name, report.release.manifest_sha256, folder
         return
     for part in report.releases:
-        precision = part.release.precision
-        root = folder if precision == "fp32" else folder / "variants" / precision
-        yield part.name, part.release.manifest_sha256, root / "releases" / part.release.name
+        releases = RunLayout(folder).variant(part.release.precision).releases_folder
+        yield part.name, part.release.manifest_sha256, releases / part.release.name
 
 
 def _change(release: Path, manifest_sha256: str) -> str:

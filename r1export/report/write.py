@@ -16,7 +16,7 @@ from r1export.report import tables
 from r1export.report.checks import Line, lines
 from r1export.report.json_format import to_json
 from r1export.update.plain_text import printable
-from r1export.update.release_manifest import REPORTS
+from r1export.update.release_layout import REPORTS
 from r1export.verify.results import Accuracy, ReleaseReport, Report, RunReport, Verdict
 
 WORDS = {

@@ -22,11 +22,13 @@ from pathlib import Path
 
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.update import ed25519
+from r1export.update.atomic_io import read_regular
 from r1export.update.strict_json import parse_json
 
 PAYLOAD_TYPE = "application/vnd.r1export.manifest+json"
 MAX_ENVELOPE = 64 << 10  # bytes
 MAX_SIGNATURES = 64
+MAX_PEM = 10_000  # bytes
 _SECRET_PREFIX = bytes.fromhex(
     "302e020100300506032b657004220420"
 )  # PKCS #8 of RFC 8410: the 32 bytes of the seed follow
@@ -237,9 +239,8 @@ def _to_pem(kind: str, data: bytes) -> str:
 
 def _from_pem(path: Path, kind: str, prefix: bytes) -> bytes:
     try:
-        with open(path, "rb") as file:
-            text = file.read(10_000).decode()
-        match = re.search(rf"-----BEGIN {kind}-----\s+([A-Za-z0-9+/=\s]+?)\s*-----END {kind}-----", text)
+        text = read_regular(path, MAX_PEM).decode()
+        match = re.search(rf"-----BEGIN {kind}-----([A-Za-z0-9+/=\s]*)-----END {kind}-----", text)
         data = base64.b64decode("".join(match[1].split()), validate=True) if match else b""
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", "make a pair with `r1export keygen PREFIX`") from None

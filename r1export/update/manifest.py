@@ -17,6 +17,7 @@ from r1export.errors import InputError, Unsupported
 from r1export.update.factors import PROCEDURE, Rows
 from r1export.update.int8 import PROCEDURE_INT8
 from r1export.update.names import NAME, PARAMETER, PATH, TEXT, check_paths
+from r1export.update.release_layout import MANIFEST
 from r1export.update.strict_json import REMEDY, Fields, items, matching, parse_json, whole, wrong
 
 FORMAT = "r1export.bundle/1"
@@ -259,8 +260,8 @@ def _part(value: Any, location: str) -> Part:
 def _check_files(files: tuple[File, ...]) -> None:
     """The files have names that can stand side by side, and manifest.json is one of them."""
     check_paths([file.path for file in files], "manifest.files")
-    if "manifest.json" not in {file.path for file in files}:
-        raise InputError("manifest.files: manifest.json is missing", REMEDY)
+    if MANIFEST not in {file.path for file in files}:
+        raise InputError(f"manifest.files: {MANIFEST} is missing", REMEDY)
 
 
 def _check_tensors(manifest: Manifest) -> None:

@@ -9,14 +9,16 @@ import re
 from collections.abc import Iterable
 
 from r1export.errors import InputError
+from r1export.update.release_layout import UPDATE
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")  # of a release, a task, a product, a package
 TEXT = re.compile(r"[\x20-\x7e]{1,200}")
 PARAMETER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,199}")
 PATH = re.compile(r"(?=[^\n]{1,200}\Z)[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*){0,7}")
+DIGEST = re.compile(r"[0-9a-f]{64}")  # a SHA-256
 # Text for people, in any script: no control characters, no line breaks, nothing that reverses the direction of writing
 PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]{1,1000}")
-OWN_FILES = ("update.r1u",)  # what the device itself keeps in a slot
+OWN_FILES = (UPDATE,)  # what the device itself keeps in a slot
 _RESERVED = re.compile(r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\.[^/]*)?")  # names that Windows gives to devices
 _REMEDY = "fetch the file again, or have it made again"
 

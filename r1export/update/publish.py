@@ -20,7 +20,9 @@ from r1export.update.envelope import SecretKey, sign
 from r1export.update.factors import ExpertUpdate
 from r1export.update.manifest import ALIGN, Base, Experts, File, Health, Manifest, Part, Update
 from r1export.update.rebuild import Rebuild
-from r1export.update.release_manifest import MANIFEST, REPORTS, MergedUpdate, Release, is_graph
+from r1export.update.release_layout import MANIFEST, REPORTS
+from r1export.update.release_manifest import MergedUpdate, Release, is_graph
+from r1export.update.run_layout import FACTORS, RunLayout
 from r1export.update.without_task import Refresh, release_without
 
 
@@ -68,7 +70,7 @@ class _Delivery:
         digests = [update.sha256 for update in self.target.manifest.updates]
         if lacking := [sha256 for sha256 in digests if sha256 not in self.factors]:
             raise InputError(
-                f"{self.target.path}: no factors.safetensors with SHA-256 {lacking[0]}",
+                f"{self.target.path}: no {FACTORS} with SHA-256 {lacking[0]}",
                 "bundle from the run that made the release",
             )
         return Rebuild(self.base, ExpertUpdate.stack(self.factors[sha256] for sha256 in digests))
@@ -117,15 +119,15 @@ def make_bundle(
 
 def read_releases(run: Path, precision: str = "fp32") -> dict[int, Release]:
     """The releases of a run by sequence number. Raises InputError if there are none or two have the same number."""
-    folder = (run if precision == "fp32" else run / "variants" / precision) / "releases"
-    found = [Release.read(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))]
-    releases = {release.manifest.sequence: release for release in found}
-    if not found or len(releases) != len(found):
+    folder = RunLayout(run).variant(precision).releases_folder
+    releases = [Release.read(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))]
+    by_number = {release.manifest.sequence: release for release in releases}
+    if not releases or len(by_number) != len(releases):
         raise InputError(
-            f"{folder} has {len(found)} releases with {len(releases)} different numbers",
+            f"{folder} has {len(releases)} releases with {len(by_number)} different numbers",
             "run `r1export run` first",
         )
-    return releases
+    return by_number
 
 
 def read_factors(run: Path) -> dict[str, ExpertUpdate]:
@@ -134,7 +136,7 @@ def read_factors(run: Path) -> dict[str, ExpertUpdate]:
     Raises InputError for a file that this program did not write: a device could not write its bytes again.
     """
     factors = {}
-    for path in sorted((run / "tasks").glob("*/factors.safetensors")):
+    for path in (task.factors for task in RunLayout(run).trained()):
         update, digest = ExpertUpdate.read(path), sha256_file(path)
         if sha256_bytes(update.to_bytes()) != digest:
             raise InputError(f"{path} is not in canonical form", "write it with ExpertUpdate.write")

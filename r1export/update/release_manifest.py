@@ -20,16 +20,10 @@ from r1export.errors import CheckFailed, InputError
 from r1export.update.atomic_io import json_bytes, read_regular, sha256_bytes, sha256_file, write_file
 from r1export.update.container import NAMES, TensorSpec, take_dtype, take_shape
 from r1export.update.names import NAME, PARAMETER, PATH, PRINTABLE, check_paths
+from r1export.update.release_layout import MANIFEST
 from r1export.update.strict_json import Fields, items, parse_json, whole, wrong
 
 FORMAT = "r1export.release/1"
-MANIFEST = "manifest.json"
-REPORTS = (
-    "report.html",
-    "report.md",
-    "report.xml",
-    "report.json",
-)  # written in this order once the release is verified
 MAX_MANIFEST = 64 << 20  # bytes; 300 parameters need about 100 kB
 MAX_ITEMS = 100_000  # of one list
 

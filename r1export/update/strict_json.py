@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from r1export.errors import InputError
+from r1export.update.names import DIGEST
 
 MAX_INTEGER = 2**53 - 1  # the largest that every JSON implementation holds exactly
 REMEDY = "fetch the file again, or have it made again"
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def parse_json(data: bytes, location: str, limit: int) -> Fields:
@@ -120,7 +120,7 @@ class Fields:
 
     def digest(self, name: str) -> str:
         """A SHA-256 in lower-case hex."""
-        return self.text(name, _DIGEST)
+        return self.text(name, DIGEST)
 
     def object(self, name: str) -> Fields:
         """A member that is itself an object."""
@@ -136,7 +136,7 @@ class Fields:
 
     def digests(self, name: str, key: re.Pattern[str], limit: int) -> dict[str, str]:
         """An object that maps names matching `key` to SHA-256 digests, at most `limit` of them."""
-        return self.texts(name, key, _DIGEST, limit)
+        return self.texts(name, key, DIGEST, limit)
 
     def texts(self, name: str, key: re.Pattern[str], value: re.Pattern[str], limit: int) -> dict[str, str]:
         """An object that maps names matching `key` to texts matching `value`, at most `limit` of them."""

@@ -17,6 +17,7 @@ from r1export.errors import InputError
 from r1export.update.atomic_io import sha256_bytes, sha256_file, write_file
 from r1export.update.factors import ExpertUpdate
 from r1export.update.rebuild import Rebuild
+from r1export.update.release_layout import class_embeddings_file, class_names_file
 from r1export.update.release_manifest import FileEntry, Release, TaskEntry
 
 # Rewrites in a release folder what follows from its weights: class embeddings, golden outputs.
@@ -72,12 +73,12 @@ def release_without(
 
 def _unlearned(base: Release, dropped: Sequence[str]) -> set[str]:
     """Files that say of a dropped task that it was learned; the base has them from before."""
-    return {f"classes/{task}.json" for task in dropped} & base.manifest.files.keys()
+    return {class_names_file(task) for task in dropped} & base.manifest.files.keys()
 
 
 def _gone(base: Release, dropped: Sequence[str]) -> set[str]:
     """Files of dropped tasks that the base does not have."""
-    files = {f"classes/{task}.{kind}" for task in dropped for kind in ("safetensors", "json")}
+    files = {name(task) for task in dropped for name in (class_embeddings_file, class_names_file)}
     return files - base.manifest.files.keys()
 
 

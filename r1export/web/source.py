@@ -19,7 +19,8 @@ from r1export.device.version import Version, open_version
 from r1export.errors import CheckFailed, InputError
 from r1export.update.atomic_io import CHUNK
 from r1export.update.manifest import File
-from r1export.update.release_manifest import MANIFEST, Release
+from r1export.update.release_layout import MANIFEST
+from r1export.update.release_manifest import Release
 
 REMEMBERED = 4  # versions whose files can still be asked for after a switch; a page needs one or two
 

@@ -144,15 +144,15 @@ def test_an_arithmetic_that_is_not_the_labs_is_found(used, monkeypatch):
 
 def test_status_says_what_is_current(used):
     found = status(used.path)
-    assert (found["name"], found["seq"], found["tasks"], found["highest_seq"]) == (
+    assert (found.name, found.seq, found.tasks, found.highest_seq) == (
         "02-shapes",
         2,
-        ["digits", "shapes"],
+        ("digits", "shapes"),
         2,
     )
     used.rollback(0)
     found = status(used.path)
-    assert (found["current"], found["seq"], found["highest_seq"]) == ("base", 0, 2)
+    assert (found.current, found.seq, found.highest_seq) == ("base", 0, 2)
 
 
 FLUSHED = """

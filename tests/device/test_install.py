@@ -473,13 +473,33 @@ def test_a_rollback_to_a_version_of_a_revoked_key_is_refused(lab, device):
     assert device.apply(lab.bundle(3, 0, keys=[STRANGER])).changed
 
 
-def test_a_rollback_heals_a_current_link_that_points_nowhere(lab, device):
+def test_a_lost_current_link_is_healed_by_a_rollback_and_by_the_next_update(lab, device):
     device.apply(lab.bundle(1, 0))
     (device.path / "current").unlink()
-    with pytest.raises(InputError, match="rollback --to"):
-        device.apply(lab.bundle(2, 1))
     device.rollback(1)
     assert device.files() == fleet.hashes(lab.release(1))
+    (device.path / "current").unlink()
+    assert device.apply(lab.bundle(1, 0)).previous == ""
+    assert device.files() == fleet.hashes(lab.release(1))
+    (device.path / "current").unlink()
+    device.apply(lab.bundle(2, 1))
+    assert device.files() == fleet.hashes(lab.release(2))
+
+
+def test_an_update_that_fails_where_no_version_is_current_leaves_it_so(lab, device, monkeypatch):
+    device.apply(lab.bundle(1, 0))
+    (device.path / "current").unlink()
+    write_state, calls = install.Store.write_state, []
+
+    def fail_second(store, state):
+        calls.append(state)
+        if len(calls) == 2:
+            raise OSError("state.json")
+        write_state(store, state)
+
+    monkeypatch.setattr(install.Store, "write_state", fail_second)
+    refused(device, Unsupported, lab.bundle(2, 1), "state.json")
+    assert device.store.active == ""
 
 
 # --- what is kept

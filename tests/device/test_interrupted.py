@@ -64,7 +64,7 @@ def unhealthy(store, descriptor, verb, name):
 
 def test_an_update_that_was_killed_before_it_became_current_forbids_nothing(lab, used, killed):
     killed(used, lab.bundle(3, 2, min_seq=3), "health")
-    assert (status(used.path)["highest_seq"], status(used.path)["min_seq"]) == (2, 0)
+    assert (status(used.path).highest_seq, status(used.path).min_seq) == (2, 0)
     with pytest.raises(CheckFailed, match="too far off"):
         used.apply(lab.bundle(3, 2, min_seq=3), run=unhealthy)
     assert [slot[:8] for slot in used.store.slots()] == ["00000001", "00000002"]
@@ -82,7 +82,7 @@ def test_another_update_after_a_kill_finds_a_clean_store(lab, used, killed):
 
 def test_a_version_that_never_became_current_cannot_be_chosen(lab, used, killed):
     killed(used, lab.bundle(3, 2), "health")
-    assert [name[:8] for name in status(used.path)["versions"]] == ["base", "00000001", "00000002"]
+    assert [name[:8] for name in status(used.path).versions] == ["base", "00000001", "00000002"]
     with pytest.raises(InputError, match=r"version 3 is not on this device"):
         used.rollback(3)
     assert [slot[:8] for slot in used.store.slots()] == ["00000001", "00000002"]
@@ -105,7 +105,7 @@ def test_an_installed_version_outlives_a_kill_while_it_is_applied_again(lab, use
 
 def test_a_version_that_became_current_counts_though_it_was_not_recorded(lab, used, killed):
     killed(used, lab.bundle(3, 2, min_seq=3), "switch")
-    assert (status(used.path)["highest_seq"], status(used.path)["min_seq"]) == (3, 3)
+    assert (status(used.path).highest_seq, status(used.path).min_seq) == (3, 3)
     with pytest.raises(CheckFailed, match="lowest that is allowed"):
         used.rollback(2)
     assert used.files() == fleet.hashes(lab.release(3))
@@ -122,16 +122,16 @@ def test_versions_count_as_before_where_state_json_is_lost(lab, used):
 
 def test_applying_it_again_closes_the_account_of_an_update_that_runs(lab, used, killed):
     killed(used, lab.bundle(3, 2), "switch")
-    assert status(used.path)["interrupted"]
+    assert status(used.path).interrupted
     assert not used.apply(lab.bundle(3, 2)).changed
-    assert (status(used.path)["interrupted"], status(used.path)["failed"]) == ("", {})
-    assert status(used.path)["highest_seq"] == 3
+    assert (status(used.path).interrupted, status(used.path).failed) == ("", {})
+    assert status(used.path).highest_seq == 3
 
 
 def test_a_rollback_to_what_is_current_closes_the_account_too(lab, used, killed):
     killed(used, lab.bundle(3, 2), "switch")
     assert not used.rollback(3).changed
-    assert (status(used.path)["interrupted"], status(used.path)["failed"]) == ("", {})
+    assert (status(used.path).interrupted, status(used.path).failed) == ("", {})
 
 
 # --- failed, and going back failed too
@@ -168,7 +168,7 @@ def test_an_update_that_can_be_neither_recorded_nor_taken_back_says_which_versio
     assert used.files() == fleet.hashes(lab.release(3))
     full.undo()
     assert not used.apply(lab.bundle(3, 2)).changed
-    assert (status(used.path)["interrupted"], status(used.path)["failed"]) == ("", {})
+    assert (status(used.path).interrupted, status(used.path).failed) == ("", {})
     assert [finding for finding in doctor(used.path) if finding.fault] == []
 
 
@@ -188,6 +188,6 @@ def test_what_cannot_be_removed_is_removed_by_the_next_update(lab, used, monkeyp
         patch.setattr(install, "retire", retire)
         with pytest.raises(CheckFailed, match="too far off"):
             used.apply(lab.bundle(3, 2, min_seq=3), run=unhealthy)
-    assert (status(used.path)["highest_seq"], status(used.path)["min_seq"]) == (2, 0)
+    assert (status(used.path).highest_seq, status(used.path).min_seq) == (2, 0)
     used.rollback(1)
     assert [slot[:8] for slot in used.store.slots()] == ["00000001", "00000002"]

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from r1export.errors import R1ExportError
-from r1export.export.graph import GRAPHS, export_graphs
-from r1export.export.write_release import UNLISTED, Golden, ReleaseContent, TaskClasses, write_release
+from r1export.export.graph import export_graphs
+from r1export.export.write_release import Golden, ReleaseContent, TaskClasses, write_release
 from r1export.update.atomic_io import sha256_file, write_json
 from r1export.update.factors import Rows
+from r1export.update.release_layout import GRAPHS, UNLISTED
 from r1export.update.release_manifest import BaseModel, GoldenGate, MergedUpdate, ReleaseManifest, manifest_digest
 
 

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -275,6 +276,28 @@ def test_a_secret_key_is_no_public_key_and_the_other_way_round(tmp_path):
         SecretKey.read(tmp_path / "fleet.pub")
     with pytest.raises(InputError, match="no such file"):
         PublicKey.read(tmp_path / "nobody.pub")
+
+
+def test_a_file_that_is_no_key_is_refused_at_once(tmp_path):
+    begin, end = "-----BEGIN PUBLIC KEY-----", "-----END PUBLIC KEY-----"
+    for text in (
+        "",
+        begin,
+        begin + " " * 9000,
+        begin + "\n" * 9000 + end,
+        begin + "A" * 44 + end,
+        "x" * 20_000,
+        "\udcff",
+    ):
+        (tmp_path / "no.pub").write_bytes(text.encode(errors="surrogateescape"))
+        started = time.monotonic()
+        with pytest.raises(InputError):
+            PublicKey.read(tmp_path / "no.pub")
+        assert time.monotonic() - started < 1
+    os.mkfifo(tmp_path / "pipe.pub")
+    for name in ("pipe.pub", "."):
+        with pytest.raises(InputError, match="no regular file"):
+            PublicKey.read(tmp_path / name)
 
 
 def test_a_secret_key_shows_nothing_of_itself():

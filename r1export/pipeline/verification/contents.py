@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 from torch.nn import LayerNorm
 
-from r1export.export.graph import GRAPHS
-from r1export.export.write_release import UNLISTED
 from r1export.pipeline.context import RunContext
 from r1export.pipeline.variant import ReleaseRef
 from r1export.run_folder import read_json
 from r1export.update.atomic_io import sha256_file
-from r1export.update.release_manifest import BaseModel, MergedUpdate, ReleaseManifest, TaskEntry
+from r1export.update.release_layout import GRAPHS, UNLISTED
+from r1export.update.release_manifest import MergedUpdate, ReleaseManifest, TaskEntry
 from r1export.verify import contents
 from r1export.verify.contents import ClassList, Embed, attempt
 from r1export.verify.golden import check_classifier, check_golden
@@ -69,16 +68,14 @@ def check_contents(ref: ReleaseRef, manifest: ReleaseManifest) -> Contents:
 def expected_fields(ref: ReleaseRef) -> dict[str, object]:
     """The fields of a manifest that follow from the run. Accuracies of variants are measured when they are written."""
     context, variant = ref.context, ref.variant
-    base = context.run.base()
     facts: dict[str, object] = {
         "name": ref.path.name,
         "sequence": ref.number,
         "procedure": variant.procedure,
         "precision": variant.precision,
-        "base": BaseModel(base["name"], base["sha256"], base.get("licence")),
+        "base": context.run.base(),
         "updates": tuple(
-            MergedUpdate(name, sha256_file(context.run.task(i, name) / "factors.safetensors"))
-            for i, name in enumerate(ref.learned, 1)
+            MergedUpdate(name, sha256_file(context.run.task(i, name).factors)) for i, name in enumerate(ref.learned, 1)
         ),
         "graphs": {graph: graph_digest(variant.exports.graphs / graph) for graph in GRAPHS},
         "golden": variant.tolerance,
@@ -87,9 +84,7 @@ def expected_fields(ref: ReleaseRef) -> dict[str, object]:
 
 
 def _expected_tasks(ref: ReleaseRef) -> tuple[TaskEntry, ...]:
-    metrics = ref.context.run.metrics()
-    values = metrics["accuracy"][ref.number - 1] if ref.number else metrics["zero_shot"]
-    accuracies = dict(zip(metrics["tasks"], values, strict=True))
+    accuracies = ref.context.run.metrics().after(ref.number)
     return tuple(
         TaskEntry(task.name, len(task.classes), task.name in ref.learned, accuracies[task.name])
         for task in ref.context.tasks

@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from r1export.errors import Unsupported
-from r1export.export.graph import GRAPHS
 from r1export.pipeline.variant import ReleaseRef
 from r1export.update.factors import ExpertUpdate
+from r1export.update.release_layout import GRAPHS
 from r1export.verify import parity, proof
 from r1export.verify.proof import Executions, Feeds
 from r1export.verify.results import Check, Proof

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from r1export.export.graph import GRAPHS
 from r1export.pipeline.environment import environment, now
 from r1export.pipeline.verification.contents import WEIGHTS, check_manifest_and_files
 from r1export.pipeline.verification.latency import opener, timeable
@@ -14,7 +13,8 @@ from r1export.pipeline.verification.proof import graph_feeds, run_graphs
 from r1export.recipe import Verify
 from r1export.update.atomic_io import sha256_file
 from r1export.update.container import map_tensors, read_tensors
-from r1export.update.release_manifest import MANIFEST, ReleaseManifest
+from r1export.update.release_layout import GRAPHS, MANIFEST
+from r1export.update.release_manifest import ReleaseManifest
 from r1export.verify import contents, latency, parity, proof
 from r1export.verify.contents import UNREADABLE, attempt
 from r1export.verify.golden import check_classifier, check_golden, golden_parity

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from r1export.errors import InputError, Unsupported
 from r1export.pipeline.context import RunContext
@@ -18,9 +17,10 @@ from r1export.pipeline.verification.parity import TorchRun
 from r1export.pipeline.verification.run_release import BaseMeasurements, Conditions, measure_base, verify_release
 from r1export.pipeline.verification.torch_models import torch_models
 from r1export.report.write import remove_reports, write_report
+from r1export.run_folder import RunMetrics
 from r1export.update.factors import ExpertUpdate
 from r1export.verify.latency import TimingBudget
-from r1export.verify.results import Accuracy, Check, Probe, ReleaseReport, RunContents, RunReport, Verdict
+from r1export.verify.results import Accuracy, Check, ReleaseReport, RunContents, RunReport, Verdict
 from r1export.verify.runtime import check_provider
 
 
@@ -137,20 +137,20 @@ def _check_folders(context: RunContext, refs: Sequence[ReleaseRef]) -> Check:
 
 
 def _release_roots(context: RunContext) -> list[Path]:
-    roots = [context.run.path / "releases", *(context.run.path / "variants").glob("*/releases")]
+    roots = [context.run.variant().releases_folder, *context.run.variants_folder.glob("*/releases")]
     return [root for root in roots if root.is_dir()]
 
 
-def accuracy_of(metrics: Mapping[str, Any]) -> Accuracy:
-    probe = metrics["probe"]
+def accuracy_of(metrics: RunMetrics) -> Accuracy:
+    """What the report says of the accuracies of a whole run."""
     return Accuracy(
-        tasks=tuple(metrics["tasks"]),
-        zero_shot=tuple(metrics["zero_shot"]),
-        matrix=tuple(tuple(row) for row in metrics["accuracy"]),
-        zero_shot_avg=metrics["zero_shot_avg"],
-        transfer=metrics["transfer"],
-        avg=metrics["avg"],
-        last=metrics["last"],
-        forgetting=tuple(metrics["forgetting"]),
-        probe=Probe(name=probe["name"], values=tuple(probe["values"])) if probe else None,
+        tasks=metrics.tasks,
+        zero_shot=metrics.zero_shot,
+        matrix=metrics.accuracy,
+        zero_shot_avg=metrics.zero_shot_avg,
+        transfer=metrics.transfer,
+        avg=metrics.avg,
+        last=metrics.last,
+        forgetting=metrics.forgetting,
+        probe=metrics.probe,
     )

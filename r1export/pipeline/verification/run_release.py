@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from r1export.errors import CheckFailed, R1ExportError
-from r1export.export.graph import GRAPHS
 from r1export.pipeline.variant import ReleaseRef
 from r1export.pipeline.verification.contents import WEIGHTS, check_contents
 from r1export.pipeline.verification.freezing_gaps import measure_gaps
@@ -18,7 +17,8 @@ from r1export.pipeline.verification.latency import release_latency, variant_spee
 from r1export.pipeline.verification.parity import TorchRun, base_control, release_parity
 from r1export.pipeline.verification.proof import embedding_width, graph_feeds, release_proof, run_graphs
 from r1export.update.atomic_io import sha256_file
-from r1export.update.release_manifest import MANIFEST, ReleaseManifest
+from r1export.update.release_layout import GRAPHS, MANIFEST
+from r1export.update.release_manifest import ReleaseManifest
 from r1export.verify.drift import embedding_drift
 from r1export.verify.latency import TimingBudget
 from r1export.verify.proof import Executions
@@ -176,7 +176,7 @@ def _release_facts(ref: ReleaseRef) -> ReleaseFacts:
     base, path = ref.context.run.base(), ref.path
     sizes = {name: (path / name).stat().st_size for name in WEIGHTS if (path / name).is_file()}
     if ref.number:
-        factors = ref.context.run.task(ref.number, ref.task.name) / "factors.safetensors"
+        factors = ref.context.run.task(ref.number, ref.task.name).factors
         sizes[factors.name] = factors.stat().st_size
     return ReleaseFacts(
         index=ref.number,
@@ -184,8 +184,8 @@ def _release_facts(ref: ReleaseRef) -> ReleaseFacts:
         precision=ref.variant.precision,
         manifest_sha256=sha256_file(path / MANIFEST) if (path / MANIFEST).is_file() else "",
         task=ref.task.name if ref.number else None,
-        base=base["name"],
-        base_sha256=base["sha256"],
+        base=base.name,
+        base_sha256=base.sha256,
         graph={name: sha256_file(path / name) for name in GRAPHS if (path / name).is_file()},
         weights={name: sha256_file(path / name) for name in WEIGHTS if (path / name).is_file()},
         bytes=sizes,
@@ -197,10 +197,10 @@ def _accuracy_until(ref: ReleaseRef) -> Accuracy | None:
     if ref.is_base or not ref.variant.is_reference:
         return None
     metrics = ref.context.run.metrics()
-    probe = metrics["probe"]
+    probe = metrics.probe
     return Accuracy(
-        tasks=tuple(metrics["tasks"]),
-        zero_shot=tuple(metrics["zero_shot"]),
-        matrix=tuple(tuple(row) for row in metrics["accuracy"][: ref.number]),
-        probe=Probe(name=probe["name"], values=tuple(probe["values"][: ref.number + 1])) if probe else None,
+        tasks=metrics.tasks,
+        zero_shot=metrics.zero_shot,
+        matrix=metrics.accuracy[: ref.number],
+        probe=Probe(name=probe.name, values=probe.values[: ref.number + 1]) if probe else None,
     )
