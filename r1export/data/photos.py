@@ -1,4 +1,4 @@
-"""Two real photographs that ship with scikit-learn, cut into pieces: what is in them has to be told from a piece.
+"""Two real photographs that ship with scikit-learn, cut into pieces: the task is to name the photograph of a piece.
 
 Pieces for training come from the left of each photograph and pieces for testing from the right, so none is seen twice.
 """

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from r1export.data.photos import load_photos
+from r1export.data.request import Request
 from r1export.data.task import ImageSet, Task
 from r1export.errors import InputError
 
@@ -133,10 +134,10 @@ def _polygon(outline: np.ndarray, ink: tuple[int, ...], paper: tuple[int, ...], 
 
 
 def _place(outline: np.ndarray, angle: float, radius: float, u: float, v: float) -> np.ndarray:
-    """Turn by `angle` (radians), scale to `radius` pixels, and move to a place (u, v in 0..1) where all of it shows."""
+    """Turn by `angle` (radians), scale to `radius` pixels, and move within the image by (u, v in 0..1), so that all of it shows."""
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    room = SIZE - 2 * 1.1 * radius
-    return radius * outline @ turn + 1.1 * radius + np.array([u, v]) * max(room, 0)
+    space = SIZE - 2 * 1.1 * radius
+    return radius * outline @ turn + 1.1 * radius + np.array([u, v]) * max(space, 0)
 
 
 def draw_scene(colour: str, shape: str, rng: np.random.Generator) -> tuple[Image.Image, Scene]:
@@ -256,6 +257,11 @@ _TASKS: dict[str, Callable[[], Task]] = {
     "digits": _digits,
     "photos": load_photos,
 }
+
+
+def read(request: Request) -> Task:
+    """The reader of `builtin:NAME`."""
+    return load_builtin(request.address)
 
 
 def load_builtin(name: str) -> Task:

@@ -16,7 +16,8 @@ from r1export.adapt.image_cache import Pixels
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pool import Pools, PoolSettings
 from r1export.adapt.trainer import TrainSettings
-from r1export.data.sources import expand_path, load_task
+from r1export.data.request import Request, expand_path
+from r1export.data.sources import load_task
 from r1export.data.synthetic import BUILTIN_MODELS
 from r1export.data.task import Task, few_shot
 from r1export.errors import InputError, Unsupported
@@ -105,15 +106,13 @@ class RunContext:
 
     def _task(self, source: TaskSource, *, test_only: bool = False) -> Task:
         data, seed = self.recipe.data, self.recipe.train.seed
-        root = expand_path(data.root) if data.root else None
-        task = load_task(
+        request = Request(
             source.source,
-            name=source.name,
-            root=root,
-            templates=source.templates,
+            expand_path(data.root) if data.root else None,
             download=data.download,
             test_only=test_only,
         )
+        task = load_task(request, name=source.name, templates=source.templates)
         train = task.train if test_only else few_shot(task.train, data.shots, seed)
         test = task.test
         if data.test_limit and len(test) > data.test_limit:
