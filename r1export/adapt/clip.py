@@ -85,7 +85,8 @@ class Clip:
 
     @property
     def device(self) -> torch.device:
-        return self.model.logit_scale.device
+        scale: Tensor = self.model.logit_scale
+        return scale.device
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """int64 (n, context_length)."""
@@ -93,11 +94,13 @@ class Clip:
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """uint8 (n, 3, h, w) -> unit-norm float (n, D)."""
-        return self.model.encode_image(self.preprocess.normalize(pixels.to(self.device)), normalize=True)
+        embeds: Tensor = self.model.encode_image(self.preprocess.normalize(pixels.to(self.device)), normalize=True)
+        return embeds
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """int64 (n, L) -> unit-norm float (n, D)."""
-        return self.model.encode_text(tokens, normalize=True)
+        embeds: Tensor = self.model.encode_text(tokens, normalize=True)
+        return embeds
 
     def parameters(self) -> dict[str, np.ndarray]:
         """All weights by their state_dict names, copied to numpy: parameters and, where a tower has BatchNorm, its statistics."""
@@ -213,7 +216,7 @@ def _create(model: str, pretrained: str, device: str, allow_pickle: bool) -> Cli
 
 def _weights_of_tag(model: str, pretrained: str, allow_pickle: bool) -> str:
     """The file that holds the weights of a tag, fetched if need be. Raises InputError if torch would have to unpickle it unasked."""
-    file = open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))
+    file: str = open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))
     if not (allow_pickle or file.endswith(".safetensors")):
         raise InputError(
             f"{model} {pretrained}: {file} is not safetensors, and reading a pickle can run code",

@@ -23,7 +23,8 @@ class RankOneLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.pool(x)
+        y: Tensor = self.base(x) + self.pool(x)
+        return y
 
 
 class RankOnePacked(nn.Module):

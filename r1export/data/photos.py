@@ -25,7 +25,8 @@ COUNTS = {"train": 200, "test": 200}
 def _photo(name: str) -> np.ndarray:
     from sklearn.datasets import load_sample_image  # reading it takes a second that the other tasks need not pay
 
-    return load_sample_image(NAMES[name])
+    photo: np.ndarray = load_sample_image(NAMES[name])
+    return photo
 
 
 def _piece(split: str, index: int) -> Image.Image:

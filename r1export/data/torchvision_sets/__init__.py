@@ -93,7 +93,8 @@ def _permutation(count: int, seed: int) -> np.ndarray:
 
 
 def _own_names(dataset: Any) -> Sequence[str]:
-    return dataset.categories if hasattr(dataset, "categories") else dataset.classes
+    names: Sequence[str] = dataset.categories if hasattr(dataset, "categories") else dataset.classes
+    return names
 
 
 def _name_classes(key: str, own: Sequence[str], root: Path) -> tuple[str, ...]:
