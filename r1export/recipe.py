@@ -101,7 +101,7 @@ class TaskSource(_Section):
 class Pool(_Section):
     """The pool of rank-1 experts in every adapted linear. Defaults: arXiv 2601.22828."""
 
-    rank: int = Field(12, ge=1)
+    rank: int = Field(12, ge=1, le=4096)
     """Experts in the pool."""
     k_train: int = Field(8, ge=1)
     """Experts that one batch trains."""
@@ -276,14 +276,16 @@ def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
             value; the message names the key.
     """
     path = Path(path)
-    values = _read(path)
-    for override in overrides:
-        _set(values, override)
-        _refuse_retired(values, f"--set {override}")
     try:
+        values = _read(path)
+        for override in overrides:
+            _set(values, override)
+            _refuse_retired(values, f"--set {override}")
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{path}: {_describe(error)}", "see the field list in docs/recipe.md") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply", "a recipe has tables of fields, no deeper") from None
 
 
 def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -294,7 +296,7 @@ def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe", "see recipes/ for examples") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # also for a number of thousands of digits
         raise InputError(f"{path}: not a readable TOML file: {error}", "fix the TOML syntax") from error
     _refuse_retired(values, str(path))
     if not isinstance(parent := values.pop("extends", ""), str):
@@ -323,7 +325,7 @@ def _set(values: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override}", "expected section.field=value, for example train.iterations=50")
     try:
         value = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         value = text
     *parents, last = key.split(".")
     table: Any = values
@@ -341,7 +343,7 @@ def _describe(error: ValidationError) -> str:
     first = error.errors()[0]
     location = ".".join(str(part) for part in first["loc"]) or "recipe"
     unknown = first["type"] == "extra_forbidden"
-    shown = "" if unknown or isinstance(first["input"], dict) else f", found {first['input']!r}"
+    shown = "" if unknown or isinstance(first["input"], dict) else f", found {first['input']!r:.200}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     message = "unknown key" if unknown else first["msg"].removeprefix("Value error, ")
     return f"{location}: {message}{shown}{more}"

@@ -266,13 +266,17 @@ def _write_checkpoint(path: Path, pools: Pools, optimizer: torch.optim.Optimizer
 
 
 def _load_checkpoint_(path: Path, pools: Pools, optimizer: torch.optim.Optimizer) -> _Progress:
+    """Raises InputError if the checkpoint is damaged."""
     tensors = read_tensors(path)
-    load_pool_tensors_(pools, tensors)
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, slot = name.split(".")
-            slots.setdefault(int(i), {})[slot] = torch.from_numpy(value)
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-    losses = tensors["losses"].tolist()
+    load_pool_tensors_(pools, tensors, str(path))
+    try:
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, i, slot = name.split(".")
+                slots.setdefault(int(i), {})[slot] = torch.from_numpy(value)
+        optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+        losses = tensors["losses"].tolist()
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: damaged: {error}", "delete it: the task then starts from its beginning") from error
     return _Progress(len(losses), losses)

@@ -68,9 +68,13 @@ def _cached_accuracies(context: RunContext, path: Path, title: str) -> dict[str,
     remedy = "delete the file and run again with --resume"
     accuracies, probe = read_json(path, remedy), context.recipe.probe
     names = [task.name for task in (*context.recipe.stream, *((probe,) if probe else ()))]
-    if missing := [name for name in names if not isinstance(accuracies.get(name), float | int)]:
+    if missing := [name for name in names if not _is_share(accuracies.get(name))]:
         raise InputError(f"{path}: damaged: no accuracy of {', '.join(missing)}", remedy)
     return accuracies
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, float | int) and 0 <= value <= 1
 
 
 def _write_run_json(context: RunContext) -> None:

@@ -24,6 +24,7 @@ from r1export.adapt.trainer import (
     visited,
 )
 from r1export.errors import InputError, Unsupported
+from r1export.update.container import read_tensors, write_tensors
 
 PUBLISHED = replace(TRAIN, consolidate=1.0, batch_size=8, seed=1)
 SETTINGS = replace(PUBLISHED, iterations=8, learning_rate=5e-3, checkpoint_every=3)
@@ -159,6 +160,18 @@ def test_a_run_killed_inside_a_task_and_resumed_is_the_uninterrupted_run(
     assert same(pool_tensors(whole), pool_tensors(resumed))
     assert losses == again
     assert not checkpoint.exists()
+
+
+@pytest.mark.parametrize("damage", ["losses", "optimizer.x.step", "visual"])
+def test_a_damaged_checkpoint_is_named(tiny_clip, stripes, tmp_path, damage: str) -> None:
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(Killed):
+        train(tiny_clip, stripes, checkpoint=checkpoint, kill_at=5)
+    tensors = {name: value for name, value in read_tensors(checkpoint).items() if not name.startswith(damage)}
+    extra = {damage: np.zeros(1, np.float32)} if "." in damage else {}
+    write_tensors(checkpoint, tensors | extra)
+    with pytest.raises(InputError, match=r"checkpoint\.safetensors: "):
+        train(tiny_clip, stripes, checkpoint=checkpoint)
 
 
 def test_orthogonality_keeps_a_task_off_what_earlier_tasks_merged(tiny_clip, stripes) -> None:

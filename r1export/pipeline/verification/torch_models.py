@@ -47,9 +47,8 @@ def torch_models(context: RunContext, number: int, updates: list[ExpertUpdate]) 
             return
         clip.load_(context.merged(updates[:-1]))
         pools = inject_pools_(clip, context.recipe)
-        load_pool_tensors_(
-            pools, read_tensors(context.run.task(number, context.tasks[number - 1].name) / "pool.safetensors")
-        )
+        path = context.run.task(number, context.tasks[number - 1].name) / "pool.safetensors"
+        load_pool_tensors_(pools, read_tensors(path), str(path))
         for pool in pools.values():
             pool.freeze_()
         clip.model.eval()
