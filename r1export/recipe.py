@@ -50,7 +50,7 @@ class _Section(BaseModel):
 
 
 class Base(_Section):
-    """The CLIP model that is taught: an open_clip name with a pretrained tag, local weights, or `builtin:NAME`."""
+    """The CLIP model that is fine-tuned: an open_clip name with a pretrained tag, local weights, or `builtin:NAME`."""
 
     model: str = ""
     """open_clip model name, or `builtin:world` for the small model that comes with r1export."""
@@ -89,7 +89,7 @@ class Data(_Section):
 
 
 class TaskSource(_Section):
-    """One task of the stream."""
+    """One task of the sequence."""
 
     name: TaskName
     source: str
@@ -161,7 +161,7 @@ class Train(_Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` computes the frozen model under autocast; experts and their optimiser stay in float32."""
     consolidate: float = Field(0.3, ge=0, le=1)
-    """Share of the iterations after which the experts with the most votes are fixed and training goes on with them alone; 1 never does."""
+    """Share of the iterations after which the experts with the most votes are fixed and trained alone; 1 never fixes them."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints inside a task."""
     tensorboard: bool = False
@@ -199,14 +199,14 @@ class Verify(_Section):
 
 
 class Recipe(_Section):
-    """One run: a base model and a stream of tasks."""
+    """One run: a base model and a sequence of tasks."""
 
     base: Base
     tasks: tuple[TaskSource, ...] = Field(min_length=1)
     order: tuple[str, ...] = ()
-    """Task names in the order in which they are learned; empty takes the order of `tasks`."""
+    """Task names in the order in which they are trained; empty takes the order of `tasks`."""
     probe: TaskSource | None = None
-    """Test-only data that shows what is left of the base model's own knowledge."""
+    """Test-only data that shows how much the base model forgets."""
     data: Data = Data()
     pool: Pool = Pool()
     train: Train = Train()
@@ -242,7 +242,7 @@ class Recipe(_Section):
 
     @property
     def stream(self) -> tuple[TaskSource, ...]:
-        """The tasks in the order in which they are learned."""
+        """The tasks in the order in which they are trained."""
         by_name = {task.name: task for task in self.tasks}
         return tuple(by_name[name] for name in self.order) if self.order else self.tasks
 
@@ -266,7 +266,7 @@ def in_order(recipe: Recipe, order: str) -> Recipe:
 def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe. Each override is `section.field=value` with a TOML value; a bare word counts as a string.
 
-    `extends = "OTHER.toml"` at the top takes another recipe, beside this one, and changes only what is written here.
+    `extends = "OTHER.toml"` at the top starts from another recipe, relative to this file, and changes only what is written here.
 
     >>> load_recipe("recipes/quickstart.toml", ("train.iterations=50",)).train.iterations
     50

@@ -66,7 +66,7 @@ class TrainStep:
 
 @dataclass
 class _Progress:
-    """What a checkpoint holds beside the tensors of the pools."""
+    """What a checkpoint holds besides the tensors of the pools."""
 
     step: int = 0
     losses: list[float] = field(default_factory=list)

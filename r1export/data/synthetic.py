@@ -1,8 +1,8 @@
 """The offline default: tasks that are drawn or ship with scikit-learn, and the small base model that knows the drawn world.
 
-`builtin:world` asks what the base model learned before any task (coloured shapes, see scripts/make_world_base.py).
+`builtin:world` measures what the base model could do before any task (coloured shapes, see scripts/make_world_base.py).
 `builtin:patterns`, `builtin:arrows`, `builtin:digits` (real scans) and `builtin:photos` (pieces of two real photographs) are new
-to it and can be learned one after another.
+to it, and a run trains them one after another.
 Image i of a split is a pure function of (task, split, i): drawn when read, the same on every machine.
 """
 

@@ -67,7 +67,7 @@ def held_out(count: int, seed: int) -> set[int]:
 
 
 def check_task(task: Task, location: str, *, test_only: bool = False) -> None:
-    """Refuse a task that cannot be learned and measured. `test_only` does without training images.
+    """Refuse a task that cannot be trained and measured. `test_only` does without training images.
 
     Raises:
         InputError: fewer than two classes, two of one name, a class without training images, no test images,

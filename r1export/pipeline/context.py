@@ -29,7 +29,7 @@ Track = Callable[..., None]
 
 
 class Progress(Protocol):
-    """Somebody who looks on."""
+    """Reports how far a command has come."""
 
     def step(self, title: str) -> None:
         """A new step begins."""
@@ -39,7 +39,7 @@ class Progress(Protocol):
 
 
 class NoProgress:
-    """Nobody looks on."""
+    """Reports nothing."""
 
     def step(self, title: str) -> None:
         pass
@@ -96,7 +96,7 @@ class RunContext:
 
     @contextmanager
     def with_updates_applied(self, updates: Sequence[ExpertUpdate]) -> Iterator[dict[str, np.ndarray]]:
-        """Within it `clip` has learned `updates`; gives all parameters. Afterwards, whatever happened, it is the base again."""
+        """Within it `updates` are merged into `clip`; yields all parameters. Afterwards, also after an error, it is the base again."""
         merged = self.merged(updates)
         self.clip.load_(merged)
         try:
@@ -143,7 +143,7 @@ def choose_device(wanted: str) -> str:
 
 
 def check_inputs(context: RunContext) -> None:
-    """Load the model and the tasks, try the pools and decode the images, so that bad input is found before anything is written.
+    """Load the model and the tasks, try the pools and decode the images, so that bad input is reported before anything is written.
 
     Sets that are too large to be kept in memory are decoded while they are used.
     """
@@ -158,7 +158,7 @@ def check_inputs(context: RunContext) -> None:
 
 
 def inject_pools_(clip: Clip, recipe: Recipe) -> Pools:
-    """Pools beside the linears of `clip.model`, as the recipe sizes them."""
+    """Pools for the linears of `clip.model`, as the recipe says."""
     return inject_experts_(clip.model, pool_settings(recipe.pool))
 
 

@@ -115,7 +115,7 @@ def _evaluate(context: RunContext, title: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TaskJob:
-    """One task to train: the updates of `earlier` tasks, its own folder, and who is told of every step."""
+    """One task to train: the updates of `earlier` tasks, its own folder, and the callback of every step."""
 
     context: RunContext
     training: TrainingTask
