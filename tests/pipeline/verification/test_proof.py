@@ -27,7 +27,7 @@ CLIMBED = ("optimized_graph", "executed_ops", "cost")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("proving")
     (folder / "recipe.toml").write_text(RECIPE)
-    settings = (*SETTINGS, 'pool.towers=["text"]', 'pool.targets=["q", "v"]')
+    settings = (*SETTINGS, 'pool.towers=["textual"]', 'pool.targets=["q", "v"]')
     sets = [part for setting in settings for part in ("--set", setting)]
     for command in (("train", folder / "recipe.toml", "--out", folder / "run", *sets), ("export", folder / "run")):
         assert r1export(*command).returncode == 0
