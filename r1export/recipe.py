@@ -50,7 +50,7 @@ class _Section(BaseModel):
 
 
 class Base(_Section):
-    """The CLIP model that is taught: an open_clip name with a pretrained tag, local weights, or `builtin:NAME`."""
+    """The CLIP model that is fine-tuned: an open_clip name with a pretrained tag, local weights, or `builtin:NAME`."""
 
     model: str = ""
     """open_clip model name, or `builtin:world` for the small model that comes with r1export."""
@@ -89,7 +89,7 @@ class Data(_Section):
 
 
 class TaskSource(_Section):
-    """One task of the stream."""
+    """One task of the sequence."""
 
     name: TaskName
     source: str
@@ -101,7 +101,7 @@ class TaskSource(_Section):
 class Pool(_Section):
     """The pool of rank-1 experts in every adapted linear. Defaults: arXiv 2601.22828."""
 
-    rank: int = Field(12, ge=1)
+    rank: int = Field(12, ge=1, le=4096)
     """Experts in the pool."""
     k_train: int = Field(8, ge=1)
     """Experts that one batch trains."""
@@ -161,7 +161,7 @@ class Train(_Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` computes the frozen model under autocast; experts and their optimiser stay in float32."""
     consolidate: float = Field(0.3, ge=0, le=1)
-    """Share of the iterations after which the experts with the most votes are fixed and training goes on with them alone; 1 never does."""
+    """Share of the iterations after which the experts with the most votes are fixed and trained alone; 1 never fixes them."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints inside a task."""
     tensorboard: bool = False
@@ -199,14 +199,14 @@ class Verify(_Section):
 
 
 class Recipe(_Section):
-    """One run: a base model and a stream of tasks."""
+    """One run: a base model and a sequence of tasks."""
 
     base: Base
     tasks: tuple[TaskSource, ...] = Field(min_length=1)
     order: tuple[str, ...] = ()
-    """Task names in the order in which they are learned; empty takes the order of `tasks`."""
+    """Task names in the order in which they are trained; empty takes the order of `tasks`."""
     probe: TaskSource | None = None
-    """Test-only data that shows what is left of the base model's own knowledge."""
+    """Test-only data that shows how much the base model forgets."""
     data: Data = Data()
     pool: Pool = Pool()
     train: Train = Train()
@@ -242,7 +242,7 @@ class Recipe(_Section):
 
     @property
     def stream(self) -> tuple[TaskSource, ...]:
-        """The tasks in the order in which they are learned."""
+        """The tasks in the order in which they are trained."""
         by_name = {task.name: task for task in self.tasks}
         return tuple(by_name[name] for name in self.order) if self.order else self.tasks
 
@@ -266,7 +266,7 @@ def in_order(recipe: Recipe, order: str) -> Recipe:
 def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe. Each override is `section.field=value` with a TOML value; a bare word counts as a string.
 
-    `extends = "OTHER.toml"` at the top takes another recipe, beside this one, and changes only what is written here.
+    `extends = "OTHER.toml"` at the top starts from another recipe, relative to this file, and changes only what is written here.
 
     >>> load_recipe("recipes/quickstart.toml", ("train.iterations=50",)).train.iterations
     50
@@ -276,14 +276,16 @@ def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
             value; the message names the key.
     """
     path = Path(path)
-    values = _read(path)
-    for override in overrides:
-        _set(values, override)
-        _refuse_retired(values, f"--set {override}")
     try:
+        values = _read(path)
+        for override in overrides:
+            _set(values, override)
+            _refuse_retired(values, f"--set {override}")
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{path}: {_describe(error)}", "see the field list in docs/recipe.md") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply", "a recipe has tables of fields, no deeper") from None
 
 
 def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -294,7 +296,7 @@ def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe", "see recipes/ for examples") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # also for a number of thousands of digits
         raise InputError(f"{path}: not a readable TOML file: {error}", "fix the TOML syntax") from error
     _refuse_retired(values, str(path))
     if not isinstance(parent := values.pop("extends", ""), str):
@@ -323,7 +325,7 @@ def _set(values: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override}", "expected section.field=value, for example train.iterations=50")
     try:
         value = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         value = text
     *parents, last = key.split(".")
     table: Any = values
@@ -341,7 +343,7 @@ def _describe(error: ValidationError) -> str:
     first = error.errors()[0]
     location = ".".join(str(part) for part in first["loc"]) or "recipe"
     unknown = first["type"] == "extra_forbidden"
-    shown = "" if unknown or isinstance(first["input"], dict) else f", found {first['input']!r}"
+    shown = "" if unknown or isinstance(first["input"], dict) else f", found {first['input']!r:.200}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     message = "unknown key" if unknown else first["msg"].removeprefix("Value error, ")
     return f"{location}: {message}{shown}{more}"

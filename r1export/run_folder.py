@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from r1export.errors import InputError, refused
 from r1export.recipe import Recipe, load_recipe
@@ -25,6 +25,7 @@ from r1export.verify.results import Probe
 MAX_JSON = 64 << 20  # bytes
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 T = TypeVar("T")
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class RunMetrics:
     __pydantic_config__ = _STRICT
 
     tasks: tuple[str, ...]
-    zero_shot: tuple[float, ...]
-    accuracy: tuple[tuple[float, ...], ...]
-    zero_shot_avg: float
-    transfer: float | None
-    avg: float
-    last: float
+    zero_shot: tuple[Share, ...]
+    accuracy: tuple[tuple[Share, ...], ...]
+    zero_shot_avg: Share
+    transfer: Share | None
+    avg: Share
+    last: Share
     forgetting: tuple[float, ...]
     probe: Probe | None
 

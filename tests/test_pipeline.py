@@ -81,9 +81,9 @@ def test_a_run_stopped_between_tasks_goes_on_with_the_second(recipe, tmp_path) -
 def test_distillation_is_on_imagenets_names_and_those_of_earlier_tasks(recipe, tmp_path, monkeypatch) -> None:
     references = []
 
-    def listening(clip, train, visited, names, on_batch, *, weight):
+    def listening(clip, train, visited, names, on_batch):
         references.append(names)
-        return distillation_targets(clip, train, visited, names, on_batch, weight=weight)
+        return distillation_targets(clip, train, visited, names, on_batch)
 
     monkeypatch.setattr(train, "distillation_targets", listening)
     factors = []

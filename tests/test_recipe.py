@@ -1,9 +1,14 @@
 """Recipes: what is read, what is refused, and every recipe that comes with the project."""
 
 import re
+import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import tomli_w
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from running import r1export
 
@@ -207,6 +212,75 @@ def test_an_old_name_ends_the_command_with_exit_code_2(tmp_path) -> None:
     result = r1export("verify", run)
     assert (result.returncode, "write train.distill_weight" in result.stderr) == (2, True)
     assert str(run / "recipe.toml") in result.stderr.replace("\n", "")
+
+
+DEEP = {
+    "arrays": "x = " + "[" * 20_000 + "]" * 20_000,
+    "inline tables": "x = " + "{a = " * 20_000,
+    "dotted keys": f"[{'.'.join('a' * 20_000)}]\nb = 1",
+    "a number of 5,000 digits": "x = " + "9" * 5000,
+    "a lone surrogate": 'x = "\\ud800"',
+    "a byte that is no UTF-8": "x = '\udcff'",
+}
+
+
+@pytest.mark.parametrize("text", DEEP.values(), ids=DEEP)
+def test_what_the_parser_cannot_take_ends_the_command_with_one_line_and_exit_code_2(text: str, tmp_path) -> None:
+    path, child = tmp_path / "r.toml", tmp_path / "child.toml"
+    path.write_bytes((text + "\n" + MINIMAL).encode("utf-8", "surrogateescape"))
+    child.write_bytes((f'extends = "r.toml"\n{text}\n').encode("utf-8", "surrogateescape"))
+    for recipe in (path, child):
+        for command in (("inspect", recipe), ("train", recipe, "--out", tmp_path / "run")):
+            result = r1export(*command)
+            assert result.returncode == 2, result.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["x = " + "[" * 20_000, "9" * 5000, "'\udcff'", "a\udcff"], ids=lambda text: ascii(text[:8])
+)
+def test_an_override_that_the_parser_cannot_take_is_bad_input(text: str, tmp_path) -> None:
+    for field in ("train.iterations", "base.model", "pool.layers"):
+        with pytest.raises(InputError) as caught:
+            load_recipe(write(tmp_path, MINIMAL), (f"{field}={text}",))
+        str(caught.value).encode()
+
+
+def test_a_long_value_is_shortened_in_the_message(tmp_path) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(write(tmp_path, f'{MINIMAL}[train]\niterations = "{"x" * 10**6}"\n'))
+    assert len(str(caught.value)) < 600
+
+
+VALUES = st.recursive(
+    st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.dates() | st.sampled_from(["text", "input"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(min_size=1, max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+SECTIONS = {
+    name: Recipe.model_fields[name].annotation for name in ("base", "data", "pool", "train", "export", "verify")
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), section=st.sampled_from(sorted(SECTIONS)))
+def test_any_value_of_any_field_is_a_recipe_or_bad_input(data, section: str, tmp_path_factory) -> None:
+    field = data.draw(st.sampled_from(["keep", *sorted(SECTIONS[section].model_fields)]))
+    values = tomllib.loads(MINIMAL)
+    table = data.draw(VALUES) if data.draw(st.booleans()) else values.get(section, {}) | {field: data.draw(VALUES)}
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    path.write_text(tomli_w.dumps(values | {section: table}), encoding="utf-8")
+    with suppress(InputError):
+        assert load_recipe(path) == Recipe.model_validate(tomllib.loads(load_recipe(path).dumps()))
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60))
+def test_any_text_is_a_recipe_or_bad_input(text: str, tmp_path_factory) -> None:
+    path = tmp_path_factory.getbasetemp() / "text.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError):
+        load_recipe(path)
 
 
 def test_a_missing_recipe_is_named(tmp_path) -> None:

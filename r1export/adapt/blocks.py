@@ -1,6 +1,6 @@
 """The parts of a CLIP that can get experts: towers, their residual blocks, the linears of an MLP, the token that votes.
 
-Families of models are told apart by their parts, not by their names or versions.
+Families of models are recognized by their parts, not by their names or versions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Distillation: training preserves the previous model's predictions, on names instead of images.
 
-    L = weight mean_n KL( softmax(s I_n T^T) || softmax(s i_n t^T) )        s = exp(logit_scale)
+    L = mean_n KL( softmax(s I_n T^T) || softmax(s i_n t^T) )        s = exp(logit_scale)
 
 I_n, T are unit-norm embeddings of the task's own images and of reference texts by the model before the task, i_n, t those of
 the model that is trained. The texts are the 1,000 class names of ImageNet in open_clip's wording and the classes of earlier
@@ -29,15 +29,11 @@ BATCH = 64  # names or images embedded at a time
 
 @dataclass(frozen=True)
 class DistillationTargets:
-    """Embeddings by the model before a task: `images` (N, D) of its training images, `texts` (M, D) of `tokens` (M, L).
-
-    `weight` multiplies the loss, which is added to the supervised one.
-    """
+    """Embeddings by the model before a task: `images` (N, D) of its training images, `texts` (M, D) of `tokens` (M, L)."""
 
     images: Tensor
     texts: Tensor
     tokens: Tensor
-    weight: float
 
     def draw(self, seed: int) -> np.ndarray:
         """REFERENCES different texts, int64; the same for the same seed."""
@@ -47,8 +43,7 @@ class DistillationTargets:
         """The loss above for embeddings (n, D), (m, D) of training images `images` (n,) and reference texts `texts` (m,)."""
         teacher = scale * self.images[images] @ self.texts[texts].T
         student = scale * image @ text.T
-        divergence = F.kl_div(student.float().log_softmax(1), teacher.float().softmax(1), reduction="batchmean")
-        return self.weight * divergence
+        return F.kl_div(student.float().log_softmax(1), teacher.float().softmax(1), reduction="batchmean")
 
 
 def reference_names(learned: Sequence[str] = ()) -> tuple[str, ...]:
@@ -63,8 +58,6 @@ def distillation_targets(
     visited: np.ndarray,
     names: Sequence[str],
     on_batch: Callable[[], None] = lambda: None,
-    *,
-    weight: float = 1.0,
 ) -> DistillationTargets:
     """Embeddings by the model as it stands of the training images `visited`, int64 (n,), and of texts with `names`.
 
@@ -83,4 +76,4 @@ def distillation_targets(
         batch = visited[start : start + BATCH]
         images[batch] = clip.encode_image(train.batch(batch))
         on_batch()
-    return DistillationTargets(images, torch.cat(texts), tokens, weight)
+    return DistillationTargets(images, torch.cat(texts), tokens)

@@ -51,7 +51,8 @@ class _Peers:
         dist.all_reduce(votes)
 
     def average(self, mean: Tensor) -> Tensor:
-        return all_reduce(mean) / world()
+        total: Tensor = all_reduce(mean)
+        return total / world()
 
 
 class Encoders(nn.Module):

@@ -1,4 +1,4 @@
-"""Put pools of rank-1 experts beside the linears of a CLIP, and take them out again.
+"""Add pools of rank-1 experts to the linears of a CLIP, and remove them again.
 
     Y = X W^T + bias + pool(X)        for q, k, v, out of every attention and fc, proj of every MLP
 
@@ -87,7 +87,7 @@ class _Injector:
             self._projections_(attention, name)
         else:
             raise Unsupported(
-                f"{name} ({type(attention).__name__}) has no q, k and v to put experts beside",
+                f"{name} ({type(attention).__name__}) has no q, k and v that experts could adapt",
                 "leave the tower out of pool.towers",
             )
 

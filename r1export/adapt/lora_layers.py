@@ -1,4 +1,4 @@
-"""The layers that a CLIP has while experts stand beside its linears: Y = X W^T + bias + pool(X)."""
+"""The layers of a CLIP whose linears have experts: Y = X W^T + bias + pool(X)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from r1export.adapt.pool import ExpertPool
 
 
 class RankOneLinear(nn.Module):
-    """A frozen linear with a pool of rank-1 experts beside it."""
+    """A frozen linear with a pool of rank-1 experts."""
 
     def __init__(self, base: nn.Linear, pool: ExpertPool) -> None:
         super().__init__()
@@ -23,11 +23,12 @@ class RankOneLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.pool(x)
+        y: Tensor = self.base(x) + self.pool(x)
+        return y
 
 
 class RankOnePacked(nn.Module):
-    """A frozen linear (3d, in) that gives q, k and v together, with a pool beside each third that is targeted."""
+    """A frozen linear (3d, in) that gives q, k and v together, with a pool for each third that is targeted."""
 
     def __init__(self, base: nn.Linear, pools: dict[str, ExpertPool]) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ def _with_pools(packed: Tensor, pools: nn.ModuleDict, x: Tensor) -> list[Tensor]
 
 
 class RankOneAttention(nn.Module):
-    """A frozen nn.MultiheadAttention (batch first), or open_clip's own, with pools beside q, k, v and out; self-attention only."""
+    """A frozen nn.MultiheadAttention (batch first), or open_clip's own, with pools for q, k, v and out; self-attention only."""
 
     def __init__(self, base: AnyModule, pools: dict[str, ExpertPool]) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from r1export.adapt.pool import Pools
+from r1export.errors import InputError
 from r1export.update.factors import ExpertUpdate, Factors
 
 
@@ -49,9 +50,15 @@ def pool_tensors(pools: Pools) -> dict[str, np.ndarray]:
     }
 
 
-def load_pool_tensors_(pools: Pools, tensors: Mapping[str, np.ndarray]) -> None:
-    """Inverse of `pool_tensors`."""
+def load_pool_tensors_(pools: Pools, tensors: Mapping[str, np.ndarray], location: str) -> None:
+    """Inverse of `pool_tensors`. Raises InputError, which begins with `location`, if a tensor is missing or of another shape."""
     for rows, pool in pools.items():
-        pool.load_state_dict(
-            {name: torch.from_numpy(np.array(tensors[f"{rows}.{name}"])) for name in pool.state_dict()}
-        )
+        for name, target in pool.state_dict().items():
+            value = tensors.get(f"{rows}.{name}")
+            if value is None or value.shape != tuple(target.shape):
+                shape = "missing" if value is None else f"of shape {value.shape}"
+                raise InputError(
+                    f"{location}: {rows}.{name} is {shape}, expected {tuple(target.shape)}",
+                    "the file is damaged or of another recipe: train the task again",
+                )
+            target.copy_(torch.from_numpy(np.array(value)))

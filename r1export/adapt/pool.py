@@ -1,4 +1,4 @@
-"""A pool of rank-1 experts beside one linear: which of them act, and what they add.
+"""A pool of rank-1 experts for one linear: which of them act, and what they add.
 
     Batch, PerSample  s ((X~ A^T) * g) B^T    g = 1_S, S = top-k_train of the votes of all samples, or of each; X~ = dropout(X)
     Frozen            s ((X  A^T) * g) B^T    g constant: the experts that will be merged; no router, no dropout

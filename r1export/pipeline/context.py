@@ -16,7 +16,8 @@ from r1export.adapt.image_cache import Pixels
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pool import Pools, PoolSettings
 from r1export.adapt.trainer import TrainSettings
-from r1export.data.sources import expand_path, load_task
+from r1export.data.request import Request, expand_path
+from r1export.data.sources import load_task
 from r1export.data.synthetic import BUILTIN_MODELS
 from r1export.data.task import Task, few_shot
 from r1export.errors import InputError, Unsupported
@@ -28,7 +29,7 @@ Track = Callable[..., None]
 
 
 class Progress(Protocol):
-    """Somebody who looks on."""
+    """Reports how far a command has come."""
 
     def step(self, title: str) -> None:
         """A new step begins."""
@@ -38,7 +39,7 @@ class Progress(Protocol):
 
 
 class NoProgress:
-    """Nobody looks on."""
+    """Reports nothing."""
 
     def step(self, title: str) -> None:
         pass
@@ -95,7 +96,7 @@ class RunContext:
 
     @contextmanager
     def with_updates_applied(self, updates: Sequence[ExpertUpdate]) -> Iterator[dict[str, np.ndarray]]:
-        """Within it `clip` has learned `updates`; gives all parameters. Afterwards, whatever happened, it is the base again."""
+        """Within it `updates` are merged into `clip`; yields all parameters. Afterwards, also after an error, it is the base again."""
         merged = self.merged(updates)
         self.clip.load_(merged)
         try:
@@ -105,15 +106,13 @@ class RunContext:
 
     def _task(self, source: TaskSource, *, test_only: bool = False) -> Task:
         data, seed = self.recipe.data, self.recipe.train.seed
-        root = expand_path(data.root) if data.root else None
-        task = load_task(
+        request = Request(
             source.source,
-            name=source.name,
-            root=root,
-            templates=source.templates,
+            expand_path(data.root) if data.root else None,
             download=data.download,
             test_only=test_only,
         )
+        task = load_task(request, name=source.name, templates=source.templates)
         train = task.train if test_only else few_shot(task.train, data.shots, seed)
         test = task.test
         if data.test_limit and len(test) > data.test_limit:
@@ -144,7 +143,7 @@ def choose_device(wanted: str) -> str:
 
 
 def check_inputs(context: RunContext) -> None:
-    """Load the model and the tasks, try the pools and decode the images, so that bad input is found before anything is written.
+    """Load the model and the tasks, try the pools and decode the images, so that bad input is reported before anything is written.
 
     Sets that are too large to be kept in memory are decoded while they are used.
     """
@@ -159,7 +158,7 @@ def check_inputs(context: RunContext) -> None:
 
 
 def inject_pools_(clip: Clip, recipe: Recipe) -> Pools:
-    """Pools beside the linears of `clip.model`, as the recipe sizes them."""
+    """Pools for the linears of `clip.model`, as the recipe says."""
     return inject_experts_(clip.model, pool_settings(recipe.pool))
 
 

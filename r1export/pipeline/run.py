@@ -1,4 +1,4 @@
-"""The whole way in one call: open a run, then train, export and verify."""
+"""One run in one call: open it, then train, export and verify."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def run(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> RunReport | None:
-    """Train the stream of `recipe`, write a release after each task, verify all of them, and return the report.
+    """Train the tasks of `recipe`, write a release after each task, verify all of them, and return the report.
 
-    `device` is "auto", "cpu" or "cuda"; `resume` goes on with the run in `out`, `overwrite` deletes it first. The report's
+    `device` is "auto", "cpu" or "cuda"; `resume` continues the run in `out`, `overwrite` deletes it first. The report's
     `verdict` is "pass", "fail" or "inconclusive". Among several processes of torchrun the first one exports and verifies;
     the others return None.
 
@@ -65,7 +65,9 @@ def open_run_context(
     """A run in `out`, new or resumed, with its input loaded and looked at. Raises as `run` does."""
     check_run(out, recipe, resume=resume, overwrite=overwrite)
     context = RunContext(RunFolder(out), recipe, choose_device(device), progress or NoProgress())
-    distributed.start(context.device)  # waits for the other processes of torchrun, so none finds the run of the first
+    distributed.start(
+        context.device
+    )  # waits for the other processes of torchrun: none may see the run that the first one writes
     check_inputs(context)
     if distributed.is_first():
         open_run(out, recipe, resume=resume, overwrite=overwrite)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from r1export.adapt.full_finetune import fine_tune_
 from r1export.adapt.inject import eject_experts_
 from r1export.adapt.metrics import stream_metrics
 from r1export.adapt.pack import load_rounded_factors_, pack_experts, pool_tensors, set_past_experts_
-from r1export.adapt.trainer import TrainStep, reset_pools_, train_pools_, visited
+from r1export.adapt.trainer import TrainingTask, TrainStep, reset_pools_, train_pools_
 from r1export.data.task import Task
 from r1export.errors import InputError
 from r1export.export.write_release import refused_writes
@@ -27,7 +27,7 @@ from r1export.pipeline.context import RunContext, inject_pools_, train_settings
 from r1export.pipeline.environment import now, versions
 from r1export.pipeline.tensorboard import log_accuracies, step_log
 from r1export.recipe import Recipe
-from r1export.run_folder import RunMetrics, RunRecord, read_value
+from r1export.run_folder import RunMetrics, RunRecord, Share, read_value
 from r1export.update.atomic_io import write_json
 from r1export.update.container import write_tensors
 from r1export.update.factors import ExpertUpdate
@@ -68,7 +68,7 @@ def _cached_accuracies(context: RunContext, path: Path, title: str) -> dict[str,
         write_json(path, _evaluate(context, title))
     distributed.wait()
     remedy = "delete the file and run again with --resume"
-    accuracies, probe = read_value(dict[str, float], path, remedy), context.recipe.probe
+    accuracies, probe = read_value(dict[str, Share], path, remedy), context.recipe.probe
     names = [task.name for task in (*context.recipe.stream, *((probe,) if probe else ()))]
     if missing := [name for name in names if name not in accuracies]:
         raise InputError(f"{path}: damaged: no accuracy of {', '.join(missing)}", remedy)
@@ -105,14 +105,12 @@ def _evaluate(context: RunContext, title: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TaskJob:
-    """What training task `number` needs: the updates of `earlier` tasks, its own folder, the distillation targets if there are."""
+    """One task to train: the updates of `earlier` tasks, its own folder, and the callback of every step."""
 
     context: RunContext
-    number: int
-    task: Task
+    training: TrainingTask
     earlier: list[ExpertUpdate]
     folder: TaskLayout
-    targets: DistillationTargets | None
     on_step: Callable[[TrainStep], None]
 
 
@@ -129,16 +127,18 @@ def _train_task(context: RunContext, number: int, task: Task, earlier: list[Expe
     """Train one task on the model with `earlier` merged. factors.safetensors is written last: it marks the task as done."""
     recipe, started = context.recipe, time.perf_counter()
     folder.path.mkdir(parents=True, exist_ok=True)
-    train = _train_all_weights if recipe.train.method == "full" else _train_experts
     title = f"Task {number} of {len(context.tasks)}: {task.name}"
-    targets = _distillation_targets(context, number, task, title) if recipe.train.distill_weight else None
+    training = TrainingTask(number, task, context.trains[task.name], train_settings(recipe.train))
+    if recipe.train.distill_weight:
+        training = replace(training, targets=_distillation_targets(context, training, title))
+    train = _train_all_weights if recipe.train.method == "full" else _train_experts
     with context.progress.track(title, recipe.train.iterations) as advance, step_log(context, number) as log:
 
         def on_step(step: TrainStep) -> None:
             advance(_note(step, recipe))
             log(step)
 
-        trained = train(TaskJob(context, number, task, earlier, folder, targets, on_step))
+        trained = train(TaskJob(context, training, earlier, folder, on_step))
     if not distributed.is_first():
         return
     write_json(
@@ -152,46 +152,36 @@ def _train_task(context: RunContext, number: int, task: Task, earlier: list[Expe
 
 
 def _train_experts(job: TaskJob) -> _Trained:
-    context, number, task, folder = job.context, job.number, job.task, job.folder
-    recipe = context.recipe
-    pools = inject_pools_(context.clip, recipe)
+    clip, recipe, training = job.context.clip, job.context.recipe, job.training
+    pools = inject_pools_(clip, recipe)
     try:
-        reset_pools_(pools, recipe.train.seed, number)
+        reset_pools_(pools, recipe.train.seed, training.number)
         if job.earlier:
             set_past_experts_(pools, ExpertUpdate.stack(job.earlier))
-        losses = train_pools_(
-            context.clip, pools, task, context.trains[task.name], train_settings(recipe.train), number=number,
-            checkpoint=folder.checkpoint, on_step=job.on_step, targets=job.targets,
-        )  # fmt: skip
+        losses = train_pools_(clip, pools, training, checkpoint=job.folder.checkpoint, on_step=job.on_step)
         update = pack_experts(pools, DTYPES[recipe.pool.factors])
         if recipe.pool.factors != "fp32":
             load_rounded_factors_(pools, update)
         if distributed.is_first():
-            write_tensors(folder.pool, pool_tensors(pools))
+            write_tensors(job.folder.pool, pool_tensors(pools))
         return _Trained(losses, update, sum(p.numel() for pool in pools.values() for p in pool.learned()))
     finally:
-        eject_experts_(context.clip.model)
+        eject_experts_(clip.model)
 
 
 def _train_all_weights(job: TaskJob) -> _Trained:
-    context, task = job.context, job.task
-    losses, update = fine_tune_(
-        context.clip, task, context.trains[task.name], train_settings(context.recipe.train), number=job.number,
-        on_step=job.on_step, targets=job.targets,
-    )  # fmt: skip
-    return _Trained(losses, update, sum(p.numel() for p in context.clip.model.parameters() if p.ndim))
+    model = job.context.clip.model
+    losses, update = fine_tune_(job.context.clip, job.training, job.on_step)
+    return _Trained(losses, update, sum(p.numel() for p in model.parameters() if p.ndim))
 
 
-def _distillation_targets(context: RunContext, number: int, task: Task, title: str) -> DistillationTargets:
-    """The predictions of the model before task `number`, on the task's images and on reference names."""
-    train = context.trains[task.name]
-    images = visited(len(train), train_settings(context.recipe.train), number)
-    names = reference_names([name for earlier in context.tasks[: number - 1] for name in earlier.classes])
+def _distillation_targets(context: RunContext, training: TrainingTask, title: str) -> DistillationTargets:
+    """The predictions of the model before a task, on the task's images and on reference names."""
+    images = training.visited()
+    names = reference_names([name for earlier in context.tasks[: training.number - 1] for name in earlier.classes])
     batches = sum(-(-len(items) // BATCH) for items in (names, images))
     with context.progress.track(f"{title}: computing distillation targets", batches) as advance:
-        return distillation_targets(
-            context.clip, train, images, names, advance, weight=context.recipe.train.distill_weight
-        )
+        return distillation_targets(context.clip, training.train, images, names, advance)
 
 
 def _note(step: TrainStep, recipe: Recipe) -> str:

@@ -12,7 +12,7 @@ from settings import POOL, TRAIN
 from r1export.adapt.distillation import REFERENCES, distillation_targets, reference_names
 from r1export.adapt.image_cache import Pixels
 from r1export.adapt.inject import eject_experts_, inject_experts_
-from r1export.adapt.trainer import reset_pools_, train_pools_, visited
+from r1export.adapt.trainer import TrainingTask, reset_pools_, train_pools_
 
 EVERY, NAMES = np.arange(24), reference_names()
 
@@ -69,25 +69,25 @@ def test_predictions_change_less_with_distillation(tiny_clip, stripes, train) ->
     texts, changes = np.arange(100), []
     settings = replace(TRAIN, iterations=30, batch_size=8, learning_rate=1e-2, seed=1)
     for weight in (0.0, 5.0):
-        targets = distillation_targets(tiny_clip, train, EVERY, NAMES, weight=weight)
+        targets = distillation_targets(tiny_clip, train, EVERY, NAMES)
         pools = inject_experts_(tiny_clip.model, replace(POOL, alpha=12.0))
         reset_pools_(pools, 1, 1)
-        train_pools_(tiny_clip, pools, stripes, train, settings, number=1, targets=targets)
+        weighted = replace(settings, distill_weight=weight)
+        train_pools_(tiny_clip, pools, TrainingTask(1, stripes, train, weighted, targets))
         for pool in pools.values():
             pool.freeze_()
-        loss = replace(targets, weight=1.0).loss(
-            *now(tiny_clip, train, targets, texts), EVERY, texts, torch.tensor(14.0)
-        )
+        loss = targets.loss(*now(tiny_clip, train, targets, texts), EVERY, texts, torch.tensor(14.0))
         changes.append(loss.item())
         eject_experts_(tiny_clip.model)
     assert changes[1] < 0.5 * changes[0]
 
 
-def test_only_images_that_steps_will_see_are_embedded(tiny_clip, train) -> None:
+def test_only_images_that_steps_will_see_are_embedded(tiny_clip, stripes, train) -> None:
     settings = replace(TRAIN, iterations=2, batch_size=8, seed=1)
-    images = visited(24, settings, 1)
+    images = TrainingTask(1, stripes, train, settings).visited()
     assert len(images) == 16
     norms = distillation_targets(tiny_clip, train, images, NAMES).images.norm(dim=1).numpy()
     assert np.allclose(norms[images], 1, atol=1e-5)
     assert np.count_nonzero(norms) == 16
-    assert np.array_equal(visited(15, settings, 1), np.arange(15))
+    longer = replace(settings, iterations=3)
+    assert np.array_equal(TrainingTask(1, stripes, train, longer).visited(), EVERY)

@@ -16,14 +16,15 @@ from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pack import pack_experts, pool_tensors, set_past_experts_
 from r1export.adapt.pool import Frozen
 from r1export.adapt.trainer import (
+    TrainingTask,
     batch_indices,
     learning_rate,
     reset_pools_,
     seed_of,
     train_pools_,
-    visited,
 )
 from r1export.errors import InputError, Unsupported
+from r1export.update.container import read_tensors, write_tensors
 
 PUBLISHED = replace(TRAIN, consolidate=1.0, batch_size=8, seed=1)
 SETTINGS = replace(PUBLISHED, iterations=8, learning_rate=5e-3, checkpoint_every=3)
@@ -36,8 +37,10 @@ class Killed(Exception):
 
 def train(clip, task, settings=SETTINGS, *, number=1, distill=0.0, earlier=None, checkpoint=None, kill_at=None):
     pixels = Pixels(task.train, clip.preprocess)
-    images = visited(len(pixels), settings, number)
-    targets = distillation_targets(clip, pixels, images, reference_names(), weight=distill) if distill else None
+    training = TrainingTask(number, task, pixels, replace(settings, distill_weight=distill))
+    if distill:
+        targets = distillation_targets(clip, pixels, training.visited(), reference_names())
+        training = replace(training, targets=targets)
     pools = inject_experts_(clip.model, LARGE)
     reset_pools_(pools, settings.seed, number)
     if earlier:
@@ -48,17 +51,7 @@ def train(clip, task, settings=SETTINGS, *, number=1, distill=0.0, earlier=None,
             raise Killed
 
     try:
-        losses = train_pools_(
-            clip,
-            pools,
-            task,
-            pixels,
-            settings,
-            number=number,
-            checkpoint=checkpoint,
-            on_step=on_step,
-            targets=targets,
-        )
+        losses = train_pools_(clip, pools, training, checkpoint=checkpoint, on_step=on_step)
     finally:
         eject_experts_(clip.model)
     return pools, losses
@@ -123,7 +116,7 @@ def test_the_frozen_base_is_trained_beside_as_it_is_deployed(tiny_clip, stripes,
             seen.append(tiny_clip.encode_image(pixels))
 
     train_set = Pixels(stripes.train, tiny_clip.preprocess)
-    train_pools_(tiny_clip, pools, stripes, train_set, replace(SETTINGS, iterations=1), number=1, on_step=look)
+    train_pools_(tiny_clip, pools, TrainingTask(1, stripes, train_set, replace(SETTINGS, iterations=1)), on_step=look)
     eject_experts_(model)
     assert torch.equal(*seen)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
@@ -159,6 +152,18 @@ def test_a_run_killed_inside_a_task_and_resumed_is_the_uninterrupted_run(
     assert same(pool_tensors(whole), pool_tensors(resumed))
     assert losses == again
     assert not checkpoint.exists()
+
+
+@pytest.mark.parametrize("damage", ["losses", "optimizer.x.step", "visual"])
+def test_a_damaged_checkpoint_is_named(tiny_clip, stripes, tmp_path, damage: str) -> None:
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(Killed):
+        train(tiny_clip, stripes, checkpoint=checkpoint, kill_at=5)
+    tensors = {name: value for name, value in read_tensors(checkpoint).items() if not name.startswith(damage)}
+    extra = {damage: np.zeros(1, np.float32)} if "." in damage else {}
+    write_tensors(checkpoint, tensors | extra)
+    with pytest.raises(InputError, match=r"checkpoint\.safetensors: "):
+        train(tiny_clip, stripes, checkpoint=checkpoint)
 
 
 def test_orthogonality_keeps_a_task_off_what_earlier_tasks_merged(tiny_clip, stripes) -> None:
@@ -209,7 +214,7 @@ def test_what_is_merged_is_what_was_frozen_under_every_switch(tiny_clip, stripes
     train = Pixels(stripes.train, tiny_clip.preprocess)
     model = tiny_clip.model
     model.float()
-    train_pools_(tiny_clip, pools, stripes, train, SETTINGS, number=1)
+    train_pools_(tiny_clip, pools, TrainingTask(1, stripes, train, SETTINGS))
     update = pack_experts(pools)
     model.double()
     for rows, pool in pools.items():  # what is packed is rounded to float32: the frozen model gets the same values
@@ -234,7 +239,8 @@ def test_a_sparse_gate_that_was_fixed_is_merged_as_it_was_trained(tiny_clip, str
     pools = inject_experts_(tiny_clip.model, replace(LARGE, gate="sparse"))
     reset_pools_(pools, 1, 1)
     settings = replace(SETTINGS, consolidate=0.25)
-    train_pools_(tiny_clip, pools, stripes, Pixels(stripes.train, tiny_clip.preprocess), settings, number=1)
+    train_set = Pixels(stripes.train, tiny_clip.preprocess)
+    train_pools_(tiny_clip, pools, TrainingTask(1, stripes, train_set, settings))
     assert all(torch.equal(pool.routing.gate, pool.frozen().gate) for pool in pools.values())
     eject_experts_(tiny_clip.model)
 
