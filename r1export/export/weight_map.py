@@ -100,13 +100,13 @@ def place_parameters(
             initializers.get(_digest(parameter), []),
             initializers.get(_digest(parameter.T), []) if parameter.ndim == 2 else [],
         )
-        found = {id(value): value for value in straight + turned}
-        if len(found) != 1 and (found or name in used):
+        matches = {id(value): value for value in straight + turned}
+        if len(matches) != 1 and (matches or name in used):
             raise Unsupported(
-                f"parameter {name} stands {len(found)} times in the exported graph, expected once",
+                f"parameter {name} is {len(matches)} times in the exported graph, expected once",
                 "the exporter folded or repeated it: report the model, or use another opset",
             )
-        for value in found.values():
+        for value in matches.values():
             placed[Placement(name, tuple(value.const_value.shape.numpy()), transposed=not straight)] = value
     if len({id(value) for value in placed.values()}) != len(placed):
         raise Unsupported("two parameters share one initializer", "report the model")

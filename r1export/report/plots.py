@@ -58,8 +58,8 @@ def _cell(axes: Axes, x: float, y: int, value: float, learned: bool) -> None:
 
 def forgetting_curves(accuracy: Accuracy, key: str) -> str:
     """Accuracy of every task over the sequence; a dot marks the moment at which it was learned."""
-    rows, _, values = matrix(accuracy)
-    tasks = accuracy.tasks
+    rows, columns, values = matrix(accuracy)
+    tasks = columns[: len(accuracy.tasks)]
     if len(rows) < 2:
         return ""
     with style(key):

@@ -19,6 +19,7 @@ from r1export.report.format import (
     share,
     size,
 )
+from r1export.update.plain_text import printable
 from r1export.verify.results import (
     PARITY_STAGES,
     RUNGS,
@@ -199,12 +200,13 @@ def matrix(accuracy: Accuracy) -> tuple[list[str], list[str], list[list[float]]]
 
     One row for zero-shot and one after each task learned; one column per task, and a last one for the probe.
     """
-    rows = ["zero-shot", *(f"after {name}" for name in accuracy.tasks[: len(accuracy.matrix)])]
+    tasks = [printable(name) for name in accuracy.tasks]
+    rows = ["zero-shot", *(f"after {name}" for name in tasks[: len(accuracy.matrix)])]
     values = [list(accuracy.zero_shot), *map(list, accuracy.matrix)]
     if not accuracy.probe:
-        return rows, list(accuracy.tasks), values
+        return rows, tasks, values
     with_probe = [[*row, value] for row, value in zip(values, accuracy.probe.values, strict=True)]
-    return rows, [*accuracy.tasks, f"{accuracy.probe.name} (probe)"], with_probe
+    return rows, [*tasks, f"{printable(accuracy.probe.name)} (probe)"], with_probe
 
 
 def accuracies(accuracy: Accuracy | None) -> Table | None:

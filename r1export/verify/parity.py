@@ -148,6 +148,8 @@ def run_in_batches(
 
 
 def _encode(model: Model, tower: str, values: np.ndarray, batch: int) -> np.ndarray:
+    if not len(values):
+        raise CheckFailed(f"there is no input for the {tower} tower", "export the release again")
     size = batch or len(values)
     encode = model.tower(tower)
     try:
@@ -204,7 +206,7 @@ def compare(
 def difference(reference: np.ndarray, candidates: Sequence[np.ndarray]) -> Difference:
     """The worst of all `candidates` (n, D) against the reference of the same shape."""
     broken = Difference(max_abs=None, p99_abs=None, min_cosine=None)
-    if not candidates or any(candidate.shape != reference.shape for candidate in candidates):
+    if not candidates or not reference.size or any(candidate.shape != reference.shape for candidate in candidates):
         return broken
     expected = _f64(reference)
     with np.errstate(invalid="ignore"):  # Inf - Inf is what is looked for
@@ -254,7 +256,7 @@ def _problems(towers: Mapping[str, Difference], flips: Sequence[Flip], gate: Gat
     """What does not hold, in words; written so that NaN never holds."""
     for name, tower in towers.items():
         if tower.max_abs is None or tower.min_cosine is None:
-            yield f"the {name} tower gives NaN, Inf or another shape"
+            yield f"the {name} tower gives NaN, Inf, nothing or another shape"
         elif not tower.max_abs <= gate.max_abs:
             yield f"the {name} tower differs by {tower.max_abs:.2g}, allowed {gate.max_abs:.2g}"
         elif not tower.min_cosine >= gate.min_cosine:
@@ -276,7 +278,8 @@ def _cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def _flips(reference: Embeddings, outputs: Sequence[Embeddings]) -> tuple[list[Flip], float]:
     """Images whose nearest text changed, and the share of all answers that did not. None of a model with other shapes."""
     shapes = (reference.visual.shape, reference.textual.shape)
-    if not outputs or any((output.visual.shape, output.textual.shape) != shapes for output in outputs):
+    empty = not (outputs and len(reference.visual) and len(reference.textual))
+    if empty or any((output.visual.shape, output.textual.shape) != shapes for output in outputs):
         return [], 0.0
     scores = _f64(reference.visual) @ _f64(reference.textual).T
     expected = scores.argmax(1)

@@ -117,7 +117,7 @@ class Check:
 class Difference:
     """How far two sets of embeddings are apart: largest and 99th percentile of |a - b|, lowest cosine of a row.
 
-    All three are None where a value is NaN or infinite, or the shapes differ.
+    All three are None where a value is NaN or infinite, the shapes differ, or there is nothing to compare.
     """
 
     max_abs: float | None

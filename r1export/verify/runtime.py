@@ -98,9 +98,9 @@ def open_session(graph: Path, *, level: str = "all", provider: str = "cpu", thre
         Unsupported: the provider is not here, or onnxruntime silently fell back to another one.
         CheckFailed: the runtime refuses the model.
     """
+    check_provider(provider)
     if PROVIDERS[provider].has_levels:
         return start(graph, session_options(level, threads), provider)
-    check_provider(provider)
     try:
         if provider == "openvino":
             return openvino_runtime.Compiled(openvino_runtime.compile_graph(graph, threads=threads))
