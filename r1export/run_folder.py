@@ -44,6 +44,13 @@ class RunMetrics:
     forgetting: tuple[float, ...]
     probe: Probe | None
 
+    def __post_init__(self) -> None:
+        count = len(self.tasks)
+        if {len(self.zero_shot), len(self.accuracy), len(self.forgetting), *map(len, self.accuracy)} != {count}:
+            raise ValueError(f"the accuracies are not those of {count} tasks")
+        if self.probe and len(self.probe.values) != count + 1:
+            raise ValueError(f"the probe has {len(self.probe.values)} accuracies, expected {count + 1}")
+
     def after(self, number: int) -> dict[str, float]:
         """The accuracy on every task after task `number`; 0 is zero-shot."""
         row = self.accuracy[number - 1] if number else self.zero_shot
@@ -130,7 +137,7 @@ def _faults(error: ValidationError) -> str:
     if missing := [member for member, kind, _ in faults if kind == "missing"]:
         return f"it lacks {', '.join(missing)}"
     member, _, message = faults[0]
-    return f"{member}: {message}"
+    return f"{member}: {message}" if member else message
 
 
 def check_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
