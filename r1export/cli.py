@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -327,11 +328,9 @@ def doctor(as_json: Json = False) -> None:
         from r1export.inspection import examine_environment
 
         findings = examine_environment()
-        terminal.table(
-            "Environment", ["check", "found", "verdict"], [[f["check"], f["found"], f["verdict"]] for f in findings]
-        )
-        terminal.document({"findings": findings})
-        if any(finding["verdict"] == "fail" for finding in findings):
+        terminal.table("Environment", ["check", "found", "verdict"], [[f.check, f.found, f.verdict] for f in findings])
+        terminal.document({"findings": [asdict(finding) for finding in findings]})
+        if any(finding.verdict == "fail" for finding in findings):
             raise typer.Exit(3)
 
 

@@ -47,6 +47,11 @@ class Inconclusive(R1ExportError):
     exit_code = 4
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an exception's text, at most `limit` characters of it, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
+
+
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 
 

@@ -6,19 +6,38 @@ import platform
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from r1export.errors import InputError
+from r1export.errors import InputError, first_line
 from r1export.report.format import size
 from r1export.run_folder import RunFolder
-from r1export.update.container import NAMES, read_layout
+from r1export.update.container import NAMES, TensorSpec, read_layout
 from r1export.update.factors import Rows
 from r1export.update.release_layout import MANIFEST
 from r1export.update.release_manifest import ReleaseManifest
 
-Description = tuple[str, dict[str, object], list[str], list[list[str]]]
+
+class Description(NamedTuple):
+    """What `inspect` prints: a title, facts, and a table."""
+
+    title: str
+    facts: dict[str, object]
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `doctor`. `verdict` is pass, fail or not measured."""
+
+    check: str
+    found: str
+    verdict: str
+
+
 PACKAGES = (
     "torch",
     "torchvision",
@@ -35,7 +54,7 @@ EXTRAS = ("openvino",)  # what is missing here is measured less, not worse
 
 
 def describe(path: Path) -> Description:
-    """(title, facts, columns, rows). Raises InputError for what r1export does not know."""
+    """Describe a file or folder. Raises InputError for what r1export does not know."""
     if not path.exists():
         raise InputError(f"{path}: no such file or folder", "check the path")
     if path.is_dir():
@@ -56,44 +75,41 @@ def _run(path: Path) -> Description:
     recipe = run.recipe()
     rows = []
     for number, task in enumerate(recipe.stream, 1):
-        factors = run.task(number, task.name).factors
-        released = run.release(number, task.name).exists()
-        rows.append(
-            [
-                task.name,
-                task.source,
-                "yes" if factors.exists() else "no",
-                size(factors.stat().st_size) if factors.exists() else "-",
-                "yes" if released else "no",
-            ]
-        )
+        factors, released = run.task(number, task.name).factors, run.release(number, task.name).exists()
+        nbytes = size(factors.stat().st_size) if factors.exists() else "-"
+        rows.append([task.name, task.source, _yes(factors.exists()), nbytes, _yes(released)])
     facts = {"run": str(path), "base": recipe.base.model or recipe.base.weights, "seed": recipe.train.seed}
-    return "Run", facts, ["task", "source", "learned", "factors", "released"], rows
+    return Description("Run", facts, ["task", "source", "learned", "factors", "released"], rows)
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "no"
 
 
 def _release(path: Path) -> Description:
-    release = ReleaseManifest.read(path)
-    rows = [[name, size(entry.nbytes), entry.sha256] for name, entry in release.files.items()]
+    manifest = ReleaseManifest.read(path)
+    rows = [[name, size(entry.nbytes), entry.sha256] for name, entry in manifest.files.items()]
     facts: dict[str, object] = {
-        "release": release.name,
-        "base": release.base.name,
-        "learned": ", ".join(update.task for update in release.updates) or "nothing",
-        "parameters": len(release.tensors),
+        "release": manifest.name,
+        "base": manifest.base.name,
+        "learned": ", ".join(update.task for update in manifest.updates) or "nothing",
+        "parameters": len(manifest.tensors),
     }
-    return "Release", facts, ["file", "size", "sha256"], rows
+    return Description("Release", facts, ["file", "size", "sha256"], rows)
 
 
 def _tensors(path: Path) -> Description:
     layout = read_layout(path)
     rows = [[spec.name, NAMES[spec.dtype], str(list(spec.shape)), size(spec.nbytes)] for spec in layout.specs]
     facts: dict[str, object] = {"file": str(path), "tensors": len(rows), "bytes": layout.nbytes}
-    if names := [spec.name.removesuffix(".u") for spec in layout.specs if spec.name.endswith(".u")]:
-        facts |= {
-            "adapted linears": len(names),
-            "experts per linear": max(spec.shape[1] for spec in layout.specs if spec.name.endswith(".u")),
-        }
-        facts["parameters changed"] = len({Rows.parse(name).parameter for name in names})
-    return "Tensors", facts, ["name", "dtype", "shape", "size"], rows
+    if experts := {spec.name.removesuffix(".u"): spec.shape[-1] for spec in layout.specs if _is_factor(spec)}:
+        facts |= {"adapted linears": len(experts), "experts per linear": max(experts.values())}
+        facts["parameters changed"] = len({Rows.parse(name).parameter for name in experts})
+    return Description("Tensors", facts, ["name", "dtype", "shape", "size"], rows)
+
+
+def _is_factor(spec: TensorSpec) -> bool:
+    return spec.name.endswith(".u") and len(spec.shape) == 2
 
 
 def _graph(path: Path) -> Description:
@@ -115,12 +131,8 @@ def _graph(path: Path) -> Description:
         "inputs and outputs": "; ".join(ends),
     }
     facts |= {"initializers": len(model.graph.initializer), "digest": graph_digest(path)}
-    return (
-        "Graph",
-        facts,
-        ["op", "nodes"],
-        [[op, str(count)] for op, count in Counter(node.op_type for node in model.graph.node).most_common()],
-    )
+    nodes = Counter(node.op_type for node in model.graph.node)
+    return Description("Graph", facts, ["op", "nodes"], [[op, str(count)] for op, count in nodes.most_common()])
 
 
 def _recipe(path: Path) -> Description:
@@ -134,56 +146,54 @@ def _recipe(path: Path) -> Description:
     ]
     named = [(f"tasks.{i}", task) for i, task in enumerate(recipe.stream, 1)]
     named += [("probe", recipe.probe)] if recipe.probe else []
-    rows += [[f"{place}.{field}", str(value)] for place, task in named for field, value in task]
-    return (
-        "Recipe",
-        {"recipe": str(path), "tasks": ", ".join(task.name for task in recipe.stream)},
-        ["field", "value"],
-        rows,
-    )
+    rows += [[f"{section}.{field}", str(value)] for section, task in named for field, value in task]
+    facts: dict[str, object] = {"recipe": str(path), "tasks": ", ".join(task.name for task in recipe.stream)}
+    return Description("Recipe", facts, ["field", "value"], rows)
 
 
 def _bundle(path: Path) -> Description:
     from r1export.update.bundle import inspect
 
-    facts = inspect(path)
-    rows = [[key, str(value)] for key, value in facts.items() if not isinstance(value, list | dict)]
-    rows += [["signed by", keyid] for keyid in facts["signed_by"]]
-    rows += [[f"update {i}", _carried(update)] for i, update in enumerate(facts["updates"], 1)]
-    rows += [[file["path"], size(file["bytes"])] for file in facts["files"]]
-    return (
-        "Update",
-        {"update": str(path), "signatures": "listed, not verified: that is done on the device"},
-        ["field", "value"],
-        rows,
-    )
+    summary = inspect(path)
+    rows = [[key, str(value)] for key, value in summary.items() if not isinstance(value, list | dict)]
+    rows += [["signed by", keyid] for keyid in summary["signed_by"]]
+    rows += [[f"update {i}", _update(update)] for i, update in enumerate(summary["updates"], 1)]
+    rows += [[file["path"], size(file["bytes"])] for file in summary["files"]]
+    facts: dict[str, object] = {
+        "update": str(path),
+        "signatures": "listed, not verified: that is done on the device",
+    }
+    return Description("Update", facts, ["field", "value"], rows)
 
 
-def _carried(update: Mapping[str, Any]) -> str:
+def _update(update: Mapping[str, Any]) -> str:
     content = f"{update['experts']} experts" if update["carried"] else "on the device already"
     return f"{update['task']}, {content}, {update['sha256'][:16]}"
 
 
-def examine_environment() -> list[dict[str, str]]:
-    """One finding per package, device and trial, each with a verdict pass, fail or not measured."""
-    findings = [{"check": "python", "found": platform.python_version(), "verdict": "pass"}]
-    for package in (*PACKAGES, *EXTRAS):
-        try:
-            findings.append({"check": package, "found": version(package), "verdict": "pass"})
-        except PackageNotFoundError:
-            verdict = "fail" if package in PACKAGES else "not measured"
-            findings.append({"check": package, "found": "not installed", "verdict": verdict})
+def examine_environment() -> list[Finding]:
+    """One finding per package, device and trial."""
+    findings = [Finding("python", platform.python_version(), "pass")]
+    findings += [_package(package) for package in (*PACKAGES, *EXTRAS)]
     for name, trial in (
         ("torch and torchvision", _try_torch),
         ("onnxruntime runs a graph", _try_onnxruntime),
         ("disk", _try_disk),
     ):
         try:
-            findings.append({"check": name, "found": trial(), "verdict": "pass"})
+            findings.append(Finding(name, trial(), "pass"))
         except Exception as error:  # whatever is broken in this environment is the finding
-            said = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
-            findings.append({"check": name, "found": said.removesuffix(":")[:140], "verdict": "fail"})
+            kind = type(error).__name__
+            text = f"{kind}: {first_line(error)}" if str(error).strip() else kind
+            findings.append(Finding(name, text[:140], "fail"))
     return findings
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(name, version(name), "pass")
+    except PackageNotFoundError:
+        return Finding(name, "not installed", "fail" if name in PACKAGES else "not measured")
 
 
 def _try_torch() -> str:

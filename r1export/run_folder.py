@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from r1export.errors import InputError, refused
 from r1export.recipe import Recipe, load_recipe
@@ -25,6 +25,7 @@ from r1export.verify.results import Probe
 MAX_JSON = 64 << 20  # bytes
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 T = TypeVar("T")
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,21 @@ class RunMetrics:
     __pydantic_config__ = _STRICT
 
     tasks: tuple[str, ...]
-    zero_shot: tuple[float, ...]
-    accuracy: tuple[tuple[float, ...], ...]
-    zero_shot_avg: float
-    transfer: float | None
-    avg: float
-    last: float
+    zero_shot: tuple[Share, ...]
+    accuracy: tuple[tuple[Share, ...], ...]
+    zero_shot_avg: Share
+    transfer: Share | None
+    avg: Share
+    last: Share
     forgetting: tuple[float, ...]
     probe: Probe | None
+
+    def __post_init__(self) -> None:
+        count = len(self.tasks)
+        if {len(self.zero_shot), len(self.accuracy), len(self.forgetting), *map(len, self.accuracy)} != {count}:
+            raise ValueError(f"the accuracies are not those of {count} tasks")
+        if self.probe and len(self.probe.values) != count + 1:
+            raise ValueError(f"the probe has {len(self.probe.values)} accuracies, expected {count + 1}")
 
     def after(self, number: int) -> dict[str, float]:
         """The accuracy on every task after task `number`; 0 is zero-shot."""
@@ -129,7 +137,7 @@ def _faults(error: ValidationError) -> str:
     if missing := [member for member, kind, _ in faults if kind == "missing"]:
         return f"it lacks {', '.join(missing)}"
     member, _, message = faults[0]
-    return f"{member}: {message}"
+    return f"{member}: {message}" if member else message
 
 
 def check_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

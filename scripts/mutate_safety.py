@@ -49,7 +49,7 @@ RULES = [
     ("update/bundle.py", "if not data.startswith(MAGIC):", "if False:"),
     ("update/bundle.py", "if length > limit or ", "if "),
     ("update/bundle.py", "if start > len(data) or any(data[position:start]):", "if start > len(data):"),
-    ("update/bundle.py", "if not stat.S_ISREG(found.st_mode) or ", "if "),
+    ("update/atomic_io.py", "if not stat.S_ISREG(os.fstat(descriptor).st_mode):", "if False:"),
     ("update/bundle.py", "if (found := hashlib.sha256(payload).hexdigest()) != manifest.payload_sha256:", "if False:"),
     ("update/bundle.py", "if any(payload[end:offset]):", "if False:"),
     ("update/bundle.py", "if (found := hashlib.sha256(factors.to_bytes()).hexdigest()) != update.sha256:", "if False:"),

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from r1export.adapt.model_config import read_model_config
-from r1export.errors import InputError, R1ExportError, Unsupported
+from r1export.errors import InputError, R1ExportError, Unsupported, first_line
 
 # An nn.Module with encode_image, encode_text and logit_scale: one of several classes of open_clip, which has no types.
 ClipModel = Any
@@ -190,11 +190,11 @@ def _not_built(error: Exception, model: str, pretrained: str, config: Path | Non
     """Bad input where a config says what to build, which cannot load from elsewhere. Else the environment lacks something."""
     if config is not None and not isinstance(error, MemoryError | torch.OutOfMemoryError):
         return InputError(
-            f"{config}: open_clip cannot build this model: {type(error).__name__}: {_first_line(error)}",
+            f"{config}: open_clip cannot build this model: {type(error).__name__}: {first_line(error)}",
             "correct the config: see open_clip's own in its model_configs",
         )
     return Unsupported(
-        f"open_clip cannot make {model} {pretrained}: {_first_line(error)}",
+        f"open_clip cannot make {model} {pretrained}: {first_line(error)}",
         "fetch the weights once with network, or give base.weights; check the free memory",
     )
 
@@ -285,10 +285,6 @@ def _safetensors(weights: Path) -> Iterator[None]:
         yield
     except Exception as error:  # SafetensorError, or what torch raises for the dtypes and sizes of a damaged header
         raise InputError(
-            f"{weights}: not a safetensors file: {_first_line(error)}",
+            f"{weights}: not a safetensors file: {first_line(error)}",
             "convert the checkpoint with safetensors.torch.save_file",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from r1export.device.version import Version
-from r1export.errors import CheckFailed, R1ExportError
+from r1export.errors import CheckFailed, R1ExportError, first_line
 from r1export.update.container import parse_tensors
 from r1export.update.manifest import Health
 from r1export.update.release_layout import GOLDEN, TOWERS
@@ -81,11 +81,6 @@ def _answer(version: Version, graph: str, answer: str, given: np.ndarray) -> np.
         raise
     except Exception as error:  # onnxruntime's exceptions have no class in common
         raise CheckFailed(f"{graph} does not run: {first_line(error)}", REMEDY) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's text, or its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def compare(tower: str, embeds: np.ndarray, expected: np.ndarray, classes: Sequence[np.ndarray]) -> Agreement:

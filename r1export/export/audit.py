@@ -1,4 +1,4 @@
-"""Export a merged model afresh and hold it against its release: the long way has to lead to the same files.
+"""Export a merged model again and compare it with its release: the long way has to lead to the same files.
 
 A release is written without the exporter, from the graphs of the one export and the merged weights. The audit takes no
 part of that: it traces the model with the weights it has, walks both graphs side by side, and compares every byte.
@@ -41,30 +41,36 @@ def audit_reexport(
     """
     nodes = parameters = nbytes = 0
     for tower in make_towers(copy.deepcopy(model).cpu().float().eval(), image_size, context_length):
-        fresh, fielded = trace(tower, opset)[0].graph, ir.load(release / tower.files.graph).graph
+        fresh, deployed = trace(tower, opset)[0].graph, ir.load(release / tower.files.graph).graph
         stored = map_tensors(release / tower.files.weights)
-        place = f"{release.name}/{tower.files.graph}"
-        pairs = _walk(fresh, fielded, place)
-        for one, other in pairs:
-            expected = stored[other.name] if other.name in stored else other.const_value.numpy()
-            _same_bytes(one.const_value.numpy(), expected, f"{place}: {other.name}")
-            parameters += other.name in stored
-            nbytes += expected.nbytes if other.name in stored else 0
+        location = f"{release.name}/{tower.files.graph}"
+        pairs = _walk(fresh, deployed, location)
+        for fresh_value, released in pairs:
+            expected = stored[released.name] if released.name in stored else released.const_value.numpy()
+            _same_bytes(fresh_value.const_value.numpy(), expected, f"{location}: {released.name}")
+            parameters += released.name in stored
+            nbytes += expected.nbytes if released.name in stored else 0
         nodes += len(fresh)
     return Audit(nodes, parameters, nbytes)
 
 
-def _walk(fresh: ir.Graph, fielded: ir.Graph, place: str) -> list[tuple[ir.Value, ir.Value]]:
+def _walk(fresh: ir.Graph, deployed: ir.Graph, location: str) -> list[tuple[ir.Value, ir.Value]]:
     """The initializers that stand in the same places of both graphs, once each."""
-    _same([(v.dtype, v.shape) for v in fresh.inputs], [(v.dtype, v.shape) for v in fielded.inputs], f"{place}: inputs")
-    _same(len(fresh), len(fielded), f"{place}: number of nodes")
-    twin: dict[ir.Value | None, ir.Value | None] = {None: None, **dict(zip(fresh.inputs, fielded.inputs, strict=True))}
+    _same(
+        [(v.dtype, v.shape) for v in fresh.inputs], [(v.dtype, v.shape) for v in deployed.inputs], f"{location}: inputs"
+    )
+    _same(len(fresh), len(deployed), f"{location}: number of nodes")
+    twin: dict[ir.Value | None, ir.Value | None] = {None: None, **dict(zip(fresh.inputs, deployed.inputs, strict=True))}
     pairs: list[tuple[ir.Value, ir.Value]] = []
-    for i, (one, other) in enumerate(zip(fresh, fielded, strict=True)):
-        where = f"{place}: node {i} ({other.op_type})"
-        _same((one.domain, one.op_type, len(one.inputs)), (other.domain, other.op_type, len(other.inputs)), where)
-        _same(_attributes(one), _attributes(other), where)
-        for mine, theirs in zip(one.inputs, other.inputs, strict=True):
+    for i, (node, released) in enumerate(zip(fresh, deployed, strict=True)):
+        where = f"{location}: node {i} ({released.op_type})"
+        _same(
+            (node.domain, node.op_type, len(node.inputs)),
+            (released.domain, released.op_type, len(released.inputs)),
+            where,
+        )
+        _same(_attributes(node), _attributes(released), where)
+        for mine, theirs in zip(node.inputs, released.inputs, strict=True):
             if mine and theirs and mine not in twin and mine.is_initializer() and theirs.is_initializer():
                 twin[mine] = theirs
                 pairs.append((mine, theirs))
@@ -74,8 +80,8 @@ def _walk(fresh: ir.Graph, fielded: ir.Graph, place: str) -> list[tuple[ir.Value
                     f"{where}: reads {read}, the fresh export reads {expected}",
                     "export the run again with --overwrite",
                 )
-        twin.update(zip(one.outputs, other.outputs, strict=True))
-    _same([twin[v] for v in fresh.outputs], list(fielded.outputs), f"{place}: outputs")
+        twin.update(zip(node.outputs, released.outputs, strict=True))
+    _same([twin[v] for v in fresh.outputs], list(deployed.outputs), f"{location}: outputs")
     return pairs
 
 
@@ -87,18 +93,19 @@ def _attributes(node: ir.Node) -> dict[str, str]:
     }
 
 
-def _same(found: object, expected: object, where: str) -> None:
-    if found != expected:
+def _same(fresh: object, released: object, where: str) -> None:
+    if fresh != released:
         raise CheckFailed(
-            f"{where}: {expected} in the release, {found} in a fresh export", "export the run again with --overwrite"
+            f"{where}: {released} in the release, {fresh} in a fresh export", "export the run again with --overwrite"
         )
 
 
-def _same_bytes(found: np.ndarray, expected: np.ndarray, where: str) -> None:
-    one, other = np.ascontiguousarray(found), np.ascontiguousarray(expected)
-    if one.dtype != other.dtype or one.shape != other.shape or one.tobytes() != other.tobytes():
-        theirs, mine = (f"sha256 {sha256_bytes(array.tobytes())[:16]} {list(array.shape)}" for array in (other, one))
+def _same_bytes(fresh: np.ndarray, released: np.ndarray, where: str) -> None:
+    arrays = [np.ascontiguousarray(array) for array in (fresh, released)]
+    contents = [(array.dtype, array.shape, array.tobytes()) for array in arrays]
+    if contents[0] != contents[1]:
+        new, old = (f"sha256 {sha256_bytes(data)[:16]} {list(shape)}" for _, shape, data in contents)
         raise CheckFailed(
-            f"{where}: {theirs} in the release, {mine} in a fresh export",
+            f"{where}: {old} in the release, {new} in a fresh export",
             "the merged weights are not those of the release: write it again",
         )

@@ -95,18 +95,18 @@ def _halve_node_(node: ir.Node) -> None:
 
 def _tail(graph: ir.Graph, embedding: ir.Value) -> set[ir.Node]:
     """All nodes that depend on `embedding`, and those that only serve them."""
-    found: set[ir.Node] = set()
+    tail: set[ir.Node] = set()
     waiting = [embedding]
     while waiting:
         for node in waiting.pop().consumers():
-            if node not in found:
-                found.add(node)
+            if node not in tail:
+                tail.add(node)
                 waiting.extend(node.outputs)
     for node in reversed(graph):
         users = [user for value in node.outputs for user in value.consumers()]
-        if users and node is not embedding.producer() and all(user in found for user in users):
-            found.add(node)
-    return found
+        if users and node is not embedding.producer() and all(user in tail for user in users):
+            tail.add(node)
+    return tail
 
 
 def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:

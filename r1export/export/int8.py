@@ -18,6 +18,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from r1export.export.graph import write_graph
+from r1export.export.session import open_session
 from r1export.export.weight_map import Placement, WeightMap, place_
 from r1export.update.release_layout import GRAPHS, TOWERS, WEIGHTS
 from r1export.update.run_layout import WEIGHT_MAP
@@ -59,11 +60,7 @@ def _session_with_outputs(model: ir.Model, values: list[ir.Value], folder: Path)
     model.graph.outputs.extend(
         by_name[value.name] for value in values if by_name[value.name] not in model.graph.outputs
     )
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return open_session(ir.to_proto(model).SerializeToString(), folder)
 
 
 def input_scale(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +141,7 @@ def _quantize_linear_(graph: ir.Graph, node: ir.Node) -> None:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     name = weight.name
     nodes: list[ir.Node] = []
-    scale, x_scale, zero = (_initializer(graph, f"{name}{part}", shape, kind) for part, shape, kind in (
+    scale, x_scale, zero = (_initializer(graph, f"{name}{suffix}", shape, kind) for suffix, shape, kind in (
         (SCALE, weight.shape[:1], ir.DataType.FLOAT), (INPUT_SCALE, (), ir.DataType.FLOAT), (INPUT_ZERO, (), ir.DataType.UINT8)))  # fmt: skip
     weight.dtype, weight.shape = ir.DataType.INT8, ir.Shape(weight.shape[::-1])
     axis = graph.initializers.get("int8_axis") or _constant(graph, "int8_axis", np.array([0]))
@@ -172,8 +169,8 @@ def _widen_(graph: ir.Graph, value: ir.Value) -> None:
             users = out.uses()
             wide = _new(fresh, "Cast", [out], f"{value.name}.wide", ir.DataType.FLOAT, out.shape, to=ir.DataType.FLOAT)
             graph.insert_after(node, fresh)
-            for user, place in users:
-                user.replace_input_with(place, wide)
+            for user, input_index in users:
+                user.replace_input_with(input_index, wide)
         else:
             wide = _new(
                 fresh, "Cast", [value], f"{value.name}.wide", ir.DataType.FLOAT, value.shape, to=ir.DataType.FLOAT

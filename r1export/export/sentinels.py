@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import torch
 from torch import nn
 
-from r1export.errors import Unsupported
+from r1export.errors import Unsupported, first_line
+from r1export.export.session import open_session
 from r1export.export.towers import SAME, Tower, float_tensors
 from r1export.export.weight_map import WeightMap
 from r1export.update.container import write_tensors
@@ -50,23 +50,22 @@ def prove(graphs: Mapping[Tower, ir.Model], weights: WeightMap, sentinels: Mappi
             path.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
             difference = _difference(tower, path)
             if not difference <= SAME:  # NaN is not
-                found = f"differs from torch by {difference:.1e} on random weights, expected {SAME}"
-                raise Unsupported(f"the exported {tower.files.name} tower {found}", "report the model")
+                raise Unsupported(
+                    f"the exported {tower.files.name} tower differs from torch by {difference:.1e} on random weights, expected {SAME}",
+                    "report the model",
+                )
             path.with_name(file).unlink()
 
 
 def _difference(tower: Tower, path: Path) -> float:
     """max-abs over a batch of three: the two examples and the first again."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        found = session.run(None, {tower.files.input: torch.cat([tower.example, tower.example[:1]]).numpy()})[0]
+        feeds = {tower.files.input: torch.cat([tower.example, tower.example[:1]]).numpy()}
+        (embeds,) = open_session(path).run(None, feeds)
     except Exception as error:  # onnxruntime raises its own classes straight from C++, without a common base
         raise Unsupported(
-            f"onnxruntime refuses the exported {tower.files.name} tower: {str(error).splitlines()[0][:200]}",
+            f"onnxruntime refuses the exported {tower.files.name} tower: {first_line(error)}",
             "try another opset",
         ) from error
     expected = torch.cat([tower.expected, tower.expected[:1]]).numpy()
-    return float(np.abs(found - expected).max()) if np.isfinite(found).all() else float("nan")
+    return float(np.abs(embeds - expected).max()) if np.isfinite(embeds).all() else float("nan")

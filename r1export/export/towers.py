@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from r1export.errors import Unsupported
+from r1export.errors import Unsupported, first_line
 from r1export.export.attention import AnyModule, block_lists, open_up_, share_masks_
 from r1export.update.release_layout import TEXTUAL, VISUAL, TowerFiles
 
@@ -86,7 +86,7 @@ def _tower(files: TowerFiles, module: nn.Module, example: Tensor, tensors: dict[
             expected = module(example)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise Unsupported(
-            f"the {files.name} tower does not run: {str(error).splitlines()[0][:200]}",
+            f"the {files.name} tower does not run: {first_line(error)}",
             "check base.model and its config",
         ) from error
     return Tower(files, _opened(files, module, example, expected, tokens), example, expected, tensors)

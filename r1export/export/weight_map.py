@@ -8,17 +8,21 @@ parameter that is folded into something else is not found, and the map refuses.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from r1export.errors import InputError, Unsupported
-from r1export.update.atomic_io import write_json
-from r1export.update.container import DTYPES, Layout, TensorSpec, plan
+from r1export.errors import InputError, Unsupported, first_line
+from r1export.update.atomic_io import read_regular, write_json
+from r1export.update.container import DTYPES, NAMES, Layout, TensorSpec, plan, take_dtype, take_shape
+from r1export.update.names import PARAMETER, PATH
+from r1export.update.strict_json import Fields, parse_json
+
+MAX_MAP, MAX_FILES, MAX_ITEMS = 64 << 20, 100, 100_000  # bytes; weights files; parameters of one of them
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,13 @@ class Placement:
 
     def store(self, value: np.ndarray) -> np.ndarray:
         """The parameter as it is stored. Raises ValueError if it has another dtype: precision is lost on purpose or not at all."""
-        if value.dtype != np.dtype(DTYPES[self.dtype]):
+        if value.dtype != self.numpy_dtype:
             raise ValueError(f"{self.parameter} is {value.dtype}, expected {self.dtype}")
         return np.ascontiguousarray(value.T if self.transposed else value).reshape(self.shape)
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        return np.dtype(DTYPES[self.dtype])
 
 
 @dataclass(frozen=True)
@@ -45,15 +53,12 @@ class WeightMap:
 
     def layout(self, file: str) -> Layout:
         """Where each parameter lies in `file`."""
-        return plan((p.parameter, np.dtype(DTYPES[p.dtype]), p.shape) for p in self.files[file])
+        return plan((p.parameter, p.numpy_dtype, p.shape) for p in self.files[file])
 
     def sorted(self) -> WeightMap:
         """The same with the widest types first, so that every tensor is aligned."""
         return WeightMap(
-            {
-                f: tuple(sorted(placed, key=lambda p: -np.dtype(DTYPES[p.dtype]).itemsize))
-                for f, placed in self.files.items()
-            }
+            {f: tuple(sorted(placed, key=lambda p: -p.numpy_dtype.itemsize)) for f, placed in self.files.items()}
         )
 
     def stored(self, file: str, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -71,15 +76,28 @@ class WeightMap:
     def read(cls, path: Path) -> WeightMap:
         """Inverse of `write`. Raises InputError."""
         try:
-            files = json.loads(path.read_text(encoding="utf-8"))
+            fields = parse_json(read_regular(path, MAX_MAP), "weight map", MAX_MAP)
             return cls(
                 {
-                    file: tuple(Placement(**p | {"shape": tuple(p["shape"])}) for p in placed)
-                    for file, placed in files.items()
+                    file: tuple(map(_placement, fields.records(file, MAX_ITEMS)))
+                    for file in fields.names(PATH, MAX_FILES)
                 }
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: not a weight map: {error}", "export the run again with --overwrite") from error
+        except (OSError, InputError) as error:
+            raise InputError(
+                f"{path}: not a weight map: {first_line(error)}", "export the run again with --overwrite"
+            ) from error
+
+
+def _placement(fields: Fields) -> Placement:
+    placement = Placement(
+        fields.text("parameter", PARAMETER),
+        take_shape(fields),
+        fields.flag("transposed"),
+        NAMES[take_dtype(fields)],
+    )
+    fields.done(extensions=False)
+    return placement
 
 
 def place_parameters(
@@ -100,13 +118,13 @@ def place_parameters(
             initializers.get(_digest(parameter), []),
             initializers.get(_digest(parameter.T), []) if parameter.ndim == 2 else [],
         )
-        found = {id(value): value for value in straight + turned}
-        if len(found) != 1 and (found or name in used):
+        matches = {id(value): value for value in straight + turned}
+        if len(matches) != 1 and (matches or name in used):
             raise Unsupported(
-                f"parameter {name} stands {len(found)} times in the exported graph, expected once",
+                f"parameter {name} occurs {len(matches)} times in the exported graph, expected once",
                 "the exporter folded or repeated it: report the model, or use another opset",
             )
-        for value in found.values():
+        for value in matches.values():
             placed[Placement(name, tuple(value.const_value.shape.numpy()), transposed=not straight)] = value
     if len({id(value) for value in placed.values()}) != len(placed):
         raise Unsupported("two parameters share one initializer", "report the model")

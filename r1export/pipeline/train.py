@@ -27,7 +27,7 @@ from r1export.pipeline.context import RunContext, inject_pools_, train_settings
 from r1export.pipeline.environment import now, versions
 from r1export.pipeline.tensorboard import log_accuracies, step_log
 from r1export.recipe import Recipe
-from r1export.run_folder import RunMetrics, RunRecord, read_value
+from r1export.run_folder import RunMetrics, RunRecord, Share, read_value
 from r1export.update.atomic_io import write_json
 from r1export.update.container import write_tensors
 from r1export.update.factors import ExpertUpdate
@@ -68,15 +68,11 @@ def _cached_accuracies(context: RunContext, path: Path, title: str) -> dict[str,
         write_json(path, _evaluate(context, title))
     distributed.wait()
     remedy = "delete the file and run again with --resume"
-    accuracies, probe = read_value(dict[str, float], path, remedy), context.recipe.probe
+    accuracies, probe = read_value(dict[str, Share], path, remedy), context.recipe.probe
     names = [task.name for task in (*context.recipe.stream, *((probe,) if probe else ()))]
-    if missing := [name for name in names if not _is_share(accuracies.get(name))]:
+    if missing := [name for name in names if name not in accuracies]:
         raise InputError(f"{path}: damaged: no accuracy of {', '.join(missing)}", remedy)
     return accuracies
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, float | int) and 0 <= value <= 1
 
 
 def _write_run_json(context: RunContext) -> None:

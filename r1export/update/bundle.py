@@ -9,8 +9,6 @@ installed are those same bytes, whatever happens to the file meanwhile.
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +19,7 @@ import numpy as np
 
 from r1export.errors import CheckFailed, InputError
 from r1export.update import container
+from r1export.update.atomic_io import read_regular
 from r1export.update.envelope import MAX_ENVELOPE, PublicKey, describe, verify
 from r1export.update.factors import ExpertUpdate, Factors
 from r1export.update.manifest import MAX_MANIFEST, File, Manifest, Update, payload_regions
@@ -137,17 +136,9 @@ def split(data: bytes) -> tuple[bytes, bytes, memoryview]:
 def read_bundle(path: Path) -> bytes:
     """The bytes of an update file, read once. Raises InputError if it is no regular file or larger than 64 MiB."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        return read_regular(path, MAX_BUNDLE)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: no such file", "check the path") from None
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BUNDLE:
-            raise InputError(f"{path} is no regular file of at most {MAX_BUNDLE} bytes", "give a .r1u file")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read(MAX_BUNDLE + 1)
-    finally:
-        os.close(descriptor)
 
 
 def inspect(path: Path) -> dict[str, Any]:

@@ -148,12 +148,12 @@ class Handler(BaseHTTPRequestHandler):
         self._send(Opened(len(data), [data]), "application/json", status)
 
     def _release(self) -> None:
-        asked = _RELEASE.fullmatch(self.path)
-        version = self.server.versions.get(asked[1]) if asked else None
-        found = version.files.get(unquote(asked[2])) if asked and version else None
+        match = _RELEASE.fullmatch(self.path)
+        version = self.server.versions.get(match[1]) if match else None
+        open_file = version.files.get(unquote(match[2])) if match and version else None
         with ExitStack() as stack:
             try:
-                opened = stack.enter_context(found()) if found else None
+                opened = stack.enter_context(open_file()) if open_file else None
             except OSError:
                 opened = None  # removed since, as an update does with versions that are no longer kept
             if opened:

@@ -124,7 +124,7 @@ def _read(path: Path) -> Iterator[Opened]:
         raise OSError(f"{path} is a link, or lies behind one")
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb", buffering=0) as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path} is no file")
-        yield Opened(found.st_size, iter(partial(file.read, CHUNK), b""))
+        yield Opened(status.st_size, iter(partial(file.read, CHUNK), b""))

@@ -131,7 +131,7 @@ def test_a_parameter_that_is_folded_away_is_named(exported, tmp_path, monkeypatc
     model = copy.deepcopy(exported.model)
     model.visual.ln_post = Doubled(model.visual.ln_post)
     monkeypatch.setattr(graph_module, "simplify_", _fold_everything_)
-    with pytest.raises(Unsupported, match=r"parameter visual\.ln_post\.base\.weight stands 0 times"):
+    with pytest.raises(Unsupported, match=r"parameter visual\.ln_post\.base\.weight occurs 0 times"):
         export_graphs(model, (16, 16), 12, tmp_path, opset=20)
 
 
