@@ -289,7 +289,7 @@ bounded = settings(max_examples=60, deadline=None, suppress_health_check=list(He
 def expect_ordinary(run, *arguments) -> int:
     code, out, err = run(*arguments)
     assert code in ORDINARY, (arguments, out, err)
-    assert err.count("\n") == (code != PASSED and not out), err
+    assert code == PASSED or out or err.splitlines()[-1].startswith("error: "), err  # onnxruntime may say more before
     return code
 
 
