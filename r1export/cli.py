@@ -9,19 +9,20 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from r1export.errors import R1ExportError, refused
+from r1export.errors import InputError, R1ExportError, refused
 
 if TYPE_CHECKING:
     from r1export.console import Terminal
     from r1export.pipeline.context import RunContext
+    from r1export.verify.results import Report, RunReport
 
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
 INTERRUPTED = 130  # as shells count a process that Ctrl-C ended
@@ -122,16 +123,39 @@ def _reopen(path: Path, device: Device, terminal: Terminal) -> RunContext:
     return reopen_run_context(path, device=device, progress=terminal)
 
 
-def _read_report(run: Path) -> Mapping[str, Any]:
-    from r1export.report.write import checked
-    from r1export.run_folder import read_json
+def _read_report(folder: Path) -> Report:
+    from r1export.report.json_format import read_report
 
-    path, remedy = run / "report.json", f"verify it first: r1export verify {run}"
-    return checked(read_json(path, remedy), path, remedy)
+    return read_report(folder / "report.json", f"write it again: r1export verify {folder}")
 
 
-def _finish(report: dict[str, Any]) -> None:
-    raise typer.Exit(VERDICT_CODES[report["verdict"]])
+def _read_run_report(folder: Path) -> RunReport:
+    """Raises InputError if it is the report of a release, or of a run that changed since."""
+    from r1export.report.freshness import check_fresh
+    from r1export.verify.results import RunReport
+
+    report: Report = _read_report(folder)
+    if not isinstance(report, RunReport):
+        raise InputError(
+            f"{folder}: the report of a release, expected one of a run", "give the folder of a verified run"
+        )
+    check_fresh(report, folder)
+    return report
+
+
+def _show(terminal: Terminal, report: Report, note: str = "") -> None:
+    """Print a report and end with the exit code of its verdict."""
+    from r1export.report.json_format import to_json
+
+    terminal.report(report)
+    if note:
+        terminal.say(note)
+    terminal.document(to_json(report))
+    _finish(report.verdict)
+
+
+def _finish(verdict: str) -> None:
+    raise typer.Exit(VERDICT_CODES[verdict])
 
 
 @app.command()
@@ -151,13 +175,10 @@ def run(
         from r1export.pipeline.run import run_steps
 
         report = run_steps(context)
-        if not report:
+        if report is None:
             return
-        terminal.accuracy(report["accuracy"])
-        terminal.report(report)
-        terminal.say(f"Report: {out / 'report.html'}   Releases: {out / 'releases'}")
-        terminal.document(report)
-        _finish(report)
+        terminal.accuracy(report.accuracy)
+        _show(terminal, report, f"Report: {out / 'report.html'}   Releases: {out / 'releases'}")
 
 
 @app.command()
@@ -175,10 +196,11 @@ def train(
     with _terminal(as_json) as terminal:
         context = _open(recipe, out, resume, overwrite, device, set, order, terminal)
         from r1export.pipeline.train import train_tasks
+        from r1export.pipeline.verification.run import accuracy_of
 
         metrics = train_tasks(context)
-        terminal.accuracy(metrics)
-        terminal.document(metrics)
+        terminal.accuracy(accuracy_of(metrics))
+        terminal.document(metrics.to_json())
 
 
 @app.command()
@@ -215,39 +237,44 @@ def verify(
         if (path / "manifest.json").exists():
             from r1export.pipeline.verification.release import verify_release
 
-            report = verify_release(path, provider or ())
+            _show(terminal, verify_release(path, provider or ()))
         else:
             context = _reopen(path, device, terminal)
             from r1export.pipeline.verification.run import verify_run
 
-            report = verify_run(context, provider or ())
-        terminal.report(report)
-        terminal.document(report)
-        _finish(report)
+            _show(terminal, verify_run(context, provider or ()))
 
 
 @app.command()
-def report(run: Run, as_json: Json = False) -> None:
-    """Write the reports of a verified run again, and show them."""
+def report(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|RELEASE", help="A verified run, or one verified release folder.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show the report of a verified run or release and write its pages again; ends with the exit code of its verdict."""
     with _terminal(as_json) as terminal:
-        from r1export.report.write import settled, write_report
+        from r1export.report.freshness import check_fresh
+        from r1export.report.write import write_report
+        from r1export.verify.results import RunReport
 
-        found = settled(_read_report(run))
-        write_report(found, run)
-        if found.get("accuracy") and found.get("releases"):
-            terminal.accuracy(found["accuracy"])
-        terminal.report(found)
-        terminal.document(found)
+        report: Report = _read_report(path)
+        check_fresh(report, path)
+        write_report(report, path)
+        if isinstance(report, RunReport):
+            terminal.accuracy(report.accuracy)
+        _show(terminal, report)
 
 
 @app.command()
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of verified runs of one stream of tasks.")
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of verified runs of the same tasks in the same order."),
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Write compare_runs.html and compare_runs.json there."),
+        typer.Option("--out", "-o", metavar="DIR", help="Write comparison.html and comparison.json there."),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -256,12 +283,13 @@ def compare(
     with _terminal(as_json) as terminal:
         from r1export.report import compare_runs
 
-        found = compare_runs.compare_runs([(run.resolve().name, _read_report(run)) for run in runs])
-        terminal.table("Runs", *compare_runs.cells(found))
+        comparison = compare_runs.compare_runs([(run.resolve().name, _read_run_report(run)) for run in runs])
+        terminal.comparison(comparison)
         if out is not None:
-            compare_runs.write_comparison(found, out, overwrite=overwrite)
-            terminal.say(f"Comparison: {out / 'compare_runs.html'}")
-        terminal.document(found)
+            compare_runs.write_comparison(comparison, out, overwrite=overwrite)
+            terminal.say(f"Comparison: {out / 'comparison.html'}")
+        terminal.document(comparison.to_json())
+        _finish(comparison.verdict)
 
 
 @app.command()

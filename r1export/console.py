@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from r1export.errors import R1ExportError
-from r1export.report.checks import LADDER, verdict_of
+from r1export.update.plain_text import printable
+from r1export.verify.results import Accuracy, Latency, ReleaseReport, Report, RunReport, Verdict
 
-COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "not measured": "dim"}
+if TYPE_CHECKING:
+    from r1export.report.compare_runs import Comparison
+
+COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "not_applicable": "dim"}
 
 
 class Terminal:
@@ -29,7 +34,7 @@ class Terminal:
         self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def step(self, title: str) -> None:
-        self.people.print(Text(f"• {title}", style="bold"))
+        self.people.print(Text(printable(f"• {title}"), style="bold"))
 
     @contextmanager
     def track(self, title: str, total: int) -> Iterator[Callable[..., None]]:
@@ -44,11 +49,11 @@ class Terminal:
         )
         notes = []
         with Progress(*columns, console=self.people, disable=not self.people.is_terminal) as progress:
-            bar = progress.add_task(Text(title).plain, total=total, note="")
+            bar = progress.add_task(escape(printable(title)), total=total, note="")
 
             def advance(note: str = "") -> None:
                 notes.append(note)
-                progress.update(bar, advance=1, total=max(total, len(notes)), note=note)
+                progress.update(bar, advance=1, total=max(total, len(notes)), note=escape(printable(note)))
 
             yield advance
         if not self.people.is_terminal:
@@ -56,11 +61,13 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """One line for people."""
-        self.people.print(Text(text))
+        self.people.print(Text(printable(text)))
 
     def error(self, error: R1ExportError, exit_code: int) -> None:
         """One line, whatever the width of the terminal, and the same for machines, as the device's kit prints it."""
-        self.errors.print(Text.assemble(("Error: ", "bold red"), " ".join(str(error).split())), soft_wrap=True)
+        self.errors.print(
+            Text.assemble(("Error: ", "bold red"), printable(" ".join(str(error).split()))), soft_wrap=True
+        )
         self.document({"error": {"message": error.message, "remedy": error.remedy}, "exit_code": exit_code})
 
     def document(self, value: Any) -> None:
@@ -89,63 +96,57 @@ class Terminal:
                 column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i > 0 and len(columns) > 3
             )
         for row in rows:
-            table.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row))
+            table.add_row(*(Text(printable(cell), style=COLOURS.get(cell, "")) for cell in row))
         self.people.print(table)
 
-    def accuracy(self, accuracy: Mapping[str, Any]) -> None:
+    def accuracy(self, accuracy: Accuracy) -> None:
         """The accuracy matrix, zero-shot first, and its summary."""
-        probe = accuracy.get("probe")
-        names, matrix = accuracy["tasks"], accuracy.get("matrix") or accuracy["accuracy"]
-        rows = [["zero-shot", *map(percent, accuracy["zero_shot"])]]
-        rows += [[f"after {names[i]}", *map(percent, row)] for i, row in enumerate(matrix)]
-        if probe:
-            rows = [[*row, percent(value)] for row, value in zip(rows, probe["values"], strict=True)]
-        self.table("Top-1 accuracy, %", ["", *names, *([f"{probe['name']} (probe)"] if probe else [])], rows)
-        summary = ", ".join(
-            f"{title} {percent(accuracy[key])}"
-            for title, key in (("Transfer", "transfer"), ("Avg", "avg"), ("Last", "last"))
-            if accuracy.get(key) is not None
-        )
-        self.say(f"{summary}  (zero-shot {percent(accuracy['zero_shot_avg'])})")
+        from r1export.report.tables import matrix
 
-    def report(self, report: Mapping[str, Any]) -> None:
+        names, columns, values = matrix(accuracy)
+        rows = [[name, *map(_percent, row)] for name, row in zip(names, values, strict=True)]
+        self.table("Top-1 accuracy, %", ["", *columns], rows)
+        figures = {"Transfer": accuracy.transfer, "Avg": accuracy.avg, "Last": accuracy.last}
+        summary = ", ".join(f"{title} {_percent(value)}" for title, value in figures.items() if value is not None)
+        if accuracy.zero_shot_avg is not None:
+            summary += f"  (zero-shot {_percent(accuracy.zero_shot_avg)})"
+        self.say(summary)
+
+    def report(self, report: Report) -> None:
         """Verdicts of all releases and the reasons for what is not a pass."""
-        rows = [self._release_row(release) for release in report.get("releases") or [report]]
+        releases = report.releases if isinstance(report, RunReport) else (report,)
         self.table(
-            "Verification: largest difference, same program, latency / base",
+            "Verification (max. difference, same program, latency vs. base)",
             ["release", "merge", "export", "total", "program", "latency", "unmerged", "verdict"],
-            rows,
+            [_release_row(release) for release in releases],
         )
-        for reason in report.get("reasons") or []:
+        for reason in report.reasons:
             self.say(f"  {reason}")
-        verdict = report["verdict"]
-        self.people.print(Text.assemble("Verdict: ", (verdict, f"bold {COLOURS[verdict]}")))
+        self.people.print(Text.assemble("Verdict: ", (report.verdict, f"bold {COLOURS[report.verdict]}")))
 
-    @staticmethod
-    def _release_row(release: Mapping[str, Any]) -> list[str]:
-        parity, rungs, timing = release.get("parity") or {}, release.get("proof") or {}, release.get("latency") or {}
-        errors = [
-            f"{parity[name]['max_abs']:.1e}" if (parity.get(name) or {}).get("max_abs") is not None else "-"
-            for name in ("merge", "export", "total")
-        ]
-        program = _together([rungs.get(name) for name in LADDER])
-        ratio = f"{timing['ratio']:.3f}{_half_width(timing.get('ci95'))}" if timing.get("ratio") else "-"
-        unmerged = f"{timing['unmerged_ratio']:.2f}" if timing.get("unmerged_ratio") else "-"
-        name = (release.get("release") or {}).get("name") or "unnamed"
-        return [name, *errors, program, ratio, unmerged, release["verdict"]]
+    def comparison(self, comparison: Comparison) -> None:
+        """One row per run; what was not measured is a dash."""
+        from r1export.report import compare_runs
+        from r1export.report.format import NOT_MEASURED
+
+        shown = compare_runs.table(comparison)
+        rows = [[getattr(cell, "verdict", "-" if cell == NOT_MEASURED else cell) for cell in row] for row in shown.rows]
+        self.table("Runs", list(shown.columns), rows)
 
 
-def _half_width(interval: Sequence[float | None] | None) -> str:
-    low, high = interval or (None, None)
-    return "" if low is None or high is None else f"±{(high - low) / 2:.3f}"
+def _release_row(report: ReleaseReport) -> list[str]:
+    stages, latency = (report.parity.merge, report.parity.export, report.parity.total), report.latency
+    errors = ["-" if stage.max_abs is None else f"{stage.max_abs:.1e}" for stage in stages]
+    program = report.proof.verdict
+    ratio = "-" if latency.ratio is None else f"{latency.ratio:.3f}{_half_width(latency)}"
+    unmerged = "-" if latency.unmerged_ratio is None else f"{latency.unmerged_ratio:.2f}"
+    return [report.name, *errors, "-" if program is Verdict.INCONCLUSIVE else program, ratio, unmerged, report.verdict]
 
 
-def _together(rungs: Iterable[Mapping[str, Any] | None]) -> str:
-    """One verdict for the ladder: fail beats all, a dash unless every rung was measured."""
-    verdicts = {verdict_of(rung) for rung in rungs}
-    return "fail" if "fail" in verdicts else "pass" if verdicts == {"pass"} else "-"
+def _half_width(latency: Latency) -> str:
+    return f"±{(latency.ci95[1] - latency.ci95[0]) / 2:.3f}" if latency.ci95 else ""
 
 
-def percent(share: float) -> str:
+def _percent(share: float) -> str:
     """0.7333 -> 73.3."""
     return f"{100 * share:.1f}"

@@ -15,7 +15,8 @@ from r1export.report.format import size
 from r1export.run_folder import RunFolder
 from r1export.update.container import NAMES, read_layout
 from r1export.update.factors import Rows
-from r1export.update.release_manifest import Release
+from r1export.update.release_layout import MANIFEST
+from r1export.update.release_manifest import ReleaseManifest
 
 Description = tuple[str, dict[str, object], list[str], list[list[str]]]
 PACKAGES = (
@@ -38,7 +39,7 @@ def describe(path: Path) -> Description:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder", "check the path")
     if path.is_dir():
-        return _release(path) if (path / "manifest.json").exists() else _run(path)
+        return _release(path) if (path / MANIFEST).exists() else _run(path)
     kinds: dict[str, Callable[[Path], Description]] = {
         ".safetensors": _tensors,
         ".onnx": _graph,
@@ -55,7 +56,7 @@ def _run(path: Path) -> Description:
     recipe = run.recipe()
     rows = []
     for number, task in enumerate(recipe.stream, 1):
-        factors = run.task(number, task.name) / "factors.safetensors"
+        factors = run.task(number, task.name).factors
         released = run.release(number, task.name).exists()
         rows.append(
             [
@@ -71,12 +72,12 @@ def _run(path: Path) -> Description:
 
 
 def _release(path: Path) -> Description:
-    release = Release.read(path)
+    release = ReleaseManifest.read(path)
     rows = [[name, size(entry.nbytes), entry.sha256] for name, entry in release.files.items()]
     facts: dict[str, object] = {
         "release": release.name,
-        "base": release.base_name,
-        "learned": ", ".join(task for task, _ in release.updates) or "nothing",
+        "base": release.base.name,
+        "learned": ", ".join(update.task for update in release.updates) or "nothing",
         "parameters": len(release.tensors),
     }
     return "Release", facts, ["file", "size", "sha256"], rows

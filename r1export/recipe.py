@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -10,6 +12,35 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from r1export.errors import InputError
+
+
+@dataclass(frozen=True)
+class Retired:
+    """A field of earlier recipes, or a value of one, and what to write now."""
+
+    field: str
+    value: str | None
+    """None if any value of the field is meant."""
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.field}" if self.value is None else f'{self.field} = "{self.value}"'
+
+    def used_in(self, values: Mapping[str, Any]) -> bool:
+        """Whether the tables of a recipe say so."""
+        section, _, name = self.field.partition(".")
+        table = values.get(section)
+        if not isinstance(table, dict) or name not in table:
+            return False
+        return self.value is None or self.value in (table[name] if isinstance(table[name], list) else [table[name]])
+
+
+RETIRED = (
+    Retired("train.keep", None, "write train.distill_weight"),
+    Retired("pool.towers", "text", 'write "textual"'),
+    Retired("pool.gate", "frequency", 'write "binary": weights by votes gained nothing (docs/experiments.md)'),
+    Retired("train.orthogonality", "input", 'write "output": the input side gained nothing (docs/experiments.md)'),
+)
 
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
@@ -19,7 +50,7 @@ class _Section(BaseModel):
 
 
 class Base(_Section):
-    """The CLIP model that is taught: an open_clip name with a pretrained tag, local weights, or `builtin:NAME`."""
+    """The CLIP model that is fine-tuned: an open_clip name with a pretrained tag, local weights, or `builtin:NAME`."""
 
     model: str = ""
     """open_clip model name, or `builtin:world` for the small model that comes with r1export."""
@@ -58,7 +89,7 @@ class Data(_Section):
 
 
 class TaskSource(_Section):
-    """One task of the stream."""
+    """One task of the sequence."""
 
     name: TaskName
     source: str
@@ -70,7 +101,7 @@ class TaskSource(_Section):
 class Pool(_Section):
     """The pool of rank-1 experts in every adapted linear. Defaults: arXiv 2601.22828."""
 
-    rank: int = Field(12, ge=1)
+    rank: int = Field(12, ge=1, le=4096)
     """Experts in the pool."""
     k_train: int = Field(8, ge=1)
     """Experts that one batch trains."""
@@ -86,9 +117,9 @@ class Pool(_Section):
     """`random` keeps the router as it was drawn, as the published code does; `straight-through` trains it."""
     text_token: Literal["start", "end"] = "start"
     """Token that votes in the text tower: the start sees nothing of the text, the end carries the label."""
-    gate: Literal["binary", "frequency", "sparse"] = "binary"
-    """Weights of merged experts: 1, their share of the votes, or trained and made sparse (CoDyRA; no router then)."""
-    towers: tuple[Literal["visual", "text"], ...] = ("visual", "text")
+    gate: Literal["binary", "sparse"] = "binary"
+    """Weights of merged experts: 1, or trained and made sparse (CoDyRA; no router then)."""
+    towers: tuple[Literal["visual", "textual"], ...] = ("visual", "textual")
     """Towers that get experts."""
     targets: tuple[Literal["q", "k", "v", "out", "fc", "proj"], ...] = ("q", "k", "v", "out", "fc", "proj")
     """Linears of a block that get experts: attention q, k, v, out and the two of the MLP."""
@@ -105,7 +136,7 @@ class Pool(_Section):
 
 
 class Train(_Section):
-    """Optimisation of one task. Defaults: arXiv 2601.22828, but for `keep` and `consolidate`, which forget less (docs/experiments.md)."""
+    """Optimisation of one task. Defaults: arXiv 2601.22828, but for `distill_weight` and `consolidate`, which forget less (docs/experiments.md)."""
 
     iterations: int = Field(500, ge=1)
     """Steps per task."""
@@ -121,16 +152,16 @@ class Train(_Section):
     """`full` fine-tunes every weight: a baseline for `r1export train`, whose updates are as large as the model."""
     loss: Literal["in-batch", "all-classes"] = "in-batch"
     """Contrastive among the classes of a batch, or cross-entropy over every class of the task."""
-    orthogonality: Literal["output", "input", "none"] = "output"
-    """What the orthogonality loss keeps experts off: what earlier tasks merged, what their inputs span, or nothing."""
+    orthogonality: Literal["output", "none"] = "output"
+    """`output` penalizes overlap with the experts that earlier tasks merged."""
     orthogonality_weight: float = Field(0.1, ge=0)
     """Weight of the activation-guided orthogonality loss, from the second task on."""
-    keep: float = Field(0.2, ge=0)
-    """Weight of the distillation that holds on to what the model said before the task, about its images and reference names; 0 is off."""
+    distill_weight: float = Field(0.2, ge=0)
+    """Weight of the distillation loss, which preserves the previous model's predictions on the task's images and reference names; 0 is off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` computes the frozen model under autocast; experts and their optimiser stay in float32."""
     consolidate: float = Field(0.3, ge=0, le=1)
-    """Share of the iterations after which the experts with the most votes are fixed and training goes on with them alone; 1 never does."""
+    """Share of the iterations after which the experts with the most votes are fixed and trained alone; 1 never fixes them."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints inside a task."""
     tensorboard: bool = False
@@ -168,14 +199,14 @@ class Verify(_Section):
 
 
 class Recipe(_Section):
-    """One run: a base model and a stream of tasks."""
+    """One run: a base model and a sequence of tasks."""
 
     base: Base
     tasks: tuple[TaskSource, ...] = Field(min_length=1)
     order: tuple[str, ...] = ()
-    """Task names in the order in which they are learned; empty takes the order of `tasks`."""
+    """Task names in the order in which they are trained; empty takes the order of `tasks`."""
     probe: TaskSource | None = None
-    """Test-only data that shows what is left of the base model's own knowledge."""
+    """Test-only data that shows how much the base model forgets."""
     data: Data = Data()
     pool: Pool = Pool()
     train: Train = Train()
@@ -201,12 +232,8 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
-    def _votes(self) -> Self:
+    def _thresholds(self) -> Self:
         gate, consolidate = self.pool.gate, self.train.consolidate
-        if gate == "frequency" and consolidate == 0:
-            raise ValueError(
-                'pool.gate "frequency" weighs experts by votes and train.consolidate 0 takes none: raise train.consolidate'
-            )
         if gate == "sparse" and consolidate < 1:
             raise ValueError(
                 f'pool.gate "sparse" is thresholded until the end, train.consolidate {consolidate} fixes it before: set it to 1'
@@ -215,7 +242,7 @@ class Recipe(_Section):
 
     @property
     def stream(self) -> tuple[TaskSource, ...]:
-        """The tasks in the order in which they are learned."""
+        """The tasks in the order in which they are trained."""
         by_name = {task.name: task for task in self.tasks}
         return tuple(by_name[name] for name in self.order) if self.order else self.tasks
 
@@ -239,37 +266,48 @@ def in_order(recipe: Recipe, order: str) -> Recipe:
 def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe. Each override is `section.field=value` with a TOML value; a bare word counts as a string.
 
-    `extends = "OTHER.toml"` at the top takes another recipe, beside this one, and changes only what is written here.
+    `extends = "OTHER.toml"` at the top starts from another recipe, relative to this file, and changes only what is written here.
 
     >>> load_recipe("recipes/quickstart.toml", ("train.iterations=50",)).train.iterations
     50
 
     Raises:
-        InputError: no such file, not TOML, an unknown key, a wrong type, an impossible value; the message names the key.
+        InputError: no such file, not TOML, an unknown key, a name that is no longer used, a wrong type, an impossible
+            value; the message names the key.
     """
     path = Path(path)
-    values = _read(path)
-    for override in overrides:
-        _set(values, override)
     try:
+        values = _read(path)
+        for override in overrides:
+            _set(values, override)
+            _refuse_retired(values, f"--set {override}")
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{path}: {_describe(error)}", "see the field list in docs/recipe.md") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply", "a recipe has tables of fields, no deeper") from None
 
 
 def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The tables of a recipe and of those that it extends."""
     if path.resolve() in extended:
-        raise InputError(f"{path}: extends itself", "take the circle out of extends")
+        raise InputError(f"{path}: extends itself", "remove the cycle in extends")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe", "see recipes/ for examples") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: not a readable TOML file: {error}", "mend the file") from error
+    except (OSError, ValueError) as error:  # also for a number of thousands of digits
+        raise InputError(f"{path}: not a readable TOML file: {error}", "fix the TOML syntax") from error
+    _refuse_retired(values, str(path))
     if not isinstance(parent := values.pop("extends", ""), str):
         raise InputError(f"{path}: extends is {parent!r}", "give the name of one recipe")
     return _over(_read(path.parent / parent, (*extended, path.resolve())), values) if parent else values
+
+
+def _refuse_retired(values: Mapping[str, Any], location: str) -> None:
+    for retired in RETIRED:
+        if retired.used_in(values):
+            raise InputError(f"{location}: {retired} is no longer used", retired.advice)
 
 
 def _over(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -287,14 +325,14 @@ def _set(values: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override}", "expected section.field=value, for example train.iterations=50")
     try:
         value = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         value = text
     *parents, last = key.split(".")
-    place: Any = values
+    table: Any = values
     try:
         for parent in parents:
-            place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
-        place[int(last) if isinstance(place, list) else last] = value
+            table = table[int(parent)] if isinstance(table, list) else table.setdefault(parent, {})
+        table[int(last) if isinstance(table, list) else last] = value
     except (ValueError, IndexError, TypeError, AttributeError):
         raise InputError(
             f"--set {override}: there is no {key}", "expected section.field=value or tasks.0.field=value"
@@ -303,8 +341,9 @@ def _set(values: dict[str, Any], override: str) -> None:
 
 def _describe(error: ValidationError) -> str:
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"]) or "recipe"
-    found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
+    location = ".".join(str(part) for part in first["loc"]) or "recipe"
+    unknown = first["type"] == "extra_forbidden"
+    shown = "" if unknown or isinstance(first["input"], dict) else f", found {first['input']!r:.200}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    message = {"extra_forbidden": "unknown key"}.get(first["type"], first["msg"].removeprefix("Value error, "))
-    return f"{place}: {message}{'' if first['type'] == 'extra_forbidden' else found}{more}"
+    message = "unknown key" if unknown else first["msg"].removeprefix("Value error, ")
+    return f"{location}: {message}{shown}{more}"

@@ -1,57 +1,78 @@
-"""A run on disk: where everything lies, and how far the run has come."""
+"""What a run says of itself: its recipe, base model, accuracies and experts, and how far it has come.
+
+Whether a step is done is read from the files themselves, which appear whole or not at all.
+"""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from r1export.errors import InputError, refused
 from r1export.recipe import Recipe, load_recipe
-from r1export.update.atomic_io import write_file, write_json
+from r1export.update.atomic_io import read_regular, write_file, write_json
 from r1export.update.factors import ExpertUpdate
+from r1export.update.release_manifest import BaseModel
+from r1export.update.run_layout import RunLayout
+from r1export.update.strict_json import parse_json
+from r1export.verify.results import Probe
+
+MAX_JSON = 64 << 20  # bytes
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Exports:
-    """The graphs and the releases of a run in one precision."""
+class RunMetrics:
+    """metrics.json: top-1 in 0..1. `accuracy[i][j]` is that on task j after task i; `transfer` is None for a single task."""
 
-    path: Path
+    __pydantic_config__ = _STRICT
 
-    @property
-    def graphs(self) -> Path:
-        return self.path / "graphs"
+    tasks: tuple[str, ...]
+    zero_shot: tuple[float, ...]
+    accuracy: tuple[tuple[float, ...], ...]
+    zero_shot_avg: float
+    transfer: float | None
+    avg: float
+    last: float
+    forgetting: tuple[float, ...]
+    probe: Probe | None
 
-    def release(self, number: int, name: str) -> Path:
-        """Folder of the release after task `number`; 0 is the base."""
-        return self.path / "releases" / f"{number:02d}-{name}"
+    def after(self, number: int) -> dict[str, float]:
+        """The accuracy on every task after task `number`; 0 is zero-shot."""
+        row = self.accuracy[number - 1] if number else self.zero_shot
+        return dict(zip(self.tasks, row, strict=True))
 
-    def releases(self, recipe: Recipe) -> list[Path]:
-        """All releases, the base first, whether they exist yet or not."""
-        return [self.release(i, name) for i, name in enumerate(("base", *(task.name for task in recipe.stream)))]
+    def to_json(self) -> dict[str, Any]:
+        """The document, its members in the order of the file."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
-class RunFolder(Exports):
-    """Paths inside RUN. Whether a step is done is read from the files themselves, which appear whole or not at all.
+class RunRecord:
+    """run.json: the version of r1export, the seed, the base model, the software, and when the run started (UTC)."""
 
-    RUN itself holds the exports in fp32, RUN/variants/PRECISION the others.
-    """
+    __pydantic_config__ = _STRICT
 
-    @property
-    def recipe_file(self) -> Path:
-        return self.path / "recipe.toml"
+    r1export: str
+    seed: int
+    base: BaseModel
+    versions: dict[str, str]
+    started: str
 
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.json"
+    def to_json(self) -> dict[str, Any]:
+        """The document, its members in the order of the file."""
+        return asdict(self)
 
-    def exports(self, precision: str = "fp32") -> Exports:
-        """The graphs and releases in one precision."""
-        return self if precision == "fp32" else Exports(self.path / "variants" / precision)
+
+@dataclass(frozen=True)
+class RunFolder(RunLayout):
+    """A run on disk."""
 
     def recipe(self) -> Recipe:
         """Raises InputError if this is not a run."""
@@ -62,51 +83,53 @@ class RunFolder(Exports):
             )
         return load_recipe(self.recipe_file)
 
-    def task(self, number: int, name: str) -> Path:
-        """Folder of task `number` (from 1)."""
-        return self.path / "tasks" / f"{number:02d}-{name}"
-
     def updates(self, recipe: Recipe) -> list[ExpertUpdate]:
-        """The factors of all tasks learned so far, in order."""
-        files = [self.task(i, task.name) / "factors.safetensors" for i, task in enumerate(recipe.stream, 1)]
+        """The factors of all tasks trained so far, in order."""
+        files = [self.task(i, task.name).factors for i, task in enumerate(recipe.stream, 1)]
         return [ExpertUpdate.read(file) for file in files if file.exists()]
 
-    def keep_gaps(self, number: int, name: str, gaps: Mapping[str, Any]) -> None:
+    def keep_gaps(self, number: int, name: str, gaps: Mapping[str, object]) -> None:
         """Put G1 to G3 of a task, which `verify` measures, beside what training wrote into its metrics.json."""
-        path = self.task(number, name) / "metrics.json"
-        before = read_json(path, "delete the file and verify again") if path.exists() else {}
-        write_json(path, before | {"gaps": dict(gaps)})
+        path = self.task(number, name).metrics
+        metrics = read_json(path, "delete the file and verify again") if path.exists() else {}
+        write_json(path, metrics | {"gaps": dict(gaps)})
 
-    def base(self) -> dict[str, Any]:
-        """Name, digest and licence of the base model. Raises InputError if the run was not started, or run.json is damaged."""
-        remedy = "train the run first: r1export train, or start anew with --overwrite"
-        return read_json(self.path / "run.json", remedy, ("base.name", "base.sha256"))["base"]
+    def base(self) -> BaseModel:
+        """The base model. Raises InputError if the run was not started, or run.json is damaged."""
+        remedy = "train the run first: r1export train, or delete it and start again with --overwrite"
+        return read_value(RunRecord, self.run_json, remedy).base
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> RunMetrics:
         """Raises InputError if the run has not been trained, or metrics.json is damaged."""
-        holds = ("tasks", "zero_shot", "zero_shot_avg", "accuracy", "probe")
-        return read_json(self.metrics_file, "train the run first: r1export train", holds)
+        return read_value(RunMetrics, self.metrics_file, "train the run first: r1export train")
 
 
-def read_json(path: Path, remedy: str, holds: Sequence[str] = ()) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError with `remedy` if it is missing, damaged, or lacks one of `holds`, as in `a.b`."""
+def read_value(kind: type[T], path: Path, remedy: str) -> T:
+    """The JSON object in a file as a value of `kind`. Raises InputError with `remedy` if it is missing or not one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        data = read_regular(path, MAX_JSON)
+        parse_json(data, "JSON", MAX_JSON)
+        return TypeAdapter(kind).validate_json(data, strict=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", remedy) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged: {error}", remedy) from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: damaged: found {found!r:.80}, expected an object", remedy)
-    if missing := [name for name in holds if not _has(found, name)]:
-        raise InputError(f"{path}: damaged: it lacks {', '.join(missing)}", remedy)
-    return found
+    except InputError as error:
+        raise InputError(f"{path}: damaged: {error.message}", remedy) from None
+    except ValidationError as error:
+        raise InputError(f"{path}: damaged: {_faults(error)}", remedy) from None
 
 
-def _has(value: Any, name: str) -> bool:
-    """Whether there is a member `a.b` in objects of objects."""
-    first, _, rest = name.partition(".")
-    return isinstance(value, dict) and first in value and (not rest or _has(value[first], rest))
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file as it stands. Raises InputError with `remedy` if it is missing or damaged."""
+    return read_value(dict[str, Any], path, remedy)
+
+
+def _faults(error: ValidationError) -> str:
+    """The members that are missing, or the first one that is not what it has to be."""
+    faults = [(".".join(map(str, fault["loc"])), fault["type"], fault["msg"]) for fault in error.errors()]
+    if missing := [member for member, kind, _ in faults if kind == "missing"]:
+        return f"it lacks {', '.join(missing)}"
+    member, _, message = faults[0]
+    return f"{member}: {message}"
 
 
 def check_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -121,7 +144,9 @@ def check_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> N
     if not (path.is_dir() and run.recipe_file.exists()):
         raise InputError(f"{path} is not empty and not a run", "choose another --out; nothing was touched")
     if not (resume or overwrite):
-        raise InputError(f"{path} already holds a run", "go on with --resume, or start anew with --overwrite")
+        raise InputError(
+            f"{path} already holds a run", "continue it with --resume, or delete it first with --overwrite"
+        )
     if resume and not overwrite and run.recipe() != recipe:
         raise InputError(
             f"{path} holds a run of another recipe: {_difference(run.recipe(), recipe)}",
@@ -130,7 +155,7 @@ def check_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> N
 
 
 def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
-    """A new run, or the one that is there: `resume` goes on with it, `overwrite` deletes it first.
+    """A new run, or the one that is there: `resume` continues it, `overwrite` deletes it first.
 
     Raises InputError as `check_run` does, Unsupported if the disk is full or the folder may not be written.
     """
@@ -147,9 +172,9 @@ def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Ru
     return run
 
 
-def _difference(one: Recipe, other: Recipe) -> str:
+def _difference(before: Recipe, after: Recipe) -> str:
     """The first field in which two recipes differ."""
-    left, right = one.model_dump(), other.model_dump()
+    left, right = before.model_dump(), after.model_dump()
     for section, values in left.items():
         if values != right[section]:
             if isinstance(values, dict) and isinstance(right[section], dict):

@@ -6,7 +6,7 @@ ViT-B/32 with random weights, batch 32, both towers, experts beside all 144 line
 
     ours    one low-rank product per linear, each class of the batch encoded once, up to the end of the longest text;
             the published losses
-    keep    the same with train.keep: reference texts are encoded too
+    distill the same with train.distill_weight: reference texts are encoded too
     whole   ours with texts of 77 tokens
     plain   the dense product B diag(g) A per linear, a text encoded for every image: what the formulas say literally
     peft    LoRA of rank 12 by PEFT beside the same 144 linears of transformers' CLIP, classes encoded once and
@@ -38,9 +38,11 @@ from torch import Tensor, nn
 from r1export.adapt.distillation import REFERENCES
 from r1export.adapt.inject import inject_experts_
 from r1export.adapt.losses import in_batch_loss
-from r1export.adapt.pool import ExpertPool, PoolSettings
+from r1export.adapt.pool import Batch, ExpertPool
 from r1export.adapt.text_truncation import short_texts
 from r1export.adapt.trainer import reset_pools_
+from r1export.pipeline.context import pool_settings
+from r1export.recipe import Pool
 from r1export.verify.latency import time_rounds
 from r1export.verify.paired_stats import paired_ratio
 
@@ -54,7 +56,7 @@ class PlainPool(ExpertPool):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.dropout(x, self.settings.dropout, self.training)
-        gate = self.route(self.token(x)) * self.settings.scaling
+        gate = self.gate(self.token(x), Batch()) * self.settings.scaling
         return F.linear(x, self.lora_B @ torch.diag(gate) @ self.lora_A)
 
 
@@ -100,7 +102,7 @@ def ours(batch: int, classes: int, *, plain: bool = False, whole: bool = False, 
     import open_clip
 
     model = open_clip.create_model("ViT-B-32", load_weights=False).requires_grad_(False)
-    pools = inject_experts_(model, PoolSettings())
+    pools = inject_experts_(model, pool_settings(Pool()))
     reset_pools_(pools, 0, 1)
     for pool in pools.values():
         if plain:
@@ -138,7 +140,7 @@ def peft(batch: int, classes: int) -> Step:
 
 CONTENDERS = {
     "ours": ours,
-    "keep": partial(ours, references=REFERENCES),
+    "distill": partial(ours, references=REFERENCES),
     "whole": partial(ours, whole=True),
     "plain": partial(ours, plain=True),
     "peft": peft,
@@ -188,7 +190,7 @@ def main() -> None:
         step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return
-    names = ["ours", "keep", "whole", "plain"]
+    names = ["ours", "distill", "whole", "plain"]
     try:
         import peft  # noqa: F401
 

@@ -152,7 +152,7 @@ def write_release(
     folder = run / "releases" / f"{len(updates):02d}-{updates[-1][0]}"
     (folder / "classes").mkdir(parents=True)
     rebuild = Rebuild(base, ExpertUpdate.stack(update for _, _, update in updates))
-    for path in base.files:
+    for path in base.manifest.files:
         write_file(folder / path, rebuild.chunks(path))
     write_tensors(folder / "golden.safetensors", {**golden, "image_embeds": rng.standard_normal((8, 512), "f4")})
     write_tensors(

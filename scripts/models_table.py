@@ -14,7 +14,7 @@ import logging
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -24,11 +24,13 @@ import timm
 import torch
 from torch import nn
 
-from r1export.adapt.inject import eject_experts_, inject_experts_, pack_experts
-from r1export.adapt.pool import PoolSettings
+from r1export.adapt.inject import eject_experts_, inject_experts_
+from r1export.adapt.pack import pack_experts
 from r1export.errors import Unsupported
 from r1export.export.graph import export_graphs
 from r1export.export.towers import float_tensors
+from r1export.pipeline.context import pool_settings
+from r1export.recipe import Pool
 from r1export.update.container import write_layout
 from r1export.verify.runtime import open_session
 
@@ -96,12 +98,12 @@ def examine(name: str) -> Row:
         model = build(name)
     except RuntimeError as error:
         return Row(name, f"refused: {str(error).splitlines()[0]}")
-    verdict, towers = "supported", ("visual", "text")
+    verdict, towers = "supported", ("visual", "textual")
     try:
-        pools = inject_experts_(model, PoolSettings(alpha=12.0), towers=towers)
+        pools = inject_experts_(model, replace(pool_settings(Pool()), alpha=12.0, towers=towers))
     except Unsupported as reason:
-        verdict, towers = f"supported for the text tower only: {reason.message}", ("text",)
-        pools = inject_experts_(model, PoolSettings(alpha=12.0), towers=towers)
+        verdict, towers = f"supported for the text tower only: {reason.message}", ("textual",)
+        pools = inject_experts_(model, replace(pool_settings(Pool()), alpha=12.0, towers=towers))
     inputs = _inputs(model)
     generator = torch.Generator().manual_seed(0)
     for pool in pools.values():
@@ -126,12 +128,7 @@ def examine(name: str) -> Row:
     if max(errors) > LIMIT:
         verdict = f"refused: differs by {max(errors):.1e}"
     routed = ", ".join(
-        sorted(
-            {
-                f"{'image' if r.parameter.startswith('visual.') else 'text'}: {p.settings.route_on}"
-                for r, p in pools.items()
-            }
-        )
+        sorted({f"{'image' if r.parameter.startswith('visual.') else 'text'}: {p.route_on}" for r, p in pools.items()})
     )
     return Row(name, verdict, routed, len(pools), *errors, time.perf_counter() - start)
 

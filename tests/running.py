@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import io
-import json
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from r1export.cli import app
-from r1export.update.atomic_io import sha256_bytes, sha256_file, write_json
+from r1export.update.atomic_io import sha256_bytes, sha256_file
 from r1export.update.container import read_tensors
-from r1export.update.release_manifest import sealed
+from r1export.update.release_manifest import FileEntry, ReleaseManifest
 from r1export.verify.graph_digest import graph_digest
 
 SETTINGS = (
@@ -50,13 +49,16 @@ def r1export(*arguments: object) -> Result:
 
 def reseal(release: Path) -> None:
     """Make every digest of the manifest fit what is there now."""
-    manifest = json.loads((release / "manifest.json").read_text())
-    manifest["files"] = {
-        name: {"sha256": sha256_file(release / name), "bytes": (release / name).stat().st_size}
-        for name in manifest["files"]
-    }
-    manifest["graphs"] = {name: graph_digest(release / name) for name in manifest["graphs"]}
-    for file in {entry["file"] for entry in manifest["tensors"].values()}:
-        for name, tensor in read_tensors(release / file).items():
-            manifest["tensors"][name]["sha256"] = sha256_bytes(np.ascontiguousarray(tensor))
-    write_json(release / "manifest.json", sealed(manifest))
+    manifest = ReleaseManifest.read(release)
+    stored = {name: tensor for file in manifest.weights for name, tensor in read_tensors(release / file).items()}
+    replace(
+        manifest,
+        files={
+            name: FileEntry(sha256_file(release / name), (release / name).stat().st_size) for name in manifest.files
+        },
+        graphs={name: graph_digest(release / name) for name in manifest.graphs},
+        tensors={
+            name: replace(entry, sha256=sha256_bytes(np.ascontiguousarray(stored[name])))
+            for name, entry in manifest.tensors.items()
+        },
+    ).sealed().write(release)

@@ -1,35 +1,42 @@
 """What the terminal says of a report."""
 
+from dataclasses import replace
+
 import pytest
+from report.examples import accuracy, release
 
 from r1export.console import Terminal
-from r1export.report.checks import LADDER
+from r1export.verify.results import Proof, Report, Rung
 
-RUNGS = {name: {"verdict": "pass"} for name in LADDER}
+PROOF = release().proof
 
 
-def program(capsys, **release) -> str:
-    """The column "program" of the table of releases."""
-    report = {
-        "release": {"name": "01-digits"},
-        "verdict": "fail",
-        "contents": {"files": {"verdict": "pass"}},
-        **release,
-    }
+def printed(capsys, report: Report) -> str:
     Terminal(as_json=False).report(report)
-    return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("01-digits")).split()[4]
+    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("proof", "shown"),
     [
-        (RUNGS, "pass"),
-        (RUNGS | {"cost": {"verdict": "fail"}}, "fail"),
-        (RUNGS | {"cost": {"verdict": "not measured"}}, "-"),
-        ({"graph": {"verdict": "fail"}}, "fail"),
-        ({"same_file": {"verdict": "pass"}}, "-"),
-        ({}, "-"),
+        (PROOF, "pass"),
+        (replace(PROOF, cost=Rung.failed("heavier")), "fail"),
+        (replace(PROOF, cost=Rung.unmeasured("busy")), "-"),
+        (Proof.not_applicable("no base"), "-"),
     ],
 )
-def test_the_program_passes_only_if_every_rung_of_the_ladder_was_climbed(capsys, proof, shown) -> None:
-    assert program(capsys, proof=proof) == shown
+def test_the_program_passes_only_if_every_rung_was_climbed(capsys, proof: Proof, shown: str) -> None:
+    row = next(line for line in printed(capsys, release(proof=proof)).splitlines() if line.startswith("03-flowers-17"))
+    assert row.split()[4] == shown
+
+
+def test_control_sequences_in_a_name_never_reach_the_terminal(capsys) -> None:
+    facts = replace(release().release, name="a\x1b]0;owned\x07b\u202e")
+    assert "\x1b" not in printed(capsys, release(release=facts))
+    terminal = Terminal(as_json=False)
+    terminal.step("a\x1b[2J")
+    terminal.say("a\x1b[2J")
+    terminal.accuracy(accuracy(tasks=("a\x1b[2J", "b", "c")))
+    terminal.table("t", ["a"], [["x\x1b[2J"]])
+    shown = capsys.readouterr()
+    assert "\x1b[2J" not in shown.out + shown.err

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,10 @@ import pytest
 from onnx import helper, numpy_helper
 from running import RECIPE, SETTINGS, r1export, reseal
 
-from r1export.export.graph import GRAPHS
-from r1export.update.atomic_io import write_json
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.factors import ExpertUpdate
-from r1export.update.release_manifest import sealed
+from r1export.update.release_layout import GRAPHS
+from r1export.update.release_manifest import GoldenGate, ReleaseManifest
 
 
 @pytest.fixture(scope="session")
@@ -267,8 +267,7 @@ def test_an_edited_manifest_is_found(run: Path) -> None:
 
 def test_a_manifest_that_was_edited_and_sealed_again_is_found_by_the_run(run: Path) -> None:
     path = run / "releases" / "01-digits" / "manifest.json"
-    manifest = json.loads(path.read_text()) | {"golden": {"max_abs": 0.5, "min_cosine": 0.1}}
-    write_json(path, sealed(manifest))
+    replace(ReleaseManifest.read(path.parent), golden=GoldenGate(0.5, 0.1)).sealed().write(path.parent)
     assert "manifest.json: golden is {'max_abs': 0.5, 'min_cosine': 0.1}" in found_by_verify(run)
 
 

@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 
-from r1export.adapt.distillation import recall
+from r1export.adapt.distillation import distillation_targets
 from r1export.errors import InputError, Unsupported
 from r1export.pipeline import train
 from r1export.pipeline.context import NoProgress, RunContext, check_inputs, choose_device
@@ -54,7 +54,7 @@ def test_the_base_is_put_back_when_a_step_fails(recipe, tmp_path) -> None:
     learned: dict[str, np.ndarray] = {}
 
     def fails() -> None:
-        with context.showing(context.run.updates(recipe)) as merged:
+        with context.with_updates_applied(context.run.updates(recipe)) as merged:
             learned.update(context.clip.parameters())
             assert all(np.array_equal(learned[name], merged[name]) for name in merged)
             raise KeyError
@@ -78,22 +78,22 @@ def test_a_run_stopped_between_tasks_goes_on_with_the_second(recipe, tmp_path) -
     assert (tmp_path / "cut" / second).read_bytes() == (tmp_path / "whole" / second).read_bytes()
 
 
-def test_a_run_holds_on_to_what_was_said_of_imagenets_names_and_of_earlier_tasks(recipe, tmp_path, monkeypatch) -> None:
-    asked = []
+def test_distillation_is_on_imagenets_names_and_those_of_earlier_tasks(recipe, tmp_path, monkeypatch) -> None:
+    references = []
 
-    def listening(clip, train, wanted, names, on_batch, *, weight):
-        asked.append(names)
-        return recall(clip, train, wanted, names, on_batch, weight=weight)
+    def listening(clip, train, visited, names, on_batch):
+        references.append(names)
+        return distillation_targets(clip, train, visited, names, on_batch)
 
-    monkeypatch.setattr(train, "recall", listening)
+    monkeypatch.setattr(train, "distillation_targets", listening)
     factors = []
-    for keep in (0.0, 5.0):
-        held = recipe.model_copy(update={"train": recipe.train.model_copy(update={"keep": keep})})
-        train_tasks(context_of(held, tmp_path / str(keep)))
-        factors.append((tmp_path / str(keep) / "tasks/01-digits/factors.safetensors").read_bytes())
+    for weight in (0.0, 5.0):
+        changed = recipe.train.model_copy(update={"distill_weight": weight})
+        train_tasks(context_of(recipe.model_copy(update={"train": changed}), tmp_path / str(weight)))
+        factors.append((tmp_path / str(weight) / "tasks/01-digits/factors.safetensors").read_bytes())
     assert factors[0] != factors[1]
-    assert [len(names) for names in asked] == [998, 998 + 10]
-    assert asked[1][-10:] == context_of(recipe, tmp_path / "other").tasks[0].classes
+    assert [len(names) for names in references] == [998, 998 + 10]
+    assert references[1][-10:] == context_of(recipe, tmp_path / "other").tasks[0].classes
 
 
 def test_a_run_cannot_go_on_from_another_base(recipe, tmp_path) -> None:
@@ -109,7 +109,7 @@ def test_a_file_of_a_run_without_what_it_should_hold_is_named(recipe, tmp_path) 
     context = context_of(recipe, tmp_path / "run")
     train_tasks(context)
     for file, words, step in (
-        ("run.json", "it lacks base.name, base.sha256", train_tasks),
+        ("run.json", "it lacks r1export, seed, base", train_tasks),
         ("zero_shot.json", "no accuracy of digits, arrows", train_tasks),
         ("tasks/02-arrows/accuracy.json", "no accuracy of digits, arrows", train_tasks),
         ("metrics.json", "it lacks tasks, .*probe", export_releases),

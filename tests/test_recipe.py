@@ -1,15 +1,20 @@
 """Recipes: what is read, what is refused, and every recipe that comes with the project."""
 
 import re
+import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import tomli_w
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
+from running import r1export
 
-from r1export.adapt.pool import PoolSettings
-from r1export.adapt.trainer import TrainSettings
 from r1export.errors import InputError
-from r1export.recipe import Export, Pool, Recipe, Train, in_order, load_recipe
+from r1export.recipe import RETIRED, Export, Recipe, Retired, in_order, load_recipe
+from r1export.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
@@ -104,16 +109,6 @@ def test_the_defaults_are_the_faithful_settings(tmp_path) -> None:
     assert (train.orthogonality_weight, train.seed) == (0.1, 42)
 
 
-def test_recipe_and_code_agree_on_the_defaults() -> None:
-    assert TrainSettings(**Train().model_dump(exclude={"method", "keep", "tensorboard"})) == TrainSettings()
-    assert (
-        PoolSettings(
-            **{key: value for key, value in Pool().model_dump().items() if key in PoolSettings.__dataclass_fields__}
-        )
-        == PoolSettings()
-    )
-
-
 def test_every_field_says_what_it_means() -> None:
     sections = [
         Recipe,
@@ -145,13 +140,12 @@ def test_every_field_says_what_it_means() -> None:
         ('[base]\nmodel = "ViT-B-16"\n[[tasks]]\nname = "a"\nsource = "x"\n', "either pretrained"),
         ('[base]\nweights = "w"\n[[tasks]]\nname = "a"\nsource = "x"\n', "give model"),
         ('[base]\nmodel = "builtin:world"\n', "tasks"),
-        (MINIMAL + '[pool]\ngate = "frequency"\n[train]\nconsolidate = 0\n', "raise train.consolidate"),
         (MINIMAL + '[pool]\ngate = "sparse"\n', r"train\.consolidate 0\.3 fixes it before: set it to 1"),
         (MINIMAL + "[verify]\nbatches = [1, 0]\n", r"verify\.batches\.1: .*0"),
         (MINIMAL + "[verify]\nbatches = []\n", r"verify\.batches"),
         (MINIMAL + "[train]\nseed = -1\n", r"train\.seed: .*-1"),
         (MINIMAL + "[verify]\nmax_abs = inf\n", r"verify\.max_abs: .*finite.*inf"),
-        (MINIMAL + "[train]\nkeep = nan\n", r"train\.keep: .*nan"),
+        (MINIMAL + "[train]\ndistill_weight = nan\n", r"train\.distill_weight: .*nan"),
         (MINIMAL + "[pool]\nalpha = inf\n", r"pool\.alpha: .*inf"),
         (MINIMAL + '[probe]\nname = "A"\nsource = "x"\n', r"both named A: give probe\.name another"),
     ],
@@ -163,10 +157,130 @@ def test_a_recipe_that_makes_no_sense_is_refused_by_the_name_of_the_field(text: 
     assert "\n" not in str(caught.value)
 
 
-def test_gates_that_the_votes_or_thresholds_reach_are_taken(tmp_path) -> None:
-    for gate, consolidate in (("frequency", 0.3), ("sparse", 1)):
-        text = f'{MINIMAL}[pool]\ngate = "{gate}"\n[train]\nconsolidate = {consolidate}\n'
-        assert load_recipe(write(tmp_path, text)).pool.gate == gate
+def test_a_sparse_gate_that_is_thresholded_until_the_end_is_taken(tmp_path) -> None:
+    text = f'{MINIMAL}[pool]\ngate = "sparse"\n[train]\nconsolidate = 1\n'
+    assert load_recipe(write(tmp_path, text)).pool.gate == "sparse"
+
+
+def with_retired(retired: Retired) -> str:
+    """A recipe with an old name, its value in the type of the field."""
+    section, _, name = retired.field.partition(".")
+    value = (
+        "0.2"
+        if retired.value is None
+        else f'["visual", "{retired.value}"]'
+        if name == "towers"
+        else f'"{retired.value}"'
+    )
+    return f"{MINIMAL}[{section}]\n{name} = {value}\n"
+
+
+@pytest.mark.parametrize("retired", RETIRED, ids=str)
+def test_an_old_name_is_refused_with_the_new_one_wherever_it_stands(retired: Retired, tmp_path) -> None:
+    path = write(tmp_path, with_retired(retired))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.toml").write_text(with_retired(retired), encoding="utf-8")
+    child = tmp_path / "child.toml"
+    child.write_text('extends = "r.toml"\n', encoding="utf-8")
+    for read, file in (
+        (lambda: load_recipe(path), path),
+        (lambda: load_recipe(child), path),
+        (RunFolder(run).recipe, run / "recipe.toml"),
+    ):
+        with pytest.raises(InputError) as caught:
+            read()
+        assert str(caught.value) == f"{file}: {retired} is no longer used ({retired.advice})"
+
+
+@pytest.mark.parametrize("retired", RETIRED, ids=str)
+def test_every_rename_is_in_the_changelog_and_what_replaces_it_loads(retired: Retired, tmp_path) -> None:
+    assert retired.field in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("## 0.1.0")[0]
+    new = re.match(r'write "?(\w+(?:\.\w+)?)', retired.advice)[1]
+    text = with_retired(retired)
+    text = text.replace("keep", new.split(".")[1]) if retired.value is None else text.replace(retired.value, new)
+    load_recipe(write(tmp_path, text))
+
+
+def test_an_old_name_ends_the_command_with_exit_code_2(tmp_path) -> None:
+    for field, value in (("train.keep", "0.2"), ("pool.gate", "frequency")):
+        result = r1export("train", write(tmp_path, MINIMAL), "--out", tmp_path / "new", "--set", f"{field}={value}")
+        assert result.returncode == 2, result.output
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.toml").write_text(MINIMAL + "[train]\nkeep = 0.2\n", encoding="utf-8")
+    result = r1export("verify", run)
+    assert (result.returncode, "write train.distill_weight" in result.stderr) == (2, True)
+    assert str(run / "recipe.toml") in result.stderr.replace("\n", "")
+
+
+DEEP = {
+    "arrays": "x = " + "[" * 20_000 + "]" * 20_000,
+    "inline tables": "x = " + "{a = " * 20_000,
+    "dotted keys": f"[{'.'.join('a' * 20_000)}]\nb = 1",
+    "a number of 5,000 digits": "x = " + "9" * 5000,
+    "a lone surrogate": 'x = "\\ud800"',
+    "a byte that is no UTF-8": "x = '\udcff'",
+}
+
+
+@pytest.mark.parametrize("text", DEEP.values(), ids=DEEP)
+def test_what_the_parser_cannot_take_ends_the_command_with_one_line_and_exit_code_2(text: str, tmp_path) -> None:
+    path, child = tmp_path / "r.toml", tmp_path / "child.toml"
+    path.write_bytes((text + "\n" + MINIMAL).encode("utf-8", "surrogateescape"))
+    child.write_bytes((f'extends = "r.toml"\n{text}\n').encode("utf-8", "surrogateescape"))
+    for recipe in (path, child):
+        for command in (("inspect", recipe), ("train", recipe, "--out", tmp_path / "run")):
+            result = r1export(*command)
+            assert result.returncode == 2, result.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["x = " + "[" * 20_000, "9" * 5000, "'\udcff'", "a\udcff"], ids=lambda text: ascii(text[:8])
+)
+def test_an_override_that_the_parser_cannot_take_is_bad_input(text: str, tmp_path) -> None:
+    for field in ("train.iterations", "base.model", "pool.layers"):
+        with pytest.raises(InputError) as caught:
+            load_recipe(write(tmp_path, MINIMAL), (f"{field}={text}",))
+        str(caught.value).encode()
+
+
+def test_a_long_value_is_shortened_in_the_message(tmp_path) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(write(tmp_path, f'{MINIMAL}[train]\niterations = "{"x" * 10**6}"\n'))
+    assert len(str(caught.value)) < 600
+
+
+VALUES = st.recursive(
+    st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.dates() | st.sampled_from(["text", "input"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(min_size=1, max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+SECTIONS = {
+    name: Recipe.model_fields[name].annotation for name in ("base", "data", "pool", "train", "export", "verify")
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), section=st.sampled_from(sorted(SECTIONS)))
+def test_any_value_of_any_field_is_a_recipe_or_bad_input(data, section: str, tmp_path_factory) -> None:
+    field = data.draw(st.sampled_from(["keep", *sorted(SECTIONS[section].model_fields)]))
+    values = tomllib.loads(MINIMAL)
+    table = data.draw(VALUES) if data.draw(st.booleans()) else values.get(section, {}) | {field: data.draw(VALUES)}
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    path.write_text(tomli_w.dumps(values | {section: table}), encoding="utf-8")
+    with suppress(InputError):
+        assert load_recipe(path) == Recipe.model_validate(tomllib.loads(load_recipe(path).dumps()))
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60))
+def test_any_text_is_a_recipe_or_bad_input(text: str, tmp_path_factory) -> None:
+    path = tmp_path_factory.getbasetemp() / "text.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError):
+        load_recipe(path)
 
 
 def test_a_missing_recipe_is_named(tmp_path) -> None:

@@ -1,9 +1,8 @@
-"""The CLIP model that is taught: open_clip weights, tokenizer and preprocessing behind one noun."""
+"""The CLIP model that is fine-tuned: open_clip weights, tokenizer and preprocessing in one class."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,16 +16,14 @@ import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from r1export.errors import InputError, Unsupported
+from r1export.adapt.model_config import read_model_config
+from r1export.errors import InputError, R1ExportError, Unsupported
 
 # An nn.Module with encode_image, encode_text and logit_scale: one of several classes of open_clip, which has no types.
 ClipModel = Any
-# What open_clip and torch raise for a config with unknown keys or impossible values.
-MALFORMED = (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError, ZeroDivisionError)
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,8 @@ class Clip:
 
     @property
     def device(self) -> torch.device:
-        return self.model.logit_scale.device
+        scale: Tensor = self.model.logit_scale
+        return scale.device
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """int64 (n, context_length)."""
@@ -93,11 +91,13 @@ class Clip:
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """uint8 (n, 3, h, w) -> unit-norm float (n, D)."""
-        return self.model.encode_image(self.preprocess.normalize(pixels.to(self.device)), normalize=True)
+        embeds: Tensor = self.model.encode_image(self.preprocess.normalize(pixels.to(self.device)), normalize=True)
+        return embeds
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """int64 (n, L) -> unit-norm float (n, D)."""
-        return self.model.encode_text(tokens, normalize=True)
+        embeds: Tensor = self.model.encode_text(tokens, normalize=True)
+        return embeds
 
     def parameters(self) -> dict[str, np.ndarray]:
         """All weights by their state_dict names, copied to numpy: parameters and, where a tower has BatchNorm, its statistics."""
@@ -149,11 +149,31 @@ def load_clip(
 
     Raises:
         InputError: open_clip does not know the model or the tag; a file is missing, malformed, not safetensors
-            and no pickle allowed, or does not fit the model.
+            and no pickle allowed, or does not fit the model; a config would load from elsewhere.
         Unsupported: open_clip cannot make the model here, or its weights cannot be fetched.
     """
-    if config is not None:
-        model = _register(config)
+    custom = None if config is None else read_model_config(config)
+    name = model if custom is None else custom.name
+    if custom is None:
+        _check_name(model, pretrained)
+    try:
+        with _quiet():
+            if custom is not None:
+                custom.register()
+            module = _create(name, pretrained, device, allow_pickle)
+            tokenizer = open_clip.get_tokenizer(name) if custom is None else custom.tokenizer()
+    except InputError:
+        raise
+    except Exception as error:  # open_clip and torch raise whatever an impossible config or a hub makes them meet
+        raise _not_built(error, name, pretrained, config) from error
+    if weights is not None:
+        _load_weights_(module, weights)
+    module.eval().requires_grad_(False)
+    preprocess = Preprocess(PreprocessCfg(**open_clip.get_model_preprocess_cfg(module)))
+    return Clip(f"{name}/{pretrained}" if pretrained else name, module, preprocess, tokenizer)
+
+
+def _check_name(model: str, pretrained: str) -> None:
     if model not in open_clip.list_models():
         raise InputError(
             f"open_clip {open_clip.__version__} knows no model {model!r}",
@@ -162,24 +182,19 @@ def load_clip(
     if pretrained and pretrained not in open_clip.list_pretrained_tags_by_model(model):
         known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
         raise InputError(f"{model} has no pretrained tag {pretrained!r}", f"known tags: {known}")
-    try:
-        with _quiet():
-            module = _create(model, pretrained, device, allow_pickle)
-    except (OSError, *MALFORMED) as error:
-        if config is not None and isinstance(error, MALFORMED):
-            raise InputError(
-                f"{config}: open_clip cannot build this model: {type(error).__name__}: {_first_line(error)}",
-                "mend the config: see open_clip's own in its model_configs",
-            ) from error
-        raise Unsupported(
-            f"open_clip cannot make {model} {pretrained}: {_first_line(error)}",
-            "fetch the weights once with network, or give base.weights",
-        ) from error
-    if weights is not None:
-        _load_weights_(module, weights)
-    module.eval().requires_grad_(False)
-    preprocess = Preprocess(PreprocessCfg(**open_clip.get_model_preprocess_cfg(module)))
-    return Clip(f"{model}/{pretrained}" if pretrained else model, module, preprocess, open_clip.get_tokenizer(model))
+
+
+def _not_built(error: Exception, model: str, pretrained: str, config: Path | None) -> R1ExportError:
+    """Bad input where a config says what to build: it cannot load from elsewhere. Else the environment lacks something."""
+    if config is not None:
+        return InputError(
+            f"{config}: open_clip cannot build this model: {type(error).__name__}: {_first_line(error)}",
+            "correct the config: see open_clip's own in its model_configs",
+        )
+    return Unsupported(
+        f"open_clip cannot make {model} {pretrained}: {_first_line(error)}",
+        "fetch the weights once with network, or give base.weights",
+    )
 
 
 @contextmanager
@@ -213,7 +228,7 @@ def _create(model: str, pretrained: str, device: str, allow_pickle: bool) -> Cli
 
 def _weights_of_tag(model: str, pretrained: str, allow_pickle: bool) -> str:
     """The file that holds the weights of a tag, fetched if need be. Raises InputError if torch would have to unpickle it unasked."""
-    file = open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))
+    file: str = open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))
     if not (allow_pickle or file.endswith(".safetensors")):
         raise InputError(
             f"{model} {pretrained}: {file} is not safetensors, and reading a pickle can run code",
@@ -222,33 +237,20 @@ def _weights_of_tag(model: str, pretrained: str, allow_pickle: bool) -> str:
     return file
 
 
-def _register(config: Path) -> str:
-    try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{config}: not a readable open_clip config: {error}",
-            "give the JSON with embed_dim, vision_cfg and text_cfg",
-        ) from None
-    if not isinstance(found, dict):
-        raise InputError(f"{config}: found {found!r:.80}, expected an object", "give an open_clip model config")
-    if missing := {"embed_dim", "vision_cfg", "text_cfg"} - found.keys():
-        raise InputError(f"{config}: no {', '.join(sorted(missing))}", "give an open_clip model config")
-    open_clip.add_model_config(config)
-    return config.stem
-
-
 def _load_weights_(module: nn.Module, weights: Path) -> None:
     """Safetensors only: reading weights never runs code."""
+    if not weights.is_file():
+        problem = "not a file" if weights.exists() else "no such file"
+        raise InputError(f"{weights}: {problem}", "give the path of a .safetensors file as base.weights")
     try:
         state = load_file(weights)
-        module.load_state_dict(state)
-    except FileNotFoundError:
-        raise InputError(f"{weights}: no such file", "check base.weights") from None
-    except SafetensorError as error:
+    except Exception as error:  # SafetensorError, or what torch raises for the dtypes and sizes of a damaged header
         raise InputError(
-            f"{weights}: not a safetensors file: {error}", "convert the checkpoint with safetensors.torch.save_file"
-        ) from None
+            f"{weights}: not a safetensors file: {_first_line(error)}",
+            "convert the checkpoint with safetensors.torch.save_file",
+        ) from error
+    try:
+        module.load_state_dict(state)
     except RuntimeError as error:
         raise InputError(
             f"{weights} does not fit the model: {' '.join(str(error).split())[:200]}",

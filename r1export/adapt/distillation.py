@@ -1,11 +1,11 @@
-"""What a model knew before a task, held on to while it learns: distillation with names instead of images.
+"""Distillation: training preserves the previous model's predictions, on names instead of images.
 
-    L = weight mean_n KL( softmax(s I_n T^T) || softmax(s i_n t^T) )        s = exp(logit_scale)
+    L = mean_n KL( softmax(s I_n T^T) || softmax(s i_n t^T) )        s = exp(logit_scale)
 
-I_n, T are unit-norm embeddings of the task's own images and of reference texts by the model as it stood before the task,
-i_n, t those of the model that learns. The texts are the 1,000 class names of ImageNet in open_clip's wording and the
-classes of earlier tasks: no image but the task's own is needed. Learning without forgetting (arXiv 1606.09282) in
-the form of LwF-VR (arXiv 2303.06628), whose texts are random sentences.
+I_n, T are unit-norm embeddings of the task's own images and of reference texts by the model before the task, i_n, t those of
+the model that is trained. The texts are the 1,000 class names of ImageNet in open_clip's wording and the classes of earlier
+tasks: no image but the task's own is needed. Learning without forgetting (arXiv 1606.09282) in the form of LwF-VR
+(arXiv 2303.06628), whose texts are random sentences.
 """
 
 from __future__ import annotations
@@ -23,21 +23,17 @@ from r1export.adapt.clip import Clip
 from r1export.adapt.image_cache import Pixels
 from r1export.adapt.text_truncation import short_texts
 
-REFERENCES = 32  # texts a step is held to: as many as a batch has images
+REFERENCES = 32  # reference texts of a step: as many as a batch has images
 BATCH = 64  # names or images embedded at a time
 
 
 @dataclass(frozen=True)
-class Knowledge:
-    """Embeddings by the model before a task: `images` (N, D) of its training images, `texts` (M, D) of `tokens` (M, L).
-
-    `weight` is that of the loss beside the supervised one.
-    """
+class DistillationTargets:
+    """Embeddings by the model before a task: `images` (N, D) of its training images, `texts` (M, D) of `tokens` (M, L)."""
 
     images: Tensor
     texts: Tensor
     tokens: Tensor
-    weight: float = 1.0
 
     def draw(self, seed: int) -> np.ndarray:
         """REFERENCES different texts, int64; the same for the same seed."""
@@ -45,10 +41,9 @@ class Knowledge:
 
     def loss(self, image: Tensor, text: Tensor, images: np.ndarray, texts: np.ndarray, scale: Tensor) -> Tensor:
         """The loss above for embeddings (n, D), (m, D) of training images `images` (n,) and reference texts `texts` (m,)."""
-        known = scale * self.images[images] @ self.texts[texts].T
-        found = scale * image @ text.T
-        apart = F.kl_div(found.float().log_softmax(1), known.float().softmax(1), reduction="batchmean")
-        return self.weight * apart
+        teacher = scale * self.images[images] @ self.texts[texts].T
+        student = scale * image @ text.T
+        return F.kl_div(student.float().log_softmax(1), teacher.float().softmax(1), reduction="batchmean")
 
 
 def reference_names(learned: Sequence[str] = ()) -> tuple[str, ...]:
@@ -57,19 +52,17 @@ def reference_names(learned: Sequence[str] = ()) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def recall(
+def distillation_targets(
     clip: Clip,
     train: Pixels,
-    wanted: np.ndarray,
+    visited: np.ndarray,
     names: Sequence[str],
     on_batch: Callable[[], None] = lambda: None,
-    *,
-    weight: float = 1.0,
-) -> Knowledge:
-    """What the model as it stands says about the training images `wanted`, int64 (n,), and texts with `names`.
+) -> DistillationTargets:
+    """Embeddings by the model as it stands of the training images `visited`, int64 (n,), and of texts with `names`.
 
-    Embeddings of images that are not wanted stay zero. Always in the same batches, so that a resumed run holds on to the
-    very same: `on_batch` is called after each of BATCH names or images.
+    Embeddings of other images stay zero. Always computed in the same batches, so a resumed run gets the same targets.
+    `on_batch` is called after each batch of BATCH names or images.
     """
     clip.model.eval()
     tokens = clip.tokenize([f"a photo of a {name}." for name in names])
@@ -79,8 +72,8 @@ def recall(
             texts.append(clip.encode_text(part))
             on_batch()
     images = texts[0].new_zeros(len(train), texts[0].shape[1])
-    for start in range(0, len(wanted), BATCH):
-        part = wanted[start : start + BATCH]
-        images[part] = clip.encode_image(train.batch(part))
+    for start in range(0, len(visited), BATCH):
+        batch = visited[start : start + BATCH]
+        images[batch] = clip.encode_image(train.batch(batch))
         on_batch()
-    return Knowledge(images, torch.cat(texts), tokens, weight)
+    return DistillationTargets(images, torch.cat(texts), tokens)

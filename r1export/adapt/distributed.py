@@ -8,7 +8,6 @@ the mean over processes: together the gradient of the joined batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -18,9 +17,8 @@ from torch.distributed.nn.functional import all_gather, all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from r1export.adapt.clip import Clip
-from r1export.adapt.pool import ExpertPool
+from r1export.adapt.pool import Batch, Pools
 from r1export.errors import InputError
-from r1export.update.factors import Rows
 
 
 def start(device: str) -> None:
@@ -46,14 +44,15 @@ def wait() -> None:
         dist.barrier()
 
 
-class _Others:
+class _Peers:
     """What pools of the image tower ask of the other processes."""
 
     def add_(self, votes: Tensor) -> None:
         dist.all_reduce(votes)
 
     def average(self, mean: Tensor) -> Tensor:
-        return all_reduce(mean) / world()
+        total: Tensor = all_reduce(mean)
+        return total / world()
 
 
 class Encoders(nn.Module):
@@ -68,14 +67,15 @@ class Encoders(nn.Module):
         return self._clip.encode_image(pixels), self._clip.encode_text(tokens)
 
 
-def encoders(clip: Clip, pools: Mapping[Rows, ExpertPool]) -> nn.Module:
+def encoders(clip: Clip, pools: Pools) -> nn.Module:
     """`Encoders`, shared with the other processes where there are some; visual pools then add up the votes of all."""
-    alone = Encoders(clip)
+    towers = Encoders(clip)
     if world() == 1:
-        return alone
+        return towers
     for rows, pool in pools.items():
-        pool.others = _Others() if rows.parameter.startswith("visual.") else None
-    return DistributedDataParallel(alone, find_unused_parameters=True)  # a random router is never used
+        if rows.parameter.startswith("visual."):
+            pool.route_(Batch(_Peers()))
+    return DistributedDataParallel(towers, find_unused_parameters=True)  # a random router is never used
 
 
 def shares(indices: np.ndarray) -> list[np.ndarray]:

@@ -38,9 +38,9 @@ def image_embeddings(clip: Clip, pixels: Pixels) -> np.ndarray:
     return torch.cat([clip.encode_image(batch) for batch in pixels.batches(BATCH)]).float().cpu().numpy()
 
 
-def accuracy(clip: Clip, task: Task, test: Pixels, among: Classes | None = None) -> float:
+def accuracy(clip: Clip, task: Task, test: Pixels, classes: Classes | None = None) -> float:
     """Top-1 accuracy on the task's test images among the task's own class names, or among those of several tasks."""
-    candidates = class_embeddings(clip, task) if among is None else among
+    candidates = class_embeddings(clip, task) if classes is None else classes
     return top1_among(image_embeddings(clip, test), task, candidates)
 
 
@@ -48,8 +48,8 @@ def top1_among(embeds: np.ndarray, task: Task, candidates: np.ndarray | Classes)
     """Top-1 of the task's test images (n, D) among the embeddings of its own classes (C, D), or among those of several tasks."""
     if not isinstance(candidates, Classes):
         return top1(embeds, candidates, task.test.labels)
-    places = np.array([candidates.places[name] for name in task.classes])
-    return top1(embeds, candidates.embeddings, places[task.test.labels])
+    rows = np.array([candidates.rows[name] for name in task.classes])
+    return top1(embeds, candidates.embeddings, rows[task.test.labels])
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,16 @@ class Classes:
     """Class embeddings (C, D) of several tasks together and the row of every name; a name that two tasks share is there once."""
 
     embeddings: np.ndarray
-    places: dict[str, int]
+    rows: dict[str, int]
 
 
 def all_classes(clip: Clip, tasks: Iterable[Task]) -> Classes:
     """The classes of all tasks, each with the templates of the first task that has it: the candidates of X-TAIL."""
-    places: dict[str, int] = {}
-    rows: list[np.ndarray] = []
+    rows: dict[str, int] = {}
+    embeddings: list[np.ndarray] = []
     for task in tasks:
         for name, embedding in zip(task.classes, class_embeddings(clip, task), strict=True):
-            if name not in places:
-                places[name] = len(rows)
-                rows.append(embedding)
-    return Classes(np.stack(rows), places)
+            if name not in rows:
+                rows[name] = len(embeddings)
+                embeddings.append(embedding)
+    return Classes(np.stack(embeddings), rows)

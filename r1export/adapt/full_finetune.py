@@ -9,42 +9,30 @@ import numpy as np
 from torch import nn
 
 from r1export.adapt.clip import Clip
-from r1export.adapt.distillation import Knowledge
-from r1export.adapt.image_cache import Pixels
-from r1export.adapt.trainer import Step, TrainSettings, train_pools_
-from r1export.data.task import Task
+from r1export.adapt.trainer import TrainingTask, TrainStep, train_pools_
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 
 
 def fine_tune_(
-    clip: Clip,
-    task: Task,
-    train: Pixels,
-    settings: TrainSettings,
-    *,
-    number: int,
-    on_step: Callable[[Step], None] = lambda step: None,
-    knowledge: Knowledge | None = None,
+    clip: Clip, training: TrainingTask, on_step: Callable[[TrainStep], None] = lambda step: None
 ) -> tuple[list[float], ExpertUpdate]:
     """Train every weight of the model on one task; the losses of all steps and what to add to the weights.
 
     The scale and bias of the logits stay, as they do for the experts. Raises InputError if the loss is not finite.
     """
     before = {name: value.copy() for name, value in clip.parameters().items()}
-    with _trainable(clip.model) as parameters:
-        losses = train_pools_(
-            clip, {}, task, train, settings, number=number, on_step=on_step, parameters=parameters, knowledge=knowledge
-        )
+    with _trainable(clip.model):
+        losses = train_pools_(clip, {}, training, on_step=on_step)
     return losses, difference(before, clip.parameters())
 
 
 @contextmanager
-def _trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+def _trainable(model: nn.Module) -> Iterator[None]:
     parameters = [p for p in model.parameters() if p.ndim]
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        yield parameters
+        yield
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)

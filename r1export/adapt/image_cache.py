@@ -1,4 +1,4 @@
-"""Decoded images: cropped to uint8 once, kept in memory while they fit, decoded again where they do not."""
+"""Decoded images: cropped to uint8 once, kept in memory if they fit, decoded again if not."""
 
 from __future__ import annotations
 

@@ -1,20 +1,17 @@
-"""The layers that a CLIP has while experts stand beside its linears: Y = X W^T + bias + pool(X)."""
+"""The layers of a CLIP whose linears have experts: Y = X W^T + bias + pool(X)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r1export.adapt.blocks import AnyModule
 from r1export.adapt.pool import ExpertPool
-
-AnyModule = Any  # an nn.Module of open_clip or timm whose parts are found by name: families have no type in common
 
 
 class RankOneLinear(nn.Module):
-    """A frozen linear with a pool of rank-1 experts beside it."""
+    """A frozen linear with a pool of rank-1 experts."""
 
     def __init__(self, base: nn.Linear, pool: ExpertPool) -> None:
         super().__init__()
@@ -26,29 +23,29 @@ class RankOneLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.pool(x)
+        y: Tensor = self.base(x) + self.pool(x)
+        return y
 
 
 class RankOnePacked(nn.Module):
-    """A frozen linear (3d, in) that gives q, k and v together, with a pool beside each third that is targeted."""
+    """A frozen linear (3d, in) that gives q, k and v together, with a pool for each third that is targeted."""
 
     def __init__(self, base: nn.Linear, pools: dict[str, ExpertPool]) -> None:
         super().__init__()
         self.base, self.pools = base, nn.ModuleDict(pools)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.base(x).chunk(3, -1)
-        return torch.cat(
-            [
-                part + self.pools[name](x) if name in self.pools else part
-                for name, part in zip("qkv", parts, strict=True)
-            ],
-            -1,
-        )
+        return torch.cat(_with_pools(self.base(x), self.pools, x), -1)
+
+
+def _with_pools(packed: Tensor, pools: nn.ModuleDict, x: Tensor) -> list[Tensor]:
+    """q, k and v (n, tokens, d) out of `packed` (n, tokens, 3d), each plus what its pool, if it has one, makes of `x`."""
+    parts = zip("qkv", packed.chunk(3, -1), strict=True)
+    return [part + pools[name](x) if name in pools else part for name, part in parts]
 
 
 class RankOneAttention(nn.Module):
-    """A frozen nn.MultiheadAttention (batch first), or open_clip's own, with pools beside q, k, v and out; self-attention only."""
+    """A frozen nn.MultiheadAttention (batch first), or open_clip's own, with pools for q, k, v and out; self-attention only."""
 
     def __init__(self, base: AnyModule, pools: dict[str, ExpertPool]) -> None:
         super().__init__()
@@ -65,23 +62,20 @@ class RankOneAttention(nn.Module):
     ) -> Tensor | tuple[Tensor, None]:
         """(n, tokens, d) -> (n, tokens, d); `key` and `value` are `query`. A mask is (L, L) or (n*heads, L, L), additive."""
         base, (n, tokens, width) = self.base, query.shape
-        parts = F.linear(query, base.in_proj_weight, base.in_proj_bias).chunk(3, -1)
+        packed = F.linear(query, base.in_proj_weight, base.in_proj_bias)
         q, k, v = (
-            (part + self.pools[name](query) if name in self.pools else part)
-            .view(n, tokens, base.num_heads, -1)
-            .transpose(1, 2)
-            for name, part in zip("qkv", parts, strict=True)
+            part.view(n, tokens, base.num_heads, -1).transpose(1, 2) for part in _with_pools(packed, self.pools, query)
         )
         if attn_mask is not None and attn_mask.ndim == 3:
             attn_mask = attn_mask.view(n, base.num_heads, tokens, tokens)
-        ours = not isinstance(base, nn.MultiheadAttention)
-        if ours:
+        of_open_clip = not isinstance(base, nn.MultiheadAttention)
+        if of_open_clip:
             q, k = base.ln_q(q), base.ln_k(k)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        if ours and base.head_scale is not None:
+        if of_open_clip and base.head_scale is not None:
             mixed = mixed * base.head_scale
         mixed = mixed.transpose(1, 2).reshape(n, tokens, width)
-        mixed = base.ln_inner(mixed) if ours else mixed
+        mixed = base.ln_inner(mixed) if of_open_clip else mixed
         out = base.out_proj(mixed)
         out = out + self.pools["out"](mixed) if "out" in self.pools else out
-        return out if ours else (out, None)
+        return out if of_open_clip else (out, None)

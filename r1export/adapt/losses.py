@@ -29,7 +29,6 @@ def in_batch_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return (image_to_text + text_to_image) / 2 - logits.gather(1, labels[:, None]).mean()
 
 
-def orthogonality_loss(pools: Iterable[ExpertPool], kind: str = "output") -> Tensor:
-    """mean over the linears of sum |B_J^T P| ("output": leading experts keep off what earlier tasks merged) or of
-    sum |A_J V| ("input": off what earlier tasks' inputs span, after InfLoRA, arXiv 2404.00228)."""
-    return torch.stack([pool.overlap() if kind == "output" else pool.input_overlap() for pool in pools]).mean()
+def orthogonality_loss(pools: Iterable[ExpertPool]) -> Tensor:
+    """mean over the linears of sum |B_J^T P|: it keeps the leading experts J off the columns P that earlier tasks merged."""
+    return torch.stack([pool.overlap() for pool in pools]).mean()

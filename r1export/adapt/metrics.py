@@ -1,4 +1,4 @@
-"""Accuracy of a stream of tasks, and the figures that sum it up.
+"""Accuracy on a sequence of tasks, and the figures that summarize it.
 
 `accuracy[i][j]` is the top-1 accuracy (a share, 0 to 1) on test set j after task i. Definitions: Zheng et al., ZSCL, 2023.
 """
@@ -24,9 +24,9 @@ class StreamMetrics:
 def stream_metrics(accuracy: Sequence[Sequence[float]]) -> StreamMetrics:
     """Sum up a square matrix of accuracies.
 
-    Transfer = mean over j >= 2 of mean over i < j of a[i][j]: what earlier tasks do to tasks not yet learned.
+    Transfer = mean over j >= 2 of mean over i < j of a[i][j]: what earlier tasks do to tasks not yet trained.
     Avg = mean of all a[i][j]. Last = mean_j a[T][j].
-    Forgetting of task j = best a[i][j] from when it was learned on, minus a[T][j].
+    Forgetting of task j = best a[i][j] from when it was trained on, minus a[T][j].
 
     >>> stream_metrics([[1.0, 0.5], [0.75, 1.0]])
     StreamMetrics(transfer=0.5, avg=0.8125, last=0.875, forgetting=(0.25, 0.0))

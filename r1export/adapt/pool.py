@@ -1,7 +1,7 @@
-"""A pool of rank-1 experts beside one linear: which of them act, and what they add.
+"""A pool of rank-1 experts for one linear: which of them act, and what they add.
 
-    TRAIN   s ((X~ A^T) * g) B^T      g = 1_S, S = top-k_train of the votes of the whole batch, X~ = dropout(X)
-    FROZEN  s ((X  A^T) * g) B^T      g constant: the experts that will be merged; no router, no dropout
+    Batch, PerSample  s ((X~ A^T) * g) B^T    g = 1_S, S = top-k_train of the votes of all samples, or of each; X~ = dropout(X)
+    Frozen            s ((X  A^T) * g) B^T    g constant: the experts that will be merged; no router, no dropout
 
 Each sample votes with the top-k_train of softmax(R z + bias), z = its routing token: position 0 of the linear's input,
 the end of the text, or the mean over positions in a tower that has neither.
@@ -17,35 +17,78 @@ Shapes: X (n, tokens, in), A (r, in), B (out, r), R (r, in).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r1export.update.factors import Rows
+
+Target = Literal["q", "k", "v", "out", "fc", "proj"]
+Tower = Literal["visual", "textual"]
+RoutingToken = Literal["first", "end", "mean"]
+
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """Sizes of a pool: `rank` experts, `k_train` act on a batch, `k_merge` are merged; scaling = alpha / rank.
+    """Sizes of the pools of a model, how they choose, and the linears that get one.
 
-    `router` is "random" (as it was drawn) or "straight-through" (it learns). `gate` is "binary", "frequency" (frozen experts
-    weigh as much as their share of the votes) or "sparse" (each expert has a trained weight and no router).
-    `route_on` is the token that votes: "first", "end" of the text, or "mean" of all.
+    `rank` experts, `k_train` act on a batch, `k_merge` are merged; scaling = alpha / rank. `router` is "random" (as it was
+    drawn) or "straight-through" (it learns). `gate` is "binary" or "sparse" (each expert has a trained weight and no router).
+    `layers` are numbers of blocks from 0, empty for all. `text_token` is the token that votes in the text tower.
     """
 
-    rank: int = 12
-    k_train: int = 8
-    k_merge: int = 4
-    alpha: float = 1.0
-    dropout: float = 0.2
-    router: str = "random"
-    gate: str = "binary"
-    route_on: str = "first"
+    rank: int
+    k_train: int
+    k_merge: int
+    alpha: float
+    dropout: float
+    router: Literal["random", "straight-through"]
+    gate: Literal["binary", "sparse"]
+    text_token: Literal["start", "end"]
+    towers: tuple[Tower, ...]
+    targets: tuple[Target, ...]
+    layers: tuple[int, ...]
 
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank
+
+
+class Peers(Protocol):
+    """The other processes that train the same pools on other images of a batch."""
+
+    def add_(self, votes: Tensor) -> None:
+        """Add their votes, in place."""
+
+    def average(self, mean: Tensor) -> Tensor:
+        """The mean over all processes; gradients flow through."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of a batch vote together, with those of `peers` if there are some: one set of experts acts on all."""
+
+    peers: Peers | None = None
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """Each sample votes alone and gets its own experts, as if every batch held one sample."""
+
+
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """The same experts act on every input, with the weights `gate` (r,): no router, no dropout."""
+
+    gate: Tensor
+
+
+Routing = Batch | PerSample | Frozen
 
 
 def top_experts(votes: Tensor, k: int) -> Tensor:
@@ -72,16 +115,6 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, float]:
     return x * kept, 1 - below / 2**16
 
 
-class Others(Protocol):
-    """The other processes that train the same pools on other images of a batch."""
-
-    def add_(self, votes: Tensor) -> None:
-        """Add their votes, in place."""
-
-    def average(self, mean: Tensor) -> Tensor:
-        """The mean over all processes; gradients flow through."""
-
-
 class EndOfText:
     """Where the texts that run through a tower end: set when they enter it, read by its pools."""
 
@@ -89,33 +122,43 @@ class EndOfText:
 
 
 class ExpertPool(nn.Module):
-    """The experts of one adapted linear. `forward(x)` is what they add to its output.
+    """The experts of one adapted linear. `forward(x)` is what they add to its output, chosen by `routing`.
 
-    `gate` is None while a router chooses, or the weights (r,) of the experts when the choice is frozen.
-    `past` (out, m) holds the merged columns of B of all earlier tasks, `span` (in, m) the leading directions of their
-    inputs. `gram` (in, in), where it is not None, grows by X^T X with every call.
+    `route_on` is the token that votes; "end" reads `ends`. `past` (out, m) holds the merged columns of B of all earlier tasks.
     """
 
     counts: Tensor
     past: Tensor
-    span: Tensor
 
-    def __init__(self, in_features: int, out_features: int, settings: PoolSettings, **place: Any) -> None:
-        """`place` is device and dtype, as for nn.Linear."""
+    def __init__(
+        self,
+        base: Tensor,
+        settings: PoolSettings,
+        *,
+        route_on: RoutingToken = "first",
+        ends: EndOfText | None = None,
+    ) -> None:
+        """A pool for the rows `base` (out, in) of a weight, on its device and in its dtype; only the shape is used."""
         super().__init__()
-        self.settings = settings
-        self.lora_A = nn.Parameter(torch.zeros(settings.rank, in_features, **place))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, settings.rank, **place))
-        self.router = nn.Linear(in_features, settings.rank, **place)
+        rows, columns = base.shape
+        self.settings, self.route_on, self._ends = settings, route_on, ends or EndOfText()
+        self.lora_A = nn.Parameter(base.new_zeros(settings.rank, columns))
+        self.lora_B = nn.Parameter(base.new_zeros(rows, settings.rank))
+        self.router = nn.Linear(columns, settings.rank, device=base.device, dtype=base.dtype)
         if settings.gate == "sparse":
-            self.importance = nn.Parameter(torch.ones(settings.rank, **place))
-        self.register_buffer("counts", torch.zeros(settings.rank, dtype=torch.int64, device=place.get("device")))
-        self.register_buffer("past", torch.zeros(out_features, 0, **place), persistent=False)
-        self.register_buffer("span", torch.zeros(in_features, 0, **place), persistent=False)
-        self.gate: Tensor | None = None
-        self.gram: Tensor | None = None
-        self.ends = EndOfText()
-        self.others: Others | None = None
+            self.importance = nn.Parameter(base.new_ones(settings.rank))
+        self.register_buffer("counts", base.new_zeros(settings.rank, dtype=torch.int64))
+        self.register_buffer("past", base.new_zeros(rows, 0), persistent=False)
+        self._routing: Routing = Batch()
+
+    @property
+    def routing(self) -> Routing:
+        """How experts are chosen: `Batch` until `route_` or `freeze_` says otherwise."""
+        return self._routing
+
+    def route_(self, routing: Routing) -> None:
+        """Choose experts by `routing` from now on."""
+        self._routing = routing
 
     def learned(self) -> list[nn.Parameter]:
         """The parameters that the loss reaches: a random router is none of them."""
@@ -134,38 +177,52 @@ class ExpertPool(nn.Module):
             self.counts.zero_()
             if self.settings.gate == "sparse":
                 self.importance.fill_(1)
-        self.gate = None
+        self._routing = Batch()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gram is not None:
-            self.gram += x.flatten(0, -2).T @ x.flatten(0, -2)
-        gate, kept = self.gate, 1.0
-        if gate is None:
+        """(n, tokens, in) -> (n, tokens, out)."""
+        if isinstance(self._routing, Frozen):
+            gate, kept = self._routing.gate, 1.0
+        else:
             x, kept = drop(x, self.settings.dropout if self.training else 0.0)
-            gate = self.importance if self.settings.gate == "sparse" else self.route(self.token(x) / kept)
+            gate = self.gate(self.token(x) / kept, self._routing)
         return F.linear(F.linear(x, self.lora_A) * (gate * (self.settings.scaling / kept)), self.lora_B)
 
     def token(self, x: Tensor) -> Tensor:
         """The routing token (n, in) of each sample."""
-        if self.settings.route_on == "mean":
+        if self.route_on == "mean":
             return x.mean(1)
-        return x[:, 0] if self.settings.route_on == "first" else x[torch.arange(len(x)), self.ends.positions]
+        if self.route_on == "first":
+            return x[:, 0]
+        assert self._ends.positions is not None, "no text has entered the tower"
+        return x[torch.arange(len(x)), self._ends.positions]
 
-    def route(self, token: Tensor) -> Tensor:
-        """The batch's gate (r,) from the votes of its samples; in training mode the votes are counted."""
+    def gate(self, token: Tensor, routing: Batch | PerSample) -> Tensor:
+        """The weights of the experts for samples with these routing tokens (n, in): (r,) for all, or (n, 1, r) one by one.
+
+        In training mode votes are counted. A sparse gate has no router: its weights are the same for every input.
+        """
+        if self.settings.gate == "sparse":
+            return self.importance
+        if isinstance(routing, PerSample):
+            return torch.stack([self._vote(row, None) for row in token.split(1)])[:, None]
+        return self._vote(token, routing.peers)
+
+    def _vote(self, token: Tensor, peers: Peers | None) -> Tensor:
+        """The gate (r,) that the samples choose together."""
         learns = self.settings.router == "straight-through"
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             probabilities = self.router(token).softmax(-1)
         ranked = torch.sort(probabilities, dim=-1, descending=True, stable=True).indices[:, : self.settings.k_train]
         votes = torch.bincount(ranked.reshape(-1), minlength=self.settings.rank)
-        if self.others is not None:
-            self.others.add_(votes)
+        if peers is not None:
+            peers.add_(votes)
         if self.training:
             self.counts += votes
         gate = self._mask(top_experts(votes, self.settings.k_train))
         if not learns:
             return gate
-        mean = probabilities.mean(0) if self.others is None else self.others.average(probabilities.mean(0))
+        mean = probabilities.mean(0) if peers is None else peers.average(probabilities.mean(0))
         return gate + (mean - mean.detach())
 
     def selected(self, k: int | None = None) -> Tensor:
@@ -175,33 +232,45 @@ class ExpertPool(nn.Module):
             return kept if len(kept) else top_experts(self.importance.detach().abs(), 1)
         return top_experts(self.counts, self.settings.k_merge if k is None else k)
 
-    def freeze_(self, k: int | None = None) -> None:
-        """From now on exactly the selected experts act, whatever the input: the function that will be merged."""
-        self.gate = self.frozen_gate(k)
-
-    def frozen_gate(self, k: int | None = None) -> Tensor:
-        """The weights (r,) of the experts once they are frozen: zero for those that are not selected."""
+    def frozen(self, k: int | None = None) -> Frozen:
+        """Exactly the selected experts, whatever the input: the function that will be merged."""
         mask = self._mask(self.selected(k))
-        if self.settings.gate == "sparse":
-            return mask * self.importance.detach()
-        if self.settings.gate == "frequency":
-            return mask * self.counts * self.settings.k_train / self.counts.sum().clamp(min=1)
-        return mask
+        return Frozen(mask * self.importance.detach() if self.settings.gate == "sparse" else mask)
+
+    def freeze_(self) -> None:
+        """From now on the experts act that will be merged."""
+        self._routing = self.frozen()
 
     @torch.no_grad()
     def shrink_(self, threshold: float) -> None:
         """Soft threshold on the weights of a sparse gate: w = sign(w) max(|w| - threshold, 0)."""
         self.importance.copy_(F.softshrink(self.importance, threshold))
 
+    def set_past_(self, columns: Tensor) -> None:
+        """The merged columns of B (out, m) of all earlier tasks, for `overlap`."""
+        self.past = columns.to(self.lora_B)
+
     def overlap(self) -> Tensor:
         """sum |B_J^T P| over the leading experts J and the merged columns P of earlier tasks (a scalar)."""
         return (self.lora_B[:, self.selected()].T @ self.past).abs().sum()
-
-    def input_overlap(self) -> Tensor:
-        """sum |A_J V| over the leading experts J and the directions V of earlier tasks' inputs (a scalar)."""
-        return (self.lora_A[self.selected()] @ self.span).abs().sum()
 
     def _mask(self, experts: Tensor) -> Tensor:
         return torch.zeros(self.settings.rank, device=self.lora_A.device, dtype=self.lora_A.dtype).index_fill_(
             0, experts, 1
         )
+
+
+Pools = dict[Rows, ExpertPool]  # by the rows of the parameter that they adapt, sorted
+
+
+@contextmanager
+def routed(pools: Iterable[ExpertPool], choose: Callable[[ExpertPool], Routing]) -> Iterator[None]:
+    """Within it every pool routes as `choose` says of it; afterwards, whatever happened, as before."""
+    before = [(pool, pool.routing) for pool in pools]
+    try:
+        for pool, _ in before:
+            pool.route_(choose(pool))
+        yield
+    finally:
+        for pool, routing in before:
+            pool.route_(routing)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,58 +17,56 @@ from torch import Tensor, nn
 
 from r1export.adapt import distributed
 from r1export.adapt.clip import Clip
-from r1export.adapt.distillation import Knowledge
+from r1export.adapt.distillation import DistillationTargets
 from r1export.adapt.image_cache import Pixels
-from r1export.adapt.inject import load_pool_tensors_, pool_tensors
 from r1export.adapt.losses import in_batch_loss, orthogonality_loss
-from r1export.adapt.pool import ExpertPool
+from r1export.adapt.pack import load_pool_tensors_, pool_tensors
+from r1export.adapt.pool import Frozen, Pools
 from r1export.adapt.text_truncation import short_texts
 from r1export.data.task import Task
 from r1export.errors import InputError
 from r1export.update.container import read_tensors, write_tensors
-from r1export.update.factors import Rows
 
-Pools = dict[Rows, ExpertPool]
 SHRINK = 0.005  # largest soft threshold on a sparse gate, arXiv 2412.01004
-SPAN = 16  # directions kept of each task's inputs for the input side of orthogonality
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Optimisation of one task: AdamW with a cosine schedule. Defaults: arXiv 2601.22828, but for `consolidate`.
+    """Optimisation of one task: AdamW with a cosine schedule.
 
-    `loss` is "in-batch" or "all-classes", `orthogonality` "output", "input" or "none",
-    `precision` "fp32" or "bf16" (autocast; experts stay in float32).
+    After the share `consolidate` of `iterations` the experts with the most votes are fixed and trained on alone.
+    `precision` "bf16" is autocast; experts stay in float32. A checkpoint is written every `checkpoint_every` steps.
     """
 
-    iterations: int = 500
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    min_learning_rate: float = 1e-6
-    weight_decay: float = 1e-2
-    loss: str = "in-batch"
-    orthogonality: str = "output"
-    orthogonality_weight: float = 0.1
-    precision: str = "fp32"
-    consolidate: float = 0.3
-    checkpoint_every: int = 50
-    seed: int = 42
+    iterations: int
+    batch_size: int
+    learning_rate: float
+    min_learning_rate: float
+    weight_decay: float
+    loss: Literal["in-batch", "all-classes"]
+    orthogonality: Literal["output", "none"]
+    orthogonality_weight: float
+    distill_weight: float
+    precision: Literal["fp32", "bf16"]
+    consolidate: float
+    checkpoint_every: int
+    seed: int
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainStep:
     """What one step reports: the supervised loss, the weighted losses of orthogonality and distillation, its time in seconds."""
 
     number: int
     loss: float
     orthogonality: float
-    kept: float
+    distillation: float
     seconds: float
 
 
 @dataclass
 class _Progress:
-    """What a checkpoint holds beside the tensors of the pools."""
+    """What a checkpoint holds besides the tensors of the pools."""
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -98,20 +97,12 @@ def reset_pools_(pools: Pools, seed: int, task: int) -> None:
 def batch_indices(images: int, batch_size: int, step: int, seed: int, task: int) -> np.ndarray:
     """The images of one step, int64 (batch,): shuffled epochs one after the other, a batch may span two."""
     size = min(batch_size, images)
-    wanted = np.arange(step * size, (step + 1) * size)
+    places = np.arange(step * size, (step + 1) * size)
     epochs = {
         e: np.random.default_rng(seed_of(seed, task, 1, e)).permutation(images)
-        for e in set((wanted // images).tolist())
+        for e in set((places // images).tolist())
     }
-    return np.array([epochs[n // images][n % images] for n in wanted.tolist()])
-
-
-def visited(images: int, settings: TrainSettings, task: int) -> np.ndarray:
-    """The images of all steps of a task, ascending int64."""
-    if images <= settings.iterations * settings.batch_size:
-        return np.arange(images)
-    steps = (batch_indices(images, settings.batch_size, i, settings.seed, task) for i in range(settings.iterations))
-    return np.unique(np.concatenate(list(steps)))
+    return np.array([epochs[n // images][n % images] for n in places.tolist()])
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
@@ -120,55 +111,81 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     return settings.min_learning_rate + (settings.learning_rate - settings.min_learning_rate) * share
 
 
+@dataclass(frozen=True)
+class TrainingTask:
+    """Task `number` (from 1) as it is trained: its decoded training images, the settings, and the distillation targets if any."""
+
+    number: int
+    task: Task
+    train: Pixels
+    settings: TrainSettings
+    targets: DistillationTargets | None = None
+
+    def seed(self, *path: int) -> int:
+        """An independent seed for each path, of this task alone."""
+        return seed_of(self.settings.seed, self.number, *path)
+
+    def batch(self, step: int) -> np.ndarray:
+        """The images of one step, int64 (batch,)."""
+        return batch_indices(len(self.train), self.settings.batch_size, step, self.settings.seed, self.number)
+
+    def visited(self) -> np.ndarray:
+        """The images of all steps, ascending int64."""
+        images, settings = len(self.train), self.settings
+        if images <= settings.iterations * settings.batch_size:
+            return np.arange(images)
+        return np.unique(np.concatenate([self.batch(step) for step in range(settings.iterations)]))
+
+
 def train_pools_(
     clip: Clip,
     pools: Pools,
-    task: Task,
-    train: Pixels,
-    settings: TrainSettings,
+    training: TrainingTask,
     *,
-    number: int,
     checkpoint: Path | None = None,
-    on_step: Callable[[Step], None] = lambda step: None,
-    parameters: Sequence[nn.Parameter] = (),
-    knowledge: Knowledge | None = None,
+    on_step: Callable[[TrainStep], None] = lambda step: None,
 ) -> list[float]:
-    """Teach the pools task number `number` (from 1) and return the supervised loss of every step.
+    """Train the pools on a task and return the supervised loss of every step.
 
-    `clip.model` carries the pools; nothing else of it changes, unless `parameters` names what is trained instead.
-    With `knowledge` of the model before, the distillation loss holds on to it. With `checkpoint`, the state is written there
-    every `checkpoint_every` steps, picked up again if the file is there, and removed at the end.
+    `clip.model` carries the pools; nothing else of it changes. Without pools, what requires a gradient is trained.
+    With `checkpoint`, the state is written there every `checkpoint_every` steps, read if the file exists, and removed at the end.
 
-    Raises InputError if the loss is not finite.
+    Raises InputError if the loss is not finite or the checkpoint is damaged.
     """
-    learned = parameters or [parameter for pool in pools.values() for parameter in pool.parameters()]
+    settings = training.settings
+    learned = [p for pool in pools.values() for p in pool.parameters()]
+    learned = learned or [p for p in clip.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    prompts = task_prompts(clip, task, settings.seed, number)
+    objective = _Objective(clip, distributed.encoders(clip, pools), pools, task_prompts(clip, training), training)
     progress = _Progress()
     if checkpoint is not None and checkpoint.exists():
         progress = _load_checkpoint_(checkpoint, pools, optimizer)
-    lesson = _Lesson(clip, distributed.encoders(clip, pools), pools, task, train, prompts, settings, number, knowledge)
-    with _in_training(clip, [clip.model] if parameters else pools.values()):
+    with _in_training(clip, list(pools.values()) or [clip.model]):
         while progress.step < settings.iterations:
-            started = time.perf_counter()
-            if progress.step >= settings.consolidate * settings.iterations:
-                _consolidate_(pools)
-            losses = lesson.losses(progress.step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(progress.step, settings)
-            optimizer.zero_grad()
-            torch.stack(losses).sum().backward()
-            optimizer.step()
-            _shrink_(pools, progress.step / settings.iterations)
-            loss, extra, kept = (value.item() for value in losses)
-            progress.add(loss, task)
-            on_step(Step(progress.step, loss, extra, kept, time.perf_counter() - started))
+            on_step(_train_step_(objective, optimizer, progress))
             if checkpoint is not None and progress.step % settings.checkpoint_every == 0 and distributed.is_first():
                 _write_checkpoint(checkpoint, pools, optimizer, progress)
     distributed.wait()
     if checkpoint is not None and distributed.is_first():
         checkpoint.unlink(missing_ok=True)
     return progress.losses
+
+
+def _train_step_(objective: _Objective, optimizer: torch.optim.Optimizer, progress: _Progress) -> TrainStep:
+    """One step of the optimizer. Raises InputError if the loss is not finite."""
+    started, settings, pools = time.perf_counter(), objective.training.settings, objective.pools
+    if progress.step >= settings.consolidate * settings.iterations:
+        _consolidate_(pools)
+    losses = objective.losses(progress.step)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(progress.step, settings)
+    optimizer.zero_grad()
+    torch.stack(losses).sum().backward()
+    optimizer.step()
+    _shrink_(pools, progress.step / settings.iterations)
+    loss, orthogonality, distillation = (value.item() for value in losses)
+    progress.add(loss, objective.training.task)
+    return TrainStep(progress.step, loss, orthogonality, distillation, time.perf_counter() - started)
 
 
 @contextmanager
@@ -185,90 +202,68 @@ def _in_training(clip: Clip, learners: Iterable[nn.Module]) -> Iterator[None]:
 def _consolidate_(pools: Pools) -> None:
     """Fix the experts, so that from here on the function that is trained is the one that will be merged."""
     for pool in pools.values():
-        if pool.gate is None:
+        if not isinstance(pool.routing, Frozen):
             pool.freeze_()
 
 
 def _shrink_(pools: Pools, share: float) -> None:
     """Sparse gates, until they are fixed: a soft threshold that rises from 0 to SHRINK over the last half of the task."""
     for pool in pools.values():
-        if pool.settings.gate == "sparse" and pool.gate is None and share > 0.5:
+        if pool.settings.gate == "sparse" and not isinstance(pool.routing, Frozen) and share > 0.5:
             pool.shrink_(SHRINK * (2 * share - 1))
 
 
-@torch.no_grad()
-def input_directions(clip: Clip, pools: Pools, train: Pixels, prompts: Tensor) -> dict[str, np.ndarray]:
-    """The SPAN leading directions (in, SPAN) of every pool's inputs on a task, by rows: right singular vectors of all tokens."""
-    for pool in pools.values():
-        pool.gram = torch.zeros(pool.lora_A.shape[1], pool.lora_A.shape[1], device=clip.device)
-    for batch in train.batches(64):
-        clip.encode_image(batch)
-    with short_texts(clip.model):
-        clip.encode_text(prompts)
-    found = {}
-    for rows, pool in pools.items():
-        found[str(rows)] = torch.linalg.eigh(pool.gram)[1][:, -SPAN:].float().cpu().numpy()
-        pool.gram = None
-    return found
-
-
-def task_prompts(clip: Clip, task: Task, seed: int, number: int) -> Tensor:
-    """One prompt per class, int64 (C, L): a task is learned with one of its templates, drawn at random."""
-    template = task.templates[np.random.default_rng(seed_of(seed, number, 3)).integers(len(task.templates))]
+def task_prompts(clip: Clip, training: TrainingTask) -> Tensor:
+    """One prompt per class, int64 (C, L): a task is trained with one of its templates, drawn at random."""
+    task, rng = training.task, np.random.default_rng(training.seed(3))
+    template = task.templates[rng.integers(len(task.templates))]
     return clip.tokenize([template.format(name) for name in task.classes])
 
 
 @dataclass(frozen=True)
-class _Lesson:
-    """What stays the same over the steps of one task, and what one step is taught by."""
+class _Objective:
+    """What stays the same over the steps of one task, and the losses of a step."""
 
     clip: Clip
     encode: nn.Module
     pools: Pools
-    task: Task
-    train: Pixels
     prompts: Tensor
-    settings: TrainSettings
-    number: int
-    knowledge: Knowledge | None
+    training: TrainingTask
 
     def losses(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The supervised loss and the weighted losses of orthogonality and distillation, float32 scalars."""
-        settings, device = self.settings, self.clip.device
-        torch.manual_seed(self._seed(2, step))  # dropout
-        parts = distributed.shares(
-            batch_indices(len(self.train), settings.batch_size, step, settings.seed, self.number)
-        )
-        pixels, images = self.train.batch(distributed.own(parts)), np.concatenate(parts)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            supervised, kept = self._contrast(pixels, images, self._seed(4, step))
-        apart = supervised.new_zeros(())
-        if self.number > 1 and self.pools and settings.orthogonality != "none":
-            apart = orthogonality_loss(self.pools.values(), settings.orthogonality) * settings.orthogonality_weight
-        return supervised, apart, kept
+        training, settings = self.training, self.training.settings
+        torch.manual_seed(training.seed(2, step))  # dropout
+        parts = distributed.shares(training.batch(step))
+        pixels, images = training.train.batch(distributed.own(parts)), np.concatenate(parts)
+        with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            supervised, distillation = self._contrast(pixels, images, training.seed(4, step))
+        orthogonality = supervised.new_zeros(())
+        if training.number > 1 and self.pools and settings.orthogonality != "none":
+            orthogonality = orthogonality_loss(self.pools.values()) * settings.orthogonality_weight
+        return supervised, orthogonality, distillation
 
     def _contrast(self, pixels: Tensor, images: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
         """The losses between images and texts. Each class is encoded once, however many images share it: those of the
         batch, or all of the task."""
-        labels = torch.from_numpy(self.task.train.labels[images]).to(self.clip.device)
-        everything = self.settings.loss == "all-classes"
-        present, positions = (slice(None), labels) if everything else labels.unique(return_inverse=True)
+        targets, settings = self.training.targets, self.training.settings
+        labels = torch.from_numpy(self.training.task.train.labels[images]).to(self.clip.device)
+        all_classes = settings.loss == "all-classes"
+        present, positions = (slice(None), labels) if all_classes else labels.unique(return_inverse=True)
         classes, drawn = self.prompts[present], np.zeros(0, np.int64)
         tokens = classes
-        if self.knowledge is not None:
-            drawn = self.knowledge.draw(seed)
-            tokens = torch.cat([classes, self.knowledge.tokens[drawn]])
+        if targets is not None:
+            drawn = targets.draw(seed)
+            tokens = torch.cat([classes, targets.tokens[drawn]])
         with short_texts(self.clip.model):
             image, text = self.encode(pixels, tokens)
         image, scale = distributed.gathered(image), self.clip.model.logit_scale.exp()
         logits = (scale * image @ text[: len(classes)].T).float()
-        supervised = (F.cross_entropy if everything else in_batch_loss)(logits, positions)
-        if self.knowledge is None:
+        supervised = (F.cross_entropy if all_classes else in_batch_loss)(logits, positions)
+        if targets is None:
             return supervised, supervised.new_zeros(())
-        return supervised, self.knowledge.loss(image, text[len(classes) :], images, drawn, scale)
-
-    def _seed(self, *path: int) -> int:
-        return seed_of(self.settings.seed, self.number, *path)
+        divergence = targets.loss(image, text[len(classes) :], images, drawn, scale)
+        return supervised, settings.distill_weight * divergence
 
 
 def _write_checkpoint(path: Path, pools: Pools, optimizer: torch.optim.Optimizer, progress: _Progress) -> None:
@@ -281,13 +276,17 @@ def _write_checkpoint(path: Path, pools: Pools, optimizer: torch.optim.Optimizer
 
 
 def _load_checkpoint_(path: Path, pools: Pools, optimizer: torch.optim.Optimizer) -> _Progress:
+    """Raises InputError if the checkpoint is damaged."""
     tensors = read_tensors(path)
-    load_pool_tensors_(pools, tensors)
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, slot = name.split(".")
-            slots.setdefault(int(i), {})[slot] = torch.from_numpy(value)
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-    losses = tensors["losses"].tolist()
+    load_pool_tensors_(pools, tensors, str(path))
+    try:
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, i, slot = name.split(".")
+                slots.setdefault(int(i), {})[slot] = torch.from_numpy(value)
+        optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+        losses = tensors["losses"].tolist()
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: damaged: {error}", "delete it: the task then starts from its beginning") from error
     return _Progress(len(losses), losses)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
-from r1export.data.task import DEFAULT_TEMPLATES, ImageSet, Task, images_from_files
+from r1export.data.images import SUFFIXES, images_from_files
+from r1export.data.request import Request
+from r1export.data.task import DEFAULT_TEMPLATES, ImageSet, Task, held_out
 from r1export.errors import InputError
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
 Files = dict[str, list[Path]]  # by name of the class folder
+
+
+def read(request: Request) -> Task:
+    """The reader of `folder:DIR`."""
+    return read_folder(request.path, request.seed, test_only=request.test_only)
 
 
 def read_folder(folder: Path, seed: int, *, test_only: bool = False) -> Task:
@@ -41,9 +44,9 @@ def _given_split(folder: Path, test_only: bool) -> tuple[Files, Files] | None:
     if not train and not test:
         return None
     if not test or not (train or test_only):
-        here, missing = ("train", "test") if train else ("test", "train")
+        present, missing = ("train", "test") if train else ("test", "train")
         raise InputError(
-            f"{folder}: has {here}/ but no {missing}/ with a folder per class",
+            f"{folder}: has {present}/ but no {missing}/ with a folder per class",
             f"add {missing}/, or move the class folders up",
         )
     return train, test
@@ -53,16 +56,12 @@ def _own_split(folder: Path, seed: int, test_only: bool) -> tuple[Files, Files]:
     files = _by_class(folder)
     if test_only:
         return {}, files
-    held = {name: held_out(len(images), seed) for name, images in files.items()}
-    train = {name: [file for i, file in enumerate(images) if i not in held[name]] for name, images in files.items()}
-    test = {name: [file for i, file in enumerate(images) if i in held[name]] for name, images in files.items()}
+    test_indices = {name: held_out(len(images), seed) for name, images in files.items()}
+    train = {
+        name: [file for i, file in enumerate(images) if i not in test_indices[name]] for name, images in files.items()
+    }
+    test = {name: [file for i, file in enumerate(images) if i in test_indices[name]] for name, images in files.items()}
     return train, test
-
-
-def held_out(count: int, seed: int) -> set[int]:
-    """A fifth of `count` images, at least one of two. Seeded anew for each class, so that another class does not change this one's split."""
-    size = max(count // 5, min(1, count - 1), 0)
-    return set(np.random.default_rng(seed).permutation(count)[:size].tolist())
 
 
 def _by_class(folder: Path) -> Files:
@@ -75,7 +74,7 @@ def _by_class(folder: Path) -> Files:
 
 def _image_files(folder: Path) -> list[Path]:
     return sorted(
-        file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+        file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
     )
 
 

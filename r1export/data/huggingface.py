@@ -16,28 +16,28 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from r1export.data.folder import held_out
-from r1export.data.task import DEFAULT_TEMPLATES, ImageSet, Task, decode
+from r1export.data.images import decode
+from r1export.data.request import Request, expand_path
+from r1export.data.task import DEFAULT_TEMPLATES, ImageSet, Task, held_out
 from r1export.errors import InputError, Unsupported
 
 
-def read_hub(
-    name: str, folder: Path, config: str, seed: int, *, download: bool = False, test_only: bool = False
-) -> Task:
-    """The images of the Hub's data set `name`, or of `folder` if it is there; labels are read, images when asked for.
-
-    `seed` splits what has no test; with `test_only` that is all test.
+def read(request: Request) -> Task:
+    """The reader of `hf:NAME` and `hf:NAME:CONFIG`: labels are read now, images when asked for.
 
     Raises:
         InputError: not there, no such configuration, or no column of images or of class labels.
         Unsupported: the package `datasets` is missing.
     """
-    splits = _splits(name, folder, config, download)
+    name, _, config = request.address.partition(":")
+    splits = _splits(name, expand_path(name, request.root), config, request.download)
     image, label, classes = _columns(name, next(iter(splits.values())))
     train = _images(name, splits, "train", image, label)
     test = next((_images(name, splits, key, image, label) for key in ("test", "validation") if key in splits), None)
-    if test is None:
-        train, test = (train.subset(np.arange(0)), train) if test_only else _own_split(train, seed)
+    if test is None and request.test_only:
+        train, test = train.subset(np.arange(0)), train
+    elif test is None:
+        train, test = _own_split(train, request.seed)
     return Task(name.rstrip("/").rpartition("/")[2], classes, DEFAULT_TEMPLATES, train, test)
 
 
@@ -58,10 +58,11 @@ def _splits(name: str, folder: Path, config: str, download: bool) -> dict[str, A
             f"hf:{name}: neither a folder nor in the Hub's cache", "let it be fetched: data.download = true"
         ) from error
     try:
-        found: dict[str, Any] = datasets.load_dataset(str(path), config or None)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"hf:{name}: {_line(error)}", "name a configuration as hf:NAME:CONFIG, or mend it") from error
-    return found
+        splits: dict[str, Any] = datasets.load_dataset(str(path), config or None)
+    except Exception as error:  # pyarrow, YAML and JSON parsers raise what they meet in damaged files
+        remedy = "name a configuration as hf:NAME:CONFIG, or repair the data set"
+        raise InputError(f"hf:{name}: {_line(error)}", remedy) from error
+    return splits
 
 
 def _line(error: Exception) -> str:
@@ -90,11 +91,15 @@ def _images(name: str, splits: dict[str, Any], split: str, image: str, label: st
     rows = splits[split].select_columns([image]).cast_column(image, datasets.Image(decode=False))
 
     def read(i: int) -> Image.Image:
-        stored = rows[i][image]
-        source = Path(stored["path"]) if stored["bytes"] is None else stored["bytes"]
-        return decode(source, f"hf:{name}: image {i} of {split}")
+        location, stored = f"hf:{name}: image {i} of {split}", rows[i][image]
+        if stored is None:
+            raise InputError(f"{location} is missing", "remove the row")
+        return decode(Path(stored["path"] or "") if stored["bytes"] is None else stored["bytes"], location)
 
-    return ImageSet(np.asarray(splits[split].with_format("numpy")[label][:], np.int64), read)
+    labels = splits[split][label][:]
+    if None in labels:
+        raise InputError(f"hf:{name}: row {labels.index(None)} of {split} has no label", "label it or remove the row")
+    return ImageSet(np.asarray(labels, np.int64), read)
 
 
 def _nothing(i: int) -> Image.Image:
@@ -105,5 +110,5 @@ def _own_split(images: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
     if not len(images):
         return images, images
     members = [np.flatnonzero(images.labels == label) for label in np.unique(images.labels)]
-    test = np.sort(np.concatenate([some[sorted(held_out(len(some), seed))] for some in members]))
+    test = np.sort(np.concatenate([indices[sorted(held_out(len(indices), seed))] for indices in members]))
     return images.subset(np.setdiff1d(np.arange(len(images)), test)), images.subset(test)

@@ -9,19 +9,27 @@ names  strings (c,)      class names; of comma-separated synonyms the first coun
 
 from __future__ import annotations
 
+import math
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from r1export.data.task import DEFAULT_TEMPLATES, ImageSet, Task, decode
+from r1export.data.images import decode
+from r1export.data.request import Request
+from r1export.data.task import DEFAULT_TEMPLATES, ImageSet, Task
 from r1export.errors import InputError
 
 TRAIN, TEST = 0, 2
 
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _KINDS = {"blob": "u", "off": "iu", "label": "iu", "split": "iu", "names": "U"}  # numpy's dtype.kind
+
+
+def read(request: Request) -> Task:
+    """The reader of `npz:FILE`."""
+    return read_pack(request.path)
 
 
 def read_pack(file: Path) -> Task:
@@ -47,19 +55,34 @@ def _read_arrays(file: Path) -> dict[str, np.ndarray]:
     if not file.is_file():
         raise InputError(f"{file}: no such file", "give a .npz pack of images")
     try:
-        # Opened here because numpy leaves the file open when the archive is torn.
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
-            missing = [key for key in _KINDS if key not in archive]
-            if missing:
-                raise InputError(
-                    f"{file}: no array {', '.join(missing)}", f"a pack of images holds {', '.join(_KINDS)}"
-                )
-            return {key: archive[key] for key in _KINDS}
-    # A lone array has no `with`: TypeError. The others are what numpy lets through for damaged archives.
-    except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        with zipfile.ZipFile(file) as archive:
+            missing = [key for key in _KINDS if f"{key}.npy" not in archive.namelist()]
+            arrays = {} if missing else {key: _read_array(archive, f"{key}.npy") for key in _KINDS}
+    except Exception as error:  # zipfile, zlib and numpy raise what their parsers meet in damaged bytes
         raise InputError(
             f"{file}: not a pack of plain arrays: {error}", "write it with numpy.savez; pickled objects are never read"
         ) from error
+    if missing:
+        raise InputError(f"{file}: no array {', '.join(missing)}", f"a pack of images holds {', '.join(_KINDS)}")
+    return arrays
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array of an archive. Memory grows with the bytes that are there, never with what a header says of them.
+
+    Raises ValueError for objects, which are pickles, and for a header whose size is not that of the archive's member.
+    """
+    member = archive.getinfo(name)
+    with archive.open(member) as opened:
+        read_header = _HEADERS[np.lib.format.read_magic(opened)]
+        shape, fortran_order, dtype = read_header(opened)
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds Python objects")
+        size = math.prod(shape) * dtype.itemsize
+        if opened.tell() + size != member.file_size:
+            raise ValueError(f"{name} is {member.file_size} bytes, its header says {opened.tell() + size}")
+        data = opened.read()
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
 
 
 def _check_layout(pack: dict[str, np.ndarray], file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two real photographs that ship with scikit-learn, cut into pieces: what is in them has to be told from a piece.
+"""Two real photographs that ship with scikit-learn, cut into pieces: the task is to name the photograph of a piece.
 
 Pieces for training come from the left of each photograph and pieces for testing from the right, so none is seen twice.
 """
@@ -25,7 +25,8 @@ COUNTS = {"train": 200, "test": 200}
 def _photo(name: str) -> np.ndarray:
     from sklearn.datasets import load_sample_image  # reading it takes a second that the other tasks need not pay
 
-    return load_sample_image(NAMES[name])
+    photo: np.ndarray = load_sample_image(NAMES[name])
+    return photo
 
 
 def _piece(split: str, index: int) -> Image.Image:

@@ -1,8 +1,8 @@
 """The offline default: tasks that are drawn or ship with scikit-learn, and the small base model that knows the drawn world.
 
-`builtin:world` asks what the base model learned before any task (coloured shapes, see scripts/make_world_base.py).
+`builtin:world` measures what the base model could do before any task (coloured shapes, see scripts/make_world_base.py).
 `builtin:patterns`, `builtin:arrows`, `builtin:digits` (real scans) and `builtin:photos` (pieces of two real photographs) are new
-to it and can be learned one after another.
+to it, and a run trains them one after another.
 Image i of a split is a pure function of (task, split, i): drawn when read, the same on every machine.
 """
 
@@ -20,11 +20,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from r1export.data.photos import load_photos
+from r1export.data.request import Request
 from r1export.data.task import ImageSet, Task
 from r1export.errors import InputError
 
 SIZE = 32  # pixels per side, what the packaged base model reads
 _ZOOM = 3  # shapes are drawn this much larger and averaged down: antialiasing
+
+
+Draw = Callable[[str, np.random.Generator], Image.Image]  # an image of a class
 
 
 class ModelFiles(NamedTuple):
@@ -54,7 +58,8 @@ def _regular(corners: int, turn: float = 0.0, radii: tuple[float, ...] = (1.0,))
     """Corners (n, 2) of a regular polygon whose first corner points up; `radii` alternate from corner to corner."""
     angle = 2 * np.pi * np.arange(corners) / corners - np.pi / 2 + turn
     radius = np.resize(radii, corners)[:, None]
-    return radius * np.stack([np.cos(angle), np.sin(angle)], 1)
+    outline: np.ndarray = radius * np.stack([np.cos(angle), np.sin(angle)], 1)
+    return outline
 
 
 def _heart() -> np.ndarray:
@@ -133,10 +138,11 @@ def _polygon(outline: np.ndarray, ink: tuple[int, ...], paper: tuple[int, ...], 
 
 
 def _place(outline: np.ndarray, angle: float, radius: float, u: float, v: float) -> np.ndarray:
-    """Turn by `angle` (radians), scale to `radius` pixels, and move to a place (u, v in 0..1) where all of it shows."""
+    """Turn by `angle` (radians), scale to `radius` pixels, and move within the image by (u, v in 0..1), so that all of it shows."""
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    room = SIZE - 2 * 1.1 * radius
-    return radius * outline @ turn + 1.1 * radius + np.array([u, v]) * max(room, 0)
+    space = SIZE - 2 * 1.1 * radius
+    placed: np.ndarray = radius * outline @ turn + 1.1 * radius + np.array([u, v]) * max(space, 0)
+    return placed
 
 
 def draw_scene(colour: str, shape: str, rng: np.random.Generator) -> tuple[Image.Image, Scene]:
@@ -166,7 +172,8 @@ def two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 def _wave(x: np.ndarray) -> np.ndarray:
     """A triangle wave of period 1 between -1 and 1."""
-    return 4 * np.abs(x - np.floor(x + 0.5)) - 1
+    wave: np.ndarray = 4 * np.abs(x - np.floor(x + 0.5)) - 1
+    return wave
 
 
 # Each pattern maps coordinates in periods to a height; above zero is ink.
@@ -212,7 +219,7 @@ def _draw_pair(name: str, rng: np.random.Generator) -> Image.Image:
     return draw_scene(colour, shape, rng)[0]
 
 
-def _drawn(task: str, split: str, classes: tuple[str, ...], draw: Callable, count: int) -> ImageSet:
+def _drawn(task: str, split: str, classes: tuple[str, ...], draw: Draw, count: int) -> ImageSet:
     """`count` images; image i shows class i modulo the number of classes, so every prefix is balanced."""
 
     def read(index: int) -> Image.Image:
@@ -221,7 +228,7 @@ def _drawn(task: str, split: str, classes: tuple[str, ...], draw: Callable, coun
     return ImageSet(np.arange(count) % len(classes), read)
 
 
-def _drawn_task(name: str, classes: tuple[str, ...], template: str, draw: Callable, train: int, test: int) -> Task:
+def _drawn_task(name: str, classes: tuple[str, ...], template: str, draw: Draw, train: int, test: int) -> Task:
     """`train` and `test` are images per class."""
     sets = (_drawn(name, split, classes, draw, n * len(classes)) for split, n in (("train", train), ("test", test)))
     return Task(name, classes, (template,), *sets)
@@ -256,6 +263,11 @@ _TASKS: dict[str, Callable[[], Task]] = {
     "digits": _digits,
     "photos": load_photos,
 }
+
+
+def read(request: Request) -> Task:
+    """The reader of `builtin:NAME`."""
+    return load_builtin(request.address)
 
 
 def load_builtin(name: str) -> Task:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -14,9 +11,6 @@ from PIL import Image
 from r1export.errors import InputError
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
-
-# What Pillow raises for damaged files of one format or another; it has no base error of its own.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -39,29 +33,13 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Task:
-    """One classification task of the stream. Labels index `classes`; each template holds one `{}` for a class name."""
+    """One classification task. Labels index `classes`; each template holds one `{}` for a class name."""
 
     name: str
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     train: ImageSet
     test: ImageSet
-
-
-def decode(source: Path | bytes, place: str) -> Image.Image:
-    """The image in a file or in its bytes, as RGB. Raises InputError that begins with `place`."""
-    try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
-    except _UNREADABLE as error:
-        raise InputError(
-            f"{place}: cannot be read as an image ({type(error).__name__})", "replace it or take it out"
-        ) from error
-
-
-def images_from_files(files: Sequence[Path], labels: Sequence[int]) -> ImageSet:
-    """One image per file, decoded when it is read."""
-    return ImageSet(np.asarray(labels, np.int64), lambda i: decode(files[i], str(files[i])))
 
 
 def few_shot(images: ImageSet, shots: int, seed: int) -> ImageSet:
@@ -79,62 +57,74 @@ def few_shot(images: ImageSet, shots: int, seed: int) -> ImageSet:
     return images.subset(order[np.sort(np.concatenate(kept))])
 
 
-def check_task(task: Task, place: str, *, test_only: bool = False) -> None:
-    """Refuse a task that cannot be learned and measured. `test_only` does without training images.
+def held_out(count: int, seed: int) -> set[int]:
+    """A fifth of `count` images, at least one of two, for the test.
+
+    Each class is split by the same seed on its own, so a further class does not change the split of the others.
+    """
+    size = max(count // 5, min(1, count - 1), 0)
+    return set(np.random.default_rng(seed).permutation(count)[:size].tolist())
+
+
+def check_task(task: Task, location: str, *, test_only: bool = False) -> None:
+    """Refuse a task that cannot be trained and measured. `test_only` does without training images.
 
     Raises:
         InputError: fewer than two classes, two of one name, a class without training images, no test images,
-            a label outside the classes, or a template without exactly one `{}`; the message begins with `place`.
+            a label outside the classes, or a template without exactly one `{}`; the message begins with `location`.
     """
-    _check_classes(task.classes, place)
-    _check_templates(task.templates, place)
+    _check_classes(task.classes, location)
+    _check_templates(task.templates, location)
     for split, images in (("train", task.train), ("test", task.test)):
         outside = images.labels[(images.labels < 0) | (images.labels >= len(task.classes))]
         if len(outside):
             raise InputError(
-                f"{place}: label {outside[0]} in {split}, expected 0 to {len(task.classes) - 1}",
-                "mend the labels or the class names",
+                f"{location}: label {outside[0]} in {split}, expected 0 to {len(task.classes) - 1}",
+                "correct the labels or the class names",
             )
     if not len(task.test):
-        raise InputError(f"{place}: no test images", "add some: without them nothing can be measured")
+        raise InputError(f"{location}: no test images", "add some: without them nothing can be measured")
     if not test_only:
-        _check_train(task, place)
+        _check_train(task, location)
 
 
-def _check_classes(classes: tuple[str, ...], place: str) -> None:
+def _check_classes(classes: tuple[str, ...], location: str) -> None:
     if len(classes) < 2:
         raise InputError(
-            f"{place}: {len(classes)} class(es), expected two or more",
+            f"{location}: {len(classes)} class(es), expected two or more",
             "a classification task needs something to tell apart",
         )
     if not all(name.strip() for name in classes):
         raise InputError(
-            f"{place}: class {[name.strip() for name in classes].index('')} has an empty name",
+            f"{location}: class {[name.strip() for name in classes].index('')} has an empty name",
             "give it a name that a prompt can hold",
         )
     if len(set(classes)) < len(classes):
-        twice = next(name for name in classes if classes.count(name) > 1)
-        raise InputError(f"{place}: two classes are named {twice!r}", "rename one: their prompts would be the same")
+        duplicate = next(name for name in classes if classes.count(name) > 1)
+        raise InputError(
+            f"{location}: two classes are named {duplicate!r}", "rename one: their prompts would be the same"
+        )
 
 
-def _check_templates(templates: tuple[str, ...], place: str) -> None:
+def _check_templates(templates: tuple[str, ...], location: str) -> None:
     if not templates:
-        raise InputError(f"{place}: no templates", f"give at least one, for example {DEFAULT_TEMPLATES[0]!r}")
+        raise InputError(f"{location}: no templates", f"give at least one, for example {DEFAULT_TEMPLATES[0]!r}")
     for template in templates:
         before, hole, after = template.partition("{}")
         if not hole or set("{}") & set(before + after):
             raise InputError(
-                f"{place}: template {template!r}", "write exactly one {} where the class name goes, and no other braces"
+                f"{location}: template {template!r}",
+                "write exactly one {} where the class name goes, and no other braces",
             )
 
 
-def _check_train(task: Task, place: str) -> None:
+def _check_train(task: Task, location: str) -> None:
     if not len(task.train):
-        raise InputError(f"{place}: no training images", "add some, or use it as a probe, which is only tested")
+        raise InputError(f"{location}: no training images", "add some, or use it as a probe, which is only tested")
     empty = np.flatnonzero(np.bincount(task.train.labels, minlength=len(task.classes)) == 0)
     if len(empty):
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
         raise InputError(
-            f"{place}: class {task.classes[empty[0]]!r} has no training images{more}",
+            f"{location}: class {task.classes[empty[0]]!r} has no training images{more}",
             "add images of it, or take the class out",
         )

@@ -15,9 +15,8 @@ from r1export.device.version import Version
 from r1export.errors import CheckFailed, R1ExportError
 from r1export.update.container import parse_tensors
 from r1export.update.manifest import Health
+from r1export.update.release_layout import GOLDEN, TOWERS
 
-GOLDEN = "golden.safetensors"
-TOWERS = (("visual.onnx", "pixel_values", "image_embeds"), ("textual.onnx", "input_ids", "text_embeds"))
 CEILING = Health(0.1, 0.97, 0.9)  # the gate of int8, the coarsest precision there is: no version may ask for less
 REMEDY = "see what differs from the lab: runtime, processor, or the release itself"
 
@@ -38,8 +37,8 @@ def limits_of(version: Version) -> Health:
     if version.bundle:
         limits = version.bundle.manifest.health
     else:
-        golden = version.base.golden
-        limits = Health(golden["max_abs"], golden["min_cosine"], CEILING.min_agreement)
+        golden = version.base.manifest.golden
+        limits = Health(golden.max_abs, golden.min_cosine, CEILING.min_agreement)
     return Health(
         min(limits.max_abs, CEILING.max_abs), max(limits.min_cosine, CEILING.min_cosine), limits.min_agreement
     )
@@ -55,7 +54,8 @@ def check_health(version: Version, limits: Health) -> list[Agreement]:
     """
     golden, classes = _tensors(version, GOLDEN), _class_embeds(version)
     results = []
-    for graph, given, answer in TOWERS:
+    for tower in TOWERS:
+        graph, given, answer = tower.graph, tower.input, tower.output
         if graph not in version.paths:
             continue
         if golden.get(given, np.zeros(0)).size and answer in golden:

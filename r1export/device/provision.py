@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,18 +17,16 @@ from r1export.update.atomic_io import (
     make_folder,
     new_folder,
     read_chunks,
-    read_regular,
-    sha256_bytes,
     sync_folder,
     write_file,
 )
 from r1export.update.envelope import PublicKey
-from r1export.update.release_manifest import MANIFEST, MAX_MANIFEST, Release
+from r1export.update.names import DIGEST, NAME
+from r1export.update.release_layout import MANIFEST
+from r1export.update.release_manifest import Release
 from r1export.update.strict_json import MAX_INTEGER
 
 MAX_KEEP = 1000
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")  # as in the manifest of an update, which has to say the same
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def init(
@@ -84,7 +81,7 @@ def init(
 
 def _check_config(config: Config, keys: int) -> None:
     for name, value in (("product", config.product), ("device class", config.device_class)):
-        if not _NAME.fullmatch(value):
+        if not NAME.fullmatch(value):
             raise InputError(f"{name} {ascii(value)[:100]}", "use letters, digits and ._+-, as updates have to name it")
     if config.mode not in MODES or not 1 <= config.keep <= MAX_KEEP or not 1 <= config.threshold <= keys:
         raise InputError(
@@ -105,21 +102,17 @@ def _check_config(config: Config, keys: int) -> None:
 
 def _read_base(base: Path, sha256: str) -> Release:
     """The release in `base`, if its manifest is the one with digest `sha256` (empty: any)."""
-    if sha256 and not _DIGEST.fullmatch(sha256):
+    if sha256 and not DIGEST.fullmatch(sha256):
         raise InputError(f"{ascii(sha256)[:100]} is no SHA-256", "give the 64 digits that sha256sum prints")
-    try:
-        digest = sha256_bytes(read_regular(base / MANIFEST, MAX_MANIFEST))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{base} is no release: it has no {MANIFEST}", "give the base release, 00-base") from None
     release = Release.read(base)
-    if release.manifest_sha256 != (sha256 or digest):
+    if sha256 and release.manifest_sha256 != sha256:
         raise CheckFailed(
-            f"{base / MANIFEST} has SHA-256 {release.manifest_sha256}, expected {sha256 or digest}",
+            f"{base / MANIFEST} has SHA-256 {release.manifest_sha256}, expected {sha256}",
             "get the base release that was named again",
         )
-    if release.updates:
+    if release.manifest.updates:
         raise InputError(
-            f"{base} is release {release.sequence} with {len(release.updates)} updates",
+            f"{base} is release {release.manifest.sequence} with {len(release.manifest.updates)} updates",
             "give the base release, 00-base",
         )
     return release
@@ -138,7 +131,7 @@ def _fill(device: Store, release: Release, keys: set[PublicKey]) -> None:
 
 def _copy(release: Release, to: Path) -> None:
     """Copy a release, read-only and for good: a store that is there is whole, after a power cut too."""
-    digests = {path: file.sha256 for path, file in release.files.items()}
+    digests = {path: file.sha256 for path, file in release.manifest.files.items()}
     for path, sha256 in {**digests, MANIFEST: release.manifest_sha256}.items():
         target = inside(to, path)
         make_folder(target.parent)

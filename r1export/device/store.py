@@ -162,7 +162,7 @@ class Store:
         return Installed(
             product=self.config.product,
             device_class=self.config.device_class,
-            base=Base(base.base_name, base.base_sha256, base.manifest_sha256),
+            base=Base(base.manifest.base.name, base.manifest.base.sha256, base.manifest_sha256),
             seq=state.seq,
             digest=state.digest,
             min_seq=state.min_seq,

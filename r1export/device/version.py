@@ -26,7 +26,8 @@ from r1export.update.bundle import Bundle
 from r1export.update.container import read_layout
 from r1export.update.manifest import File
 from r1export.update.rebuild import Rebuild
-from r1export.update.release_manifest import MANIFEST, Release
+from r1export.update.release_layout import MANIFEST
+from r1export.update.release_manifest import Release
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -59,7 +60,7 @@ class Version:
         """The signed SHA-256 of each file; of the base, that of `init`."""
         if self.bundle:
             return {file.path: file.sha256 for file in self.bundle.manifest.files}
-        listed = {path: file.sha256 for path, file in self.base.files.items()}
+        listed = {path: file.sha256 for path, file in self.base.manifest.files.items()}
         return {**listed, MANIFEST: self.base.manifest_sha256}
 
     def read(self, path: str) -> bytes:
@@ -111,7 +112,7 @@ class Version:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # numpy's elementwise loops run side by side
             tensors = list(pool.map(self._checked, parameters))
         return {
-            names[self.rebuild.base.tensors[parameter].offset]: tensor
+            names[self.rebuild.base.manifest.tensors[parameter].offset]: tensor
             for parameter, tensor in zip(parameters, tensors, strict=True)
         }
 

@@ -159,7 +159,7 @@ def build(device: Store, name: str) -> None:
             make_folder(path.parent)
             write_new(path, version.chunks(file))
         elif file.parts is None and file.path not in version.rebuild.merged_files:
-            check_digest(file.path, base.files[file.path].sha256, file.sha256)  # its bytes were hashed with the base's
+            check_digest(file.path, base.manifest.files[file.path].sha256, file.sha256)  # hashed with the base
         else:
             version.check(file)
     if device.config.mode == "overlay":
@@ -176,7 +176,7 @@ def _check_changes(rebuild: Rebuild, manifest: Manifest) -> None:
 
 def _check_source(base: Release, file: File) -> None:
     """A file is the base's or made of parts; graphs and weights are the base's, since an overlay opens those and no others."""
-    own = base.files.get(file.path)
+    own = base.manifest.files.get(file.path)
     if file.parts is None and (own is None or own.nbytes != file.nbytes):
         raise InputError(
             f"{file.path} is said to be {file.nbytes} bytes of the base, which has {own.nbytes if own else 'no such file'}",
@@ -184,7 +184,7 @@ def _check_source(base: Release, file: File) -> None:
         )
     if is_graph(file.path) and (own is None or own.sha256 != file.sha256):
         raise CheckFailed(f"{file.path} is not the base's graph", "a new graph needs a new base: `init` another store")
-    if file.path in base.weights and file.parts is not None:
+    if file.path in base.manifest.weights and file.parts is not None:
         raise CheckFailed(
             f"{file.path} holds weights, but is made of parts", "have it derived from the base and factors"
         )

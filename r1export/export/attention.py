@@ -60,7 +60,8 @@ class OpenAttention(nn.Module):
         mixed = self._part("norm", "ln_inner")(mixed)
         if getattr(self.base, "gate", None) is not None:
             mixed = mixed * self.base.gate(x).sigmoid()
-        return self._part("out_proj", "proj")(mixed)
+        out: Tensor = self._part("out_proj", "proj")(mixed)
+        return out
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v, each (n, heads, tokens, head_dim), q and k normalised where the family does so."""
@@ -110,8 +111,8 @@ class FirstTokenBlock(nn.Module):
         mixed = torch.matmul(scores.softmax(-1), v).reshape(-1, attn.heads * attn.head_dim)
         first, first_normed = (stream.reshape(-1, self.tokens, x.shape[-1])[:, 0] for stream in (x, normed))
         first = first + scale1(attn.project(mixed, first_normed))
-        first = first + scale2(block.mlp(norm2(first)))
-        return first.unsqueeze(1)
+        out: Tensor = first + scale2(block.mlp(norm2(first)))
+        return out.unsqueeze(1)
 
 
 def is_known(attention: nn.Module) -> bool:

@@ -41,9 +41,9 @@ def audit_reexport(
     """
     nodes = parameters = nbytes = 0
     for tower in make_towers(copy.deepcopy(model).cpu().float().eval(), image_size, context_length):
-        fresh, fielded = trace(tower, opset)[0].graph, ir.load(release / f"{tower.name}.onnx").graph
-        stored = map_tensors(release / f"{tower.name}.safetensors")
-        place = f"{release.name}/{tower.name}.onnx"
+        fresh, fielded = trace(tower, opset)[0].graph, ir.load(release / tower.files.graph).graph
+        stored = map_tensors(release / tower.files.weights)
+        place = f"{release.name}/{tower.files.graph}"
         pairs = _walk(fresh, fielded, place)
         for one, other in pairs:
             expected = stored[other.name] if other.name in stored else other.const_value.numpy()

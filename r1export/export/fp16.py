@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from r1export.export.graph import GRAPHS, WEIGHTS, write_graph
+from r1export.export.graph import write_graph
 from r1export.export.weight_map import WeightMap, place_
+from r1export.update.release_layout import GRAPHS, WEIGHTS
+from r1export.update.run_layout import WEIGHT_MAP
 
 HALF = ir.DataType.FLOAT16
 
@@ -23,7 +25,7 @@ def half_graphs(graphs: Path, folder: Path) -> WeightMap:
 
     Inputs and outputs keep their types: a client changes the file and nothing else.
     """
-    single = WeightMap.read(graphs / "weight_map.json")
+    single = WeightMap.read(graphs / WEIGHT_MAP)
     weights = WeightMap(
         {
             file: tuple(replace(p, dtype="F16") if p.shape else p for p in placed)
@@ -35,7 +37,7 @@ def half_graphs(graphs: Path, folder: Path) -> WeightMap:
         _halve_(model.graph)
         place_(model.graph, weights, WEIGHTS[name])
         write_graph(model, folder / name)
-    weights.write(folder / "weight_map.json")
+    weights.write(folder / WEIGHT_MAP)
     return weights
 
 

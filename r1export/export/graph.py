@@ -25,13 +25,9 @@ from r1export.export.towers import NOT_IN_A_TOWER, Tower, make_towers
 from r1export.export.weight_map import Placement, WeightMap, externalize_, place_parameters
 from r1export.update.atomic_io import write_file
 from r1export.update.container import Layout
+from r1export.update.release_layout import CLASS_EMBEDS, CLASSIFIER, VISUAL
+from r1export.update.run_layout import WEIGHT_MAP
 
-WEIGHTS = {
-    "visual.onnx": "visual.safetensors",
-    "textual.onnx": "textual.safetensors",
-    "classify.onnx": "visual.safetensors",
-}  # graph -> the file that holds its weights
-GRAPHS = tuple(WEIGHTS)
 MIN_OPSET, MAX_OPSET = (
     18,
     23,
@@ -60,24 +56,26 @@ def export_graphs(
     placements: dict[str, tuple[Placement, ...]] = {}
     graphs: dict[str, ir.Model] = {}
     for tower in towers:
-        location = f"{tower.name}.safetensors"
-        graphs[tower.name], used = trace(tower, opset)
-        placed = place_parameters(graphs[tower.name].graph, {name: sentinels[name] for name in tower.tensors}, used)
+        location = tower.files.weights
+        graphs[tower.files.graph], used = trace(tower, opset)
+        placed = place_parameters(
+            graphs[tower.files.graph].graph, {name: sentinels[name] for name in tower.tensors}, used
+        )
         extra = tuple(
             Placement(name, sentinels[name].shape)
             for name in NOT_IN_A_TOWER
-            if tower.name == "visual" and name in sentinels
+            if tower.files == VISUAL and name in sentinels
         )
         placements[location] = (*placed, *extra)
         externalize_(placed, WeightMap(placements).layout(location), location)
     weights = WeightMap(placements)
     others = fill_with_sentinels_(model, PROOF_SEED)  # what a graph remembers of the first sentinels shows with these
-    prove({t: graphs[t.name] for t in make_towers(model, image_size, context_length)}, weights, others)
+    prove({t: graphs[t.files.graph] for t in make_towers(model, image_size, context_length)}, weights, others)
     for name, graph in graphs.items():
-        write_graph(graph, folder / f"{name}.onnx")
-    add_classifier_(graphs["visual"], weights, "visual.safetensors")
-    write_graph(graphs["visual"], folder / "classify.onnx")
-    weights.write(folder / "weight_map.json")
+        write_graph(graph, folder / name)
+    add_classifier_(graphs[VISUAL.graph], weights, VISUAL.weights)
+    write_graph(graphs[VISUAL.graph], folder / CLASSIFIER)
+    weights.write(folder / WEIGHT_MAP)
     return weights
 
 
@@ -87,7 +85,7 @@ def trace(tower: Tower, opset: int) -> tuple[ir.Model, set[str]]:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 tower.module, (tower.example,), dynamo=True, opset_version=opset, optimize=False, verbose=False,
-                input_names=[tower.input_name], output_names=[tower.output_name], dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=[tower.files.input], output_names=[tower.files.output], dynamic_shapes=({0: torch.export.Dim("batch")},),
             )  # fmt: skip
             assert program is not None  # only torch's older exporter gives none
             assert program.exported_program is not None
@@ -103,12 +101,12 @@ def trace(tower: Tower, opset: int) -> tuple[ir.Model, set[str]]:
             simplify_(program.model, held)
     except Exception as error:  # the exporter has no error type of its own for all that it cannot do
         raise Unsupported(
-            f"torch.onnx cannot export the {tower.name} tower at opset {opset}: {_last_line(error)}",
+            f"torch.onnx cannot export the {tower.files.name} tower at opset {opset}: {_last_line(error)}",
             "try another opset",
         ) from error
     if program.model.opset_imports[""] != opset:
         raise Unsupported(
-            f"the {tower.name} tower came out at opset {program.model.opset_imports['']}, expected {opset}",
+            f"the {tower.files.name} tower came out at opset {program.model.opset_imports['']}, expected {opset}",
             "try another opset",
         )
     return _anonymous_(program.model, opset), used
@@ -158,9 +156,11 @@ def add_classifier_(model: ir.Model, weights: WeightMap, location: str) -> None:
     """Turn the visual graph into logits (n, C) = exp(logit_scale) image_embeds class_embeds^T [+ logit_bias]."""
     graph, layout = model.graph, weights.layout(location)
     embeds = graph.outputs[0]
-    classes = ir.val("class_embeds", ir.DataType.FLOAT, ir.Shape(["classes", embeds.shape[1]]))
+    classes = ir.val(CLASS_EMBEDS, ir.DataType.FLOAT, ir.Shape(["classes", embeds.shape[1]]))
     graph.inputs.append(classes)
-    logits = _node(graph, "MatMul", embeds, _node(graph, "Transpose", classes, name="class_embeds_t"), name="cosines")
+    logits = _node(
+        graph, "MatMul", embeds, _node(graph, "Transpose", classes, name=f"{CLASS_EMBEDS}_t"), name="cosines"
+    )
     for parameter, op in (("logit_scale", "Mul"), ("logit_bias", "Add")):
         if parameter in layout.by_name:
             value = _external(graph, parameter, layout, location)

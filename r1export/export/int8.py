@@ -1,6 +1,6 @@
 """The int8 variant: every linear of a block multiplies 8-bit integers, static scales, one for each row of a weight.
 
-    x ~ input_scale * (q - input_zero_point), q uint8        W ~ scale[:, None] * q, q int8 (update/quantize.py)
+    x ~ input_scale * (q - input_zero_point), q uint8        W ~ scale[:, None] * q, q int8 (update/int8.py)
 
 Protected, because they are small or read rather than multiplied: biases, norms and positions in float32; patch and token
 embeddings and the last projection in float16. Attention itself stays in float32. The ranges of the inputs come from a
@@ -17,8 +17,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from r1export.export.graph import GRAPHS, WEIGHTS, write_graph
+from r1export.export.graph import write_graph
 from r1export.export.weight_map import Placement, WeightMap, place_
+from r1export.update.release_layout import GRAPHS, TOWERS, WEIGHTS
+from r1export.update.run_layout import WEIGHT_MAP
 
 SCALE, INPUT_SCALE, INPUT_ZERO = ".scale", ".input_scale", ".input_zero_point"
 SMALL = 1 << 12  # elements: a smaller weight costs more in extra nodes than it saves in bytes
@@ -33,21 +35,18 @@ def calibrate(release: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, tupl
     (n, L) of the tasks at hand.
     """
     ranges: dict[str, tuple[float, float]] = {}
-    for tower, name in (("visual", "pixel_values"), ("textual", "input_ids")):
-        model = ir.load(release / f"{tower}.onnx")
+    for tower in TOWERS:
+        model = ir.load(release / tower.graph)
         watched = {node.inputs[1].name: node.inputs[0] for node in _linears(model.graph)}
         distinct = list(dict.fromkeys(watched.values()))
         if not distinct:
             continue
         session = _session_with_outputs(model, distinct, release)
         seen: dict[str, list[Any]] = {value.name: [] for value in distinct}
-        for start in range(0, len(inputs[name]), BATCH):
-            for value, found in zip(
-                distinct,
-                session.run([v.name for v in distinct], {name: inputs[name][start : start + BATCH]}),
-                strict=True,
-            ):
-                seen[value.name].append((found.min(), found.max()))
+        for start in range(0, len(inputs[tower.input]), BATCH):
+            feeds = {tower.input: inputs[tower.input][start : start + BATCH]}
+            for name, output in zip(seen, session.run(list(seen), feeds), strict=True):
+                seen[name].append((output.min(), output.max()))
         for weight, value in watched.items():
             low, high = np.array(seen[value.name], np.float64).T
             ranges[weight] = float(low.min()), float(high.max())
@@ -76,18 +75,18 @@ def input_scale(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
 
 def quantized_graphs(graphs: Path, folder: Path) -> WeightMap:
     """Write the int8 form of all graphs of `graphs` into `folder`, with their weight_map.json; no weight is looked at."""
-    single = WeightMap.read(graphs / "weight_map.json")
+    single = WeightMap.read(graphs / WEIGHT_MAP)
     models = {name: ir.load(graphs / name) for name in GRAPHS}
     files: dict[str, tuple[Placement, ...]] = {}
-    for name in ("visual.onnx", "textual.onnx"):
-        placed = single.files[WEIGHTS[name]]
-        files[WEIGHTS[name]] = tuple(q for p in placed for q in _placements(p, models[name].graph))
+    for tower in TOWERS:
+        placed = single.files[tower.weights]
+        files[tower.weights] = tuple(q for p in placed for q in _placements(p, models[tower.graph].graph))
     weights = WeightMap(files).sorted()
     for name, model in models.items():
         _quantize_(model.graph, {p.parameter: p for p in weights.files[WEIGHTS[name]]})
         place_(model.graph, weights, WEIGHTS[name])
         write_graph(model, folder / name)
-    weights.write(folder / "weight_map.json")
+    weights.write(folder / WEIGHT_MAP)
     return weights
 
 

@@ -45,13 +45,13 @@ def prove(graphs: Mapping[Tower, ir.Model], weights: WeightMap, sentinels: Mappi
     """
     with tempfile.TemporaryDirectory(prefix="r1export-") as folder:
         for tower, graph in graphs.items():
-            file, path = f"{tower.name}.safetensors", Path(folder) / f"{tower.name}.onnx"
+            file, path = tower.files.weights, Path(folder) / tower.files.graph
             write_tensors(path.with_name(file), weights.stored(file, sentinels))
             path.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
             difference = _difference(tower, path)
             if not difference <= SAME:  # NaN is not
                 found = f"differs from torch by {difference:.1e} on random weights, expected {SAME}"
-                raise Unsupported(f"the exported {tower.name} tower {found}", "report the model")
+                raise Unsupported(f"the exported {tower.files.name} tower {found}", "report the model")
             path.with_name(file).unlink()
 
 
@@ -62,10 +62,10 @@ def _difference(tower: Tower, path: Path) -> float:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        found = session.run(None, {tower.input_name: torch.cat([tower.example, tower.example[:1]]).numpy()})[0]
+        found = session.run(None, {tower.files.input: torch.cat([tower.example, tower.example[:1]]).numpy()})[0]
     except Exception as error:  # onnxruntime raises its own classes straight from C++, without a common base
         raise Unsupported(
-            f"onnxruntime refuses the exported {tower.name} tower: {str(error).splitlines()[0][:200]}",
+            f"onnxruntime refuses the exported {tower.files.name} tower: {str(error).splitlines()[0][:200]}",
             "try another opset",
         ) from error
     expected = torch.cat([tower.expected, tower.expected[:1]]).numpy()

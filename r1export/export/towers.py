@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from r1export.errors import Unsupported
 from r1export.export.attention import AnyModule, block_lists, open_up_, share_masks_
+from r1export.update.release_layout import TEXTUAL, VISUAL, TowerFiles
 
 NOT_IN_A_TOWER = ("logit_scale", "logit_bias")
 SAME = 1e-4  # max-abs on unit-norm embeddings: a rewriting that differs by more is another function
@@ -28,7 +29,8 @@ class VisualTower(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.model.encode_image(pixel_values, normalize=True)
+        embeds: Tensor = self.model.encode_image(pixel_values, normalize=True)
+        return embeds
 
 
 class TextualTower(nn.Module):
@@ -37,19 +39,18 @@ class TextualTower(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model.encode_text(input_ids, normalize=True)
+        embeds: Tensor = self.model.encode_text(input_ids, normalize=True)
+        return embeds
 
 
 @dataclass(frozen=True, eq=False)
 class Tower:
     """A module to export, its example input, what it gives for it, and the tensors of the model by state_dict name."""
 
-    name: str
+    files: TowerFiles
     module: nn.Module
     example: Tensor
     expected: Tensor
-    input_name: str
-    output_name: str
     tensors: dict[str, Tensor]
 
 
@@ -68,8 +69,8 @@ def make_towers(model: nn.Module, image_size: tuple[int, int], context_length: i
     pixels = torch.randn(EXAMPLES, 3, *image_size, generator=generator)
     tokens = torch.randint(1, _vocabulary(model), (EXAMPLES, context_length), generator=generator)
     return (
-        _tower("visual", VisualTower(model), pixels, "pixel_values", "image_embeds", tensors),
-        _tower("textual", TextualTower(model), tokens, "input_ids", "text_embeds", tensors),
+        _tower(VISUAL, VisualTower(model), pixels, tensors),
+        _tower(TEXTUAL, TextualTower(model), tokens, tensors),
     )
 
 
@@ -78,20 +79,17 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _tower(
-    name: str, module: nn.Module, example: Tensor, input_name: str, output_name: str, tensors: dict[str, Tensor]
-) -> Tower:
+def _tower(files: TowerFiles, module: nn.Module, example: Tensor, tensors: dict[str, Tensor]) -> Tower:
     module.eval()
     try:
         with recorded_tokens(module) as tokens:
             expected = module(example)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise Unsupported(
-            f"the {name} tower does not run: {str(error).splitlines()[0][:200]}", "check base.model and its config"
+            f"the {files.name} tower does not run: {str(error).splitlines()[0][:200]}",
+            "check base.model and its config",
         ) from error
-    return Tower(
-        name, _opened(name, module, example, expected, tokens), example, expected, input_name, output_name, tensors
-    )
+    return Tower(files, _opened(files, module, example, expected, tokens), example, expected, tensors)
 
 
 @contextmanager
@@ -112,9 +110,11 @@ def recorded_tokens(module: nn.Module) -> Iterator[dict[int, int]]:
             hook.remove()
 
 
-def _opened(name: str, module: nn.Module, example: Tensor, expected: Tensor, tokens: dict[int, int]) -> nn.Module:
+def _opened(
+    files: TowerFiles, module: nn.Module, example: Tensor, expected: Tensor, tokens: dict[int, int]
+) -> nn.Module:
     """The fastest rewriting that computes the same; if none does, the module as it is."""
-    for first_only in (True, False) if name == "visual" else (False,):
+    for first_only in (True, False) if files == VISUAL else (False,):
         memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}  # copies share the tensors
         candidate = copy.deepcopy(module, memo)
         for i, blocks in list(enumerate(block_lists(candidate))):

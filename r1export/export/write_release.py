@@ -5,7 +5,6 @@ The .onnx files are copied from the one export; only the weights and what follow
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,19 +15,39 @@ from typing import Any
 
 import numpy as np
 
-from r1export.errors import InputError, refused
-from r1export.export.graph import GRAPHS
+from r1export.errors import refused
 from r1export.export.int8 import SCALE
 from r1export.export.precision import PROCEDURES
 from r1export.export.tokenizer import write_tokenizer
 from r1export.export.weight_map import WeightMap
 from r1export.update.atomic_io import new_folder, sha256_bytes, sha256_file, write_file, write_json
-from r1export.update.container import NAMES, write_tensors
+from r1export.update.container import write_tensors
 from r1export.update.factors import Rows
-from r1export.update.release_manifest import FORMAT, MANIFEST, REPORTS, sealed
-
-PREPROCESS = "preprocess.onnx"
-UNLISTED = (MANIFEST, "README.md", *REPORTS, "update.r1u")  # made from the manifest, or after it
+from r1export.update.release_layout import (
+    CLASS_EMBEDS,
+    CLASSES,
+    GOLDEN,
+    GRAPHS,
+    MODEL_CARD,
+    PREPROCESS,
+    PREPROCESS_GRAPH,
+    TEXTUAL,
+    TOKENIZER,
+    UNLISTED,
+    VISUAL,
+    class_embeddings_file,
+    class_names_file,
+)
+from r1export.update.release_manifest import (
+    BaseModel,
+    FileEntry,
+    GoldenGate,
+    MergedUpdate,
+    ReleaseManifest,
+    TaskEntry,
+    TensorEntry,
+)
+from r1export.update.run_layout import WEIGHT_MAP
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,15 @@ class Golden:
     input_ids: np.ndarray
     text_embeds: np.ndarray
 
+    def tensors(self) -> dict[str, np.ndarray]:
+        """As they stand in golden.safetensors, the widest type first."""
+        return {
+            TEXTUAL.input: self.input_ids,
+            VISUAL.input: self.pixel_values,
+            VISUAL.output: self.image_embeds,
+            TEXTUAL.output: self.text_embeds,
+        }
+
 
 @dataclass(frozen=True)
 class ReleaseContent:
@@ -62,8 +90,8 @@ class ReleaseContent:
     name: str
     sequence: int
     precision: str
-    base: Mapping[str, str]
-    updates: tuple[Mapping[str, str], ...]
+    base: BaseModel
+    updates: tuple[MergedUpdate, ...]
     weights: Mapping[str, np.ndarray]
     tasks: tuple[TaskClasses, ...]
     golden: Golden
@@ -72,35 +100,34 @@ class ReleaseContent:
     graph_digests: Mapping[str, str]
     accuracy: Callable[[Path], Mapping[str, float]]
     versions: Mapping[str, str]
-    tolerance: Mapping[str, float]
+    tolerance: GoldenGate
     adapted: tuple[Rows, ...] = ()
 
 
-def write_release(content: ReleaseContent, graphs: Path, path: Path) -> dict[str, Any]:
+def write_release(content: ReleaseContent, graphs: Path, path: Path) -> ReleaseManifest:
     """Write the release folder `path` and return its manifest. `graphs` is the folder of the one export.
 
     Raises:
         InputError: `path` cannot be.
         Unsupported: no space, no permission. Nothing half-written is left.
     """
-    weights = WeightMap.read(graphs / "weight_map.json")
+    weights = WeightMap.read(graphs / WEIGHT_MAP)
     with refused_writes(path), new_folder(path) as folder:
-        for graph in (*GRAPHS, *((PREPROCESS,) if (graphs / PREPROCESS).exists() else ())):
+        for graph in (*GRAPHS, *((PREPROCESS_GRAPH,) if (graphs / PREPROCESS_GRAPH).exists() else ())):
             shutil.copyfile(graphs / graph, folder / graph)
         tensors = {file: weights.stored(file, content.weights) for file in weights.files}
         for file, stored in tensors.items():
             write_tensors(folder / file, stored)
-        _write_classes(content.tasks, folder / "classes")
-        write_json(folder / "preprocess.json", content.preprocess)
-        write_tokenizer(content.tokenizer, folder / "tokenizer")
-        write_tensors(
-            folder / "golden.safetensors",
-            {n: getattr(content.golden, n) for n in ("input_ids", "pixel_values", "image_embeds", "text_embeds")},
-        )
+        _write_classes(content.tasks, folder)
+        write_json(folder / PREPROCESS, content.preprocess)
+        write_tokenizer(content.tokenizer, folder / TOKENIZER)
+        write_tensors(folder / GOLDEN, content.golden.tensors())
         accuracy = content.accuracy(folder)
-        manifest = sealed(_manifest(content, folder, accuracy, weights, tensors))
-        write_json(folder / MANIFEST, manifest)
-        write_file(folder / "README.md", model_card(manifest).encode())
+        with ThreadPoolExecutor(1) as pool:  # all bytes are hashed twice, which takes as long as writing them
+            entries = pool.submit(_tensor_entries, weights, tensors, content)
+            manifest = _manifest(content, accuracy, _file_entries(folder), entries.result()).sealed()
+        manifest.write(folder)
+        write_file(folder / MODEL_CARD, model_card(manifest).encode())
     return manifest
 
 
@@ -114,11 +141,11 @@ def refused_writes(path: Path) -> Iterator[None]:
 
 
 def _write_classes(tasks: tuple[TaskClasses, ...], folder: Path) -> None:
-    folder.mkdir()
+    (folder / CLASSES).mkdir()
     for task in tasks:
-        write_tensors(folder / f"{task.name}.safetensors", {"class_embeds": task.embeddings})
+        write_tensors(folder / class_embeddings_file(task.name), {CLASS_EMBEDS: task.embeddings})
         write_json(
-            folder / f"{task.name}.json",
+            folder / class_names_file(task.name),
             {
                 "task": task.name,
                 "classes": list(task.classes),
@@ -130,103 +157,85 @@ def _write_classes(tasks: tuple[TaskClasses, ...], folder: Path) -> None:
 
 def _manifest(
     content: ReleaseContent,
-    folder: Path,
     accuracy: Mapping[str, float],
-    weights: WeightMap,
-    tensors: Mapping[str, Mapping[str, np.ndarray]],
-) -> dict[str, Any]:
+    files: Mapping[str, FileEntry],
+    tensors: Mapping[str, TensorEntry],
+) -> ReleaseManifest:
+    return ReleaseManifest(
+        name=content.name,
+        sequence=content.sequence,
+        procedure=PROCEDURES[content.precision],
+        precision=content.precision,
+        base=content.base,
+        updates=content.updates,
+        tasks=tuple(TaskEntry(t.name, len(t.classes), t.learned, accuracy.get(t.name)) for t in content.tasks),
+        graphs=content.graph_digests,
+        golden=content.tolerance,
+        files=files,
+        tensors=tensors,
+        versions=content.versions,
+    )
+
+
+def _file_entries(folder: Path) -> dict[str, FileEntry]:
     listed = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNLISTED)
-    with ThreadPoolExecutor() as pool:  # all bytes are hashed twice, which takes as long as writing them
-        places = pool.submit(_tensor_map, weights, tensors, content)
-        digests = dict(zip(listed, pool.map(sha256_file, listed), strict=True))
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(sha256_file, listed))
     return {
-        "format": FORMAT,
-        "name": content.name,
-        "sequence": content.sequence,
-        "procedure": PROCEDURES[content.precision],
-        "precision": content.precision,
-        "base": dict(content.base),
-        "updates": [dict(update) for update in content.updates],
-        "tasks": [
-            {"name": t.name, "classes": len(t.classes), "learned": t.learned, "accuracy": accuracy.get(t.name)}
-            for t in content.tasks
-        ],
-        "graphs": dict(content.graph_digests),
-        "golden": dict(content.tolerance),
-        "files": {
-            path.relative_to(folder).as_posix(): {"sha256": digest, "bytes": path.stat().st_size}
-            for path, digest in digests.items()
-        },
-        "tensors": places.result(),
-        "versions": dict(content.versions),
+        path.relative_to(folder).as_posix(): FileEntry(digest, path.stat().st_size)
+        for path, digest in zip(listed, digests, strict=True)
     }
 
 
-def _tensor_map(
+def _tensor_entries(
     weights: WeightMap, tensors: Mapping[str, Mapping[str, np.ndarray]], content: ReleaseContent
-) -> dict[str, Any]:
-    """Parameter -> where its bytes lie, in which form, and their digest."""
+) -> dict[str, TensorEntry]:
+    """Parameter -> where its bytes lie, in which form, and their digest; `tensors` are those of each file, as stored."""
     entries = {}
-    for file, placed in weights.files.items():
+    for file, placements in weights.files.items():
         specs = weights.layout(file).by_name
-        for placement in placed:
-            spec, stored = specs[placement.parameter], tensors[file][placement.parameter]
-            entries[spec.name] = {
-                "file": file, "offset": spec.offset, "bytes": spec.nbytes, "dtype": NAMES[spec.dtype], "shape": list(spec.shape),
-                "rows": _rows(spec.name, content), "transposed": placement.transposed, "sha256": sha256_bytes(stored),
-            }  # fmt: skip
-            if placement.dtype == "I8":
-                entries[spec.name]["scale"] = spec.name + SCALE
+        for placement in placements:
+            name = placement.parameter
+            entries[name] = TensorEntry(
+                file=file,
+                offset=specs[name].offset,
+                dtype=specs[name].dtype,
+                shape=specs[name].shape,
+                rows=_rows(name, content),
+                transposed=placement.transposed,
+                sha256=sha256_bytes(tensors[file][name]),
+                scale=name + SCALE if placement.dtype == "I8" else "",
+            )
     return entries
 
 
-def _rows(parameter: str, content: ReleaseContent) -> list[list[int]]:
-    """[start, stop] of each adapted linear in a parameter (rows, in), a packed one has several; else all rows, none of a scalar."""
-    found = sorted([rows.start, rows.stop] for rows in content.adapted if rows.parameter == parameter)
+def _rows(parameter: str, content: ReleaseContent) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of each adapted linear in a parameter (rows, in), a packed one has several; else all rows, none of a scalar."""
+    adapted = sorted((rows.start, rows.stop) for rows in content.adapted if rows.parameter == parameter)
     shape = content.weights[parameter].shape  # not as it is stored, which may be transposed or have further axes
-    return found or [[0, height] for height in shape[:1]]
+    return tuple(adapted) or tuple((0, height) for height in shape[:1])
 
 
-def read_manifest(release: Path) -> dict[str, Any]:
-    """Raises InputError if `release` is not a release folder."""
-    path = release / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"format {manifest['format']}, expected {FORMAT}")
-        return manifest
-    except FileNotFoundError:
-        raise InputError(
-            f"{release}: no {MANIFEST}", "give a release folder, for example RUN/releases/01-NAME"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a release manifest: {error}", "write the release again with r1export export"
-        ) from error
-
-
-def model_card(manifest: Mapping[str, Any]) -> str:
+def model_card(manifest: ReleaseManifest) -> str:
     """README.md of the release."""
-    learned = [task for task in manifest["tasks"] if task["learned"]]
     rows = "\n".join(
-        f"| {t['name']} | {t['classes']} | {_percent(t['accuracy'])} | {'yes' if t['learned'] else 'no'} |"
-        for t in manifest["tasks"]
+        f"| {t.name} | {t.classes} | {_percent(t.accuracy)} | {'yes' if t.learned else 'no'} |" for t in manifest.tasks
     )
     digests = "\n".join(
-        f"    {entry['sha256']}  {name}"
-        for name, entry in manifest["files"].items()
+        f"    {entry.sha256}  {name}"
+        for name, entry in manifest.files.items()
         if name.endswith((".onnx", ".safetensors"))
     )
     return CARD.format(
-        name=manifest["name"],
-        base=manifest["base"]["name"],
-        base_sha256=manifest["base"]["sha256"],
-        licence=manifest["base"].get("licence") or "not known to r1export; ask where they come from",
-        precision=manifest["precision"],
-        count=len(learned),
+        name=manifest.name,
+        base=manifest.base.name,
+        base_sha256=manifest.base.sha256,
+        licence=manifest.base.licence or "not known to r1export; ask where they come from",
+        precision=manifest.precision,
+        count=sum(task.learned for task in manifest.tasks),
         rows=rows,
         digests=digests,
-        version=manifest["versions"].get("r1export", "?"),
+        version=manifest.versions.get("r1export", "?"),
     )
 
 

@@ -15,6 +15,7 @@ from r1export.update.bundle import Bundle
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.envelope import SecretKey
 from r1export.update.publish import Step, Terms, make_bundle
+from r1export.update.release_layout import CLASS_EMBEDS, GOLDEN, TEXTUAL, VISUAL, class_embeddings_file
 
 
 def write_bundle(
@@ -27,22 +28,21 @@ def write_bundle(
     """
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists", "choose another name, or overwrite it on purpose")
-    made = make_bundle(context.run.path, step, keys, terms, lambda folder: _refresh(context, step, folder))
-    write_file(out, made.to_bytes())
-    return made
+    bundle = make_bundle(context.run.path, step, keys, terms, lambda folder: _refresh(context, step, folder))
+    write_file(out, bundle.to_bytes())
+    return bundle
 
 
 @torch.inference_mode()
 def _refresh(context: RunContext, step: Step, folder: Path) -> None:
     """Class embeddings and golden outputs in `folder` from the model without the dropped tasks."""
     clip = context.clip
-    learned = zip(context.recipe.stream, context.run.updates(context.recipe)[: step.release], strict=False)
-    golden = read_tensors(folder / "golden.safetensors")
-    images, tokens = (torch.from_numpy(golden[name]).to(clip.device) for name in ("pixel_values", "input_ids"))
-    with context.showing([update for task, update in learned if task.name not in step.drop]):
+    trained = zip(context.recipe.stream, context.run.updates(context.recipe)[: step.release], strict=False)
+    golden = read_tensors(folder / GOLDEN)
+    images, tokens = (torch.from_numpy(golden[tower.input]).to(clip.device) for tower in (VISUAL, TEXTUAL))
+    with context.with_updates_applied([update for task, update in trained if task.name not in step.drop]):
         for task in context.tasks:
-            embeddings = class_embeddings(clip, task)
-            write_tensors(folder / "classes" / f"{task.name}.safetensors", {"class_embeds": embeddings})
-        golden["image_embeds"] = clip.model.encode_image(images, normalize=True).float().cpu().numpy()
-        golden["text_embeds"] = clip.encode_text(tokens).float().cpu().numpy()
-    write_tensors(folder / "golden.safetensors", golden)
+            write_tensors(folder / class_embeddings_file(task.name), {CLASS_EMBEDS: class_embeddings(clip, task)})
+        golden[VISUAL.output] = clip.model.encode_image(images, normalize=True).float().cpu().numpy()
+        golden[TEXTUAL.output] = clip.encode_text(tokens).float().cpu().numpy()
+    write_tensors(folder / GOLDEN, golden)

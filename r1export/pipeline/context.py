@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Protocol
 
@@ -14,13 +14,14 @@ import torch
 from r1export.adapt.clip import Clip, load_clip
 from r1export.adapt.image_cache import Pixels
 from r1export.adapt.inject import eject_experts_, inject_experts_
-from r1export.adapt.pool import PoolSettings
-from r1export.adapt.trainer import Pools
-from r1export.data.sources import expand_path, load_task
+from r1export.adapt.pool import Pools, PoolSettings
+from r1export.adapt.trainer import TrainSettings
+from r1export.data.request import Request, expand_path
+from r1export.data.sources import load_task
 from r1export.data.synthetic import BUILTIN_MODELS
 from r1export.data.task import Task, few_shot
 from r1export.errors import InputError, Unsupported
-from r1export.recipe import Recipe, TaskSource
+from r1export.recipe import Pool, Recipe, TaskSource, Train
 from r1export.run_folder import RunFolder
 from r1export.update.factors import ExpertUpdate
 
@@ -28,7 +29,7 @@ Track = Callable[..., None]
 
 
 class Progress(Protocol):
-    """Somebody who looks on."""
+    """Reports how far a command has come."""
 
     def step(self, title: str) -> None:
         """A new step begins."""
@@ -38,7 +39,7 @@ class Progress(Protocol):
 
 
 class NoProgress:
-    """Nobody looks on."""
+    """Reports nothing."""
 
     def step(self, title: str) -> None:
         pass
@@ -94,8 +95,8 @@ class RunContext:
         return self.base | ExpertUpdate.stack(updates).apply(self.base)
 
     @contextmanager
-    def showing(self, updates: Sequence[ExpertUpdate]) -> Iterator[dict[str, np.ndarray]]:
-        """Within it `clip` has learned `updates`; gives all parameters. Afterwards, whatever happened, it is the base again."""
+    def with_updates_applied(self, updates: Sequence[ExpertUpdate]) -> Iterator[dict[str, np.ndarray]]:
+        """Within it `updates` are merged into `clip`; yields all parameters. Afterwards, also after an error, it is the base again."""
         merged = self.merged(updates)
         self.clip.load_(merged)
         try:
@@ -105,15 +106,13 @@ class RunContext:
 
     def _task(self, source: TaskSource, *, test_only: bool = False) -> Task:
         data, seed = self.recipe.data, self.recipe.train.seed
-        root = expand_path(data.root) if data.root else None
-        task = load_task(
+        request = Request(
             source.source,
-            name=source.name,
-            root=root,
-            templates=source.templates,
+            expand_path(data.root) if data.root else None,
             download=data.download,
             test_only=test_only,
         )
+        task = load_task(request, name=source.name, templates=source.templates)
         train = task.train if test_only else few_shot(task.train, data.shots, seed)
         test = task.test
         if data.test_limit and len(test) > data.test_limit:
@@ -144,7 +143,7 @@ def choose_device(wanted: str) -> str:
 
 
 def check_inputs(context: RunContext) -> None:
-    """Load the model and the tasks, try the pools and decode the images, so that bad input is found before anything is written.
+    """Load the model and the tasks, try the pools and decode the images, so that bad input is reported before anything is written.
 
     Sets that are too large to be kept in memory are decoded while they are used.
     """
@@ -159,9 +158,15 @@ def check_inputs(context: RunContext) -> None:
 
 
 def inject_pools_(clip: Clip, recipe: Recipe) -> Pools:
-    """Pools beside the linears of `clip.model`, as the recipe sizes them."""
-    pool = recipe.pool
-    settings = PoolSettings(pool.rank, pool.k_train, pool.k_merge, pool.alpha, pool.dropout, pool.router, pool.gate)
-    return inject_experts_(
-        clip.model, settings, towers=pool.towers, targets=pool.targets, layers=pool.layers, text_token=pool.text_token
-    )
+    """Pools for the linears of `clip.model`, as the recipe says."""
+    return inject_experts_(clip.model, pool_settings(recipe.pool))
+
+
+def pool_settings(pool: Pool) -> PoolSettings:
+    """The part of a recipe that decides about the pools; `factors` decides only how experts are packed."""
+    return PoolSettings(**pool.model_dump(exclude={"factors"}))
+
+
+def train_settings(train: Train) -> TrainSettings:
+    """The part of a recipe that decides about the optimisation."""
+    return TrainSettings(**train.model_dump(include={field.name for field in fields(TrainSettings)}))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -15,6 +14,7 @@ import torch
 
 from r1export import __version__
 from r1export.verify import openvino_runtime
+from r1export.verify.results import Environment
 from r1export.verify.runtime import PROVIDERS
 
 
@@ -28,15 +28,18 @@ def versions() -> dict[str, str]:
     }  # fmt: skip
 
 
-def environment() -> dict[str, Any]:
-    """Versions and the machine, for reports."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return versions() | {
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "os": f"{platform.system()} {platform.machine()}",
-        "gpu": gpu,
-    }
+def environment(providers: Sequence[str]) -> Environment:
+    """Versions and the machine, for the report of a verification on `providers`."""
+    return Environment(
+        r1export=__version__,
+        **versions(),
+        cpu=_cpu_name(),
+        threads=torch.get_num_threads(),
+        os=f"{platform.system()} {platform.machine()}",
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        runtimes=runtimes(providers),
+        openvino=version("openvino") if "openvino" in providers else None,
+    )
 
 
 def absent(provider: str) -> str:
@@ -46,27 +49,19 @@ def absent(provider: str) -> str:
     if provider in ("cuda", "tensorrt"):
         if not torch.cuda.is_available():
             return "no device"
-        if PROVIDERS[provider] not in onnxruntime.get_available_providers():
+        if PROVIDERS[provider].name not in onnxruntime.get_available_providers():
             return "this onnxruntime was built without it"
     return ""
 
 
 def runtimes(measured: Sequence[str]) -> dict[str, str]:
     """Of every runtime that r1export knows: measured, or why not."""
-    asked = dict.fromkeys(measured, "measured")
     return {
-        PROVIDERS[name].removesuffix("ExecutionProvider"): asked.get(name)
-        or f"not measured, {absent(name) or f'not asked for (--provider {name})'}"
-        for name in PROVIDERS
+        provider.label: "measured"
+        if name in measured
+        else f"not measured, {absent(name) or f'not asked for (--provider {name})'}"
+        for name, provider in PROVIDERS.items()
     }
-
-
-def report_head(providers: Sequence[str]) -> dict[str, Any]:
-    """What every report begins with."""
-    found = environment() | {"runtimes": runtimes(providers)}
-    if "openvino" in providers:
-        found["openvino"] = version("openvino")
-    return {"verdict": "pass", "reasons": [], "created": now(), "r1export": __version__, "environment": found}
 
 
 def _cpu_name() -> str:

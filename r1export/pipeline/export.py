@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +13,20 @@ from r1export import __version__
 from r1export.adapt.evaluate import all_classes, class_embeddings, top1_among
 from r1export.errors import Unsupported
 from r1export.export.audit import audit_reexport
-from r1export.export.graph import GRAPHS, export_graphs
+from r1export.export.graph import export_graphs
 from r1export.export.int8 import calibrate
 from r1export.export.precision import WRITERS
 from r1export.export.preprocess import write_preprocess
-from r1export.export.write_release import PREPROCESS, Golden, ReleaseContent, TaskClasses, refused_writes, write_release
+from r1export.export.write_release import Golden, ReleaseContent, TaskClasses, refused_writes, write_release
 from r1export.pipeline.context import RunContext
 from r1export.pipeline.environment import versions
-from r1export.pipeline.variant import RANGES, Variant
+from r1export.pipeline.variant import Variant
 from r1export.pipeline.verification.inputs import BATCH, calibration
 from r1export.update.atomic_io import new_folder, sha256_file, write_json
-from r1export.update.factors import ExpertUpdate, Rows
+from r1export.update.factors import ExpertUpdate
+from r1export.update.release_layout import GRAPHS, PREPROCESS_GRAPH, VISUAL
+from r1export.update.release_manifest import MergedUpdate
+from r1export.update.run_layout import FP32
 from r1export.verify.graph_digest import graph_digest
 from r1export.verify.runtime import open_session, runner
 
@@ -40,7 +42,7 @@ def export_releases(context: RunContext, *, overwrite: bool = False, audit: bool
     """
     run, recipe = context.run, context.recipe
     if overwrite:
-        for folder in (run.graphs, run.path / "releases", run.path / "variants"):
+        for folder in (run.graphs(), run.variant().releases_folder, run.variants_folder):
             shutil.rmtree(folder, ignore_errors=True)
     updates, releases = run.updates(recipe), []
     with refused_writes(run.path):
@@ -57,51 +59,38 @@ def export_releases(context: RunContext, *, overwrite: bool = False, audit: bool
 
 
 def _write_graphs(variant: Variant, folder: Path) -> None:
-    context, single = variant.context, variant.context.run.graphs
-    if variant.precision == "fp32":
-        export_graphs(
-            context.clip.model,
-            context.clip.preprocess.size,
-            _context_length(context),
-            folder,
-            opset=context.recipe.export.opset,
-        )
+    context, source = variant.context, variant.context.run.graphs()
+    if variant.precision == FP32:
+        opset, preprocess = context.recipe.export.opset, context.clip.preprocess
+        export_graphs(context.clip.model, preprocess.size, _context_length(context), folder, opset=opset)
         with suppress(Unsupported):  # some preprocessing has no faithful graph: preprocess.json alone describes it
-            write_preprocess(context.clip.preprocess.to_json(), folder / PREPROCESS, opset=context.recipe.export.opset)
+            write_preprocess(preprocess.to_json(), folder / PREPROCESS_GRAPH, opset=opset)
         return
-    WRITERS[variant.precision](single, folder)
-    if (single / PREPROCESS).exists():
-        shutil.copyfile(single / PREPROCESS, folder / PREPROCESS)
+    WRITERS[variant.precision](source, folder)
+    if (source / PREPROCESS_GRAPH).exists():
+        shutil.copyfile(source / PREPROCESS_GRAPH, folder / PREPROCESS_GRAPH)
     if variant.precision == "int8":
-        base = context.run.releases(context.recipe)[0]
-        write_json(folder / RANGES, {name: list(ends) for name, ends in calibrate(base, calibration(context)).items()})
+        ranges = calibrate(context.run.release(0), calibration(context))
+        write_json(folder / variant.exports.ranges.name, {name: list(ends) for name, ends in ranges.items()})
 
 
 def _write_releases(variant: Variant, updates: list[ExpertUpdate]) -> list[Path]:
-    context, metrics = variant.context, variant.context.run.metrics()
-    adapted = tuple(ExpertUpdate.stack(updates).factors)
-    releases = variant.exports.releases(context.recipe)[: len(updates) + 1]
+    context, releases = variant.context, variant.releases[: len(updates) + 1]
     with context.progress.track(f"Writing releases in {variant.precision}", len(releases)) as advance:
         for number, path in enumerate(releases):
             if not path.exists():
-                with context.showing(updates[:number]) as merged:
-                    content = _content(variant, number, path.name, updates[:number], merged, metrics, adapted)
-                    write_release(content, variant.exports.graphs, path)
+                with context.with_updates_applied(updates[:number]) as merged:
+                    write_release(_content(variant, number, updates, merged), variant.exports.graphs, path)
             advance(path.name)
     return releases
 
 
 def _audit(context: RunContext, updates: list[ExpertUpdate]) -> None:
-    last = context.run.releases(context.recipe)[len(updates)]
-    context.progress.step(f"Exporting {last.name} afresh to compare")
-    with context.showing(updates):
-        audit_reexport(
-            context.clip.model,
-            context.clip.preprocess.size,
-            _context_length(context),
-            last,
-            opset=context.recipe.export.opset,
-        )
+    last = Variant(context, FP32).releases[len(updates)]
+    context.progress.step(f"Exporting {last.name} again to compare")
+    size, opset = context.clip.preprocess.size, context.recipe.export.opset
+    with context.with_updates_applied(updates):
+        audit_reexport(context.clip.model, size, _context_length(context), last, opset=opset)
 
 
 def _context_length(context: RunContext) -> int:
@@ -109,54 +98,49 @@ def _context_length(context: RunContext) -> int:
 
 
 def _content(
-    variant: Variant,
-    number: int,
-    name: str,
-    updates: list[ExpertUpdate],
-    merged: dict[str, np.ndarray],
-    metrics: dict[str, Any],
-    adapted: tuple[Rows, ...],
+    variant: Variant, number: int, updates: list[ExpertUpdate], merged: dict[str, np.ndarray]
 ) -> ReleaseContent:
-    """What release `number` holds, from the model that has learned `updates`."""
-    context, recipe, clip = variant.context, variant.context.recipe, variant.context.clip
-    learned = {task.name for task in context.tasks[:number]}
+    """What release `number` of a run with `updates` holds; `merged` are the model's parameters, and it computes with them now."""
+    context, clip = variant.context, variant.context.clip
+    trained = context.recipe.stream[:number]
     tasks = tuple(
-        TaskClasses(t.name, t.classes, t.templates, class_embeddings(clip, t), t.name in learned) for t in context.tasks
+        TaskClasses(t.name, t.classes, t.templates, class_embeddings(clip, t), i <= number)
+        for i, t in enumerate(context.tasks, 1)
     )
-    values = metrics["accuracy"][number - 1] if number else metrics["zero_shot"]
-    trained = dict(zip(metrics["tasks"], values, strict=True))
+    single = variant.precision == FP32
     return ReleaseContent(
-        name=name,
+        name=variant.releases[number].name,
         sequence=number,
         precision=variant.precision,
         base=context.run.base(),
         updates=tuple(
-            {"task": t.name, "sha256": sha256_file(context.run.task(i, t.name) / "factors.safetensors")}
-            for i, t in enumerate(recipe.stream[:number], 1)
+            MergedUpdate(task.name, sha256_file(context.run.task(i, task.name).factors))
+            for i, task in enumerate(trained, 1)
         ),
-        weights=merged if variant.precision == "fp32" else variant.tensors(updates),
+        weights=merged if single else variant.tensors(updates[:number]),
         tasks=tasks,
         golden=_golden(context),
         preprocess=clip.preprocess.to_json(),
         tokenizer=clip.tokenizer,
         graph_digests={graph: graph_digest(variant.exports.graphs / graph) for graph in GRAPHS},
-        accuracy=lambda folder: trained if variant.precision == "fp32" else _accuracies(context, folder, tasks),
+        accuracy=lambda folder: context.run.metrics().after(number) if single else _accuracies(context, folder, tasks),
         versions={"r1export": __version__} | versions(),
         tolerance=variant.tolerance,
-        adapted=adapted,
+        adapted=tuple(ExpertUpdate.stack(updates).factors),
     )
 
 
 def _accuracies(context: RunContext, folder: Path, tasks: tuple[TaskClasses, ...]) -> dict[str, float]:
     """Top-1 of a release's own image tower in onnxruntime, on all test images of every task."""
-    run = runner(open_session(folder / "visual.onnx"))
+    run = runner(open_session(folder / VISUAL.graph))
     union = all_classes(context.clip, context.tasks) if context.recipe.data.candidates == "all" else None
-    found = {}
+    accuracies = {}
     for task, classes in zip(context.tasks, tasks, strict=True):
         batches = context.tests[task.name].batches(BATCH)
-        embeds = [run({"pixel_values": context.clip.preprocess.normalize(batch).numpy()}) for batch in batches]
-        found[task.name] = top1_among(np.concatenate(embeds), task, union or classes.embeddings)
-    return found
+        embeds = [run({VISUAL.input: context.clip.preprocess.normalize(batch).numpy()}) for batch in batches]
+        candidates = classes.embeddings if union is None else union
+        accuracies[task.name] = top1_among(np.concatenate(embeds), task, candidates)
+    return accuracies
 
 
 @torch.inference_mode()
@@ -164,8 +148,8 @@ def _golden(context: RunContext) -> Golden:
     """Real test images of all tasks in turn, a prompt of each, and what torch makes of them."""
     clip, tasks = context.clip, context.tasks
     picks = [(tasks[i % len(tasks)], i // len(tasks)) for i in range(GOLDEN_IMAGES)]
-    pixels = torch.cat([context.tests[task.name].batch(np.array([place % len(task.test)])) for task, place in picks])
-    tokens = clip.tokenize([task.templates[0].format(task.classes[place % len(task.classes)]) for task, place in picks])
+    pixels = torch.cat([context.tests[task.name].batch(np.array([i % len(task.test)])) for task, i in picks])
+    tokens = clip.tokenize([task.templates[0].format(task.classes[i % len(task.classes)]) for task, i in picks])
     values = clip.preprocess.normalize(pixels)
     return Golden(
         values.numpy(),

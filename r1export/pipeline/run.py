@@ -1,9 +1,8 @@
-"""The whole way in one call: open a run, then train, export and verify."""
+"""One run in one call: open it, then train, export and verify."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from r1export.adapt import distributed
 from r1export.errors import Unsupported
@@ -13,6 +12,7 @@ from r1export.pipeline.train import train_tasks
 from r1export.pipeline.verification.run import verify_run
 from r1export.recipe import Recipe
 from r1export.run_folder import RunFolder, check_run, open_run
+from r1export.verify.results import RunReport
 
 
 def run(
@@ -23,12 +23,12 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Train the stream of `recipe`, write a release after each task, verify all of them, and return report.json.
+) -> RunReport | None:
+    """Train the tasks of `recipe`, write a release after each task, verify all of them, and return the report.
 
-    `device` is "auto", "cpu" or "cuda"; `resume` goes on with the run in `out`, `overwrite` deletes it first. The report's
+    `device` is "auto", "cpu" or "cuda"; `resume` continues the run in `out`, `overwrite` deletes it first. The report's
     `verdict` is "pass", "fail" or "inconclusive". Among several processes of torchrun the first one exports and verifies;
-    the others return an empty report.
+    the others return None.
 
     Raises:
         InputError: bad input, found before anything is written.
@@ -39,8 +39,8 @@ def run(
     )
 
 
-def run_steps(context: RunContext) -> dict[str, Any]:
-    """Train, export and verify what is not yet done, and return report.json; empty in processes that only help to train.
+def run_steps(context: RunContext) -> RunReport | None:
+    """Train, export and verify what is not yet done, and return the report; None in processes that only help to train.
 
     Raises Unsupported, before anything is trained, where there will be nothing to verify against.
     """
@@ -48,7 +48,7 @@ def run_steps(context: RunContext) -> dict[str, Any]:
         raise Unsupported("full fine-tuning has no unmerged model to verify against", "use it with r1export train")
     train_tasks(context)
     if not distributed.is_first():
-        return {}
+        return None
     export_releases(context)
     return verify_run(context)
 
@@ -65,7 +65,9 @@ def open_run_context(
     """A run in `out`, new or resumed, with its input loaded and looked at. Raises as `run` does."""
     check_run(out, recipe, resume=resume, overwrite=overwrite)
     context = RunContext(RunFolder(out), recipe, choose_device(device), progress or NoProgress())
-    distributed.start(context.device)  # waits for the other processes of torchrun, so none finds the run of the first
+    distributed.start(
+        context.device
+    )  # waits for the other processes of torchrun: none may see the run that the first one writes
     check_inputs(context)
     if distributed.is_first():
         open_run(out, recipe, resume=resume, overwrite=overwrite)

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from r1export.adapt import distributed
-from r1export.adapt.trainer import Step
+from r1export.adapt.trainer import TrainStep
 from r1export.errors import Unsupported
 from r1export.pipeline.context import RunContext
 
 
 @contextmanager
-def step_log(context: RunContext, number: int) -> Iterator[Callable[[Step], None]]:
+def step_log(context: RunContext, number: int) -> Iterator[Callable[[TrainStep], None]]:
     """Logs each step of task `number`, or does nothing. Raises Unsupported if TensorBoard is asked for and not installed."""
     if not _logs(context):
         yield lambda step: None
@@ -21,8 +21,8 @@ def step_log(context: RunContext, number: int) -> Iterator[Callable[[Step], None
     before, size = (number - 1) * context.recipe.train.iterations, context.recipe.train.batch_size
     with _writer(context) as board:
 
-        def log(step: Step) -> None:
-            values = {"loss": step.loss, "orthogonality": step.orthogonality, "keep": step.kept}
+        def log(step: TrainStep) -> None:
+            values = {"loss": step.loss, "orthogonality": step.orthogonality, "distillation": step.distillation}
             values["images per second"] = size / step.seconds
             for name, value in values.items():
                 board.add_scalar(f"train/{name}", value, before + step.number)
@@ -49,4 +49,4 @@ def _writer(context: RunContext) -> Any:
         raise Unsupported(
             "tensorboard is not installed", "pip install 'r1export[tensorboard]', or leave train.tensorboard out"
         ) from None
-    return SummaryWriter(str(context.run.path / "tensorboard"))
+    return SummaryWriter(str(context.run.tensorboard))

@@ -1,240 +1,214 @@
-"""Learn the tasks one after another: zero-shot, then for each task train, pack, merge and evaluate."""
+"""Train the tasks one after another: zero-shot, then for each task train, pack, merge and evaluate."""
 
 from __future__ import annotations
 
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from r1export import __version__
 from r1export.adapt import distributed
 from r1export.adapt.clip import digest, licence
-from r1export.adapt.distillation import BATCH, Knowledge, recall, reference_names
+from r1export.adapt.distillation import BATCH, DistillationTargets, distillation_targets, reference_names
 from r1export.adapt.evaluate import accuracy, all_classes
 from r1export.adapt.full_finetune import fine_tune_
-from r1export.adapt.inject import adopt_, eject_experts_, pack_experts, pool_tensors, remember_, widen_spans_
+from r1export.adapt.inject import eject_experts_
 from r1export.adapt.metrics import stream_metrics
-from r1export.adapt.trainer import (
-    Step,
-    TrainSettings,
-    input_directions,
-    reset_pools_,
-    task_prompts,
-    train_pools_,
-    visited,
-)
+from r1export.adapt.pack import load_rounded_factors_, pack_experts, pool_tensors, set_past_experts_
+from r1export.adapt.trainer import TrainingTask, TrainStep, reset_pools_, train_pools_
 from r1export.data.task import Task
 from r1export.errors import InputError
 from r1export.export.write_release import refused_writes
-from r1export.pipeline.context import RunContext, inject_pools_
+from r1export.pipeline.context import RunContext, inject_pools_, train_settings
 from r1export.pipeline.environment import now, versions
 from r1export.pipeline.tensorboard import log_accuracies, step_log
 from r1export.recipe import Recipe
-from r1export.run_folder import read_json
+from r1export.run_folder import RunMetrics, RunRecord, read_value
 from r1export.update.atomic_io import write_json
-from r1export.update.container import read_tensors, write_tensors
+from r1export.update.container import write_tensors
 from r1export.update.factors import ExpertUpdate
+from r1export.update.release_manifest import BaseModel
+from r1export.update.run_layout import TaskLayout
+from r1export.verify.results import Probe
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
-SPANS = "inputs.safetensors"  # leading directions of a task's inputs, kept for train.orthogonality = "input"
 
 
-def train_tasks(context: RunContext) -> dict[str, Any]:
-    """Learn every task that is not yet learned and return metrics.json. Goes on where an earlier run stopped."""
+def train_tasks(context: RunContext) -> RunMetrics:
+    """Train every task that is not trained yet and return what metrics.json says. Continues where an earlier run stopped."""
     run, recipe = context.run, context.recipe
     with refused_writes(run.path):
         _write_run_json(context)
-        zero_shot = _remembered(context, run.path / "zero_shot.json", "Zero-shot")
+        zero_shot = _cached_accuracies(context, run.zero_shot, "Zero-shot")
         rows: list[dict[str, float]] = []
         updates: list[ExpertUpdate] = []
         for number, task in enumerate(context.tasks, 1):
             folder = run.task(number, task.name)
-            if not (folder / "factors.safetensors").exists():
-                with context.showing(updates):
-                    _learn(context, number, task, updates, folder)
+            if not folder.factors.exists():
+                with context.with_updates_applied(updates):
+                    _train_task(context, number, task, updates, folder)
             distributed.wait()
-            updates.append(ExpertUpdate.read(folder / "factors.safetensors"))
-            with context.showing(updates):
-                rows.append(_remembered(context, folder / "accuracy.json", f"After {task.name}"))
+            updates.append(ExpertUpdate.read(folder.factors))
+            with context.with_updates_applied(updates):
+                rows.append(_cached_accuracies(context, folder.accuracy, f"After {task.name}"))
             log_accuracies(context, number, rows[-1])
         metrics = _metrics(recipe, zero_shot, rows)
         if distributed.is_first():
-            write_json(run.metrics_file, metrics)
+            write_json(run.metrics_file, metrics.to_json())
     return metrics
 
 
-def _remembered(context: RunContext, path: Path, title: str) -> dict[str, float]:
+def _cached_accuracies(context: RunContext, path: Path, title: str) -> dict[str, float]:
     """The accuracies of the model as it stands, from `path` if they were measured before."""
     if not path.exists() and distributed.is_first():
         write_json(path, _evaluate(context, title))
     distributed.wait()
     remedy = "delete the file and run again with --resume"
-    found, probe = read_json(path, remedy), context.recipe.probe
+    accuracies, probe = read_value(dict[str, float], path, remedy), context.recipe.probe
     names = [task.name for task in (*context.recipe.stream, *((probe,) if probe else ()))]
-    if missing := [name for name in names if not isinstance(found.get(name), float | int)]:
+    if missing := [name for name in names if not _is_share(accuracies.get(name))]:
         raise InputError(f"{path}: damaged: no accuracy of {', '.join(missing)}", remedy)
-    return found
+    return accuracies
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, float | int) and 0 <= value <= 1
 
 
 def _write_run_json(context: RunContext) -> None:
-    path = context.run.path / "run.json"
+    path = context.run.run_json
     source = context.recipe.base
     terms = "Apache-2.0" if source.model.startswith("builtin:") else licence(source.pretrained)
-    base = {"name": source.model or context.clip.name, "sha256": digest(context.base), "licence": terms}
+    base = BaseModel(source.model or context.clip.name, digest(context.base), terms)
     if path.exists() and context.run.base() != base:
         raise InputError(
             f"{path}: the run was started from another base model",
             "give back the weights it was started with, or --overwrite",
         )
     if not path.exists() and distributed.is_first():
-        write_json(
-            path,
-            {
-                "r1export": __version__,
-                "seed": context.recipe.train.seed,
-                "base": base,
-                "versions": versions(),
-                "started": now(),
-            },
-        )
+        record = RunRecord(__version__, context.recipe.train.seed, base, versions(), now())
+        write_json(path, record.to_json())
 
 
 def _evaluate(context: RunContext, title: str) -> dict[str, float]:
     """Accuracy of the model as it stands on every task and the probe, by name."""
     tasks = (*context.tasks, *((context.probe,) if context.probe else ()))
     union = all_classes(context.clip, context.tasks) if context.recipe.data.candidates == "all" else None
-    found = {}
+    accuracies = {}
     with context.progress.track(f"{title}: accuracy", len(tasks)) as advance:
         for task in tasks:
-            among = None if task is context.probe else union
-            found[task.name] = accuracy(context.clip, task, context.tests[task.name], among)
-            advance(f"{task.name} {100 * found[task.name]:.1f} %")
-    return found
-
-
-def _learn(context: RunContext, number: int, task: Task, earlier: list[ExpertUpdate], folder: Path) -> None:
-    """Teach one task to the model that has learned `earlier`; factors.safetensors is written last, since it says so."""
-    recipe, started = context.recipe, time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    learn = _fine_tune if recipe.train.method == "full" else _teach_pools
-    title = f"Task {number} of {len(context.tasks)}: {task.name}"
-    knowledge = _recall(context, number, task, title) if recipe.train.keep else None
-    with context.progress.track(title, recipe.train.iterations) as advance, step_log(context, number) as log:
-
-        def on_step(step: Step) -> None:
-            advance(_note(step, recipe))
-            log(step)
-
-        learned = learn(_Turn(context, number, task, earlier, folder, on_step, knowledge))
-    if not distributed.is_first():
-        return
-    write_json(
-        folder / "metrics.json",
-        {
-            "task": task.name, "images": len(task.train), "losses": learned.losses, "seconds": time.perf_counter() - started, "peak_rss_mb": _peak_rss_mb(),
-            "trainable_parameters": learned.trainable, "factor_bytes": learned.update.nbytes,
-        },
-    )  # fmt: skip
-    learned.update.write(folder / "factors.safetensors")
+            candidates = None if task is context.probe else union
+            accuracies[task.name] = accuracy(context.clip, task, context.tests[task.name], candidates)
+            advance(f"{task.name} {100 * accuracies[task.name]:.1f} %")
+    return accuracies
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """A task whose turn it is, number `number` of the stream: what was learned before, where its files go, who looks on."""
+class TaskJob:
+    """One task to train: the updates of `earlier` tasks, its own folder, and the callback of every step."""
 
     context: RunContext
-    number: int
-    task: Task
+    training: TrainingTask
     earlier: list[ExpertUpdate]
-    folder: Path
-    on_step: Callable[[Step], None]
-    knowledge: Knowledge | None
+    folder: TaskLayout
+    on_step: Callable[[TrainStep], None]
 
 
 @dataclass(frozen=True)
-class _Learned:
+class _Trained:
     """The loss of every step, what to merge, and how many parameters were trained."""
 
     losses: list[float]
     update: ExpertUpdate
-    trainable: int
+    parameters: int
 
 
-def _teach_pools(turn: _Turn) -> _Learned:
-    context, number, task, folder = turn.context, turn.number, turn.task, turn.folder
-    recipe, settings = context.recipe, _settings(context.recipe)
-    pools = inject_pools_(context.clip, recipe)
+def _train_task(context: RunContext, number: int, task: Task, earlier: list[ExpertUpdate], folder: TaskLayout) -> None:
+    """Train one task on the model with `earlier` merged. factors.safetensors is written last: it marks the task as done."""
+    recipe, started = context.recipe, time.perf_counter()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    title = f"Task {number} of {len(context.tasks)}: {task.name}"
+    training = TrainingTask(number, task, context.trains[task.name], train_settings(recipe.train))
+    if recipe.train.distill_weight:
+        training = replace(training, targets=_distillation_targets(context, training, title))
+    train = _train_all_weights if recipe.train.method == "full" else _train_experts
+    with context.progress.track(title, recipe.train.iterations) as advance, step_log(context, number) as log:
+
+        def on_step(step: TrainStep) -> None:
+            advance(_note(step, recipe))
+            log(step)
+
+        trained = train(TaskJob(context, training, earlier, folder, on_step))
+    if not distributed.is_first():
+        return
+    write_json(
+        folder.metrics,
+        {
+            "task": task.name, "images": len(task.train), "losses": trained.losses, "seconds": time.perf_counter() - started, "peak_rss_mb": _peak_rss_mb(),
+            "trainable_parameters": trained.parameters, "factor_bytes": trained.update.nbytes,
+        },
+    )  # fmt: skip
+    trained.update.write(folder.factors)
+
+
+def _train_experts(job: TaskJob) -> _Trained:
+    clip, recipe, training = job.context.clip, job.context.recipe, job.training
+    pools = inject_pools_(clip, recipe)
     try:
-        reset_pools_(pools, recipe.train.seed, number)
-        if turn.earlier:
-            remember_(pools, ExpertUpdate.stack(turn.earlier))
-        if settings.orthogonality == "input":
-            for i, old in enumerate(context.tasks[: number - 1], 1):
-                widen_spans_(pools, read_tensors(context.run.task(i, old.name) / SPANS))
-        losses = train_pools_(
-            context.clip, pools, task, context.trains[task.name], settings, number=number,
-            checkpoint=folder / "checkpoint.safetensors", on_step=turn.on_step, knowledge=turn.knowledge,
-        )  # fmt: skip
-        if settings.orthogonality == "input":
-            prompts = task_prompts(context.clip, task, settings.seed, number)
-            spans = input_directions(context.clip, pools, context.trains[task.name], prompts)
-            if distributed.is_first():
-                write_tensors(folder / SPANS, spans)
+        reset_pools_(pools, recipe.train.seed, training.number)
+        if job.earlier:
+            set_past_experts_(pools, ExpertUpdate.stack(job.earlier))
+        losses = train_pools_(clip, pools, training, checkpoint=job.folder.checkpoint, on_step=job.on_step)
         update = pack_experts(pools, DTYPES[recipe.pool.factors])
         if recipe.pool.factors != "fp32":
-            adopt_(pools, update)
+            load_rounded_factors_(pools, update)
         if distributed.is_first():
-            write_tensors(folder / "pool.safetensors", pool_tensors(pools))
-        trainable = sum(p.numel() for pool in pools.values() for p in pool.learned())
-        return _Learned(losses, update, trainable)
+            write_tensors(job.folder.pool, pool_tensors(pools))
+        return _Trained(losses, update, sum(p.numel() for pool in pools.values() for p in pool.learned()))
     finally:
-        eject_experts_(context.clip.model)
+        eject_experts_(clip.model)
 
 
-def _recall(context: RunContext, number: int, task: Task, title: str) -> Knowledge:
-    """What the model says before task `number`, which training then holds on to."""
-    train = context.trains[task.name]
-    wanted = visited(len(train), _settings(context.recipe), number)
-    names = reference_names([name for old in context.tasks[: number - 1] for name in old.classes])
-    batches = sum(-(-len(some) // BATCH) for some in (names, wanted))
-    with context.progress.track(f"{title}: what the model knows before", batches) as advance:
-        return recall(context.clip, train, wanted, names, advance, weight=context.recipe.train.keep)
+def _train_all_weights(job: TaskJob) -> _Trained:
+    model = job.context.clip.model
+    losses, update = fine_tune_(job.context.clip, job.training, job.on_step)
+    return _Trained(losses, update, sum(p.numel() for p in model.parameters() if p.ndim))
 
 
-def _fine_tune(turn: _Turn) -> _Learned:
-    context, task = turn.context, turn.task
-    losses, update = fine_tune_(
-        context.clip, task, context.trains[task.name], _settings(context.recipe), number=turn.number, on_step=turn.on_step,
-        knowledge=turn.knowledge,
-    )  # fmt: skip
-    return _Learned(losses, update, sum(p.numel() for p in context.clip.model.parameters() if p.ndim))
+def _distillation_targets(context: RunContext, training: TrainingTask, title: str) -> DistillationTargets:
+    """The predictions of the model before a task, on the task's images and on reference names."""
+    images = training.visited()
+    names = reference_names([name for earlier in context.tasks[: training.number - 1] for name in earlier.classes])
+    batches = sum(-(-len(items) // BATCH) for items in (names, images))
+    with context.progress.track(f"{title}: computing distillation targets", batches) as advance:
+        return distillation_targets(context.clip, training.train, images, names, advance)
 
 
-def _settings(recipe: Recipe) -> TrainSettings:
-    return TrainSettings(**recipe.train.model_dump(exclude={"method", "keep", "tensorboard"}))
-
-
-def _note(step: Step, recipe: Recipe) -> str:
-    extra = "".join(f" + {value:.3f}" for value in (step.orthogonality, step.kept) if value)
+def _note(step: TrainStep, recipe: Recipe) -> str:
+    extra = "".join(f" + {value:.3f}" for value in (step.orthogonality, step.distillation) if value)
     return f"loss {step.loss:.3f}{extra}, {recipe.train.batch_size / step.seconds:.0f} images/s"
 
 
-def _metrics(recipe: Recipe, zero_shot: dict[str, float], rows: list[dict[str, float]]) -> dict[str, Any]:
+def _metrics(recipe: Recipe, zero_shot: dict[str, float], rows: list[dict[str, float]]) -> RunMetrics:
     names = [task.name for task in recipe.stream]
-    matrix = [[row[name] for name in names] for row in rows]
+    matrix = tuple(tuple(row[name] for name in names) for row in rows)
     summary = stream_metrics(matrix)
     probe = recipe.probe.name if recipe.probe else None
-    return {
-        "tasks": names, "zero_shot": [zero_shot[name] for name in names], "accuracy": matrix,
-        "zero_shot_avg": float(np.mean([zero_shot[name] for name in names])),
-        "transfer": summary.transfer, "avg": summary.avg, "last": summary.last, "forgetting": list(summary.forgetting),
-        "probe": {"name": probe, "values": [zero_shot[probe], *(row[probe] for row in rows)]} if probe else None,
-    }  # fmt: skip
+    return RunMetrics(
+        tasks=tuple(names),
+        zero_shot=tuple(zero_shot[name] for name in names),
+        accuracy=matrix,
+        zero_shot_avg=float(np.mean([zero_shot[name] for name in names])),
+        transfer=summary.transfer,
+        avg=summary.avg,
+        last=summary.last,
+        forgetting=summary.forgetting,
+        probe=Probe(name=probe, values=tuple(row[probe] for row in (zero_shot, *rows))) if probe else None,
+    )
 
 
 def _peak_rss_mb() -> float:

@@ -1,6 +1,6 @@
-"""How the numbers of a report are written for people."""
+"""How numbers are written for people."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
 NOT_MEASURED = "not measured"
 MINUS = "\N{MINUS SIGN}"
@@ -47,11 +47,9 @@ def ratio(value: float | None) -> str:
     return NOT_MEASURED if value is None else f"{value:.3f}"
 
 
-def band(interval: Sequence[float | None] | None) -> str:
+def interval(ends: tuple[float, float] | None) -> str:
     """An interval of ratios, `0.996 to 1.004`."""
-    if not interval or None in interval:
-        return NOT_MEASURED
-    return f"{interval[0]:.3f} to {interval[1]:.3f}"
+    return f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else NOT_MEASURED
 
 
 def milliseconds(value: float | None) -> str:

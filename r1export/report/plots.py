@@ -5,8 +5,7 @@ and returns "" when there is nothing to draw.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from statistics import median
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -14,21 +13,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from r1export.report.format import percent, scientific, share, size
-from r1export.report.matrix import matrix_table, update_bytes, weight_bytes
 from r1export.report.svg import ALARM, BAND, DASHES, HEAT, INK, LINE, MUTED, SERIES, page_svg, style
+from r1export.report.tables import matrix
+from r1export.verify.results import PARITY_STAGES, Accuracy, Histogram, Latency, Parity, ParityStages, ReleaseFacts
 
 WIDTH = 6.0  # inches of 72 pixels: legible when it is shrunk to a phone
 PROBE = " (probe)"
 MERGED, UNMERGED = "merged", "unmerged"
-STAGES = ("merge", "export", "total")
 
 
-def accuracy_matrix(accuracy: Mapping[str, Any] | None, key: str) -> str:
+def accuracy_matrix(accuracy: Accuracy, key: str) -> str:
     """Heat map: one row for zero-shot and for each task learned, one column per task (and for the probe)."""
-    rows, columns, values = matrix_table(accuracy)
-    if not rows:
-        return ""
-    first = 1 if rows[0] == "zero-shot" else 0
+    rows, columns, values = matrix(accuracy)
     names = [_short(name.removesuffix(PROBE), 14) for name in columns]
     places = [n + (0.25 if name.endswith(PROBE) else 0.0) for n, name in enumerate(columns)]
     with style(key):
@@ -36,7 +32,7 @@ def accuracy_matrix(accuracy: Mapping[str, Any] | None, key: str) -> str:
         axes = figure.subplots()
         for y, row in enumerate(values):
             for x, value in zip(places, row, strict=True):
-                _cell(axes, x, y, value, learned=rows[y] != "zero-shot" and x == y - first)
+                _cell(axes, x, y, value, learned=x == y - 1)
         axes.set(xlim=(-0.5, places[-1] + 0.5), ylim=(len(rows) - 0.5, -0.5))
         axes.set_xticks(places, names, color=INK)
         axes.set_yticks(range(len(rows)), [_short(name, 24) for name in rows], color=INK)
@@ -50,39 +46,36 @@ def accuracy_matrix(accuracy: Mapping[str, Any] | None, key: str) -> str:
         return page_svg(figure, key, f"Accuracy matrix in percent. Last row, {rows[-1]}: {last}.")
 
 
-def _cell(axes: Axes, x: float, y: int, value: float | None, learned: bool) -> None:
+def _cell(axes: Axes, x: float, y: int, value: float, learned: bool) -> None:
     """One number on a patch whose opacity grows with it; the task just learned is outlined."""
-    strength = 0.0 if value is None else 0.06 + 0.94 * max(0.0, min(1.0, value)) ** 1.5
+    strength = 0.06 + 0.94 * max(0.0, min(1.0, value)) ** 1.5
     box = (x - 0.47, y - 0.45)
     axes.add_patch(Rectangle(box, 0.94, 0.9, facecolor=HEAT, alpha=strength, linewidth=0))
     if learned:
         axes.add_patch(Rectangle(box, 0.94, 0.9, fill=False, edgecolor=INK, linewidth=1.2))
-    text = "\N{EN DASH}" if value is None else percent(value).removesuffix(" %")
-    axes.text(x, y, text, ha="center", va="center", color=INK)
+    axes.text(x, y, percent(value).removesuffix(" %"), ha="center", va="center", color=INK)
 
 
-def forgetting_curves(accuracy: Mapping[str, Any] | None, key: str) -> str:
+def forgetting_curves(accuracy: Accuracy, key: str) -> str:
     """Accuracy of every task over the sequence; a dot marks the moment at which it was learned."""
-    rows, _, values = matrix_table(accuracy)
-    tasks = list((accuracy or {}).get("tasks") or [])
+    rows, columns, values = matrix(accuracy)
+    tasks = columns[: len(accuracy.tasks)]
     if len(rows) < 2:
         return ""
-    first = 0 if rows[0] == "zero-shot" else 1
     with style(key):
         figure = Figure(figsize=(WIDTH, 3.1 + 0.12 * max(0, len(tasks) - 6)), layout="constrained")
         axes = figure.subplots()
         ends = []
         for n, name in enumerate(tasks):
-            curve = [(i + first, 100 * value) for i, row in enumerate(values) if (value := row[n]) is not None]
-            if curve:
-                _curve(axes, curve, n)
-                ends.append((curve[-1][1], n, name))
-        stages = len(rows) - 1 + first
+            curve = [(i, 100 * row[n]) for i, row in enumerate(values)]
+            _curve(axes, curve, n)
+            ends.append((curve[-1][1], n, name))
+        stages = len(rows) - 1
         ends.sort()
         for height, (_, n, name) in zip(_stacked([end[0] for end in ends], 6.5, 103), ends, strict=True):
             axes.text(1.02 * stages + 0.04, height, _short(name, 16), va="center", color=SERIES[n % len(SERIES)])
-        axes.set(xlim=(first - 0.05 * stages, stages), ylim=(-2, 104), ylabel="accuracy, %")
-        axes.set_xticks(range(first, stages + 1), [_short(name.removeprefix("after "), 12) for name in rows])
+        axes.set(xlim=(-0.05 * stages, stages), ylim=(-2, 104), ylabel="accuracy, %")
+        axes.set_xticks(range(stages + 1), [_short(name.removeprefix("after "), 12) for name in rows])
         if len(rows) > 6 or max(map(len, rows)) > 18:
             for label in axes.get_xticklabels():
                 label.set(rotation=32, ha="right", rotation_mode="anchor")
@@ -98,66 +91,43 @@ def _curve(axes: Axes, curve: Sequence[tuple[int, float]], n: int) -> None:
         axes.plot(*learned[0], "o", color=colour, markersize=6, clip_on=False)
 
 
-def error_histogram(parity: Mapping[str, Any] | None, key: str) -> str:
+def error_histogram(parity: ParityStages, key: str) -> str:
     """log10 of the absolute differences, one strip per stage, with its tolerance."""
-    stages = [(name, stage) for name in STAGES if _has_histogram(stage := ((parity or {}).get(name) or {}))]
+    stages = [(name, stage) for name in PARITY_STAGES if (stage := getattr(parity, name)).histogram]
     if not stages:
         return ""
     with style(key):
         figure = Figure(figsize=(WIDTH, 0.7 + 0.85 * len(stages)), layout="constrained")
         strips = figure.subplots(len(stages), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (name, stage) in zip(strips, stages, strict=True):
-            _strip(axes, name, stage)
+            _strip(axes, name, stage, stage.histogram)
         strips[-1].set_xlabel("absolute difference")
         strips[-1].xaxis.set_major_formatter(lambda tick, _: f"1e{tick:g}")
         facts = "; ".join(
-            f"{name}: largest {scientific(stage.get('max_abs'))}, tolerance {scientific(stage.get('tolerance'))}"
+            f"{name}: max. {scientific(stage.max_abs)}, tolerance {scientific(stage.tolerance)}"
             for name, stage in stages
         )
         return page_svg(figure, key, f"Histograms of absolute differences. {facts}.")
 
 
-def _has_histogram(stage: Mapping[str, Any]) -> bool:
-    histogram = stage.get("histogram") or {}
-    counts, edges = histogram.get("counts") or [], histogram.get("edges") or []
-    return len(edges) == len(counts) + 1 > 1 and None not in [*counts, *edges] and any(edges)
-
-
-def _strip(axes: Axes, name: str, stage: Mapping[str, Any]) -> None:
-    edges = log_edges(stage["histogram"]["edges"])
-    axes.stairs(stage["histogram"]["counts"], edges, fill=True, color=SERIES[0], alpha=0.85)
+def _strip(axes: Axes, name: str, stage: Parity, histogram: Histogram) -> None:
+    axes.stairs(
+        histogram.counts, [math.log10(edge) for edge in histogram.edges], fill=True, color=SERIES[0], alpha=0.85
+    )
     axes.set_ylabel(name, rotation=0, ha="right", va="center", color=INK)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    if stage.get("tolerance"):
-        axes.axvline(math.log10(stage["tolerance"]), color=ALARM, linewidth=1.3, linestyle=(0, (4, 2)))
-        axes.text(
-            1.01,
-            0.5,
-            f"tolerance\n{scientific(stage['tolerance'])}",
-            transform=axes.transAxes,
-            va="center",
-            color=ALARM,
-            fontsize=9,
-        )
+    if stage.tolerance:
+        axes.axvline(math.log10(stage.tolerance), color=ALARM, linewidth=1.3, linestyle=(0, (4, 2)))
+        place: dict[str, Any] = {"transform": axes.transAxes, "va": "center", "color": ALARM, "fontsize": 9}
+        axes.text(1.01, 0.5, f"tolerance\n{scientific(stage.tolerance)}", **place)
 
 
-def log_edges(edges: Sequence[float]) -> list[float]:
-    """Bin edges as log10: negative edges are logarithms already; an edge of zero moves one decade below the next."""
-    if min(edges) < 0:
-        return list(edges)
-    floor = min(edge for edge in edges if edge > 0) / 10
-    return [math.log10(max(edge, floor)) for edge in edges]
-
-
-def latency_ratios(latency: Mapping[str, Any] | None, key: str) -> str:
+def latency_ratios(latency: Latency, key: str) -> str:
     """Ratios of times to the base model: single pairs as dots, 95 % intervals as bars, the margin as a band."""
-    latency = latency or {}
-    pairs = [pair for pair in latency.get("pair_ratios") or [] if pair]
-    rows = _latency_rows(latency, pairs)
-    if not rows:
+    rows, pairs, margin = _latency_rows(latency), latency.pair_ratios, latency.margin
+    if not rows or not margin:
         return ""
-    margin = latency.get("margin") or 0.02
     reach = _reach([*pairs, *(end for name, _, interval in rows if name != UNMERGED for end in interval)], margin)
     with style(key):
         figure = Figure(figsize=(WIDTH, 0.75 + 0.62 * len(rows)), layout="constrained")
@@ -175,18 +145,15 @@ def latency_ratios(latency: Mapping[str, Any] | None, key: str) -> str:
         return page_svg(figure, key, f"Ratios of times to the base model. {facts}. Margin {percent(margin, 0)}.")
 
 
-def _latency_rows(latency: Mapping[str, Any], pairs: Sequence[float]) -> list[tuple[str, float, list[float]]]:
-    """Name, middle and interval of what was measured; the interval is empty when it is unknown."""
-    floor = latency.get("noise_floor") or {}
-    middle = latency.get("ratio") or (median(pairs) if pairs else None)
-    if not middle and not floor.get("ratio"):
+def _latency_rows(latency: Latency) -> list[tuple[str, float, tuple[float, ...]]]:
+    """Name, middle and interval of what was measured; the unmerged model has no interval."""
+    if latency.ratio is None or latency.ci95 is None or latency.noise_floor is None:
         return []
-    found = [
-        ("base again (noise)", floor.get("ratio"), floor.get("ci95")),
-        (MERGED, middle, latency.get("ci95")),
-        (UNMERGED, latency.get("unmerged_ratio"), None),
+    rows: list[tuple[str, float, tuple[float, ...]]] = [
+        ("base again (noise)", latency.noise_floor.ratio, latency.noise_floor.ci95),
+        (MERGED, latency.ratio, latency.ci95),
     ]
-    return [(name, value, [end for end in interval or [] if end]) for name, value, interval in found if value]
+    return [*rows, (UNMERGED, latency.unmerged_ratio, ())] if latency.unmerged_ratio is not None else rows
 
 
 def _reach(ratios: Sequence[float], margin: float) -> float:
@@ -212,9 +179,9 @@ def _interval(
     axes.plot([middle], [y], "D", color=INK, markersize=5.5)
 
 
-def sizes(release: Mapping[str, Any] | None, key: str) -> str:
+def sizes(release: ReleaseFacts, key: str) -> str:
     """The full-precision weights against the update that a fielded device receives."""
-    weights, update = weight_bytes(release), update_bytes(release)
+    weights, update = release.weight_bytes, release.update_bytes
     if not weights or update is None:
         return ""
     with style(key):

@@ -1,14 +1,16 @@
 """What a report says, as titles, sentences and tables of strings: the same for Markdown and HTML."""
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from r1export.report.checks import LADDER, Check, checks, overall
+from r1export.report.checks import Line, label, lines
 from r1export.report.format import (
     NOT_MEASURED,
-    band,
     cosine,
+    interval,
     milliseconds,
     percent,
     points,
@@ -17,9 +19,28 @@ from r1export.report.format import (
     share,
     size,
 )
-from r1export.report.matrix import matrix_table, update_bytes, weight_bytes
+from r1export.update.plain_text import printable
+from r1export.verify.results import (
+    PARITY_STAGES,
+    RUNGS,
+    TITLES,
+    Accuracy,
+    Difference,
+    Drift,
+    Flip,
+    Latency,
+    Parity,
+    Ratio,
+    ReleaseReport,
+    Report,
+    RunReport,
+    Times,
+    VariantCost,
+    Verdict,
+    overall,
+)  # fmt: skip
 
-RUNNERS = {
+MODELS = {
     "routed_torch": "torch, unmerged (routed)",
     "unmerged_torch": "torch, unmerged (frozen)",
     "merged_torch": "torch, merged",
@@ -28,186 +49,297 @@ RUNNERS = {
     "unmerged": "ONNX, unmerged (branches)",
 }
 QUESTIONS = {
-    "Contents": "The release is what was released: every file, and every weight as base + factors.",
+    "Run": "Every task of the recipe is released, and every release was verified.",
+    "Contents": "Release contents are intact: every file, and every weight as base + factors.",
     "Parity": "The device computes what was trained: one merge and one export, each compared on real samples.",
     "Same program": "Base and merged release run the identical program; only weight bytes differ.",
     "Added latency": "Timed in interleaved pairs, the merged model is as fast as the base model, within the margin.",
     "Control": "A model with its branches left in must be caught by the same checks.",
 }
+FLIPS = 10  # changed answers that are listed for each stage
+ROWS: dict[str, Any] = {
+    "Max. difference": lambda p: scientific(p.max_abs),
+    "Tolerance": lambda p: scientific(p.tolerance),
+    "Smallest tolerance that would pass": lambda p: scientific(p.least_tolerance),
+    "Control: base model": lambda p: scientific(p.control.max_abs if p.control else None),
+    "99th percentile": lambda p: scientific(p.p99_abs),
+    "Lowest cosine": lambda p: cosine(p.min_cosine),
+    "Cosine required": lambda p: cosine(p.min_cosine_required),
+    "Lowest cosine, base model": lambda p: cosine(p.control.min_cosine if p.control else None),
+    "Same top-1 answer": lambda p: percent(p.top1_agreement, 2),
+    "Samples": lambda p: f"{p.looked_at} of {p.of}" if p.of else NOT_MEASURED,
+    "Batch sizes": lambda p: ", ".join(map(str, p.batches)) or NOT_MEASURED,
+    "Graph optimization": lambda p: ", ".join(p.levels) or NOT_MEASURED,
+}
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text or a `Verdict`. The first column names the row."""
+    """Cells are text or a `Mark`. The first column names the row."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Mark:
     """A cell that is shown as a mark and a word, followed by the evidence."""
 
-    verdict: str
+    verdict: Verdict
     evidence: str = ""
 
 
-def groups(found: Sequence[Check]) -> Table:
+def groups(found: Sequence[Line]) -> Table:
     """What was checked, in one sentence each."""
     parts = {
-        **({"Contents": inside} if (inside := [check for check in found if check.group == "contents"]) else {}),
-        "Parity": [check for check in found if check.group == "parity"],
-        "Same program": [check for check in found if check.key in LADDER],
-        "Added latency": [check for check in found if check.key == "time"],
-        "Control": [check for check in found if check.key == "control"],
+        "Run": [line for line in found if line.group == "run"],
+        "Contents": [line for line in found if line.group == "contents"],
+        "Parity": [line for line in found if line.group == "parity"],
+        "Same program": [line for line in found if line.group == "proof" and line.name in RUNGS],
+        "Added latency": [line for line in found if line.group == "latency"],
+        "Control": [line for line in found if line.key == "proof.control"],
     }
-    rows = [[name, QUESTIONS[name], together(part)] for name, part in parts.items()]
+    rows = [[name, QUESTIONS[name], together(line.verdict for line in part)] for name, part in parts.items() if part]
     return Table(["Question", "What holds if it passed", "Verdict"], rows)
 
 
-def together(part: Sequence[Check]) -> Verdict:
-    """The verdict of several checks, and how many of them were not made."""
-    missing = sum(check.verdict == NOT_MEASURED for check in part)
-    if missing == len(part):
-        return Verdict(NOT_MEASURED)
-    return Verdict(
-        overall(check.verdict for check in part), f"{missing} of {len(part)} not measured" if missing else ""
-    )
+def together(verdicts: Iterable[Verdict]) -> Mark:
+    """The verdict of several checks; they do not apply if none of them does."""
+    listed = list(verdicts)
+    none_applies = set(listed) <= {Verdict.NOT_APPLICABLE}
+    return Mark(Verdict.NOT_APPLICABLE if none_applies else overall(listed))
 
 
-def ladder(report: Mapping[str, Any]) -> Table:
-    """The rungs L0 to L5 and the control: what each shows, its verdict, its evidence and the start of its digest."""
-    proof = report.get("proof") or {}
-    rows = [
-        [check.title, check.shows, Verdict(check.verdict, f"{check.evidence} {_digest(proof.get(check.key))}".strip())]
-        for check in checks(report)
-        if check.group in ("proof", "latency")
-    ]
-    return Table(["Rung", "Shows", "Verdict and evidence"], rows)
+def check_table(found: Sequence[Line], first: str) -> Table:
+    """One row per check: what it shows, its verdict and its evidence."""
+    rows = [[line.title, line.shows, Mark(line.verdict, line.evidence)] for line in found]
+    return Table([first, "Shows", "Verdict and evidence"], rows)
 
 
-def contents(report: Mapping[str, Any]) -> Table | None:
-    """What was looked at inside the release, one row per part."""
-    rows = [
-        [check.title, check.shows, Verdict(check.verdict, check.evidence)]
-        for check in checks(report)
-        if check.group == "contents"
-    ]
-    return Table(["Part", "Shows", "Verdict and evidence"], rows) if rows else None
+def contents(report: ReleaseReport) -> Table:
+    return check_table([line for line in lines(report) if line.group == "contents"], "Part")
 
 
-def drift(report: Mapping[str, Any]) -> Table | None:
+def ladder(report: ReleaseReport) -> Table:
+    """The rungs L0 to L5 and the control."""
+    return check_table([line for line in lines(report) if line.group in ("proof", "latency")], "Rung")
+
+
+def drift(found: Drift | None) -> Table | None:
     """Whether galleries indexed with an earlier release may be kept."""
-    found = report.get("drift") or {}
-    if not found:
+    if found is None:
         return None
-    recalls = [
-        [f"Of the {k} nearest, still found", percent(found[key])] for k in (1, 10) if (key := f"recall_at_{k}") in found
-    ]
+    recalls = {1: found.recall_at_1, 10: found.recall_at_10}
     rows = [
-        ["Index again", found.get("reindex") or NOT_MEASURED],
-        ["Images", str(found.get("images"))],
-        ["Mean cosine", cosine(found.get("mean_cosine"))],
+        ["Re-index", found.reindex],
+        ["Images", str(found.images)],
+        ["Mean cosine", cosine(found.mean_cosine)],
+        ["Lowest cosine", cosine(found.min_cosine)],
+        *[[f"Of the {k} nearest, still found", percent(recall)] for k, recall in recalls.items() if recall is not None],
     ]
-    return Table(
-        [f"Against {found.get('against')}", "Found"],
-        [*rows, ["Lowest cosine", cosine(found.get("min_cosine"))], *recalls],
-    )
+    return Table([f"Against {found.against}", "Measured"], rows)
 
 
-def _digest(rung: Mapping[str, Any] | None) -> str:
-    digest, expected = ((rung or {}).get(key) for key in ("digest", "expected"))
-    if not digest:
-        return ""
-    if expected and expected != digest:
-        return f"Found `{digest[:16]}`, expected `{expected[:16]}`."
-    return f"sha256 `{digest[:16]}`"
+def timings(latency: Latency) -> Table | None:
+    """Median and p90 of every model, provider and batch, with its ratio to the base model there."""
+    rows = [
+        [name, label(provider), batch, *_times(models[key], models["base"])]
+        for provider, batches in (latency.providers or {}).items()
+        for batch, models in batches.items()
+        for key, name in MODELS.items()
+        if key in models
+    ]
+    return Table(["Model", "Provider", "Batch", "Median, ms", "p90, ms", "vs. base", "Runs"], rows) if rows else None
 
 
-def timings(report: Mapping[str, Any]) -> Table | None:
-    """Median and p90 of every runner, provider and batch, with its ratio to the base model there."""
-    rows = []
-    for provider, batches in ((report.get("latency") or {}).get("providers") or {}).items():
-        for batch, runners in batches.items():
-            base = ((runners or {}).get("base") or {}).get("median_ms")
-            for key, name in RUNNERS.items():
-                if times := (runners or {}).get(key):
-                    rows.append([name, provider.removesuffix("ExecutionProvider"), batch, *_times(times, base)])
-    return Table(["Model", "Provider", "Batch", "Median, ms", "p90, ms", "To base", "Runs"], rows) if rows else None
+def _times(times: Times, base: Times) -> list[str]:
+    vs_base = f"{times.median_ms / base.median_ms:.2f}"
+    return [milliseconds(times.median_ms), milliseconds(times.p90_ms), vs_base, str(times.n)]
 
 
-def _times(times: Mapping[str, Any], base: float | None) -> list[str]:
-    middle, count = times.get("median_ms"), times.get("n")
+def parity(report: ReleaseReport) -> Table:
+    """One column per stage, one row per figure."""
+    stages = [getattr(report.parity, name) for name in PARITY_STAGES]
+    rows: list[Sequence[Any]] = [
+        ["Compares", "unmerged torch, merged torch", "merged torch, ONNX", "unmerged torch, ONNX"],
+        ["Verdict", *(Mark(stage.verdict) for stage in stages)],
+        *[[name, *(write(stage) for stage in stages)] for name, write in ROWS.items()],
+        *_difference_rows("Max. difference, {} tower", [stage.towers or {} for stage in stages], fewest=1),
+        *_difference_rows("Max. difference on {}", [stage.by_provider or {} for stage in stages], fewest=2),
+    ]
+    return Table(["Measure", *(TITLES[f"parity.{name}"].removesuffix(" parity") for name in PARITY_STAGES)], rows)
+
+
+def _difference_rows(title: str, stages: Sequence[Mapping[str, Difference]], fewest: int) -> list[list[str]]:
+    """One row per name, where there are at least `fewest` of them."""
+    names = list(dict.fromkeys(name for stage in stages for name in stage))
+    if len(names) < fewest:
+        return []
     return [
-        milliseconds(middle),
-        milliseconds(times.get("p90_ms")),
-        f"{middle / base:.2f}" if middle and base else NOT_MEASURED,
-        NOT_MEASURED if count is None else str(count),
+        [title.format(name), *(scientific(stage[name].max_abs) if name in stage else NOT_MEASURED for stage in stages)]
+        for name in names
     ]
 
 
-def accuracies(accuracy: Mapping[str, Any] | None) -> Table | None:
+def flips(report: ReleaseReport) -> Table | None:
+    """Samples whose answer changed, widest margin first."""
+    rows = [
+        [TITLES[f"parity.{name}"], str(flip.sample), str(flip.before), str(flip.after), scientific(flip.margin)]
+        for name in PARITY_STAGES
+        for flip in _widest(getattr(report.parity, name))
+    ]
+    return Table(["Stage", "Sample", "From", "To", "Margin"], rows) if rows else None
+
+
+def _widest(stage: Parity) -> list[Flip]:
+    return sorted(stage.flips, key=lambda flip: -flip.margin)[:FLIPS]
+
+
+def matrix(accuracy: Accuracy) -> tuple[list[str], list[str], list[list[float]]]:
+    """Row names, column names and fractions of the accuracy matrix.
+
+    One row for zero-shot and one after each task learned; one column per task, and a last one for the probe.
+    """
+    tasks = [printable(name) for name in accuracy.tasks]
+    rows = ["zero-shot", *(f"after {name}" for name in tasks[: len(accuracy.matrix)])]
+    values = [list(accuracy.zero_shot), *map(list, accuracy.matrix)]
+    if not accuracy.probe:
+        return rows, tasks, values
+    with_probe = [[*row, value] for row, value in zip(values, accuracy.probe.values, strict=True)]
+    return rows, [*tasks, f"{printable(accuracy.probe.name)} (probe)"], with_probe
+
+
+def accuracies(accuracy: Accuracy | None) -> Table | None:
     """The accuracy matrix in percent."""
-    names, columns, values = matrix_table(accuracy)
-    if not names:
+    if accuracy is None:
         return None
+    names, columns, values = matrix(accuracy)
     rows = [
         [name, *(percent(value).removesuffix(" %") for value in row)] for name, row in zip(names, values, strict=True)
     ]
     return Table(["Accuracy, %", *columns], rows)
 
 
-def accuracy_summary(accuracy: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def accuracy_summary(report: Report) -> list[tuple[str, str]]:
     """The figures of continual learning that people compare, those that were measured."""
-    accuracy = accuracy or {}
-    names = {"zero_shot_avg": "Zero-shot", "transfer": "Transfer", "avg": "Average", "last": "Last"}
-    found = [(title, percent(accuracy[key])) for key, title in names.items() if accuracy.get(key) is not None]
-    lost = [value for value in accuracy.get("forgetting") or [] if value is not None]
-    if lost:
-        found.append(("Worst forgetting", points(max(lost))))
-    gaps = {key: gap for key, gap in (accuracy.get("gaps") or {}).items() if isinstance(gap, (int, float))}
-    if "G1" in gaps:
-        found.append(("Merge gap (G1)", scientific(gaps["G1"])))
-    names = {"G2": "Freezing gap (G2)", "G3": "Shrink gap (G3)"}
-    return found + [(title, points(gaps[key])) for key, title in names.items() if key in gaps]
+    accuracy, gaps = report.accuracy, report.gaps
+    figures: dict[str, float | None] = {}
+    if accuracy:
+        figures = {
+            "Zero-shot": accuracy.zero_shot_avg,
+            "Transfer": accuracy.transfer,
+            "Average": accuracy.avg,
+            "Last": accuracy.last,
+        }
+    summary = [(title, percent(value)) for title, value in figures.items() if value is not None]
+    if accuracy and accuracy.forgetting:
+        summary.append(("Worst forgetting", points(max(accuracy.forgetting))))
+    if gaps:
+        summary += [("Merge gap (G1)", scientific(gaps.G1)), ("Freezing gap (G2)", points(gaps.G2))]
+        summary += [("Shrink gap (G3)", points(gaps.G3))] if gaps.G3 is not None else []
+    return summary
 
 
-def facts(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The four figures to remember: name, figure, what to hold it against."""
-    total, latency = (report.get("parity") or {}).get("total") or {}, report.get("latency") or {}
-    release, accuracy = report.get("release") or {}, report.get("accuracy") or {}
-    weights, update = weight_bytes(release), update_bytes(release)
-    found = []
-    if total.get("max_abs") is not None:
-        found.append(
-            ("Largest difference", scientific(total["max_abs"]), f"tolerance {scientific(total.get('tolerance'))}")
-        )
-    if latency.get("ratio") is not None:
-        found.append(("Time, to base", ratio(latency["ratio"]), f"95 % interval {band(latency.get('ci95'))}"))
-    if update is not None:
-        found.append(("Update", size(update), f"{share(update, weights)} of {size(weights)}" if weights else ""))
-    if accuracy.get("last") is not None:
-        found.append(
-            ("Accuracy, last", percent(accuracy["last"]), f"zero-shot {percent(accuracy.get('zero_shot_avg'))}")
-        )
-    return found
+def facts(report: Report) -> list[tuple[str, str, str]]:
+    """The four figures to remember, of a run those of its worst release: name, figure, what to compare it with."""
+    fp32 = in_fp32(report.releases) if isinstance(report, RunReport) else [report]
+    totals = [r.parity.total for r in fp32 if r.parity.total.max_abs is not None]
+    times = [r.latency for r in fp32 if r.latency.ratio is not None]
+    return [
+        *(_total_fact(max(totals, key=lambda total: total.max_abs or 0)) if totals else []),
+        *(_time_fact(max(times, key=lambda time: time.ratio or 0)) if times else []),
+        *(_update_fact(fp32[-1]) if fp32 else []),
+        *(_accuracy_fact(report.accuracy) if report.accuracy else []),
+    ]
 
 
-def digests(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Whole sha256 of the base model, of the files and of the rungs that have one."""
-    release, proof = report.get("release") or {}, report.get("proof") or {}
-    found = [(f"base {release.get('base') or ''}".strip(), release.get("base_sha256"))]
-    found += [line for part in ("graph", "weights") for line in (release.get(part) or {}).items()]
-    found += [(title, (proof.get(key) or {}).get("digest")) for key, (title, _) in LADDER.items()]
-    return [(name, digest) for name, digest in found if digest]
+def _total_fact(total: Parity) -> list[tuple[str, str, str]]:
+    return [("Max. difference", scientific(total.max_abs), f"tolerance {scientific(total.tolerance)}")]
 
 
-def settings(value: Any, path: str = "") -> list[tuple[str, str]]:
+def _time_fact(latency: Latency) -> list[tuple[str, str, str]]:
+    return [("Latency vs. base", ratio(latency.ratio), f"95 % interval {interval(latency.ci95)}")]
+
+
+def _update_fact(report: ReleaseReport) -> list[tuple[str, str, str]]:
+    update, weights = report.release.update_bytes, report.release.weight_bytes
+    return [("Update", size(update), f"{share(update, weights)} of {size(weights)}")] if update is not None else []
+
+
+def _accuracy_fact(accuracy: Accuracy) -> list[tuple[str, str, str]]:
+    if accuracy.last is None:
+        return []
+    return [("Accuracy, last", percent(accuracy.last), f"zero-shot {percent(accuracy.zero_shot_avg)}")]
+
+
+def digests(report: ReleaseReport) -> list[tuple[str, str]]:
+    """Whole sha256 of the base model, of the manifest, of the files and of the rungs that have one."""
+    release = report.release
+    named = [(f"base {release.base or ''}".strip(), release.base_sha256), ("manifest.json", release.manifest_sha256)]
+    named += [*(release.graph or {}).items(), *(release.weights or {}).items()]
+    named += [(TITLES[f"proof.{name}"], getattr(report.proof, name).digest) for name in RUNGS]
+    return [(name, digest) for name, digest in named if digest]
+
+
+def in_fp32(reports: Iterable[ReleaseReport]) -> list[ReleaseReport]:
+    """The releases whose figures stand for the run."""
+    return [report for report in reports if report.release.precision == "fp32"]
+
+
+def releases(run: RunReport) -> Table:
+    """One row per release of a run."""
+    rows = [
+        [
+            report.name,
+            Mark(report.verdict),
+            scientific(report.parity.total.max_abs),
+            together(getattr(report.proof, name).verdict for name in RUNGS),
+            ratio(report.latency.ratio),
+            size(report.release.update_bytes),
+        ]
+        for report in run.releases
+    ]
+    return Table(["Release", "Verdict", "Max. difference", "Same program", "Latency vs. base", "Update"], rows)
+
+
+def variants(reports: Sequence[ReleaseReport]) -> Table | None:
+    """One row per release in a coarser precision: what it saves and what it costs against the same release in fp32."""
+    rows = [[report.name, *_variant_cells(report.variant)] for report in reports if report.variant]
+    columns = ["Release", "Weights, of fp32", "Time vs. fp32", "Accuracy", "Accuracy, fp32", "Largest loss on a task"]
+    return Table(columns, rows) if rows else None
+
+
+def _variant_cells(variant: VariantCost) -> list[str]:
+    weights, reference = sum(variant.bytes.values()), sum(variant.bytes_fp32.values())
+    shared = [task for task in variant.accuracy if task in variant.accuracy_fp32]
+    lost = max((variant.accuracy_fp32[task] - variant.accuracy[task] for task in shared), default=None)
+    speed = "; ".join(f"{provider}: {_speed(times)}" for provider, times in (variant.speed or {}).items())
+    means = [
+        percent(_mean([accuracy[task] for task in shared])) for accuracy in (variant.accuracy, variant.accuracy_fp32)
+    ]
+    return [f"{size(weights)}, {share(weights, reference)}", speed or NOT_MEASURED, *means, points(lost)]
+
+
+def _speed(times: Ratio) -> str:
+    """The ratio, and in words whether the variant is slower on this machine."""
+    low, high = times.ci95
+    word = "slower" if low > 1 else "faster" if high < 1 else "no difference"
+    return f"{ratio(times.ratio)} {word}"
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def settings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Nested settings as dotted names and values."""
     if isinstance(value, Mapping):
-        return [line for key, part in value.items() for line in settings(part, f"{path}.{key}" if path else str(key))]
-    if isinstance(value, list) and any(isinstance(part, (Mapping, list)) for part in value):
-        return [line for n, part in enumerate(value) for line in settings(part, f"{path}[{n}]")]
-    if isinstance(value, list):
-        value = ", ".join(map(str, value))
-    return [(path, "none" if value is None else str(value))]
+        for key, part in value.items():
+            yield from settings(part, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple) and any(isinstance(part, Mapping | list | tuple) for part in value):
+        for n, part in enumerate(value):
+            yield from settings(part, f"{path}[{n}]")
+    elif isinstance(value, list | tuple):
+        yield path, ", ".join(map(str, value))
+    else:
+        yield path, "none" if value is None else str(value)

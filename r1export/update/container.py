@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 
 from r1export.errors import InputError
 from r1export.update.atomic_io import open_regular, write_file
-from r1export.update.strict_json import no_duplicates
+from r1export.update.strict_json import Fields, parse_json, whole, wrong
 
 DTYPES = {
     "F64": "<f8",
@@ -37,18 +38,28 @@ DTYPES = {
 }
 NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
 MAX_AXES, MAX_ELEMENTS = 32, 1 << 48  # of one tensor: numpy can make an array of every such shape, even of no bytes
+_DTYPE = re.compile("|".join(DTYPES))
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Where one tensor lies: `offset` counts from the start of the file, `nbytes` is its length."""
+    """Where one tensor lies: `offset` counts from the start of the file."""
 
     name: str
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
     offset: int
-    nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the tensor in the file."""
+        return self.dtype.itemsize * prod(self.shape)
+
+    @property
+    def end(self) -> int:
+        """Where the next tensor begins."""
+        return self.offset + self.nbytes
 
 
 @dataclass(frozen=True)
@@ -65,29 +76,25 @@ class Layout:
     @property
     def nbytes(self) -> int:
         """Length of the whole file in bytes."""
-        return self.specs[-1].offset + self.specs[-1].nbytes if self.specs else len(self.header)
+        return self.specs[-1].end if self.specs else len(self.header)
 
 
-def plan(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> Layout:
+def plan(tensors: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]]) -> Layout:
     """Lay tensors out one after the other, in the given order; widest dtypes should come first to stay aligned."""
-    entries: dict[str, dict[str, Any]] = {}
+    specs: dict[str, TensorSpec] = {}
     end = 0
     for name, dtype, shape in tensors:
-        start, end = end, end + np.dtype(dtype).itemsize * prod(shape)
-        entries[name] = {"dtype": NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    return Layout(header, tuple(_spec(name, entry, len(header)) for name, entry in entries.items()))
+        specs[name] = TensorSpec(name, np.dtype(dtype), tuple(shape), end)
+        end = specs[name].end
+    text = json.dumps({name: _entry(spec) for name, spec in specs.items()}, separators=(",", ":"), ensure_ascii=False)
+    header = text.encode()
+    header += b" " * (-len(header) % 8)
+    header = len(header).to_bytes(8, "little") + header
+    return Layout(header, tuple(replace(spec, offset=len(header) + spec.offset) for spec in specs.values()))
 
 
-def _spec(name: str, entry: Mapping[str, Any], data_start: int) -> TensorSpec:
-    start, end = entry["data_offsets"]
-    if any(type(n) is not int or not 0 <= n <= MAX_ELEMENTS for n in (start, end, *entry["shape"])):
-        raise ValueError(f"{ascii(name)[:100]}: an offset or a size is no whole number from 0 to {MAX_ELEMENTS}")
-    if len(entry["shape"]) > MAX_AXES or prod(max(n, 1) for n in entry["shape"]) > MAX_ELEMENTS:
-        raise ValueError(f"{ascii(name)[:100]}: more than {MAX_AXES} axes or {MAX_ELEMENTS} elements")
-    return TensorSpec(name, np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), data_start + start, end - start)
+def _entry(spec: TensorSpec) -> dict[str, object]:
+    return {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [spec.offset, spec.end]}
 
 
 def write_layout(path: Path, layout: Layout, tensor_of: Callable[[TensorSpec], np.ndarray]) -> None:
@@ -145,27 +152,47 @@ def _read_layout(file: BinaryIO, path: Path) -> Layout:
         if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
             raise ValueError("the header is longer than the file")
         return _parse(prefix + file.read(length), size)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, InputError) as error:
+        message = error.message if isinstance(error, InputError) else str(error)
         raise InputError(
-            f"{path}: not a well-formed safetensors file: {error}", "write or fetch the file again"
+            f"{path}: not a well-formed safetensors file: {message}", "write or fetch the file again"
         ) from error
 
 
 def _parse(header: bytes, size: int) -> Layout:
-    entries = json.loads(header[8:].decode(), object_pairs_hook=no_duplicates)
-    json.dumps(list(entries), ensure_ascii=False).encode()  # half a surrogate pair is no name: nothing could print it
-    entries.pop("__metadata__", None)
-    specs = sorted(
-        (_spec(name, entry, len(header)) for name, entry in entries.items()), key=lambda s: (s.offset, s.nbytes)
-    )
+    fields = parse_json(header[8:], "header", MAX_HEADER)
+    if "__metadata__" in fields:
+        fields.take("__metadata__")
+    specs = sorted((_spec(name, fields.object(name), len(header)) for name in fields), key=lambda s: (s.offset, s.end))
     end = len(header)
     for spec in specs:
-        if spec.offset != end or spec.nbytes != spec.dtype.itemsize * prod(spec.shape):
-            raise ValueError(f"{spec.name}: gap, overlap or wrong length at byte {end}")
-        end += spec.nbytes
+        if spec.offset != end:
+            raise ValueError(f"{ascii(spec.name)[:100]}: gap or overlap at byte {end}")
+        end = spec.end
     if end != size:
         raise ValueError(f"{size} bytes, expected {end}")
     return Layout(header, tuple(specs))
+
+
+def _spec(name: str, entry: Fields, data_start: int) -> TensorSpec:
+    offsets = [whole(end, location) for end, location in entry.array("data_offsets", 2)]
+    spec = TensorSpec(name, take_dtype(entry), take_shape(entry), data_start + (offsets[0] if offsets else 0))
+    if [spec.offset, spec.end] != [data_start + end for end in offsets]:
+        raise ValueError(f"{ascii(name)[:100]}: gap, overlap or wrong length in data_offsets {offsets}")
+    return spec
+
+
+def take_dtype(entry: Fields) -> np.dtype[Any]:
+    """The type that the member `dtype` names. Raises InputError for an unknown one."""
+    return np.dtype(DTYPES[entry.text("dtype", _DTYPE)])
+
+
+def take_shape(entry: Fields) -> tuple[int, ...]:
+    """The shape in the member `shape`. Raises InputError if numpy could not make an array of it, even of no bytes."""
+    shape = tuple(whole(size, location) for size, location in entry.array("shape", MAX_AXES))
+    if prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+        raise wrong(f"{entry.location}.shape", shape, f"at most {MAX_ELEMENTS} elements")
+    return shape
 
 
 def map_tensors(path: Path) -> dict[str, np.ndarray]:

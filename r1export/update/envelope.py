@@ -23,7 +23,7 @@ from pathlib import Path
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.update import ed25519
 from r1export.update.atomic_io import read_regular
-from r1export.update.strict_json import parse_json, places
+from r1export.update.strict_json import parse_json
 
 PAYLOAD_TYPE = "application/vnd.r1export.manifest+json"
 MAX_ENVELOPE = 64 << 10  # bytes
@@ -159,7 +159,7 @@ def _parse(envelope: bytes) -> tuple[str, list[tuple[str, bytes]]]:
     fields = parse_json(envelope, "envelope", MAX_ENVELOPE)
     payload_type = fields.text("payloadType", _TYPE)
     signatures = []
-    for entry in places(fields.array("signatures", MAX_SIGNATURES)):
+    for entry in fields.records("signatures", MAX_SIGNATURES):
         signatures.append((entry.text("keyid", _KEYID), base64.b64decode(entry.text("sig", _SIGNATURE))))
         entry.done()
     fields.done()

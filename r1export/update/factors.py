@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,10 +24,11 @@ import numpy as np
 from r1export.errors import InputError
 from r1export.update.atomic_io import write_file
 from r1export.update.container import plan, read_tensors
+from r1export.update.names import PARAMETER
 
 PROCEDURE = "r1-f64-v1"
 BLOCK_ROWS = 128  # rows merged at a time: keeps the float64 block of a 3072-wide weight in the second-level cache
-_ROWS = re.compile(r"(.+)\[(0|[1-9][0-9]{0,8}):([1-9][0-9]{0,8})\]")
+_ROWS = re.compile(rf"({PARAMETER.pattern})\[(0|[1-9][0-9]{{0,8}}):([1-9][0-9]{{0,8}})\]")
 
 
 @dataclass(frozen=True, order=True)
@@ -97,8 +99,8 @@ class ExpertUpdate:
     Laws: `stack([x]).apply(W) == x.apply(W)`; `stack` is associative; `read(write(x)) == x`;
     the result does not depend on `block_rows`.
 
-    >>> one = Factors(u=np.float32([[1], [2]]), v=np.float32([[3, 4]]))
-    >>> ExpertUpdate({Rows("w", 0, 2): one}).apply({"w": np.ones((2, 2), np.float32)})["w"]
+    >>> pair = Factors(u=np.float32([[1], [2]]), v=np.float32([[3, 4]]))
+    >>> ExpertUpdate({Rows("w", 0, 2): pair}).apply({"w": np.ones((2, 2), np.float32)})["w"]
     array([[4., 5.],
            [7., 9.]], dtype=float32)
     """
@@ -110,9 +112,9 @@ class ExpertUpdate:
         for rows, pair in ordered.items():
             if pair.u.shape[0] != rows.stop - rows.start:
                 raise InputError(f"{rows}: u has {pair.u.shape[0]} rows", "expected as many as the name says")
-        for one, other in zip(ordered, list(ordered)[1:], strict=False):
-            if one.parameter == other.parameter and other.start < one.stop:
-                raise InputError(f"{one} and {other} overlap", "each row of a weight may be named once")
+        for before, after in pairwise(ordered):
+            if before.parameter == after.parameter and after.start < before.stop:
+                raise InputError(f"{before} and {after} overlap", "each row of a weight may be named once")
         object.__setattr__(self, "factors", MappingProxyType(ordered))
 
     @property

@@ -10,12 +10,15 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from r1export.errors import InputError, Unsupported
 from r1export.update.factors import PROCEDURE, Rows
 from r1export.update.int8 import PROCEDURE_INT8
-from r1export.update.strict_json import REMEDY, Fields, items, matching, parse_json, places, whole, wrong
+from r1export.update.names import NAME, PARAMETER, PATH, TEXT, check_paths
+from r1export.update.release_layout import MANIFEST
+from r1export.update.strict_json import REMEDY, Fields, items, matching, parse_json, whole, wrong
 
 FORMAT = "r1export.bundle/1"
 UPDATER = 1  # what this updater understands; a manifest may require more
@@ -25,14 +28,8 @@ ALIGN = 8  # every update and every part of a file starts at a multiple of it
 ITEMSIZE = {"F32": 4, "F16": 2}
 PROCEDURES = (PROCEDURE, PROCEDURE_INT8)
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
-_TEXT = re.compile(r"[\x20-\x7e]{1,200}")
-_PARAMETER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,199}")
-_PATH = re.compile(r"(?=.{1,200}\Z)[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*){0,7}")
 _DTYPE = re.compile("|".join(ITEMSIZE))
 _SOURCE = re.compile("base|payload")
-_RESERVED = re.compile(r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")  # names that Windows gives to devices
-OWN_FILES = ("update.r1u",)  # what the device itself keeps in a slot
 
 
 @dataclass(frozen=True)
@@ -160,30 +157,30 @@ class Manifest:
         seq = fields.integer("seq", 1)
         base, payload, health = fields.object("base"), fields.object("payload"), fields.object("health")
         manifest = cls(
-            name=fields.text("name", _NAME),
-            product=fields.text("product", _NAME),
-            device_class=fields.text("device_class", _NAME),
+            name=fields.text("name", NAME),
+            product=fields.text("product", NAME),
+            device_class=fields.text("device_class", NAME),
             seq=seq,
             min_seq=fields.integer("min_seq", 0, seq),
             created=fields.integer("created"),
             expires=fields.integer("expires"),
-            base=Base(base.text("name", _TEXT), base.digest("sha256"), base.digest("manifest")),
+            base=Base(base.text("name", TEXT), base.digest("sha256"), base.digest("manifest")),
             payload_bytes=payload.integer("bytes", 0, MAX_PAYLOAD),
             payload_sha256=payload.digest("sha256"),
-            updates=tuple(_update(item) for item in places(fields.array("updates", 1024))),
-            tensors=fields.digests("tensors", _PARAMETER, 65536),
-            files=tuple(_file(item) for item in places(fields.array("files", 4096))),
+            updates=tuple(_update(item) for item in fields.records("updates", 1024)),
+            tensors=fields.digests("tensors", PARAMETER, 65536),
+            files=tuple(_file(item) for item in fields.records("files", 4096)),
             health=Health(
                 health.number("max_abs", 0, 10),
                 health.number("min_cosine", -1, 1),
                 health.number("min_agreement", 0, 1),
             ),
-            evidence=fields.digests("evidence", _PATH, 16),
+            evidence=fields.digests("evidence", PATH, 16),
             algorithm=algorithm,
         )
         for part in (base, payload, health, fields):
             part.done()
-        _check_paths(manifest.files)
+        _check_files(manifest.files)
         _check_tensors(manifest)
         _check_payload(manifest)
         return manifest
@@ -191,9 +188,9 @@ class Manifest:
 
 def _known_algorithm(fields: Fields) -> str:
     form, updater, algorithm = (
-        fields.text("format", _TEXT),
+        fields.text("format", TEXT),
         fields.integer("min_updater", 1),
-        fields.text("algorithm", _TEXT),
+        fields.text("algorithm", TEXT),
     )
     if form != FORMAT or updater > UPDATER or algorithm not in PROCEDURES:
         raise Unsupported(
@@ -204,7 +201,7 @@ def _known_algorithm(fields: Fields) -> str:
 
 
 def _update(fields: Fields) -> Update:
-    task, sha256 = fields.text("task", _NAME), fields.digest("sha256")
+    task, sha256 = fields.text("task", NAME), fields.digest("sha256")
     if "experts" not in fields:
         fields.done()
         return Update(task, sha256)
@@ -212,26 +209,24 @@ def _update(fields: Fields) -> Update:
         task,
         sha256,
         fields.text("dtype", _DTYPE),
-        tuple(_experts(item) for item in places(fields.array("experts", 16384))),
+        tuple(_experts(item) for item in fields.records("experts", 16384)),
     )
     fields.done()
     if not update.experts:
-        raise wrong(f"{fields.place}.experts", [], "at least one, or no such member")
-    for one, other in zip(update.experts, update.experts[1:], strict=False):
-        if not one.rows < other.rows or (
-            one.rows.parameter == other.rows.parameter and other.rows.start < one.rows.stop
-        ):
+        raise wrong(f"{fields.location}.experts", [], "at least one, or no such member")
+    for before, after in pairwise(experts.rows for experts in update.experts):
+        if not before < after or (before.parameter == after.parameter and after.start < before.stop):
             raise InputError(
-                f"{fields.place}: {other.rows} after {one.rows}", "experts have to be sorted and must not overlap"
+                f"{fields.location}: {after} after {before}", "experts have to be sorted and must not overlap"
             )
     return update
 
 
 def _experts(fields: Fields) -> Experts:
-    parameter = fields.text("tensor", _PARAMETER)
-    rows = [whole(item, place, 0, 999_999_999) for item, place in fields.array("rows", 2)]
+    parameter = fields.text("tensor", PARAMETER)
+    rows = [whole(item, location, 0, 999_999_999) for item, location in fields.array("rows", 2)]
     if len(rows) != 2 or rows[0] >= rows[1]:
-        raise wrong(f"{fields.place}.rows", rows, "start and stop, with start < stop")
+        raise wrong(f"{fields.location}.rows", rows, "start and stop, with start < stop")
     size = {"low": 1, "high": MAX_PAYLOAD}
     experts = Experts(
         Rows(parameter, *rows),
@@ -245,36 +240,28 @@ def _experts(fields: Fields) -> Experts:
 
 
 def _file(fields: Fields) -> File:
-    path, nbytes, sha256 = fields.text("path", _PATH), fields.integer("bytes"), fields.digest("sha256")
-    parts = tuple(_part(item, place) for item, place in fields.array("parts", 4096)) if "parts" in fields else None
+    path, nbytes, sha256 = fields.text("path", PATH), fields.integer("bytes"), fields.digest("sha256")
+    parts = (
+        tuple(_part(item, location) for item, location in fields.array("parts", 4096)) if "parts" in fields else None
+    )
     fields.done()
     if parts is not None and sum(part.nbytes for part in parts) != nbytes:
-        raise InputError(f"{fields.place}: the parts of {path} are not {nbytes} bytes", REMEDY)
+        raise InputError(f"{fields.location}: the parts of {path} are not {nbytes} bytes", REMEDY)
     return File(path, nbytes, sha256, parts)
 
 
-def _part(value: Any, place: str) -> Part:
-    members = items(value, place, 3)
+def _part(value: Any, location: str) -> Part:
+    members = items(value, location, 3)
     if len(members) != 3:
-        raise wrong(place, value, "[source, offset, bytes]")
+        raise wrong(location, value, "[source, offset, bytes]")
     return Part(matching(*members[0], _SOURCE), whole(*members[1]), whole(*members[2], low=1))
 
 
-def _check_paths(files: tuple[File, ...]) -> None:
-    """No file twice (Windows and macOS ignore case), none where another needs a folder, none that a system treats specially."""
-    names = [file.path.casefold() for file in files]
-    taken = set(names)
-    for name in names:
-        segments = name.split("/")
-        parents = {"/".join(segments[:depth]) for depth in range(1, len(segments))}
-        if (
-            parents & taken
-            or name in OWN_FILES
-            or any(_RESERVED.fullmatch(part) or part.endswith(".") for part in segments)
-        ):
-            raise InputError(f"manifest.files: {name} is not allowed or stands in the way of another", REMEDY)
-    if len(taken) != len(files) or "manifest.json" not in taken:
-        raise InputError("manifest.files: a file occurs twice, or manifest.json is missing", REMEDY)
+def _check_files(files: tuple[File, ...]) -> None:
+    """The files have names that can stand side by side, and manifest.json is one of them."""
+    check_paths([file.path for file in files], "manifest.files")
+    if MANIFEST not in {file.path for file in files}:
+        raise InputError(f"manifest.files: {MANIFEST} is missing", REMEDY)
 
 
 def _check_tensors(manifest: Manifest) -> None:

@@ -7,7 +7,7 @@ is written only if all bytes agree.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,9 @@ from r1export.update.envelope import SecretKey, sign
 from r1export.update.factors import ExpertUpdate
 from r1export.update.manifest import ALIGN, Base, Experts, File, Health, Manifest, Part, Update
 from r1export.update.rebuild import Rebuild
-from r1export.update.release_manifest import MANIFEST, REPORTS, Release, is_graph
+from r1export.update.release_layout import MANIFEST, REPORTS
+from r1export.update.release_manifest import MergedUpdate, Release, is_graph
+from r1export.update.run_layout import FACTORS, RunLayout
 from r1export.update.without_task import Refresh, release_without
 
 
@@ -51,6 +53,29 @@ class Terms:
     min_agreement: float = 0.9
 
 
+@dataclass(frozen=True)
+class _Delivery:
+    """The way from `base` to `target` on a device that holds the updates with the digests `held`.
+
+    `factors` are the experts of the run's tasks by the digest of their file.
+    """
+
+    base: Release
+    target: Release
+    factors: Mapping[str, ExpertUpdate]
+    held: frozenset[str]
+
+    def rebuild(self) -> Rebuild:
+        """How the device derives the target. Raises InputError if the run lacks the factors of one of its updates."""
+        digests = [update.sha256 for update in self.target.manifest.updates]
+        if lacking := [sha256 for sha256 in digests if sha256 not in self.factors]:
+            raise InputError(
+                f"{self.target.path}: no {FACTORS} with SHA-256 {lacking[0]}",
+                "bundle from the run that made the release",
+            )
+        return Rebuild(self.base, ExpertUpdate.stack(self.factors[sha256] for sha256 in digests))
+
+
 def make_bundle(
     run: Path, step: Step, keys: Sequence[SecretKey], terms: Terms, refresh: Refresh | None = None
 ) -> Bundle:
@@ -79,30 +104,30 @@ def make_bundle(
             "a rollback or a version without a task needs a sequence number of its own",
             "give one above all that the fleet has seen",
         )
-    base, target, held = releases[0], releases[step.release], releases[step.since].updates
-    factors = read_factors(run)
+    base, target, factors = releases[0], releases[step.release], read_factors(run)
+    held = frozenset(update.sha256 for update in releases[step.since].manifest.updates)
     if not step.drop:
-        return _bundle_release(base, target, factors, held, keys, step.seq or target.sequence, terms)
+        return _signed(_Delivery(base, target, factors, held), step.seq or target.manifest.sequence, terms, keys)
     if refresh is None:
         raise InputError(
-            "class embeddings and golden outputs of a version without a task have to be computed anew",
+            "class embeddings and golden outputs of a version without a task have to be computed again",
             "give `refresh`",
         )
     with release_without(base, target, factors, step.drop, refresh) as smaller:
-        return _bundle_release(base, smaller, factors, held, keys, step.seq, terms)
+        return _signed(_Delivery(base, smaller, factors, held), step.seq, terms, keys)
 
 
 def read_releases(run: Path, precision: str = "fp32") -> dict[int, Release]:
     """The releases of a run by sequence number. Raises InputError if there are none or two have the same number."""
-    folder = (run if precision == "fp32" else run / "variants" / precision) / "releases"
-    found = [Release.read(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))]
-    releases = {release.sequence: release for release in found}
-    if not found or len(releases) != len(found):
+    folder = RunLayout(run).variant(precision).releases_folder
+    releases = [Release.read(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))]
+    by_number = {release.manifest.sequence: release for release in releases}
+    if not releases or len(by_number) != len(releases):
         raise InputError(
-            f"{folder} has {len(found)} releases with {len(releases)} different numbers",
+            f"{folder} has {len(releases)} releases with {len(by_number)} different numbers",
             "run `r1export run` first",
         )
-    return releases
+    return by_number
 
 
 def read_factors(run: Path) -> dict[str, ExpertUpdate]:
@@ -111,7 +136,7 @@ def read_factors(run: Path) -> dict[str, ExpertUpdate]:
     Raises InputError for a file that this program did not write: a device could not write its bytes again.
     """
     factors = {}
-    for path in sorted((run / "tasks").glob("*/factors.safetensors")):
+    for path in (task.factors for task in RunLayout(run).trained()):
         update, digest = ExpertUpdate.read(path), sha256_file(path)
         if sha256_bytes(update.to_bytes()) != digest:
             raise InputError(f"{path} is not in canonical form", "write it with ExpertUpdate.write")
@@ -119,63 +144,45 @@ def read_factors(run: Path) -> dict[str, ExpertUpdate]:
     return factors
 
 
-def _bundle_release(
-    base: Release,
-    target: Release,
-    factors: Mapping[str, ExpertUpdate],
-    held: Iterable[tuple[str, str]],
-    keys: Sequence[SecretKey],
-    seq: int,
-    terms: Terms,
-) -> Bundle:
-    """The bundle that turns `base` into `target` on a device that holds the updates `held`; see `make_bundle`."""
-    lacking = [sha256 for _, sha256 in target.updates if sha256 not in factors]
-    if lacking:
+def _signed(delivery: _Delivery, seq: int, terms: Terms, keys: Sequence[SecretKey]) -> Bundle:
+    """The bundle, signed and read back as a device will read it: nothing leaves the lab that no device would accept."""
+    payload = _Payload()
+    text = _manifest(delivery, payload, seq, terms).to_bytes()
+    data = assemble(sign(text, keys), text, bytes(payload.data))
+    if len(data) > MAX_BUNDLE:
         raise InputError(
-            f"{target.path}: no factors.safetensors with SHA-256 {lacking[0]}",
-            "bundle from the run that made the release",
+            f"the update has {len(data)} bytes, devices read {MAX_BUNDLE}", "bundle from a later release with --since"
         )
-    rebuild = Rebuild(base, ExpertUpdate.stack(factors[sha256] for _, sha256 in target.updates))
+    return Bundle.parse(data, [key.public for key in keys], len(keys))
+
+
+def _manifest(delivery: _Delivery, payload: _Payload, seq: int, terms: Terms) -> Manifest:
+    """What is signed; what has to travel is added to `payload`. Raises as `make_bundle`."""
+    base, target, rebuild = delivery.base, delivery.target, delivery.rebuild()
     _check_tensors(rebuild, target)
     _check_graphs(base, target)
-    payload = _Payload()
-    held_digests = {sha256 for _, sha256 in held}
-    updates = tuple(
-        Update(task, sha256) if sha256 in held_digests else _carry(payload, task, sha256, factors[sha256])
-        for task, sha256 in target.updates
-    )
-    files = tuple(_file(payload, rebuild, target, path) for path in [*sorted(target.files), MANIFEST])
-    manifest = Manifest(
-        name=target.name,
+    updates = tuple(_update(delivery, payload, update) for update in target.manifest.updates)
+    files = tuple(_file(payload, rebuild, target, path) for path in [*sorted(target.manifest.files), MANIFEST])
+    golden = target.manifest.golden
+    return Manifest(
+        name=target.manifest.name,
         product=terms.product,
         device_class=terms.device_class,
         seq=seq,
         min_seq=terms.min_seq,
         created=terms.created,
         expires=terms.expires,
-        base=Base(base.base_name, base.base_sha256, base.manifest_sha256),
+        base=Base(base.manifest.base.name, base.manifest.base.sha256, base.manifest_sha256),
         payload_bytes=len(payload.data),
         payload_sha256=sha256_bytes(payload.data),
         updates=updates,
-        tensors={name: target.tensors[name].sha256 for name in rebuild.changed},
+        tensors={name: target.manifest.tensors[name].sha256 for name in rebuild.changed},
         files=files,
-        health=Health(target.golden["max_abs"], target.golden["min_cosine"], terms.min_agreement),
+        health=Health(golden.max_abs, golden.min_cosine, terms.min_agreement),
         algorithm=rebuild.procedure,
         # Their digests travel, they do not.
         evidence={name: sha256_file(target.path / name) for name in REPORTS if (target.path / name).is_file()},
     )
-    return _signed(manifest, bytes(payload.data), keys)
-
-
-def _signed(manifest: Manifest, payload: bytes, keys: Sequence[SecretKey]) -> Bundle:
-    """Sign, and read back what a device will read: nothing leaves the lab that no device would accept."""
-    text = manifest.to_bytes()
-    data = assemble(sign(text, keys), text, payload)
-    if len(data) > MAX_BUNDLE:
-        raise InputError(
-            f"the update has {len(data)} bytes, devices read {MAX_BUNDLE}", "bundle from a later release with --since"
-        )
-    return Bundle.parse(data, [key.public for key in keys], len(keys))
 
 
 class _Payload:
@@ -192,38 +199,44 @@ class _Payload:
         return len(self.data) - len(data)
 
 
-def _carry(payload: _Payload, task: str, sha256: str, factors: ExpertUpdate) -> Update:
-    dtypes = {NAMES[pair.u.dtype] for pair in factors.factors.values()}
+def _update(delivery: _Delivery, payload: _Payload, merged: MergedUpdate) -> Update:
+    """A merged update: by its digest where the device holds it, else with its experts in the payload."""
+    if merged.sha256 in delivery.held:
+        return Update(merged.task, merged.sha256)
+    factors = delivery.factors[merged.sha256].factors
+    dtypes = {NAMES[pair.u.dtype] for pair in factors.values()}
     if len(dtypes) != 1:
         raise InputError(
-            f"the factors of {task} have the types {sorted(dtypes)}", "pack all experts of a task in one type"
+            f"the factors of {merged.task} have the types {sorted(dtypes)}", "pack all experts of a task in one type"
         )
     payload.align()
     experts = []
-    for rows, pair in factors.factors.items():
+    for rows, pair in factors.items():
         u, v = payload.add(pair.u.tobytes()), payload.add(pair.v.tobytes())
         experts.append(Experts(rows, pair.v.shape[1], pair.v.shape[0], u, v))
-    return Update(task, sha256, dtypes.pop(), tuple(experts))
+    return Update(merged.task, merged.sha256, dtypes.pop(), tuple(experts))
 
 
 def _check_tensors(rebuild: Rebuild, target: Release) -> None:
     """Exactly the parameters that the updates name may differ from the base, and have to lie where the base has them."""
-    base, named = rebuild.base, set(rebuild.changed)
-    for name in sorted(base.tensors.keys() | target.tensors.keys()):
-        old, new = base.tensors.get(name), target.tensors.get(name)
-        same_place = (
-            old and new and (old.file, old.offset, old.dtype, old.shape) == (new.file, new.offset, new.dtype, new.shape)
+    old, new, named = rebuild.base.manifest.tensors, target.manifest.tensors, set(rebuild.changed)
+    for name in sorted(old.keys() | new.keys()):
+        if name in old and name in new:
+            before, after = old[name], new[name]
+            same_layout = before.file == after.file and before.spec(name) == after.spec(name)
+            if same_layout and (name in named or before.sha256 == after.sha256):
+                continue
+        raise CheckFailed(
+            f"{name} differs between {rebuild.base.path} and {target.path}, but no update changes it",
+            "export both again",
         )
-        if not old or not new or not same_place or (name not in named and old.sha256 != new.sha256):
-            raise CheckFailed(
-                f"{name} differs between {base.path} and {target.path}, but no update changes it", "export both again"
-            )
 
 
 def _check_graphs(base: Release, target: Release) -> None:
     """All releases share the base's graphs: a device in overlay mode opens those and no others."""
-    for path in sorted(base.files.keys() | target.files.keys()):
-        if is_graph(path) and base.files.get(path) != target.files.get(path):
+    old, new = base.manifest.files, target.manifest.files
+    for path in sorted(old.keys() | new.keys()):
+        if is_graph(path) and old.get(path) != new.get(path):
             raise CheckFailed(
                 f"{path} differs between {base.path} and {target.path}",
                 "a new graph needs a new base: export a run of its own",
@@ -232,13 +245,11 @@ def _check_graphs(base: Release, target: Release) -> None:
 
 def _file(payload: _Payload, rebuild: Rebuild, target: Release, path: str) -> File:
     """One file of the target, as cheaply as it can be said: the base's, the base's with merged tensors, or parts."""
-    base, source = rebuild.base, target.path / path
+    source, old_files = target.path / path, rebuild.base.manifest.files
     digest, nbytes = sha256_file(source), source.stat().st_size
-    if path in target.files and digest != target.files[path].sha256:
-        raise CheckFailed(
-            f"{source} is damaged: SHA-256 {digest}, expected {target.files[path].sha256}", "export the release again"
-        )
-    if path in base.files and (path in base.weights or digest == base.files[path].sha256):
+    if path in target.manifest.files and digest != (expected := target.manifest.files[path].sha256):
+        raise CheckFailed(f"{source} is damaged: SHA-256 {digest}, expected {expected}", "export the release again")
+    if path in old_files and (path in rebuild.base.manifest.weights or digest == old_files[path].sha256):
         derived = hashlib.sha256()
         for chunk in rebuild.chunks(path):
             derived.update(chunk)
@@ -246,12 +257,15 @@ def _file(payload: _Payload, rebuild: Rebuild, target: Release, path: str) -> Fi
             raise CheckFailed(f"{source} is not the base with the factors merged", "export the release again")
         return File(path, nbytes, digest)
     new = source.read_bytes()
-    old = (base.path / path).read_bytes() if path in base.files or path == MANIFEST else b""
-    parts = []
+    old = (rebuild.base.path / path).read_bytes() if path in old_files or path == MANIFEST else b""
+    return File(path, nbytes, digest, tuple(_parts(payload, old, new)))
+
+
+def _parts(payload: _Payload, old: bytes, new: bytes) -> Iterator[Part]:
+    """How a device writes `new` from pieces of `old`; the rest is added to the payload."""
     for kind, start, stop in differences(old, new):
         if kind == "base":
-            parts.append(Part("base", start, stop - start))
+            yield Part("base", start, stop - start)
         else:
             payload.align()
-            parts.append(Part("payload", payload.add(new[start:stop]), stop - start))
-    return File(path, nbytes, digest, tuple(parts))
+            yield Part("payload", payload.add(new[start:stop]), stop - start)

@@ -1,12 +1,15 @@
-"""A release folder as its manifest.json describes it: what is in it, with digests, and where each parameter lies."""
+"""A release folder as its manifest.json describes it: what is in it, with digests, and where each parameter lies.
+
+Laws: `ReleaseManifest.parse(m.to_bytes(), "") == m`, and `m.to_bytes()` are the bytes on disk. Whatever `parse` accepts names
+files that lie in the release folder and parameters that lie in those files. Whether a release is complete is for
+`verify` to say. The format is described in docs/formats.md.
+"""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,41 +17,50 @@ from typing import Any
 import numpy as np
 
 from r1export.errors import CheckFailed, InputError
-from r1export.update.atomic_io import sha256_bytes, sha256_file
-from r1export.update.container import DTYPES
-from r1export.update.strict_json import Fields, items, parse_json, whole
+from r1export.update.atomic_io import json_bytes, read_regular, sha256_bytes, sha256_file, write_file
+from r1export.update.container import NAMES, TensorSpec, take_dtype, take_shape
+from r1export.update.names import NAME, PARAMETER, PATH, PRINTABLE, check_paths
+from r1export.update.release_layout import MANIFEST
+from r1export.update.strict_json import Fields, items, parse_json, whole, wrong
 
 FORMAT = "r1export.release/1"
-MANIFEST = "manifest.json"
-REPORTS = (
-    "report.html",
-    "report.md",
-    "report.xml",
-    "report.json",
-)  # written in this order once the release is verified
 MAX_MANIFEST = 64 << 20  # bytes; 300 parameters need about 100 kB
-_ANY = re.compile(r"(?s).{1,1000}")
-_PATH = re.compile(r"(?!.*(^|/)\.\.?(/|$))[^/\\\0][^\\\0]{0,999}")
+MAX_ITEMS = 100_000  # of one list
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where a parameter lies: `shape` as stored; `transposed` if that is the (in, out) of an (out, in) weight.
+class BaseModel:
+    """The model that all updates start from; `sha256` is that of its parameters, `licence` is None where nobody said."""
 
-    An int8 parameter names another one that holds the float32 scale of each of its rows.
-    """
-
-    file: str
-    offset: int
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    transposed: bool
+    name: str
     sha256: str
-    scale: str = ""
+    licence: str | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * prod(self.shape)
+
+@dataclass(frozen=True)
+class MergedUpdate:
+    """One task's experts in the weights; `sha256` is that of its factors.safetensors."""
+
+    task: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """A task that the release has class embeddings for. `accuracy` is top-1 in 0..1, None where it was not measured."""
+
+    name: str
+    classes: int
+    learned: bool
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class GoldenGate:
+    """How far answers to the golden inputs may be from the stored ones: largest difference, smallest cosine."""
+
+    max_abs: float
+    min_cosine: float
 
 
 @dataclass(frozen=True)
@@ -60,64 +72,160 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
-class Release:
-    """One deployable version on disk. `updates` are (task, sha256 of factors.safetensors) in the order of merging."""
+class TensorEntry:
+    """Where a parameter lies: `shape` as stored; `transposed` if that is the (in, out) of an (out, in) weight.
 
-    path: Path
+    `offset` counts from the start of `file`. `rows` are the (start, stop) of each adapted linear in the parameter, or of all
+    its rows; a scalar has none, nor has a tensor of a manifest that does not say. An int8 parameter names with `scale` the
+    one that holds the float32 scale of each of its rows. `sha256` is that of the stored bytes.
+    """
+
+    file: str
+    offset: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    rows: tuple[tuple[int, int], ...]
+    transposed: bool
+    sha256: str
+    scale: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the stored tensor."""
+        return self.dtype.itemsize * prod(self.shape)
+
+    @property
+    def end(self) -> int:
+        """Where the next tensor may begin."""
+        return self.offset + self.nbytes
+
+    def spec(self, name: str) -> TensorSpec:
+        """What the header of `file` has to say of the parameter `name`."""
+        return TensorSpec(name, self.dtype, self.shape, self.offset)
+
+
+@dataclass(frozen=True)
+class ReleaseManifest:
+    """All that a release says of itself. `sha256` is the digest of itself that it states, empty before it is sealed.
+
+    `updates` are in the order of merging, `graphs` maps the graphs to the digests of their structure, `versions` names the
+    software that made the release.
+    """
+
     name: str
     sequence: int
     procedure: str
     precision: str
-    base_name: str
-    base_sha256: str
-    updates: tuple[tuple[str, str], ...]
+    base: BaseModel
+    updates: tuple[MergedUpdate, ...]
+    tasks: tuple[TaskEntry, ...]
+    graphs: Mapping[str, str]
+    golden: GoldenGate
     files: Mapping[str, FileEntry]
-    tensors: Mapping[str, Stored]
-    golden: Mapping[str, float]
+    tensors: Mapping[str, TensorEntry]
+    versions: Mapping[str, str]
+    sha256: str = ""
 
     @classmethod
-    def read(cls, path: Path) -> Release:
-        """Read PATH/manifest.json. Raises InputError if it is missing or not a release's."""
-        try:
-            data = (path / MANIFEST).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{path} is no release: it has no {MANIFEST}", "give a folder of RUN/releases") from None
-        fields = parse_json(data, str(path / MANIFEST), MAX_MANIFEST)
-        if (form := fields.text("format", _ANY)) != FORMAT:
-            raise InputError(
-                f"{path / MANIFEST}: format {form!r}, expected {FORMAT!r}", "export it again with this version"
-            )
-        base, golden = fields.object("base"), fields.object("golden")
-        return cls(
-            path=path,
-            name=fields.text("name", _ANY),
-            sequence=fields.integer("sequence"),
-            procedure=fields.text("procedure", _ANY),
-            precision=fields.text("precision", _ANY),
-            base_name=base.text("name", _ANY),
-            base_sha256=base.digest("sha256"),
-            updates=tuple((item.text("task", _ANY), item.digest("sha256")) for item in _objects(fields, "updates")),
-            files={
-                name: FileEntry(item.digest("sha256"), item.integer("bytes"))
-                for name, item in _members(fields, "files")
-            },
-            tensors={name: _stored(item) for name, item in _members(fields, "tensors")},
-            golden={name: golden.number(name, -1, 10) for name in ("max_abs", "min_cosine")},
-        )
+    def read(cls, release: Path) -> ReleaseManifest:
+        """Read RELEASE/manifest.json. Raises InputError if it is missing or malformed."""
+        return Release.read(release).manifest
 
-    @cached_property
-    def manifest_sha256(self) -> str:
-        """Digest of manifest.json, and with it of everything else."""
-        return sha256_file(self.path / MANIFEST)
+    @classmethod
+    def parse(cls, data: bytes, location: str) -> ReleaseManifest:
+        """Inverse of `to_bytes`, for bytes that anyone may have written; `location` names them in errors.
+
+        Raises InputError: malformed, ambiguous or beyond a limit; the message names the member.
+        """
+        fields = parse_json(data, location, MAX_MANIFEST)
+        if (form := fields.text("format", PRINTABLE)) != FORMAT:
+            raise InputError(f"{location}: format {form!r}, expected {FORMAT!r}", "export it again with this version")
+        manifest = cls(
+            name=fields.text("name", NAME),
+            sequence=fields.integer("sequence"),
+            procedure=fields.text("procedure", NAME),
+            precision=fields.text("precision", NAME),
+            base=_base(fields.object("base")),
+            updates=tuple(_update(item) for item in fields.records("updates", MAX_ITEMS)),
+            tasks=tuple(_task(item) for item in fields.records("tasks", MAX_ITEMS)),
+            graphs=fields.digests("graphs", PATH, MAX_ITEMS) if "graphs" in fields else {},
+            golden=_golden(fields.object("golden")),
+            files={path: _file(item) for path, item in fields.objects("files", PATH, MAX_ITEMS).items()},
+            tensors={name: _tensor(item) for name, item in fields.objects("tensors", PARAMETER, MAX_ITEMS).items()},
+            versions=fields.texts("versions", NAME, PRINTABLE, MAX_ITEMS) if "versions" in fields else {},
+            sha256=fields.digest("sha256") if "sha256" in fields else "",
+        )
+        fields.done(extensions=False)
+        check_paths([*manifest.files, MANIFEST], f"{location}.files")
+        _check_tensors(manifest, location)
+        return manifest
+
+    def to_json(self) -> dict[str, Any]:
+        """The document, its members in the order of the file."""
+        base, tasks = self.base, self.tasks
+        document = {
+            "format": FORMAT,
+            "name": self.name,
+            "sequence": self.sequence,
+            "procedure": self.procedure,
+            "precision": self.precision,
+            "base": {"name": base.name, "sha256": base.sha256, "licence": base.licence},
+            "updates": [{"task": update.task, "sha256": update.sha256} for update in self.updates],
+            "tasks": [
+                {"name": t.name, "classes": t.classes, "learned": t.learned, "accuracy": t.accuracy} for t in tasks
+            ],
+            "graphs": dict(self.graphs),
+            "golden": {"max_abs": self.golden.max_abs, "min_cosine": self.golden.min_cosine},
+            "files": {path: {"sha256": file.sha256, "bytes": file.nbytes} for path, file in self.files.items()},
+            "tensors": _tensors_json(self.tensors),
+            "versions": dict(self.versions),
+        }
+        return document | ({"sha256": self.sha256} if self.sha256 else {})
+
+    def to_bytes(self) -> bytes:
+        """The bytes of manifest.json."""
+        return json_bytes(self.to_json())
+
+    def digest(self) -> str:
+        """What `sha256` has to be: that of the content without it, whatever the order of the members."""
+        return manifest_digest(self.to_json())
+
+    def sealed(self) -> ReleaseManifest:
+        """The manifest with its digest of itself, so that an edit is noticed; only a signed update says who wrote it."""
+        return replace(self, sha256=self.digest())
+
+    def write(self, release: Path) -> None:
+        """Write RELEASE/manifest.json. Raises InputError, and writes nothing, if no reader would accept it."""
+        data = self.to_bytes()
+        self.parse(data, str(release / MANIFEST))
+        write_file(release / MANIFEST, data)
 
     @property
     def weights(self) -> frozenset[str]:
         """The files in which parameters lie."""
-        return frozenset(stored.file for stored in self.tensors.values())
+        return frozenset(tensor.file for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Release:
+    """One deployable version on disk; `manifest_sha256` is the digest of manifest.json, and with it of everything else."""
+
+    path: Path
+    manifest: ReleaseManifest
+    manifest_sha256: str
+
+    @classmethod
+    def read(cls, path: Path) -> Release:
+        """Read PATH/manifest.json, once. Raises InputError if it is missing or not a release's."""
+        try:
+            data = read_regular(path / MANIFEST, MAX_MANIFEST)
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{path} is no release: it has no {MANIFEST}", "give a folder of RUN/releases") from None
+        return cls(path, ReleaseManifest.parse(data, str(path / MANIFEST)), sha256_bytes(data))
 
     def check(self) -> None:
         """Hash every file. Raises CheckFailed naming the first that is missing or not as the manifest says."""
-        for name, entry in self.files.items():
+        for name, entry in self.manifest.files.items():
             check_file(self.path / name, entry.sha256)
 
 
@@ -136,40 +244,102 @@ def check_file(path: Path, sha256: str) -> None:
         )
 
 
-def _members(fields: Fields, name: str) -> list[tuple[str, Fields]]:
-    members = fields.object(name)
-    for key in members:
-        if not _PATH.fullmatch(key):
-            raise InputError(f"{members.place}: name {ascii(key)[:80]}", "export it again with this version")
-    return [(key, members.object(key)) for key in members]
-
-
-def _objects(fields: Fields, name: str) -> list[Fields]:
-    return [Fields(value, place) for value, place in fields.array(name, 100_000)]
-
-
-def _stored(fields: Fields) -> Stored:
-    dtype = fields.text("dtype", _ANY)
-    shape = tuple(whole(value, place) for value, place in items(fields.take("shape"), f"{fields.place}.shape", 8))
-    if dtype not in DTYPES:
-        raise InputError(f"{fields.place}.dtype: {dtype}", "export it again with this version")
-    return Stored(
-        file=fields.text("file", _PATH),
-        offset=fields.integer("offset"),
-        dtype=np.dtype(DTYPES[dtype]),
-        shape=shape,
-        transposed=fields.take("transposed") is True,
-        sha256=fields.digest("sha256"),
-        scale=fields.text("scale", _PATH) if "scale" in fields else "",
-    )
-
-
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest's content without its own `sha256`, whatever the order of its keys."""
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
+def manifest_digest(document: Mapping[str, object]) -> str:
+    """SHA-256 of a manifest's JSON without its own `sha256`, whatever the order of its members."""
+    content = {name: value for name, value in document.items() if name != "sha256"}
     return sha256_bytes(json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
 
 
-def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with its digest of itself, so that an edited one is noticed. A signed update vouches for who wrote it."""
-    return {**manifest, "sha256": manifest_digest(manifest)}
+def _base(fields: Fields) -> BaseModel:
+    licence = fields.take("licence") if "licence" in fields else None
+    if licence is not None and licence != "" and not (isinstance(licence, str) and PRINTABLE.fullmatch(licence)):
+        raise wrong(f"{fields.location}.licence", licence, "text or null")
+    base = BaseModel(fields.text("name", PRINTABLE), fields.digest("sha256"), licence)
+    fields.done(extensions=False)
+    return base
+
+
+def _update(fields: Fields) -> MergedUpdate:
+    update = MergedUpdate(fields.text("task", NAME), fields.digest("sha256"))
+    fields.done(extensions=False)
+    return update
+
+
+def _task(fields: Fields) -> TaskEntry:
+    name, classes, learned = fields.text("name", NAME), fields.integer("classes"), fields.flag("learned")
+    task = TaskEntry(name, classes, learned, fields.number_or_null("accuracy", 0, 1))
+    fields.done(extensions=False)
+    return task
+
+
+def _golden(fields: Fields) -> GoldenGate:
+    gate = GoldenGate(fields.number("max_abs", 0, 10), fields.number("min_cosine", -1, 1))
+    fields.done(extensions=False)
+    return gate
+
+
+def _file(fields: Fields) -> FileEntry:
+    file = FileEntry(fields.digest("sha256"), fields.integer("bytes"))
+    fields.done(extensions=False)
+    return file
+
+
+def _tensor(fields: Fields) -> TensorEntry:
+    """`bytes` follows from the type and the shape. Manifests of the first version of this program lack it, and the rows."""
+    tensor = TensorEntry(
+        file=fields.text("file", PATH),
+        offset=fields.integer("offset"),
+        dtype=take_dtype(fields),
+        shape=take_shape(fields),
+        rows=tuple(_rows(item, location) for item, location in fields.array("rows", MAX_ITEMS))
+        if "rows" in fields
+        else (),
+        transposed=fields.flag("transposed"),
+        sha256=fields.digest("sha256"),
+        scale=fields.text("scale", PARAMETER) if "scale" in fields else "",
+    )
+    if "bytes" in fields and (nbytes := fields.integer("bytes")) != tensor.nbytes:
+        raise wrong(f"{fields.location}.bytes", nbytes, f"{tensor.nbytes}, by dtype and shape")
+    fields.done(extensions=False)
+    return tensor
+
+
+def _rows(value: object, location: str) -> tuple[int, int]:
+    ends = [whole(end, where) for end, where in items(value, location, 2)]
+    if len(ends) != 2 or ends[0] > ends[1]:
+        raise wrong(location, ends, "start and stop, with start <= stop")
+    return ends[0], ends[1]
+
+
+def _tensors_json(tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
+    """In a manifest that lacks the rows of all tensors they are lacking of scalars too, for the digest to stay the same."""
+    with_rows = any(tensor.rows for tensor in tensors.values())
+    return {name: _tensor_json(tensor, with_rows) for name, tensor in tensors.items()}
+
+
+def _tensor_json(tensor: TensorEntry, with_rows: bool) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "file": tensor.file,
+        "offset": tensor.offset,
+        "bytes": tensor.nbytes,
+        "dtype": NAMES[tensor.dtype],
+        "shape": list(tensor.shape),
+    }
+    if tensor.rows or (with_rows and not tensor.shape):
+        document["rows"] = [list(rows) for rows in tensor.rows]
+    document |= {"transposed": tensor.transposed, "sha256": tensor.sha256}
+    return document | ({"scale": tensor.scale} if tensor.scale else {})
+
+
+def _check_tensors(manifest: ReleaseManifest, location: str) -> None:
+    """Every parameter lies within a file that is hashed, and every scale is there."""
+    remedy = "export it again with this version"
+    for name, tensor in manifest.tensors.items():
+        file = manifest.files.get(tensor.file)
+        if file is None or tensor.end > file.nbytes:
+            length = "not listed" if file is None else f"{file.nbytes} bytes long"
+            raise InputError(
+                f"{location}.tensors.{name}: ends at byte {tensor.end} of {tensor.file}, which is {length}", remedy
+            )
+        if tensor.scale and tensor.scale not in manifest.tensors:
+            raise InputError(f"{location}.tensors.{name}: its scale {tensor.scale} is not in the list", remedy)

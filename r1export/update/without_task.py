@@ -6,20 +6,19 @@ earlier one it is not, since the experts of later tasks were trained on top of i
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from r1export.errors import InputError
-from r1export.update.atomic_io import sha256_file, write_file, write_json
+from r1export.update.atomic_io import sha256_bytes, sha256_file, write_file
 from r1export.update.factors import ExpertUpdate
 from r1export.update.rebuild import Rebuild
-from r1export.update.release_manifest import MANIFEST, Release, sealed
+from r1export.update.release_layout import class_embeddings_file, class_names_file
+from r1export.update.release_manifest import FileEntry, Release, TaskEntry
 
 # Rewrites in a release folder what follows from its weights: class embeddings, golden outputs.
 Refresh = Callable[[Path], None]
@@ -37,54 +36,64 @@ def release_without(
 
     `refresh` is called with the folder once its weights are there. Raises InputError if there is no such task.
     """
-    tasks = [task for task, _ in target.updates]
+    tasks = [update.task for update in target.manifest.updates]
     if unknown := set(dropped) - set(tasks):
-        raise InputError(f"release {target.sequence} has no task {sorted(unknown)[0]}", f"it has {', '.join(tasks)}")
-    kept = [(task, digest) for task, digest in target.updates if task not in dropped]
-    rebuild = Rebuild(base, ExpertUpdate.stack(factors[digest] for _, digest in kept))
-    before = Rebuild(base, ExpertUpdate.stack(factors[digest] for _, digest in target.updates))
+        raise InputError(
+            f"release {target.manifest.sequence} has no task {sorted(unknown)[0]}", f"it has {', '.join(tasks)}"
+        )
+    kept = tuple(update for update in target.manifest.updates if update.task not in dropped)
+    before, after = (
+        Rebuild(base, ExpertUpdate.stack(factors[update.sha256] for update in updates))
+        for updates in (target.manifest.updates, kept)
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        unlearned = {f"classes/{task}.json" for task in dropped} & base.files.keys()
-        gone = {f"classes/{task}.{kind}" for task in dropped for kind in ("safetensors", "json")} - base.files.keys()
-        for path in target.files.keys() - gone:
+        for path in target.manifest.files.keys() - _gone(base, dropped):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             if path in before.merged_files:
-                write_file(folder / path, rebuild.chunks(path))
+                write_file(folder / path, after.chunks(path))
             else:
-                shutil.copyfile((base if path in unlearned else target).path / path, folder / path)
+                source = base if path in _unlearned(base, dropped) else target
+                shutil.copyfile(source.path / path, folder / path)
         refresh(folder)
-        _write_manifest(folder, target, rebuild, before, kept, dropped)
+        changed = {parameter: _digest(after, parameter) for parameter in before.changed}
+        replace(
+            target.manifest,
+            name=f"{target.manifest.name}-without-{'-'.join(dropped)}",
+            updates=kept,
+            tasks=tuple(_unmeasured(task, dropped) for task in target.manifest.tasks),
+            files=_files(folder),
+            tensors={
+                name: replace(entry, sha256=changed.get(name, entry.sha256))
+                for name, entry in target.manifest.tensors.items()
+            },
+        ).sealed().write(folder)
         yield Release.read(folder)
 
 
-def _unmeasured(task: Mapping[str, Any], dropped: Sequence[str]) -> dict[str, Any]:
-    """A task's entry in the smaller release: accuracies were measured with other weights."""
-    return {**task, "learned": task["learned"] and task["name"] not in dropped, "accuracy": None}
+def _unlearned(base: Release, dropped: Sequence[str]) -> set[str]:
+    """Files that say of a dropped task that it was learned; the base has them from before."""
+    return {class_names_file(task) for task in dropped} & base.manifest.files.keys()
 
 
-def _write_manifest(
-    folder: Path,
-    target: Release,
-    rebuild: Rebuild,
-    before: Rebuild,
-    kept: Sequence[tuple[str, str]],
-    dropped: Sequence[str],
-) -> None:
-    document = json.loads((target.path / MANIFEST).read_bytes())
-    document["name"] = f"{target.name}-without-{'-'.join(dropped)}"
-    document["updates"] = [{"task": task, "sha256": digest} for task, digest in kept]
-    document["tasks"] = [_unmeasured(task, dropped) for task in document["tasks"]]
-    paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    document["files"] = {
-        path: {"sha256": sha256_file(folder / path), "bytes": (folder / path).stat().st_size} for path in paths
-    }
-    for parameter in before.changed:
-        merged = parameter in rebuild.changed
-        digest = (
-            hashlib.sha256(rebuild.tensor(parameter).tobytes()).hexdigest()
-            if merged
-            else rebuild.base.tensors[parameter].sha256
-        )
-        document["tensors"][parameter]["sha256"] = digest
-    write_json(folder / MANIFEST, sealed(document))
+def _gone(base: Release, dropped: Sequence[str]) -> set[str]:
+    """Files of dropped tasks that the base does not have."""
+    files = {name(task) for task in dropped for name in (class_embeddings_file, class_names_file)}
+    return files - base.manifest.files.keys()
+
+
+def _unmeasured(task: TaskEntry, dropped: Sequence[str]) -> TaskEntry:
+    """A task of the smaller release: its accuracy was measured with other weights."""
+    return replace(task, learned=task.learned and task.name not in dropped, accuracy=None)
+
+
+def _files(folder: Path) -> dict[str, FileEntry]:
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {path: FileEntry(sha256_file(folder / path), (folder / path).stat().st_size) for path in paths}
+
+
+def _digest(rebuild: Rebuild, parameter: str) -> str:
+    """Of the parameter's stored bytes: merged, or the base's where no update is left that changes it."""
+    if parameter in rebuild.changed:
+        return sha256_bytes(rebuild.tensor(parameter).tobytes())
+    return rebuild.base.manifest.tensors[parameter].sha256

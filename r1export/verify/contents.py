@@ -1,148 +1,229 @@
-"""What a release holds against what it has to hold, derived anew from the base and the factors.
+"""What a release folder contains, compared with what it has to contain.
 
-Digests in a manifest say that a file is the one that was written; they do not say that what was written was right.
-Every function returns one line per problem, none if all is well.
+Digests in a manifest say that a file is the one that was written; they do not say that what was written was right. What has
+to be there follows from constants, the recipe and the model, never from what is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from r1export.errors import R1ExportError
-from r1export.update.atomic_io import sha256_bytes
-from r1export.update.container import NAMES, TensorSpec, map_tensors, read_layout, read_tensors
+from r1export.update.atomic_io import sha256_bytes, sha256_file
+from r1export.update.container import map_tensors, read_layout, read_tensors
 from r1export.update.factors import ExpertUpdate
-from r1export.verify.graph_digest import read_graph
+from r1export.update.release_manifest import ReleaseManifest, TensorEntry
+from r1export.verify.graph_digest import graph_digest, read_graph
 from r1export.verify.merge_diagnosis import diagnose
+from r1export.verify.results import Check
 
-PROMPTS = (
-    256  # prompts per task that are embedded again: enough for every class of a small task, spread over a large one
-)
+UNREADABLE = (R1ExportError, OSError, ValueError, KeyError)  # what reading a damaged release can raise
 Embed = Callable[[list[str]], np.ndarray]
 
 
-def part(problems: Iterable[str], fine: str) -> dict[str, str]:
-    """One part of a release's contents as it stands in the report."""
-    found = list(problems)
-    more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
-    return {"verdict": "fail" if found else "pass", "detail": "; ".join(found[:5]) + more if found else fine}
+def attempt(look: Callable[[], Check], *, of: int) -> Check:
+    """The check, or a failure that says why nothing could be looked at."""
+    try:
+        return look()
+    except UNREADABLE as error:
+        return Check.failed(str(error), of=of)
 
 
-def manifest_problems(manifest: Mapping[str, Any], expected: Mapping[str, Any], digest: str) -> list[str]:
-    """`digest` is what the manifest's own digest should be; `expected` are facts that follow from the run."""
-    problems = (
-        [] if manifest.get("sha256") == digest else ["manifest.json was edited: its digest of itself does not fit"]
-    )
-    other = {name: value for name, value in expected.items() if manifest.get(name) != value}
-    return problems + [
-        f"manifest.json: {name} is {_short(manifest.get(name))}, expected {_short(value)}"
-        for name, value in other.items()
+def check_manifest(manifest: ReleaseManifest, expected: Mapping[str, object]) -> Check:
+    """The manifest's digest of itself, and the fields that follow from the run."""
+    problems = []
+    if manifest.sha256 != manifest.digest():
+        problems.append("manifest.json was edited: its digest of itself does not fit")
+    problems += [
+        f"manifest.json: {name} is {_short(getattr(manifest, name))}, expected {_short(value)}"
+        for name, value in expected.items()
+        if getattr(manifest, name) != value
     ]
+    agrees = f", and {', '.join(expected)} are what the run says" if expected else ""
+    count = 1 + len(expected)
+    return Check.judge(problems, looked_at=count, of=count, detail=f"its digest of itself fits{agrees}")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def tensor_map_problems(release: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """The manifest's map of tensors against the weights files: devices merge at the offsets that it gives."""
-    files: dict[str, tuple[Mapping[str, TensorSpec], Mapping[str, np.ndarray]]] = {}
-    problems = []
-    for name, entry in manifest["tensors"].items():
-        file = entry["file"]
-        if file not in files:
-            files[file] = read_layout(release / file).by_name, map_tensors(release / file)
-        specs, tensors = files[file]
-        if name not in specs:
-            problems.append(f"{file} has no {name}")
-            continue
-        spec = specs[name]
-        found = {"offset": spec.offset, "bytes": spec.nbytes, "dtype": NAMES[spec.dtype], "shape": list(spec.shape)}
-        wrong = [key for key, value in found.items() if entry[key] != value]
-        if wrong:
-            problems.append(
-                f"manifest.json: {wrong[0]} of {name} is {entry[wrong[0]]}, in {file} it is {found[wrong[0]]}"
-            )
-        elif sha256_bytes(np.ascontiguousarray(tensors[name])) != entry["sha256"]:
-            problems.append(f"{name} in {file} has another digest than the manifest says")
-    return problems
+def check_files(
+    release: Path, manifest: ReleaseManifest, required: Collection[str], unlisted: Collection[str]
+) -> Check:
+    """Every file is there with its digest, as a file of its own; no other is, but for those that are `unlisted` by design."""
+    problems = [f"{name} is not listed in the manifest" for name in sorted(set(required) - set(manifest.files))]
+    problems += [problem for name in manifest.files for problem in _file_problems(release, name, manifest)]
+    present = {path.relative_to(release).as_posix(): path for path in release.rglob("*")}
+    links = sorted(name for name, path in present.items() if path.is_symlink())
+    extra = {name for name, path in present.items() if not path.is_dir()} - {*manifest.files, *unlisted}
+    problems += [f"{name} is a link" for name in links if name not in manifest.files]
+    problems += [f"{name} is not listed in the manifest" for name in sorted(extra) if name not in links]
+    expected = len({*manifest.files, *required})
+    detail = f"{len(manifest.files)} files are as released, and there are no others"
+    return Check.judge(problems, looked_at=len(manifest.files), of=expected, detail=detail)
 
 
-def weight_problems(
+def _file_problems(release: Path, name: str, manifest: ReleaseManifest) -> Iterator[str]:
+    path, entry = release / name, manifest.files[name]
+    if path.is_symlink() or not path.is_file():
+        yield f"{name} is a link" if path.is_symlink() else f"{name} is missing"
+    elif path.stat().st_size != entry.nbytes or sha256_file(path) != entry.sha256:
+        yield f"{name} is not the file that was released"
+
+
+def check_programs(release: Path, manifest: ReleaseManifest, graphs: Sequence[str]) -> Check:
+    """Every graph computes what the manifest says, by the digest of its program."""
+    problems = [f"{name} has no digest in the manifest" for name in graphs if name not in manifest.graphs]
+    problems += [
+        f"{name} computes something else than what was released"
+        for name in graphs
+        if name in manifest.graphs and graph_digest(release / name) != manifest.graphs[name]
+    ]
+    return Check.judge(
+        problems, looked_at=len(graphs), of=len(graphs), detail=f"{len(graphs)} graphs compute what was released"
+    )
+
+
+def check_epsilons(release: Path, graphs: Sequence[str], epsilons: Mapping[str, float]) -> Check:
+    """Every LayerNormalization has the epsilon of the module that owns its weight.
+
+    A wrong one errs by less than any tolerance where the input varies much, and by everything where it does not.
+    """
+    found = {module: value for name in graphs for module, value in _epsilons(release / name)}
+    wrong = {m: v for m, v in found.items() if m in epsilons and np.float32(epsilons[m]) != np.float32(v)}
+    problems = [
+        f"epsilon of {module} is {value:.3g}, expected {epsilons[module]:.3g}" for module, value in wrong.items()
+    ]
+    seen = len(found.keys() & epsilons.keys())
+    return Check.judge(problems, looked_at=seen, of=len(epsilons), detail=f"{seen} norms have their epsilon")
+
+
+def _epsilons(graph: Path) -> Iterator[tuple[str, float]]:
+    for node in read_graph(graph).graph.node:
+        if node.op_type == "LayerNormalization":
+            epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+            yield node.input[1].removesuffix(".weight"), epsilon
+
+
+def check_tensor_map(release: Path, manifest: ReleaseManifest, files: Sequence[str]) -> Check:
+    """The manifest's map of tensors is a bijection to the tensors in the weights `files`: devices merge at its offsets.
+
+    Every value is finite.
+    """
+    layouts = {file: read_layout(release / file).by_name for file in files}
+    tensors = {file: map_tensors(release / file) for file in files}
+    problems = [
+        f"{name} in {file} is not in the manifest's tensor map"
+        for file, specs in layouts.items()
+        for name in specs
+        if name not in manifest.tensors or manifest.tensors[name].file != file
+    ]
+    for name, entry in manifest.tensors.items():
+        spec = layouts[entry.file].get(name) if entry.file in layouts else None
+        if spec is None:
+            problems.append(f"{entry.file} has no {name}")
+        elif wrong := _misplaced(entry, spec.offset, spec.dtype, spec.shape):
+            problems.append(f"manifest.json: {wrong} of {name} is not that in {entry.file}")
+        elif sha256_bytes(values := np.ascontiguousarray(tensors[entry.file][name])) != entry.sha256:
+            problems.append(f"{name} in {entry.file} has another digest than the manifest says")
+        elif values.dtype.kind == "f" and not np.isfinite(values).all():
+            problems.append(f"{name} in {entry.file} has NaN or Inf")
+    stored = {(file, name) for file, specs in layouts.items() for name in specs}
+    count = len(stored | {(entry.file, name) for name, entry in manifest.tensors.items()})
+    return Check.judge(
+        problems, looked_at=count, of=count, detail=f"{count} tensors lie where the manifest says, all values finite"
+    )
+
+
+def _misplaced(entry: TensorEntry, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> str:
+    """The first field of an entry that differs from what the weights file says; empty if none does."""
+    actual = {"offset": offset, "dtype": dtype, "shape": tuple(shape)}
+    return next((field for field, value in actual.items() if getattr(entry, field) != value), "")
+
+
+def check_weights(
     release: Path,
-    manifest: Mapping[str, Any],
+    manifest: ReleaseManifest,
     expected: Mapping[str, np.ndarray],
     updates: Sequence[tuple[str, ExpertUpdate]],
-) -> list[str]:
-    """Every parameter, bit for bit, against `expected` = base + factors; `updates` (task, factors) help to say what went wrong."""
-    files = sorted({entry["file"] for entry in manifest["tensors"].values()})
+) -> Check:
+    """Every parameter, bit for bit, against `expected` = base + factors; `updates` (task, factors) help to name the cause."""
+    files = sorted({entry.file for entry in manifest.tensors.values()})
     stored = {name: tensor for file in files for name, tensor in map_tensors(release / file).items()}
     problems = [f"{name} is missing from the weights" for name in expected if name not in stored]
     problems += [f"{name} is not a parameter of the model" for name in stored if name not in expected]
     for name in expected.keys() & stored.keys():
-        turned = bool(manifest["tensors"].get(name, {}).get("transposed"))
-        found, wanted = (stored[name].T if turned else stored[name]), expected[name]
-        if found.size != wanted.size or found.dtype != wanted.dtype:
-            problems.append(f"{name} is {found.dtype}{list(found.shape)}, expected {wanted.dtype}{list(wanted.shape)}")
-        elif np.ascontiguousarray(found).tobytes() != np.ascontiguousarray(wanted).tobytes():
-            problems.append(
-                f"{name} is not base + factors: {diagnose(name, np.reshape(found, wanted.shape), wanted, updates)}"
-            )
-    return sorted(problems)
+        transposed = name in manifest.tensors and manifest.tensors[name].transposed
+        problems += _weight_problems(name, stored[name].T if transposed else stored[name], expected[name], updates)
+    detail = f"{len(expected)} tensors are base + factors, bit for bit"
+    return Check.judge(sorted(problems), looked_at=len(expected), of=len(expected), detail=detail)
 
 
-def epsilon_problems(graph: Path, epsilons: Mapping[str, float]) -> list[str]:
-    """Every LayerNormalization against the epsilon of the module that owns its weight.
-
-    A wrong one errs by less than any tolerance where the input varies much, and by everything where it does not.
-    """
-    problems = []
-    for node in read_graph(graph).graph.node:
-        module = node.input[1].removesuffix(".weight") if node.op_type == "LayerNormalization" else ""
-        found = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
-        if module in epsilons and np.float32(epsilons[module]) != np.float32(found):
-            problems.append(f"{graph.name}: epsilon of {module} is {found:.3g}, expected {epsilons[module]:.3g}")
-    return problems
+def _weight_problems(
+    name: str, stored: np.ndarray, expected: np.ndarray, updates: Sequence[tuple[str, ExpertUpdate]]
+) -> Iterator[str]:
+    if stored.size != expected.size or stored.dtype != expected.dtype:
+        yield f"{name} is {stored.dtype}{list(stored.shape)}, expected {expected.dtype}{list(expected.shape)}"
+    elif np.ascontiguousarray(stored).tobytes() != np.ascontiguousarray(expected).tobytes():
+        yield f"{name} is not base + factors: {diagnose(name, np.reshape(stored, expected.shape), expected, updates)}"
 
 
-def class_problems(
-    release: Path, tasks: Iterable[tuple[str, Sequence[str], Sequence[str]]], embed: Embed, tolerance: float
-) -> list[str]:
-    """Each task's (name, classes, templates) and its class embeddings against what the release's own text tower gives now.
+@dataclass(frozen=True)
+class ClassList:
+    """One task: its class names in the order of rows, and the templates that its prompts are made with."""
+
+    task: str
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    @property
+    def prompts(self) -> list[str]:
+        """All templates of the first class, then of the next."""
+        return [template.format(name) for name in self.classes for template in self.templates]
+
+
+def check_class_embeddings(release: Path, lists: Iterable[ClassList], embed: Embed, tolerance: float) -> Check:
+    """All class embeddings against what the release's own text tower gives now. Counts are classes.
 
     `embed` takes prompts to unit-norm (n, D). A class embedding is the normalised mean over the templates.
     """
-    problems = []
-    for name, classes, templates in tasks:
+    problems: list[str] = []
+    lists = list(lists)
+    for one in lists:
         try:
-            problems += _task_problems(release / "classes", name, classes, templates, embed, tolerance)
-        except (R1ExportError, OSError, ValueError, KeyError) as error:
-            problems.append(f"classes/{name}: {error}")
-    return problems
+            stored = read_tensors(release / "classes" / f"{one.task}.safetensors")["class_embeds"]
+            problems += _class_problems(one, stored, embed, tolerance)
+        except UNREADABLE as error:
+            problems.append(f"classes/{one.task}: {error}")
+    count = sum(len(one.classes) for one in lists)
+    detail = f"{count} embeddings of {len(lists)} tasks are what this text tower gives"
+    return Check.judge(problems, looked_at=count, of=count, detail=detail)
 
 
-def _task_problems(
-    folder: Path, name: str, classes: Sequence[str], templates: Sequence[str], embed: Embed, tolerance: float
-) -> list[str]:
-    stored = read_tensors(folder / f"{name}.safetensors")["class_embeds"]
-    if len(stored) != len(classes):
-        return [f"classes/{name}.safetensors has {len(stored)} classes, expected {len(classes)}"]
-    count = max(1, min(len(classes), PROMPTS // len(templates)))
-    chosen = np.unique(np.linspace(0, len(classes) - 1, count).astype(int))
-    prompts = [template.format(classes[i]) for i in chosen for template in templates]
-    means = embed(prompts).astype(np.float64).reshape(len(chosen), len(templates), -1).mean(1)
-    fresh = means / np.linalg.norm(means, axis=1, keepdims=True)
-    if stored.shape[1] != fresh.shape[1]:
-        return [f"classes/{name}.safetensors has width {stored.shape[1]}, the text tower gives {fresh.shape[1]}"]
-    error = np.abs(fresh - stored[chosen]).max(1)
-    if error.max() <= tolerance:
-        return []
-    worst = classes[chosen[int(error.argmax())]]
-    return [
-        f"classes/{name}.safetensors is stale: the text tower gives another embedding, by {error.max():.2g} for {worst!r}, allowed {tolerance:.2g}"
-    ]
+def _class_problems(classes: ClassList, stored: np.ndarray, embed: Embed, tolerance: float) -> Iterator[str]:
+    file = f"classes/{classes.task}.safetensors"
+    if len(stored) != len(classes.classes):
+        yield f"{file} has {len(stored)} classes, expected {len(classes.classes)}"
+        return
+    means = embed(classes.prompts).astype(np.float64).reshape(len(stored), len(classes.templates), -1).mean(1)
+    expected = means / np.linalg.norm(means, axis=1, keepdims=True)
+    if stored.shape != expected.shape:
+        yield f"{file} has width {stored.shape[1]}, the text tower gives {expected.shape[1]}"
+        return
+    errors = np.abs(expected - stored).max(1)
+    if not errors.max() <= tolerance:  # NaN is not
+        worst = int(np.nan_to_num(errors, nan=np.inf).argmax())
+        name = classes.classes[worst]
+        yield f"{file} is stale: the text tower's embedding of {name!r} differs by {errors[worst]:.2g}, allowed {tolerance:.2g}"
+
+
+def check_same_files(left: Path, right: Path, names: Sequence[str], detail: str) -> Check:
+    """The files `names` of two folders have the same bytes."""
+    problems = [f"{name} differs" for name in names if sha256_file(left / name) != sha256_file(right / name)]
+    return Check.judge(problems, looked_at=len(names), of=len(names), detail=detail)

@@ -19,7 +19,7 @@ from onnx import TensorProto, external_data_helper, numpy_helper
 
 from r1export.errors import CheckFailed
 from r1export.update.atomic_io import new_folder
-from r1export.verify.runtime import session_options, spoken
+from r1export.verify.runtime import first_error_line, session_options
 
 NOISE = {
     "fp32": 2e-7,
@@ -145,7 +145,7 @@ def _intermediates(
         return dict(zip(names, session.run(list(names), dict(feeds)), strict=True))
     except Exception as error:  # onnxruntime raises its own classes straight from C++, without a common base
         raise CheckFailed(
-            f"the graph's intermediate values cannot be computed: {spoken(error)}", "export the graphs again"
+            f"the graph's intermediate values cannot be computed: {first_error_line(error)}", "export the graphs again"
         ) from error
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from r1export.errors import CheckFailed
 from r1export.verify.openvino_runtime import compile_graph
 from r1export.verify.ort_profile import Execution, Kernel, Shape
-from r1export.verify.runtime import check_provider, spoken
+from r1export.verify.runtime import check_provider, first_error_line
 
 if TYPE_CHECKING:
     import openvino
@@ -37,7 +37,9 @@ def execute(graph: Path, feeds: Mapping[str, np.ndarray]) -> Execution:
         model = compile_graph(graph)
         model.create_infer_request().infer(dict(feeds))
     except RuntimeError as error:
-        raise CheckFailed(f"{graph}: OpenVINO cannot run it: {spoken(error)}", "write the release again") from error
+        raise CheckFailed(
+            f"{graph}: OpenVINO cannot run it: {first_error_line(error)}", "write the release again"
+        ) from error
     nodes = sorted(model.get_runtime_model().get_ops(), key=lambda node: int(_fact(node, "execOrder")))
     kernels = tuple(_kernel(node) for node in nodes if not _is_constant(node))
     weights = sum(_nbytes(node) for node in nodes if _is_constant(node))

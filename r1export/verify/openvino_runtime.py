@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,11 +31,11 @@ def library() -> ModuleType:
     return openvino
 
 
-def compile_graph(graph: Path, *, threads: int = 0, options: Mapping[str, Any] | None = None) -> openvino.CompiledModel:
+def compile_graph(graph: Path, *, threads: int = 0) -> openvino.CompiledModel:
     """The graph compiled for the CPU in float32; `threads` 0 leaves their number to OpenVINO. Raises RuntimeError."""
     core = library().Core()
-    asked = {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
-    return core.compile_model(core.read_model(graph), "CPU", EXACT | asked | dict(options or {}))
+    options = EXACT | ({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})
+    return core.compile_model(core.read_model(graph), "CPU", options)
 
 
 class Compiled:

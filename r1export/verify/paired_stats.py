@@ -8,29 +8,11 @@ used here is stricter than the 90 % interval that the test at the 5 % level need
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from r1export.verify.results import Ratio, Verdict
+
 RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """`value` = exp(median log-ratio), `low` to `high` its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def halfwidth(self) -> float:
-        """Half the width of the interval in logarithms: the same noise has the same width wherever the ratio lies."""
-        return float(np.log(self.high / self.low)) / 2
-
-    def within(self, margin: float) -> bool:
-        """The whole interval lies between 1 / (1 + margin) and 1 + margin."""
-        return self.low >= 1 / (1 + margin) and self.high <= 1 + margin
 
 
 def paired_ratio(numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) -> Ratio:
@@ -44,30 +26,31 @@ def paired_ratio(numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) 
     # Resampling n blocks underestimates their spread by sqrt((n - 1) / n); widen around the estimate.
     widen = np.sqrt(len(medians) / max(1, len(medians) - 1))
     centre = medians.mean()
-    return Ratio(*(float(np.exp(centre + (edge - centre) * widen)) for edge in (centre, low, high)))
+    value, low, high = (float(np.exp(centre + (edge - centre) * widen)) for edge in (centre, low, high))
+    return Ratio(value, (low, high))
 
 
-def latency_verdict(merged: Ratio, noise: Ratio, margin: float) -> tuple[str, str]:
+def latency_verdict(merged: Ratio, noise: Ratio, margin: float) -> tuple[Verdict, str]:
     """The verdict on added latency, and what to do about it where it is not a pass.
 
     A noise floor (base against base) outside the margin decides nothing, whatever the merged model did.
     """
+    low, high = merged.ci95
     if not noise.within(margin):
-        return (
-            "inconclusive",
-            f"base against itself spreads over {noise.low:.3f} to {noise.high:.3f}: close other programs, pin threads, or raise verify.pairs",
+        return Verdict.INCONCLUSIVE, (
+            f"base against itself spreads over {noise.ci95[0]:.3f} to {noise.ci95[1]:.3f}: close other programs, pin threads, "
+            "or raise verify.pairs"
         )
-    if merged.low > 1 + margin:
-        return "fail", f"the merged model is at least {merged.low:.3f} times as slow as the base model"
-    if merged.high < 1 / (1 + margin):
-        return (
-            "inconclusive",
-            f"the merged model takes at most {merged.high:.3f} times as long as the base model: an equal program cannot be "
-            "faster by more than the margin, so look for what disturbed the base, and verify again",
+    if low > 1 + margin:
+        return Verdict.FAIL, f"the merged model is at least {low:.3f} times as slow as the base model"
+    if high < 1 / (1 + margin):
+        return Verdict.INCONCLUSIVE, (
+            f"the merged model takes at most {high:.3f} times as long as the base model: an equal program cannot be "
+            "faster by more than the margin, so look for what disturbed the base, and verify again"
         )
     if not merged.within(margin):
         return (
-            "inconclusive",
-            f"the interval {merged.low:.3f} to {merged.high:.3f} is wider than the margin: raise verify.pairs",
+            Verdict.INCONCLUSIVE,
+            f"the interval {low:.3f} to {high:.3f} is wider than the margin: raise verify.pairs",
         )
-    return "pass", ""
+    return Verdict.PASS, ""

@@ -1,25 +1,26 @@
 """Parity: three errors, never one.
 
     merge    unmerged torch against merged torch      export   merged torch against ONNX
-    total    unmerged torch against ONNX: what the user fields
+    total    unmerged torch against ONNX: what the user deploys
 
-"Unmerged" is the model with its experts beside the weights and a constant gate. Embeddings have unit norm. The error of
+"Unmerged" is the model with its experts as separate branches and a constant gate. Embeddings have unit norm. The error of
 the base model's own export, in the same precision, is the control that the gate is calibrated on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from r1export.errors import CheckFailed
+from r1export.verify.results import Difference, Flip, Histogram, Parity, Verdict
 
 Encode = Callable[[np.ndarray], np.ndarray]
 TOWERS = ("visual", "textual")
 ENTRIES = {"visual": "pixel_values", "textual": "input_ids"}  # the input of each tower's graph
+HISTOGRAM_EDGES = np.logspace(-12, 1, 27)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,41 @@ class Inputs:
     def tower(self, name: str) -> np.ndarray:
         return self.visual if name == "visual" else self.textual
 
+    def __len__(self) -> int:
+        """Images and prompts."""
+        return len(self.visual) + len(self.textual)
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """One way of running a model; `batch` 0 is all inputs at once."""
+
+    provider: str
+    level: str
+    batch: int
+
+    def __str__(self) -> str:
+        batch = f"batch size {self.batch}" if self.batch else "all inputs at once"
+        return f"{self.provider} at level {self.level}, {batch}"
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What both towers give for the same inputs: (n, D) and (m, D)."""
+
+    visual: np.ndarray
+    textual: np.ndarray
+
+    def tower(self, name: str) -> np.ndarray:
+        return self.visual if name == "visual" else self.textual
+
+    def among(self, answers: int | None) -> Embeddings:
+        """The same with the first `answers` texts alone."""
+        return Embeddings(self.visual, self.textual[:answers])
+
+
+Outputs = Mapping[ExecutionConfig, Embeddings]
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -66,17 +102,27 @@ class Gate:
     control_factor: float = 4.0
     relative: bool = False
 
-    def calibrated(self, control: Mapping[str, Any] | None) -> Gate:
-        """The gate for a merged model, given the same comparison on the base. A control that failed calibrates nothing."""
-        if not control or control.get("verdict") != "pass":
+    def calibrated(self, control: Parity | None) -> Gate:
+        """The gate for a merged model, given the same comparison on the base. Only a control that passed calibrates."""
+        if (
+            control is None
+            or control.verdict is not Verdict.PASS
+            or control.max_abs is None
+            or control.min_cosine is None
+        ):
             return self
-        allowed, lowest = (
-            self.control_factor * control["max_abs"],
-            1 - self.control_factor**2 * (1 - control["min_cosine"]),  # 1 - cosine grows with the square of the error
-        )
+        allowed = self.control_factor * control.max_abs
+        lowest = 1 - self.control_factor**2 * (1 - control.min_cosine)  # 1 - cosine grows with the square of the error
         if self.relative:
             return replace(self, max_abs=min(self.max_abs, allowed), min_cosine=max(self.min_cosine, lowest))
         return replace(self, max_abs=max(self.max_abs, allowed), min_cosine=min(self.min_cosine, lowest))
+
+    def no_laxer_than(self, max_abs: float, min_cosine: float) -> Gate:
+        """The stricter of this gate and the limits that somebody else states. NaN states nothing."""
+        stated = max_abs if max_abs <= self.max_abs else self.max_abs
+        return replace(
+            self, max_abs=stated, min_cosine=min_cosine if min_cosine >= self.min_cosine else self.min_cosine
+        )
 
 
 # fp32: 3e-6 is what a correct export of ViT-B/16 errs by. fp16 rounds each activation to 2^-11: 2e-4 on the built-in
@@ -84,175 +130,222 @@ class Gate:
 GATES = {
     "fp32": Gate(),
     "fp16": Gate(max_abs=5e-3, min_cosine=1 - 1e-4, flip_margin=1e-3, control_factor=3.0, relative=True),
-    "bf16": Gate(max_abs=3e-2, min_cosine=1 - 3e-3, flip_margin=1e-2, control_factor=3.0, relative=True),
     "int8": Gate(max_abs=0.1, min_cosine=0.97, flip_margin=0.02, control_factor=4.0, relative=True),
 }
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Embeddings of the same inputs, once for every way of running the model."""
+def run_in_batches(
+    model: Model, inputs: Inputs, configs: Iterable[ExecutionConfig]
+) -> dict[ExecutionConfig, Embeddings]:
+    """Encode all inputs once per configuration, of which the batch size is applied here.
 
-    visual: tuple[np.ndarray, ...]
-    textual: tuple[np.ndarray, ...]
-
-    @classmethod
-    def join(cls, parts: Iterable[Outputs]) -> Outputs:
-        """All ways of all `parts`."""
-        parts = tuple(parts)
-        return cls(*(tuple(way for part in parts for way in getattr(part, tower)) for tower in TOWERS))
-
-    def among(self, answers: int | None) -> Outputs:
-        """The same with the first `answers` texts alone."""
-        return Outputs(self.visual, tuple(way[:answers] for way in self.textual))
-
-    def last(self) -> Outputs:
-        """The last way alone."""
-        return Outputs(self.visual[-1:], self.textual[-1:])
+    Raises CheckFailed naming the tower and the batch size.
+    """
+    return {
+        config: Embeddings(*(_encode(model, tower, inputs.tower(tower), config.batch) for tower in TOWERS))
+        for config in configs
+    }
 
 
-def run_in_batches(model: Model, inputs: Inputs, batches: Iterable[int]) -> Outputs:
-    """Encode all inputs once per batch size; 0 means all at once. Raises CheckFailed naming the tower and the batch size."""
-    sizes = tuple(batches)
-    return Outputs(*(tuple(_encode(model, t, inputs.tower(t), size) for size in sizes) for t in TOWERS))
-
-
-def _encode(model: Model, tower: str, values: np.ndarray, size: int) -> np.ndarray:
-    size = size or len(values)
+def _encode(model: Model, tower: str, values: np.ndarray, batch: int) -> np.ndarray:
+    if not len(values):
+        raise CheckFailed(f"there is no input for the {tower} tower", "export the release again")
+    size = batch or len(values)
+    encode = model.tower(tower)
     try:
-        found = np.concatenate(
-            [np.asarray(model.tower(tower)(values[i : i + size])) for i in range(0, len(values), size)]
-        )
+        embeddings = np.concatenate([np.asarray(encode(values[i : i + size])) for i in range(0, len(values), size)])
     except CheckFailed as error:
+        where = f"the {tower} tower fails at batch size {min(size, len(values))}"
+        raise CheckFailed(f"{where}: {error.message}", error.remedy) from error
+    if len(embeddings) != len(values):
         raise CheckFailed(
-            f"the {tower} tower fails at batch size {min(size, len(values))}: {error.message}", error.remedy
-        ) from error
-    if len(found) != len(values):
-        raise CheckFailed(
-            f"the {tower} tower gives {len(found)} embeddings for {len(values)} inputs at batch size {size}",
+            f"the {tower} tower gives {len(embeddings)} embeddings for {len(values)} inputs at batch size {size}",
             "export the graphs again",
         )
-    return found
+    return embeddings
 
 
 def compare(
-    reference: Outputs,
-    candidate: Outputs,
-    gate: Gate,
-    control: Mapping[str, Any] | None = None,
-    answers: int | None = None,
-) -> dict[str, Any]:
-    """One stage of parity as it stands in the report: the worst over all ways of running, and the verdict.
+    reference: Embeddings, outputs: Outputs, gate: Gate, control: Parity | None = None, answers: int | None = None, of: int = 0
+) -> Parity:  # fmt: skip
+    """One stage of parity: the worst over all `outputs`, and the verdict.
 
-    Top-1 is chosen among the first `answers` texts. `least_tolerance` is the smallest max_abs that would pass, None where
-    none would: for NaN, Inf, a cosine that is too low or a flip that counts.
+    Top-1 is chosen among the first `answers` texts. `of` is how many inputs there should be (0: as many as there are).
     """
-    towers = {name: _tower(getattr(reference, name)[0], getattr(candidate, name)) for name in TOWERS}
-    flips, agreement = _flips(reference.among(answers), candidate.among(answers))
-    worst = {
-        "max_abs": max(t["max_abs"] for t in towers.values()),
-        "p99_abs": max(t["p99_abs"] for t in towers.values()),
-        "min_cosine": min(t["min_cosine"] for t in towers.values()),
-        "top1_agreement": agreement,
-        "samples": sum(len(getattr(reference, name)[0]) for name in TOWERS),
+    towers = {
+        name: difference(reference.tower(name), [output.tower(name) for output in outputs.values()]) for name in TOWERS
     }
-    asked = gate.calibrated(control)
-    problems = list(_problems(towers, flips, asked))
-    return worst | {
-        "tolerance": asked.max_abs,
-        "least_tolerance": None if list(_problems(towers, flips, replace(asked, max_abs=np.inf))) else worst["max_abs"],
-        "min_cosine_required": asked.min_cosine,
-        "verdict": "fail" if problems else "pass",
-        "detail": "; ".join(problems) or None,
-        "control": {key: control[key] for key in ("max_abs", "min_cosine")} if control else None,
-        "flips": flips,
-        "histogram": _histogram(reference, candidate),
-        "towers": towers,
-    }
+    flips, agreement = _flips(reference.among(answers), [output.among(answers) for output in outputs.values()])
+    limits, samples = gate.calibrated(control), len(reference.visual) + len(reference.textual)
+    worst = _worst(towers.values())
+    passes_without_limit = not list(_problems(towers, flips, replace(limits, max_abs=np.inf)))
+    return Parity.judge(
+        _problems(towers, flips, limits),
+        looked_at=samples if outputs else 0,
+        of=of or samples,
+        detail=f"{len(outputs)} executions agree",
+        max_abs=worst.max_abs,
+        p99_abs=worst.p99_abs,
+        min_cosine=worst.min_cosine,
+        top1_agreement=agreement,
+        samples=samples,
+        tolerance=limits.max_abs,
+        least_tolerance=worst.max_abs if passes_without_limit else None,
+        min_cosine_required=limits.min_cosine,
+        control=control.difference if control else None,
+        flips=tuple(flips),
+        histogram=_histogram(reference, outputs.values()),
+        towers=towers,
+        by_provider=_by_provider(reference, outputs),
+        providers=tuple(dict.fromkeys(config.provider for config in outputs)),
+        levels=tuple(dict.fromkeys(config.level for config in outputs)),
+        batches=tuple(dict.fromkeys(config.batch or len(reference.visual) for config in outputs)),
+    )
 
 
-def figures(reference: Outputs, candidate: Outputs) -> dict[str, float | None]:
-    """Largest difference and lowest cosine over both towers and all ways of running; None for NaN, Inf or another shape."""
-    towers = [_tower(getattr(reference, name)[0], getattr(candidate, name)) for name in TOWERS]
-    worst, lowest = max(tower["max_abs"] for tower in towers), min(tower["min_cosine"] for tower in towers)
-    return {"max_abs": worst, "min_cosine": lowest} if np.isfinite(worst) else {"max_abs": None, "min_cosine": None}
-
-
-def _problems(towers: Mapping[str, Any], flips: Sequence[Mapping[str, Any]], gate: Gate) -> Iterable[str]:
-    """What does not hold, in words; written so that NaN never holds."""
-    for name, tower in towers.items():
-        if not np.isfinite(tower["max_abs"]):
-            yield f"the {name} tower gives NaN, Inf or another shape"
-        elif not tower["max_abs"] <= gate.max_abs:
-            yield f"the {name} tower errs by {tower['max_abs']:.2g}, allowed {gate.max_abs:.2g}"
-        elif not tower["min_cosine"] >= gate.min_cosine:
-            yield f"the {name} tower's lowest cosine is {tower['min_cosine']:.8f}, required {gate.min_cosine:.8f}"
-    if grave := [flip for flip in flips if not flip["margin"] <= gate.flip_margin]:
-        yield f"{len(grave)} answers flipped that the reference preferred by more than {gate.flip_margin:g}"
-
-
-def unrunnable(detail: str) -> dict[str, Any]:
-    """The stage of a model that cannot even be run: a failed check, not a crash."""
-    figures = dict.fromkeys(("max_abs", "min_cosine", "top1_agreement"))
-    return {"verdict": "fail", "detail": detail, **figures, "samples": 0}
-
-
-def _tower(reference: np.ndarray, candidates: Sequence[np.ndarray]) -> dict[str, float]:
-    broken = {"max_abs": float("inf"), "p99_abs": float("inf"), "min_cosine": -1.0}
-    if any(c.shape != reference.shape for c in candidates):
+def difference(reference: np.ndarray, candidates: Sequence[np.ndarray]) -> Difference:
+    """The worst of all `candidates` (n, D) against the reference of the same shape."""
+    broken = Difference(max_abs=None, p99_abs=None, min_cosine=None)
+    if not candidates or not reference.size or any(candidate.shape != reference.shape for candidate in candidates):
         return broken
+    expected = _f64(reference)
     with np.errstate(invalid="ignore"):  # Inf - Inf is what is looked for
-        differences = np.concatenate([np.abs(_f64(c) - _f64(reference)) for c in candidates])
+        differences = np.concatenate([np.abs(_f64(candidate) - expected) for candidate in candidates])
     if not np.isfinite(differences).all():
         return broken
-    cosines = np.concatenate([_cosine(_f64(reference), _f64(c)) for c in candidates])
+    cosines = np.concatenate([_cosine(expected, _f64(candidate)) for candidate in candidates])
+    return Difference(
+        max_abs=float(differences.max()),
+        p99_abs=float(np.quantile(differences, 0.99)),
+        min_cosine=float(np.nan_to_num(cosines, nan=-1).min()),
+    )
+
+
+def sample_errors(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
+    """Largest difference of each sample (n); infinite for NaN, Inf and other shapes."""
+    if candidate.shape != reference.shape:
+        return np.full(len(reference), np.inf)
+    with np.errstate(invalid="ignore"):
+        errors = np.abs(_f64(candidate) - _f64(reference)).max(1)
+    return np.where(np.isfinite(errors), errors, np.inf)
+
+
+def _worst(differences: Iterable[Difference]) -> Difference:
+    """The worst of each figure; None if one of them is."""
+    listed = list(differences)
+    columns = {name: [getattr(one, name) for one in listed] for name in ("max_abs", "p99_abs", "min_cosine")}
+    if None in columns["max_abs"]:
+        return Difference(max_abs=None, p99_abs=None, min_cosine=None)
+    return Difference(
+        max_abs=max(columns["max_abs"]), p99_abs=max(columns["p99_abs"]), min_cosine=min(columns["min_cosine"])
+    )
+
+
+def _by_provider(reference: Embeddings, outputs: Outputs) -> dict[str, Difference]:
+    providers = dict.fromkeys(config.provider for config in outputs)
     return {
-        "max_abs": float(differences.max()),
-        "p99_abs": float(np.quantile(differences, 0.99)),
-        "min_cosine": float(np.nan_to_num(cosines, nan=-1).min()),
+        provider: _worst(
+            difference(reference.tower(tower), [o.tower(tower) for c, o in outputs.items() if c.provider == provider])
+            for tower in TOWERS
+        )
+        for provider in providers
     }
+
+
+def _problems(towers: Mapping[str, Difference], flips: Sequence[Flip], gate: Gate) -> Iterator[str]:
+    """What does not hold, in words; written so that NaN never holds."""
+    for name, tower in towers.items():
+        if tower.max_abs is None or tower.min_cosine is None:
+            yield f"the {name} tower gives NaN, Inf, nothing or another shape"
+        elif not tower.max_abs <= gate.max_abs:
+            yield f"the {name} tower differs by {tower.max_abs:.2g}, allowed {gate.max_abs:.2g}"
+        elif not tower.min_cosine >= gate.min_cosine:
+            yield f"the {name} tower's lowest cosine is {tower.min_cosine:.8f}, required {gate.min_cosine:.8f}"
+    if grave := [flip for flip in flips if not flip.margin <= gate.flip_margin]:
+        yield f"{len(grave)} answers flipped that the reference preferred by more than {gate.flip_margin:g}"
 
 
 def _f64(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float64)
 
 
-def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Row by row; NaN for a row of zeros, which points nowhere."""
     with np.errstate(invalid="ignore"):
-        return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+        return (left * right).sum(1) / (np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1))
 
 
-def _flips(reference: Outputs, candidate: Outputs) -> tuple[list[dict[str, Any]], float]:
-    """Images whose nearest prompt changed, with the cosine margin by which the reference preferred the old one."""
-    scores = _f64(reference.visual[0]) @ _f64(reference.textual[0]).T
-    wanted = scores.argmax(1)
-    flips: list[dict[str, Any]] = []
-    seen = 0
-    for images, texts in zip(candidate.visual, candidate.textual, strict=True):
-        if images.shape != reference.visual[0].shape or texts.shape != reference.textual[0].shape:
-            return flips, 0.0
-        found = np.nan_to_num(np.nan_to_num(_f64(images)) @ np.nan_to_num(_f64(texts)).T).argmax(1)
-        seen += len(found)
+def _flips(reference: Embeddings, outputs: Sequence[Embeddings]) -> tuple[list[Flip], float]:
+    """Images whose nearest text changed, and the share of all answers that did not. None of a model with other shapes."""
+    shapes = (reference.visual.shape, reference.textual.shape)
+    empty = not (outputs and len(reference.visual) and len(reference.textual))
+    if empty or any((output.visual.shape, output.textual.shape) != shapes for output in outputs):
+        return [], 0.0
+    scores = _f64(reference.visual) @ _f64(reference.textual).T
+    expected = scores.argmax(1)
+    flips: list[Flip] = []
+    for output in outputs:
+        images, texts = np.nan_to_num(_f64(output.visual)), np.nan_to_num(_f64(output.textual))
+        answers = np.nan_to_num(images @ texts.T).argmax(1)
         flips += [
-            {
-                "sample": int(i),
-                "margin": float(scores[i, wanted[i]] - scores[i, found[i]]),
-                "from": int(wanted[i]),
-                "to": int(found[i]),
-            }
-            for i in np.flatnonzero(found != wanted)
+            Flip(
+                sample=int(i),
+                margin=float(scores[i, expected[i]] - scores[i, answers[i]]),
+                before=int(expected[i]),
+                after=int(answers[i]),
+            )
+            for i in np.flatnonzero(answers != expected)
         ]
-    return flips, 1 - len(flips) / seen
+    return flips, 1 - len(flips) / (len(outputs) * len(expected))
 
 
-def _histogram(reference: Outputs, candidate: Outputs) -> dict[str, list[float]] | None:
-    """How many differences fall into each half of a power of ten, from 1e-12 to 1e1; None for other shapes."""
-    pairs = [(getattr(reference, t)[0], c) for t in TOWERS for c in getattr(candidate, t)]
-    if any(one.shape != other.shape for one, other in pairs):
+def _histogram(reference: Embeddings, outputs: Iterable[Embeddings]) -> Histogram | None:
+    """How many differences fall into each half of a power of ten; None for other shapes."""
+    pairs = [(reference.tower(name), output.tower(name)) for name in TOWERS for output in outputs]
+    if not pairs or any(left.shape != right.shape for left, right in pairs):
         return None
     with np.errstate(invalid="ignore"):
-        differences = [np.abs(_f64(one) - _f64(other)).ravel() for one, other in pairs]
-    edges = np.logspace(-12, 1, 27)
-    values = np.clip(np.nan_to_num(np.concatenate(differences), nan=10, posinf=10), edges[0], edges[-1])
-    return {"edges": edges.tolist(), "counts": np.histogram(values, edges)[0].tolist()}
+        differences = np.concatenate([np.abs(_f64(left) - _f64(right)).ravel() for left, right in pairs])
+    values = np.clip(np.nan_to_num(differences, nan=10, posinf=10), HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
+    counts = np.histogram(values, HISTOGRAM_EDGES)[0]
+    return Histogram(edges=tuple(HISTOGRAM_EDGES.tolist()), counts=tuple(counts.tolist()))
+
+
+@dataclass(frozen=True)
+class WorstSample:
+    """The largest difference of one tower: in which configuration, and on which input."""
+
+    tower: str
+    config: ExecutionConfig
+    sample: int
+    error: float
+
+    def __str__(self) -> str:
+        return f"sample {self.sample} of the {self.tower} tower on {self.config}"
+
+
+def worst_sample(tower: str, reference: Embeddings, outputs: Outputs) -> WorstSample:
+    """The worst of a tower over all configurations, of which there is at least one."""
+    samples = (
+        WorstSample(tower, config, int(errors.argmax()), float(errors.max()))
+        for config, output in outputs.items()
+        for errors in [sample_errors(reference.tower(tower), output.tower(tower))]
+    )
+    return max(samples, key=lambda worst: worst.error)
+
+
+def erring_configs(tower: str, reference: Embeddings, outputs: Outputs, allowed: float) -> list[ExecutionConfig]:
+    """The configurations in which a tower errs by more than `allowed`."""
+    return [
+        config
+        for config, output in outputs.items()
+        if not sample_errors(reference.tower(tower), output.tower(tower)).max() <= allowed
+    ]
+
+
+def unlocated(erring: Sequence[ExecutionConfig]) -> str:
+    """The explanation for a tower that errs in these configurations although no node diverges without the optimizer on cpu."""
+    if any(config.provider == "cpu" and config.level == "disable" for config in erring):
+        return "no single node diverges from torch: the difference accumulates over many"
+    places = ", ".join(dict.fromkeys(f"level {config.level} on {config.provider}" for config in erring))
+    return f"nothing diverges without the optimizer on cpu: the difference arises only at {places}"

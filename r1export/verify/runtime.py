@@ -3,8 +3,8 @@ and onnx.reference, which is the specification of the operators as numpy code.""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,22 +14,50 @@ from onnx.reference import ReferenceEvaluator
 
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.verify import openvino_runtime
+from r1export.verify.parity import ENTRIES, TOWERS, Model
 
 LEVELS = {
     "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
+
+
+@dataclass(frozen=True)
+class Provider:
+    """What can run a graph. `name` is the runtime's own name for it.
+
+    has_levels   onnxruntime runs it, at any level of graph optimization; of the others nobody can turn the optimizer down
+    timed        its time means something
+    inspectable  it shows the program that it runs
+    """
+
+    name: str
+    has_levels: bool = True
+    timed: bool = True
+    inspectable: bool = True
+
+    @property
+    def label(self) -> str:
+        """The name as tables show it."""
+        return self.name.removesuffix("ExecutionProvider")
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The levels of graph optimization at which it can be run."""
+        return tuple(LEVELS) if self.has_levels else ("all",)
+
+
 PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "openvino": "OpenVINO",
-    "reference": "onnx.reference",
+    "cpu": Provider("CPUExecutionProvider"),
+    "cuda": Provider("CUDAExecutionProvider"),
+    "tensorrt": Provider("TensorrtExecutionProvider", inspectable=False),  # an engine that onnxruntime cannot write out
+    "openvino": Provider("OpenVINO", has_levels=False),
+    "reference": Provider(
+        "onnx.reference", has_levels=False, timed=False, inspectable=False
+    ),  # code written to be read
 }
-UNTIMED = ("reference",)  # numpy code that was written to be read
-APART = ("openvino", "reference")  # none of onnxruntime's; nobody can turn their optimiser down, or they have none
-EXACT = {"cuda": {"use_tf32": "0"}}  # TF32 keeps ten bits of each factor: its error hides what parity looks for
+OPTIONS = {"cuda": {"use_tf32": "0"}}  # TF32 keeps ten bits of each factor: its error hides what parity looks for
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 
 
@@ -56,78 +84,49 @@ def check_provider(provider: str) -> None:
         raise InputError(f"no provider {provider!r}", f"known: {', '.join(PROVIDERS)}")
     if provider == "openvino" and not openvino_runtime.installed():
         raise Unsupported("OpenVINO is not installed", "pip install r1export[openvino]")
-    if provider not in APART and PROVIDERS[provider] not in ort.get_available_providers():
+    if PROVIDERS[provider].has_levels and PROVIDERS[provider].name not in ort.get_available_providers():
         raise Unsupported(
-            f"onnxruntime {ort.__version__} has no {PROVIDERS[provider]} here",
+            f"onnxruntime {ort.__version__} has no {PROVIDERS[provider].name} here",
             f"available: {', '.join(ort.get_available_providers())}",
         )
 
 
-def levels(provider: str) -> tuple[str, ...]:
-    """The levels of graph optimisation at which a provider can be run."""
-    return ("all",) if provider in APART else tuple(LEVELS)
-
-
-def provider_options(provider: str, weights_digest: str, cache: Path | None) -> dict[str, Any]:
-    """Options of one provider. An engine cache of TensorRT or OpenVINO ignores weights: it gets a folder for each digest."""
-    options: dict[str, Any] = dict(EXACT.get(provider, {}))
-    if cache is not None and provider == "tensorrt":
-        options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache / weights_digest)}
-    if cache is not None and provider == "openvino":
-        options |= {"CACHE_DIR": str(cache / weights_digest)}
-    return options
-
-
-def open_session(
-    graph: Path,
-    *,
-    level: str = "all",
-    provider: str = "cpu",
-    threads: int = 0,
-    weights_digest: str = "",
-    cache: Path | None = None,
-) -> Session:
+def open_session(graph: Path, *, level: str = "all", provider: str = "cpu", threads: int = 0) -> Session:
     """A session on exactly this provider; `threads` 0 leaves their number to the runtime.
 
     Raises:
         Unsupported: the provider is not here, or onnxruntime silently fell back to another one.
         CheckFailed: the runtime refuses the model.
-        ValueError: a `cache` without `weights_digest`, which would serve the engine of other weights.
     """
-    if cache is not None and not weights_digest:
-        raise ValueError(f"found the cache {cache} without a weights_digest, expected both: it is the key of the cache")
-    details = provider_options(provider, weights_digest, cache)
-    if provider not in APART:
-        return start(graph, session_options(level, threads), provider, details)
     check_provider(provider)
+    if PROVIDERS[provider].has_levels:
+        return start(graph, session_options(level, threads), provider)
     try:
         if provider == "openvino":
-            return openvino_runtime.Compiled(openvino_runtime.compile_graph(graph, threads=threads, options=details))
+            return openvino_runtime.Compiled(openvino_runtime.compile_graph(graph, threads=threads))
         return ReferenceEvaluator(str(graph))
     except Exception as error:  # both raise what they like
-        raise CheckFailed(
-            f"{graph}: {PROVIDERS[provider]} refuses the model: {spoken(error)}", "write the release again"
-        ) from error
+        raise _refusal(graph, PROVIDERS[provider].name, error) from error
 
 
-def start(
-    graph: Path, options: ort.SessionOptions, provider: str, details: dict[str, Any] | None = None
-) -> ort.InferenceSession:
-    """A session on exactly this provider, by default with its plain options. Raises as `open_session` does."""
+def start(graph: Path, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+    """A session on exactly this provider. Raises as `open_session` does."""
     check_provider(provider)
-    chosen = (PROVIDERS[provider], provider_options(provider, "", None) if details is None else details)
+    name = PROVIDERS[provider].name
     try:
-        session = ort.InferenceSession(str(graph), options, providers=[chosen])
+        session = ort.InferenceSession(str(graph), options, providers=[(name, OPTIONS.get(provider, {}))])
     except Exception as error:  # onnxruntime raises its own classes straight from C++, without a common base
-        raise CheckFailed(
-            f"{graph}: onnxruntime refuses the model: {spoken(error)}", "write the release again"
-        ) from error
-    if session.get_providers()[0] != PROVIDERS[provider]:
+        raise _refusal(graph, "onnxruntime", error) from error
+    if session.get_providers()[0] != name:
         raise Unsupported(
-            f"onnxruntime fell back from {PROVIDERS[provider]} to {session.get_providers()[0]}",
-            "mend the driver or leave the provider out",
+            f"onnxruntime fell back from {name} to {session.get_providers()[0]}",
+            "fix the driver or leave the provider out",
         )
     return session
+
+
+def _refusal(graph: Path, runtime: str, error: Exception) -> CheckFailed:
+    return CheckFailed(f"{graph}: {runtime} refuses the model: {first_error_line(error)}", "write the release again")
 
 
 def runner(session: Session) -> Run:
@@ -139,11 +138,21 @@ def runner(session: Session) -> Run:
         except Exception as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
             raise CheckFailed(
-                f"the runtime cannot run {shapes}: {spoken(error)}",
+                f"the runtime cannot run {shapes}: {first_error_line(error)}",
                 "export the graphs again with r1export export --overwrite",
             ) from error
 
     return run
+
+
+def onnx_model(release: Path, *, level: str = "all", provider: str = "cpu") -> Model:
+    """Both towers of a release as functions. Raises as `open_session` does."""
+    visual, textual = (
+        runner(open_session(release / f"{tower}.onnx", level=level, provider=provider)) for tower in TOWERS
+    )
+    return Model(
+        lambda values: visual({ENTRIES["visual"]: values}), lambda values: textual({ENTRIES["textual"]: values})
+    )
 
 
 def job(session: Session, feeds: dict[str, np.ndarray], provider: str) -> Callable[[], object]:
@@ -158,13 +167,8 @@ def job(session: Session, feeds: dict[str, np.ndarray], provider: str) -> Callab
     return lambda: session.run_with_iobinding(binding)
 
 
-def spoken(error: Exception) -> str:
+def first_error_line(error: Exception) -> str:
     """What a runtime says in one line: the first that names no place in its source, as lines with a colon at the end do."""
-    text = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = next((line for line in text if not line.endswith(":")), text[0] if text else type(error).__name__)
-    return said.removeprefix("[ONNXRuntimeError] : ")[:300]
-
-
-def weights_digest(digests: dict[str, str]) -> str:
-    """One short name for the weights of a release, from the digests of its files: the key of engine caches."""
-    return hashlib.sha256("".join(f"{name}\0{digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()[:32]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = next((line for line in lines if not line.endswith(":")), lines[0] if lines else type(error).__name__)
+    return message.removeprefix("[ONNXRuntimeError] : ")[:300]

@@ -5,7 +5,6 @@ Of a store in overlay mode, which keeps kilobytes instead of files, the same byt
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +19,8 @@ from r1export.device.version import Version, open_version
 from r1export.errors import CheckFailed, InputError
 from r1export.update.atomic_io import CHUNK
 from r1export.update.manifest import File
-from r1export.update.release_manifest import MANIFEST, Release, manifest_digest
+from r1export.update.release_layout import MANIFEST
+from r1export.update.release_manifest import Release
 
 REMEMBERED = 4  # versions whose files can still be asked for after a switch; a page needs one or two
 
@@ -74,13 +74,12 @@ def release_source(path: Path) -> Source:
     """
     folder = path.resolve()
     release = Release.read(folder)
-    document = json.loads((folder / MANIFEST).read_bytes())
-    if document.get("sha256") != manifest_digest(document):
+    if release.manifest.sha256 != release.manifest.digest():
         raise CheckFailed(
             f"{path / MANIFEST} was edited: its digest of itself does not hold", "copy the release again from its run"
         )
     release.check()
-    served = Served(release.manifest_sha256, _on_disk(folder, [*release.files, MANIFEST]))
+    served = Served(release.manifest_sha256, _on_disk(folder, [*release.manifest.files, MANIFEST]))
     return lambda: served
 
 
@@ -97,7 +96,7 @@ def store_source(path: Path) -> Source:
 def _of_slot(store: Store, slot: str) -> Served:
     if slot == BASE:
         base = store.base()
-        return Served(base.manifest_sha256, _on_disk(base.path.resolve(), [*base.files, MANIFEST]))
+        return Served(base.manifest_sha256, _on_disk(base.path.resolve(), [*base.manifest.files, MANIFEST]))
     version = open_version(store.path, slot)
     assert version.bundle is not None
     files = {file.path: file for file in version.bundle.manifest.files}

@@ -17,8 +17,8 @@ from peers.contender import FIRST_LINEAR, Row, enter, onnx_embeddings, release_b
 from peers.mapping import rows_of
 from peers.workload import ALPHA, RANK, parity, read_samples
 from r1export import __version__
-from r1export.adapt.inject import eject_experts_, pack_experts, pool_tensors
-from r1export.export.graph import GRAPHS
+from r1export.adapt.inject import eject_experts_
+from r1export.adapt.pack import pack_experts, pool_tensors
 from r1export.pipeline.bundle import bundle
 from r1export.pipeline.context import NoProgress, RunContext, inject_pools_
 from r1export.pipeline.export import export
@@ -29,6 +29,7 @@ from r1export.update.container import read_layout, write_tensors
 from r1export.update.envelope import SecretKey
 from r1export.update.factors import Rows
 from r1export.update.publish import Step, Terms
+from r1export.update.release_layout import GRAPHS
 
 KEY = SecretKey(bytes(range(32)))
 TERMS = Terms(created=1_800_000_000)
@@ -48,7 +49,7 @@ def build(work: Path) -> Row:
     folder, seconds = work / "r1export", {}
     context = planted_run(work, folder / "run")
     run_folder, recipe = context.run, context.recipe
-    factors = run_folder.task(1, "digits") / "factors.safetensors"
+    factors = run_folder.task(1, "digits").factors
     factors.rename(factors.with_suffix(".later"))
     with timed(seconds, "first"):
         export(fresh(context))
@@ -57,7 +58,7 @@ def build(work: Path) -> Row:
         export(fresh(context))
     with timed(seconds, "bundle"):
         bundle(fresh(context), Step(1), [KEY], TERMS, folder / "update.r1u")
-    base, release = run_folder.releases(recipe)
+    base, release = run_folder.releases([task.name for task in recipe.stream])
     graphs = {"image_embeds": release / "visual.onnx", "text_embeds": release / "textual.onnx"}
     return {
         "versions": {"r1export": __version__} | versions("torch", "open_clip_torch", "onnx", "onnxruntime-gpu", "onnxruntime"),
@@ -89,11 +90,11 @@ def planted_run(work: Path, path: Path) -> RunContext:
         pools[rows].lora_A.data.copy_(torch.from_numpy(lora_A))
         pools[rows].lora_B.data.copy_(torch.from_numpy(lora_B))
     folder = context.run.task(1, "digits")
-    folder.mkdir(parents=True)
-    write_tensors(folder / "pool.safetensors", pool_tensors(pools))
+    folder.path.mkdir(parents=True)
+    write_tensors(folder.pool, pool_tensors(pools))
     update = pack_experts(pools)
     eject_experts_(context.clip.model)
-    update.write(folder / "factors.safetensors")
+    update.write(folder.factors)
     train(context)  # measures and records what a trained run has; there is nothing left to learn
     return context
 
@@ -120,7 +121,7 @@ def faults(work: Path, folder: Path, sound: RunFolder) -> dict[str, Row]:
     for fault in ("merge", "file"):
         run_folder = RunFolder(folder / f"fault-{fault}")
         shutil.copytree(sound.path, run_folder.path, ignore=shutil.ignore_patterns("report.*", "update.r1u"))
-        release = run_folder.releases(run_folder.recipe())[1]
+        release = run_folder.release(1, "digits")
         if fault == "merge":
             shutil.rmtree(release)
             made = run("export", str(run_folder.path), code=TWICE + VERIFY)

@@ -1,4 +1,4 @@
-"""Distillation: what a model said before a task is held on to while it learns."""
+"""Distillation: the predictions of the model before a task are preserved while it is trained."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from settings import POOL, TRAIN
 
-from r1export.adapt.distillation import REFERENCES, recall, reference_names
+from r1export.adapt.distillation import REFERENCES, distillation_targets, reference_names
 from r1export.adapt.image_cache import Pixels
 from r1export.adapt.inject import eject_experts_, inject_experts_
-from r1export.adapt.pool import PoolSettings
-from r1export.adapt.trainer import TrainSettings, reset_pools_, train_pools_, visited
+from r1export.adapt.trainer import TrainingTask, reset_pools_, train_pools_
 
 EVERY, NAMES = np.arange(24), reference_names()
 
@@ -27,31 +27,31 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(1, keepdims=True)
 
 
-def now(clip, train: Pixels, knowledge, texts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def now(clip, train: Pixels, targets, texts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
-        return clip.encode_image(train.batch(EVERY)), clip.encode_text(knowledge.tokens[texts])
+        return clip.encode_image(train.batch(EVERY)), clip.encode_text(targets.tokens[texts])
 
 
 def test_the_loss_is_the_kl_divergence_of_the_two_softmaxes(tiny_clip, train) -> None:
-    knowledge, texts = recall(tiny_clip, train, EVERY, NAMES), np.array([3, 1, 500])
+    targets, texts = distillation_targets(tiny_clip, train, EVERY, NAMES), np.array([3, 1, 500])
     generator = torch.Generator().manual_seed(1)
     image, text = (torch.randn(n, 24, generator=generator) for n in (2, 3))
-    found = knowledge.loss(image, text, np.array([7, 2]), texts, torch.tensor(5.0))
-    known = softmax(5 * knowledge.images.numpy()[[7, 2]] @ knowledge.texts.numpy()[texts].T)
-    learning = softmax(5 * image.numpy() @ text.numpy().T)
-    assert found.item() == pytest.approx((known * np.log(known / learning)).sum() / 2, rel=1e-4)
+    loss = targets.loss(image, text, np.array([7, 2]), texts, torch.tensor(5.0))
+    teacher = softmax(5 * targets.images.numpy()[[7, 2]] @ targets.texts.numpy()[texts].T)
+    student = softmax(5 * image.numpy() @ text.numpy().T)
+    assert loss.item() == pytest.approx((teacher * np.log(teacher / student)).sum() / 2, rel=1e-4)
 
 
 def test_a_model_that_has_not_changed_says_what_it_said(tiny_clip, train) -> None:
-    knowledge, scale = recall(tiny_clip, train, EVERY, NAMES), torch.tensor(100.0)
-    texts = knowledge.draw(1)
-    assert knowledge.loss(*now(tiny_clip, train, knowledge, texts), EVERY, texts, scale).item() < 1e-5
+    targets, scale = distillation_targets(tiny_clip, train, EVERY, NAMES), torch.tensor(100.0)
+    texts = targets.draw(1)
+    assert targets.loss(*now(tiny_clip, train, targets, texts), EVERY, texts, scale).item() < 1e-5
 
 
 def test_the_reference_texts_are_imagenets_names_and_those_of_earlier_tasks_each_once(tiny_clip, train) -> None:
     alone, more = (
-        recall(tiny_clip, train, EVERY, NAMES),
-        recall(tiny_clip, train, EVERY, reference_names(("zero", "one", "goldfish"))),
+        distillation_targets(tiny_clip, train, EVERY, NAMES),
+        distillation_targets(tiny_clip, train, EVERY, reference_names(("zero", "one", "goldfish"))),
     )
     assert len(alone.tokens) == 998  # two of the 1,000 are named twice
     assert len(more.tokens) == len(more.texts) == 1000
@@ -59,35 +59,35 @@ def test_the_reference_texts_are_imagenets_names_and_those_of_earlier_tasks_each
 
 
 def test_each_step_draws_other_texts_and_the_same_step_the_same(tiny_clip, train) -> None:
-    knowledge = recall(tiny_clip, train, EVERY, NAMES)
-    assert len(set(knowledge.draw(1).tolist())) == REFERENCES
-    assert np.array_equal(knowledge.draw(1), knowledge.draw(1))
-    assert not np.array_equal(knowledge.draw(1), knowledge.draw(2))
+    targets = distillation_targets(tiny_clip, train, EVERY, NAMES)
+    assert len(set(targets.draw(1).tolist())) == REFERENCES
+    assert np.array_equal(targets.draw(1), targets.draw(1))
+    assert not np.array_equal(targets.draw(1), targets.draw(2))
 
 
-def test_what_is_held_on_to_changes_less(tiny_clip, stripes, train) -> None:
+def test_predictions_change_less_with_distillation(tiny_clip, stripes, train) -> None:
     texts, changes = np.arange(100), []
-    settings = TrainSettings(iterations=30, batch_size=8, learning_rate=1e-2, seed=1)
-    for keep in (0.0, 5.0):
-        knowledge = recall(tiny_clip, train, EVERY, NAMES, weight=keep)
-        pools = inject_experts_(tiny_clip.model, PoolSettings(alpha=12.0))
+    settings = replace(TRAIN, iterations=30, batch_size=8, learning_rate=1e-2, seed=1)
+    for weight in (0.0, 5.0):
+        targets = distillation_targets(tiny_clip, train, EVERY, NAMES)
+        pools = inject_experts_(tiny_clip.model, replace(POOL, alpha=12.0))
         reset_pools_(pools, 1, 1)
-        train_pools_(tiny_clip, pools, stripes, train, settings, number=1, knowledge=knowledge)
+        weighted = replace(settings, distill_weight=weight)
+        train_pools_(tiny_clip, pools, TrainingTask(1, stripes, train, weighted, targets))
         for pool in pools.values():
             pool.freeze_()
-        loss = replace(knowledge, weight=1.0).loss(
-            *now(tiny_clip, train, knowledge, texts), EVERY, texts, torch.tensor(14.0)
-        )
+        loss = targets.loss(*now(tiny_clip, train, targets, texts), EVERY, texts, torch.tensor(14.0))
         changes.append(loss.item())
         eject_experts_(tiny_clip.model)
     assert changes[1] < 0.5 * changes[0]
 
 
-def test_only_images_that_steps_will_see_are_embedded(tiny_clip, train) -> None:
-    settings = TrainSettings(iterations=2, batch_size=8, seed=1)
-    wanted = visited(24, settings, 1)
-    assert len(wanted) == 16
-    norms = recall(tiny_clip, train, wanted, NAMES).images.norm(dim=1).numpy()
-    assert np.allclose(norms[wanted], 1, atol=1e-5)
+def test_only_images_that_steps_will_see_are_embedded(tiny_clip, stripes, train) -> None:
+    settings = replace(TRAIN, iterations=2, batch_size=8, seed=1)
+    images = TrainingTask(1, stripes, train, settings).visited()
+    assert len(images) == 16
+    norms = distillation_targets(tiny_clip, train, images, NAMES).images.norm(dim=1).numpy()
+    assert np.allclose(norms[images], 1, atol=1e-5)
     assert np.count_nonzero(norms) == 16
-    assert np.array_equal(visited(15, settings, 1), np.arange(15))
+    longer = replace(settings, iterations=3)
+    assert np.array_equal(TrainingTask(1, stripes, train, longer).visited(), EVERY)

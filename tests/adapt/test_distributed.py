@@ -43,7 +43,7 @@ def test_two_processes_have_the_losses_and_the_experts_of_one_on_the_joined_batc
     recipe.write_text(
         f'[base]\nweights = "{tiny_files[0]}"\nconfig = "{tiny_files[1]}"\n[data]\nshots = 4\ntest_limit = 8\n'
         '[[tasks]]\nname = "digits"\nsource = "builtin:digits"\n[[tasks]]\nname = "arrows"\nsource = "builtin:arrows"\n'
-        f'[pool]\ndropout = 0.0\nalpha = 12.0\nrouter = "{router}"\n[train]\niterations = 4\nbatch_size = 8\nkeep = 0.2\n'
+        f'[pool]\ndropout = 0.0\nalpha = 12.0\nrouter = "{router}"\n[train]\niterations = 4\nbatch_size = 8\ndistill_weight = 0.2\n'
     )
     alone, both = (train(recipe, tmp_path / str(count), count) for count in (1, 2))
     assert np.allclose(alone, both, rtol=1e-5)

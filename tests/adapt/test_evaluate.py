@@ -13,7 +13,7 @@ from r1export.adapt.image_cache import Pixels
 def test_the_classes_of_several_tasks_stand_once_each_with_the_first_tasks_templates(tiny_clip, stripes) -> None:
     other = replace(stripes, name="other", classes=("vertical stripes", "dots"), templates=("{}",))
     union = all_classes(tiny_clip, (stripes, other))
-    assert union.places == {"horizontal stripes": 0, "vertical stripes": 1, "dots": 2}
+    assert union.rows == {"horizontal stripes": 0, "vertical stripes": 1, "dots": 2}
     assert np.array_equal(union.embeddings[:2], class_embeddings(tiny_clip, stripes))
     assert np.array_equal(union.embeddings[2], class_embeddings(tiny_clip, other)[1])
 

@@ -1,17 +1,21 @@
 """Full fine-tuning takes the same path as the experts."""
 
+from dataclasses import replace
+
 import numpy as np
+from settings import TRAIN
 
 from r1export.adapt.evaluate import accuracy
 from r1export.adapt.full_finetune import difference, fine_tune_
 from r1export.adapt.image_cache import Pixels
-from r1export.adapt.trainer import TrainSettings
+from r1export.adapt.trainer import TrainingTask
 
 
 def test_a_fine_tuned_model_is_the_base_plus_its_update_and_learns(tiny_clip, stripes) -> None:
     base = {name: value.copy() for name, value in tiny_clip.parameters().items()}
-    settings = TrainSettings(iterations=60, batch_size=8, learning_rate=2e-3, seed=1)
-    losses, update = fine_tune_(tiny_clip, stripes, Pixels(stripes.train, tiny_clip.preprocess), settings, number=1)
+    settings = replace(TRAIN, iterations=60, batch_size=8, learning_rate=2e-3, seed=1)
+    train = Pixels(stripes.train, tiny_clip.preprocess)
+    losses, update = fine_tune_(tiny_clip, TrainingTask(1, stripes, train, settings))
     tuned = tiny_clip.parameters()
     assert len(losses) == 60
     assert not any(parameter.requires_grad for parameter in tiny_clip.model.parameters())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
+from settings import POOL
 from torch import nn
 
-from r1export.adapt.inject import eject_experts_, inject_experts_, pack_experts
-from r1export.adapt.pool import ExpertPool, PoolSettings
+from r1export.adapt.inject import eject_experts_, inject_experts_
+from r1export.adapt.pack import pack_experts
+from r1export.adapt.pool import Batch, ExpertPool
 from r1export.errors import Unsupported
 
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
@@ -89,7 +93,7 @@ def train_at_random_(pools: dict[object, ExpertPool]) -> None:
 def test_the_one_merge_gives_the_frozen_model(model) -> None:
     with torch.no_grad():
         before = encode(model)
-        pools = inject_experts_(model, PoolSettings(alpha=12.0))
+        pools = inject_experts_(model, replace(POOL, alpha=12.0))
         train_at_random_(pools)
         for pool in pools.values():
             pool.freeze_()
@@ -104,7 +108,7 @@ def test_the_one_merge_gives_the_frozen_model(model) -> None:
 
 
 def test_every_expert_learns_and_every_pool_counts_votes(model) -> None:
-    pools = inject_experts_(model, PoolSettings(rank=4, k_train=4, k_merge=2, dropout=0.0))
+    pools = inject_experts_(model, replace(POOL, rank=4, k_train=4, k_merge=2, dropout=0.0))
     for pool in pools.values():
         pool.reset_(torch.Generator().manual_seed(0))
     model.train()
@@ -118,7 +122,7 @@ def test_every_expert_learns_and_every_pool_counts_votes(model) -> None:
 def test_ejecting_restores_the_very_model(model) -> None:
     with torch.no_grad():
         before, names, kinds = encode(model), list(model.state_dict()), [type(m) for m in model.modules()]
-        train_at_random_(inject_experts_(model, PoolSettings()))
+        train_at_random_(inject_experts_(model, POOL))
         eject_experts_(model)
         assert list(model.state_dict()) == names
         assert [type(m) for m in model.modules()] == kinds
@@ -126,26 +130,26 @@ def test_ejecting_restores_the_very_model(model) -> None:
 
 
 def test_a_tower_without_a_class_token_routes_on_the_mean() -> None:
-    pools = inject_experts_(FAMILIES["timm, no class token"](), PoolSettings())
-    assert {r.parameter.split(".")[0]: p.settings.route_on for r, p in pools.items()} == {
+    pools = inject_experts_(FAMILIES["timm, no class token"](), POOL)
+    assert {r.parameter.split(".")[0]: p.route_on for r, p in pools.items()} == {
         "visual": "mean",
         "text": "first",
     }
-    pool = ExpertPool(2, 2, PoolSettings(rank=2, k_train=1, k_merge=1, route_on="mean"))
+    pool = ExpertPool(torch.empty(2, 2), replace(POOL, rank=2, k_train=1, k_merge=1), route_on="mean")
     with torch.no_grad():
         pool.router.weight.copy_(torch.eye(2))
         pool.router.bias.zero_()
         x = torch.tensor([[[5.0, 0.0], [0.0, 9.0], [0.0, 9.0]]])
-        assert pool.route(pool.token(x)).tolist() == [0, 1]
+        assert pool.gate(pool.token(x), Batch()).tolist() == [0, 1]
 
 
 def test_the_rows_of_a_packed_qkv_are_three_linears() -> None:
-    pools = inject_experts_(FAMILIES["timm, class token"](), PoolSettings(), towers=("visual",), targets=("q", "v"))
+    pools = inject_experts_(FAMILIES["timm, class token"](), replace(POOL, towers=("visual",), targets=("q", "v")))
     assert [str(rows) for rows in pools] == [f"visual.trunk.blocks.0.attn.qkv.weight[{a}:{a + 32}]" for a in (0, 64)]
 
 
 def test_the_decoder_of_coca_is_left_alone() -> None:
-    pools = inject_experts_(FAMILIES["CoCa"](), PoolSettings())
+    pools = inject_experts_(FAMILIES["CoCa"](), POOL)
     assert {rows.parameter.split(".")[0] for rows in pools} == {"visual", "text"}
 
 
@@ -166,16 +170,16 @@ def test_a_tower_that_is_no_vit_is_refused_with_the_reason_and_left_as_it_was(vi
     model.visual = Tower(visual())
     names = list(model.state_dict())
     with pytest.raises(Unsupported, match=reason):
-        inject_experts_(model, PoolSettings(), towers=("text", "visual"))
+        inject_experts_(model, replace(POOL, towers=("textual", "visual")))
     assert list(model.state_dict()) == names
-    assert inject_experts_(model, PoolSettings(), towers=("text",))
+    assert inject_experts_(model, replace(POOL, towers=("textual",)))
 
 
 def test_scaled_cosine_attention_is_refused() -> None:
     with pytest.raises(Unsupported, match="scaled cosine"):
-        inject_experts_(open_clip.CLIP(24, VIT | {"scaled_cosine_attn": True}, TEXT), PoolSettings())
+        inject_experts_(open_clip.CLIP(24, VIT | {"scaled_cosine_attn": True}, TEXT), POOL)
 
 
 def test_factors_of_one_family_are_float32(model) -> None:
-    pools = inject_experts_(model, PoolSettings())
+    pools = inject_experts_(model, POOL)
     assert {pair.u.dtype for pair in pack_experts(pools).factors.values()} == {np.dtype(np.float32)}

@@ -1,10 +1,13 @@
 """The two losses against their plain forms."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
+from settings import POOL
 
 from r1export.adapt.losses import in_batch_loss, orthogonality_loss
-from r1export.adapt.pool import ExpertPool, PoolSettings
+from r1export.adapt.pool import ExpertPool
 
 
 def plain_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -34,11 +37,11 @@ def test_a_batch_of_one_class_costs_the_entropy_of_its_size() -> None:
 
 
 def test_orthogonality_is_the_mean_over_the_linears_and_reaches_only_b() -> None:
-    pools = [ExpertPool(3, 4, PoolSettings(rank=2, k_train=1, k_merge=1)) for _ in range(2)]
+    pools = [ExpertPool(torch.empty(4, 3), replace(POOL, rank=2, k_train=1, k_merge=1)) for _ in range(2)]
     for scale, pool in enumerate(pools, 1):
         pool.reset_(torch.Generator().manual_seed(0))
         torch.nn.init.constant_(pool.lora_B, 0.5)
-        pool.past = torch.full((4, 3), float(scale))
+        pool.set_past_(torch.full((4, 3), float(scale)))
     loss = orthogonality_loss(pools)
     assert loss.item() == (4 * 0.5 * 3 * 1 + 4 * 0.5 * 3 * 2) / 2
     loss.backward()

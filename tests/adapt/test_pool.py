@@ -1,20 +1,22 @@
 """Who votes, who acts, what is frozen."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from settings import POOL
 
-from r1export.adapt.pool import ExpertPool, PoolSettings, drop, top_experts
+from r1export.adapt.pool import Batch, EndOfText, ExpertPool, Frozen, PerSample, drop, routed, top_experts
 
 
 def make_pool(**changes) -> ExpertPool:
     torch.manual_seed(0)
-    pool = ExpertPool(
-        6, 5, PoolSettings(**({"rank": 4, "k_train": 2, "k_merge": 1, "dropout": 0.0} | changes)), dtype=torch.float64
-    )
+    settings = replace(POOL, **({"rank": 4, "k_train": 2, "k_merge": 1, "dropout": 0.0} | changes))
+    pool = ExpertPool(torch.empty(5, 6, dtype=torch.float64), settings)
     pool.reset_(torch.Generator().manual_seed(1))
     torch.nn.init.normal_(pool.lora_B)
     return pool
@@ -42,7 +44,7 @@ def test_each_sample_votes_for_k_train_experts_by_its_first_token_alone() -> Non
 def test_the_whole_batch_uses_the_experts_with_the_most_votes_unweighted() -> None:
     pool = make_pool().train()
     x = torch.randn(7, 3, 6, dtype=torch.float64)
-    gate = pool.eval().route(pool.token(x))
+    gate = pool.eval().gate(pool.token(x), Batch())
     assert gate.sum() == 2
     assert set(gate.tolist()) == {0.0, 1.0}
     dense = pool.settings.scaling * pool.lora_B @ torch.diag(gate) @ pool.lora_A
@@ -59,7 +61,7 @@ def test_a_frozen_pool_ignores_the_input_and_uses_the_selected_experts() -> None
     pool = make_pool(k_merge=2).train()
     pool.counts[:] = torch.tensor([3, 9, 9, 1])
     pool.freeze_()
-    assert pool.gate.tolist() == [0, 1, 1, 0]
+    assert pool.routing.gate.tolist() == [0, 1, 1, 0]
     chosen = pool.selected()
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     expected = pool.settings.scaling * (x @ pool.lora_A[chosen].T) @ pool.lora_B[:, chosen].T
@@ -134,7 +136,7 @@ def test_what_is_learned_is_what_the_loss_reaches(changes: dict[str, str]) -> No
 def test_only_the_acting_experts_get_a_gradient() -> None:
     pool = make_pool().train()
     x = torch.randn(4, 3, 6, dtype=torch.float64)
-    gate = pool.route(pool.token(x))
+    gate = pool.gate(pool.token(x), Batch())
     pool(x).square().sum().backward()
     assert (pool.lora_B.grad.abs().sum(0) > 0).tolist() == (gate > 0).tolist()
 
@@ -152,7 +154,7 @@ def test_fresh_experts_add_nothing_and_follow_from_the_generator() -> None:
 def test_overlap_is_the_sum_of_products_of_leading_and_past_columns() -> None:
     pool = make_pool(k_merge=2)
     pool.counts[:] = torch.tensor([0, 4, 0, 9])
-    pool.past = torch.randn(5, 3, dtype=torch.float64)
+    pool.set_past_(torch.randn(5, 3))
     b, p = pool.lora_B.detach().numpy(), pool.past.numpy()
     expected = sum(abs(np.dot(b[:, j], p[:, m])) for j in (1, 3) for m in range(3))
     assert pool.overlap().item() == pytest.approx(expected, abs=1e-12)
@@ -176,20 +178,11 @@ def test_a_straight_through_gate_is_the_same_choice_in_the_forward_pass() -> Non
 
 
 def test_the_end_of_the_text_votes_where_it_is_asked_to() -> None:
-    pool = make_pool(route_on="end").train()
-    x = torch.randn(2, 5, 6, dtype=torch.float64)
-    pool.ends.positions = torch.tensor([1, 4])
+    ends = EndOfText()
+    pool = ExpertPool(torch.empty(5, 6), POOL, route_on="end", ends=ends)
+    x = torch.randn(2, 5, 6)
+    ends.positions = torch.tensor([1, 4])
     assert torch.equal(pool.token(x), torch.stack([x[0, 1], x[1, 4]]))
-
-
-def test_experts_of_a_frequency_gate_weigh_as_much_as_their_share_of_the_votes() -> None:
-    pool = make_pool(gate="frequency", k_merge=2).train()
-    for _ in range(5):
-        pool(torch.randn(7, 3, 6, dtype=torch.float64))
-    pool.freeze_()
-    chosen = pool.selected()
-    assert torch.equal(pool.gate.nonzero()[:, 0], chosen)
-    torch.testing.assert_close(pool.gate[chosen], pool.counts[chosen].double() / 35)
 
 
 def test_a_sparse_gate_trains_weights_and_merges_those_that_are_left() -> None:
@@ -199,13 +192,67 @@ def test_a_sparse_gate_trains_weights_and_merges_those_that_are_left() -> None:
     with torch.no_grad():
         pool.importance.copy_(torch.tensor([0.3, -0.2, 0.05, 0.0]))
     pool.shrink_(0.1)
-    torch.testing.assert_close(pool.frozen_gate(), torch.tensor([0.2, -0.1, 0.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(pool.frozen().gate, torch.tensor([0.2, -0.1, 0.0, 0.0], dtype=torch.float64))
     pool.shrink_(1.0)
     assert len(pool.selected()) == 1, "an update without any expert would be none"
 
 
-def test_the_input_side_of_orthogonality_looks_at_A_and_the_directions_of_earlier_inputs() -> None:
-    pool = make_pool().train()
-    pool(torch.randn(7, 3, 6, dtype=torch.float64))
-    pool.span = torch.eye(6, dtype=torch.float64)[:, :2]
-    torch.testing.assert_close(pool.input_overlap(), pool.lora_A[pool.selected(), :2].abs().sum())
+class Double:
+    """Other processes with the very same votes."""
+
+    def add_(self, votes: torch.Tensor) -> None:
+        votes *= 2
+
+    def average(self, mean: torch.Tensor) -> torch.Tensor:
+        return mean
+
+
+def test_votes_of_other_processes_are_counted_where_there_are_some() -> None:
+    pool, x = make_pool().train(), torch.randn(7, 3, 6, dtype=torch.float64)
+    alone = pool(x)
+    before = pool.counts.clone()
+    pool.counts.zero_()
+    pool.route_(Batch(Double()))
+    assert torch.equal(pool(x), alone)
+    assert torch.equal(pool.counts, 2 * before)
+
+
+@pytest.mark.parametrize("router", ["random", "straight-through"])
+def test_per_sample_each_sample_gets_the_experts_of_a_batch_of_its_own(router: str) -> None:
+    pool, x = make_pool(router=router).eval(), torch.randn(7, 3, 6, dtype=torch.float64)
+    alone = torch.cat([pool(sample) for sample in x.split(1)])
+    together = pool(x)
+    with routed([pool], lambda _: PerSample()):
+        torch.testing.assert_close(pool(x), alone, atol=1e-12, rtol=0)
+    assert not torch.allclose(together, alone)
+    assert torch.equal(pool(x), together)
+
+
+def test_a_sparse_gate_is_the_same_for_every_sample() -> None:
+    pool, x = make_pool(gate="sparse").eval(), torch.randn(3, 2, 6, dtype=torch.float64)
+    batch = pool(x)
+    with routed([pool], lambda _: PerSample()):
+        assert torch.equal(pool(x), batch)
+
+
+def test_a_pool_routes_as_before_after_an_error() -> None:
+    pool, frozen = make_pool(), Frozen(torch.ones(4, dtype=torch.float64))
+    pool.route_(frozen)
+    inside = []
+
+    def fails() -> None:
+        with routed([pool], lambda _: Batch()):
+            inside.append(pool.routing)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert inside == [Batch()]
+    assert pool.routing is frozen
+
+
+def test_fresh_experts_are_routed_by_the_batch() -> None:
+    pool = make_pool()
+    pool.freeze_()
+    pool.reset_(torch.Generator().manual_seed(1))
+    assert pool.routing == Batch()

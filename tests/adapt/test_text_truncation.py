@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import open_clip
 import pytest
 import torch
+from settings import POOL
 from torch import nn
 
 from r1export.adapt.inject import inject_experts_
-from r1export.adapt.pool import PoolSettings
 from r1export.adapt.text_truncation import short_texts, text_ends
 
 VIT = {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
@@ -98,7 +99,7 @@ def test_the_named_end_is_found_below_a_higher_token(tokens):
 @pytest.mark.parametrize("token", ["start", "end"])
 def test_experts_vote_for_short_texts_as_for_whole_ones(token, tokens):
     model = made(CAUSAL["plain"])
-    pools = inject_experts_(model, PoolSettings(dropout=0.0), towers=("text",), text_token=token)
+    pools = inject_experts_(model, replace(POOL, dropout=0.0, towers=("textual",), text_token=token))
     for i, pool in enumerate(pools.values()):
         pool.reset_(torch.Generator().manual_seed(i))
         nn.init.normal_(pool.lora_B, std=0.1)

@@ -6,67 +6,52 @@ import numpy as np
 import pytest
 import timm
 import torch
+from settings import POOL, TRAIN
 from torch import nn
 
-from r1export.adapt.distillation import recall, reference_names
+from r1export.adapt.distillation import distillation_targets, reference_names
 from r1export.adapt.evaluate import accuracy
 from r1export.adapt.image_cache import Pixels
-from r1export.adapt.inject import (
-    eject_experts_,
-    inject_experts_,
-    pack_experts,
-    pool_tensors,
-    remember_,
-    widen_spans_,
-)
-from r1export.adapt.pool import PoolSettings
+from r1export.adapt.inject import eject_experts_, inject_experts_
+from r1export.adapt.pack import pack_experts, pool_tensors, set_past_experts_
+from r1export.adapt.pool import Frozen
 from r1export.adapt.trainer import (
-    TrainSettings,
+    TrainingTask,
     batch_indices,
-    input_directions,
     learning_rate,
     reset_pools_,
     seed_of,
-    task_prompts,
     train_pools_,
-    visited,
 )
 from r1export.errors import InputError, Unsupported
+from r1export.update.container import read_tensors, write_tensors
 
-PUBLISHED = TrainSettings(consolidate=1.0, batch_size=8, seed=1)
+PUBLISHED = replace(TRAIN, consolidate=1.0, batch_size=8, seed=1)
 SETTINGS = replace(PUBLISHED, iterations=8, learning_rate=5e-3, checkpoint_every=3)
-POOL = PoolSettings(alpha=12.0)
+LARGE = replace(POOL, alpha=12.0)
 
 
 class Killed(Exception):
     pass
 
 
-def train(clip, task, settings=SETTINGS, *, number=1, keep=0.0, earlier=None, checkpoint=None, kill_at=None):
+def train(clip, task, settings=SETTINGS, *, number=1, distill=0.0, earlier=None, checkpoint=None, kill_at=None):
     pixels = Pixels(task.train, clip.preprocess)
-    wanted = visited(len(pixels), settings, number)
-    knowledge = recall(clip, pixels, wanted, reference_names(), weight=keep) if keep else None
-    pools = inject_experts_(clip.model, POOL)
+    training = TrainingTask(number, task, pixels, replace(settings, distill_weight=distill))
+    if distill:
+        targets = distillation_targets(clip, pixels, training.visited(), reference_names())
+        training = replace(training, targets=targets)
+    pools = inject_experts_(clip.model, LARGE)
     reset_pools_(pools, settings.seed, number)
     if earlier:
-        remember_(pools, earlier)
+        set_past_experts_(pools, earlier)
 
     def on_step(step):
         if step.number == kill_at:
             raise Killed
 
     try:
-        losses = train_pools_(
-            clip,
-            pools,
-            task,
-            pixels,
-            settings,
-            number=number,
-            checkpoint=checkpoint,
-            on_step=on_step,
-            knowledge=knowledge,
-        )
+        losses = train_pools_(clip, pools, training, checkpoint=checkpoint, on_step=on_step)
     finally:
         eject_experts_(clip.model)
     return pools, losses
@@ -99,14 +84,14 @@ def test_only_the_pools_change(tiny_clip, stripes) -> None:
 TOWERS = {  # what behaves in training unlike in use, and the towers that can have pools then
     "BatchNorm": (
         lambda: nn.Sequential(nn.Conv2d(3, 24, 8, 8), nn.BatchNorm2d(24), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        ("text",),
+        ("textual",),
     ),
     "DropPath": (
         lambda: timm.create_model(
             "vit_tiny_patch16_224", img_size=16, patch_size=8, depth=2, embed_dim=32, num_heads=2, num_classes=24,
             drop_path_rate=0.9,
         ),
-        ("visual", "text"),
+        ("visual", "textual"),
     ),
 }  # fmt: skip
 
@@ -119,7 +104,7 @@ def test_the_frozen_base_is_trained_beside_as_it_is_deployed(tiny_clip, stripes,
     model = tiny_clip.model.eval().requires_grad_(False)
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), np.uint8))
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    pools = inject_experts_(model, replace(POOL, dropout=0.0), towers=towers)
+    pools = inject_experts_(model, replace(LARGE, dropout=0.0, towers=towers))
     reset_pools_(pools, 1, 1)
     seen = []
 
@@ -131,7 +116,7 @@ def test_the_frozen_base_is_trained_beside_as_it_is_deployed(tiny_clip, stripes,
             seen.append(tiny_clip.encode_image(pixels))
 
     train_set = Pixels(stripes.train, tiny_clip.preprocess)
-    train_pools_(tiny_clip, pools, stripes, train_set, replace(SETTINGS, iterations=1), number=1, on_step=look)
+    train_pools_(tiny_clip, pools, TrainingTask(1, stripes, train_set, replace(SETTINGS, iterations=1)), on_step=look)
     eject_experts_(model)
     assert torch.equal(*seen)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
@@ -154,19 +139,31 @@ def test_the_random_state_of_the_program_does_not_matter(tiny_clip, stripes) -> 
     assert same(pool_tensors(one), pool_tensors(other))
 
 
-@pytest.mark.parametrize(("kill_at", "keep"), [(2, 0.0), (3, 0.0), (5, 0.5), (6, 0.5), (8, 0.0)])
+@pytest.mark.parametrize(("kill_at", "distill"), [(2, 0.0), (3, 0.0), (5, 0.5), (6, 0.5), (8, 0.0)])
 def test_a_run_killed_inside_a_task_and_resumed_is_the_uninterrupted_run(
-    tiny_clip, stripes, tmp_path, kill_at: int, keep: float
+    tiny_clip, stripes, tmp_path, kill_at: int, distill: float
 ) -> None:
-    whole, losses = train(tiny_clip, stripes, keep=keep)
+    whole, losses = train(tiny_clip, stripes, distill=distill)
     checkpoint = tmp_path / "checkpoint.safetensors"
     with pytest.raises(Killed):
-        train(tiny_clip, stripes, keep=keep, checkpoint=checkpoint, kill_at=kill_at)
+        train(tiny_clip, stripes, distill=distill, checkpoint=checkpoint, kill_at=kill_at)
     assert checkpoint.exists() == (kill_at > 3)
-    resumed, again = train(tiny_clip, stripes, keep=keep, checkpoint=checkpoint)
+    resumed, again = train(tiny_clip, stripes, distill=distill, checkpoint=checkpoint)
     assert same(pool_tensors(whole), pool_tensors(resumed))
     assert losses == again
     assert not checkpoint.exists()
+
+
+@pytest.mark.parametrize("damage", ["losses", "optimizer.x.step", "visual"])
+def test_a_damaged_checkpoint_is_named(tiny_clip, stripes, tmp_path, damage: str) -> None:
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(Killed):
+        train(tiny_clip, stripes, checkpoint=checkpoint, kill_at=5)
+    tensors = {name: value for name, value in read_tensors(checkpoint).items() if not name.startswith(damage)}
+    extra = {damage: np.zeros(1, np.float32)} if "." in damage else {}
+    write_tensors(checkpoint, tensors | extra)
+    with pytest.raises(InputError, match=r"checkpoint\.safetensors: "):
+        train(tiny_clip, stripes, checkpoint=checkpoint)
 
 
 def test_orthogonality_keeps_a_task_off_what_earlier_tasks_merged(tiny_clip, stripes) -> None:
@@ -182,8 +179,8 @@ def test_orthogonality_keeps_a_task_off_what_earlier_tasks_merged(tiny_clip, str
 def test_after_consolidation_only_the_experts_that_will_be_merged_are_trained(tiny_clip, stripes) -> None:
     pools, _ = train(tiny_clip, stripes, replace(PUBLISHED, iterations=8, learning_rate=5e-3, consolidate=0.5))
     for pool in pools.values():
-        assert int(pool.gate.sum()) == pool.settings.k_merge
-        assert pool.gate.nonzero()[:, 0].tolist() == pool.selected().tolist()
+        assert int(pool.routing.gate.sum()) == pool.settings.k_merge
+        assert pool.routing.gate.nonzero()[:, 0].tolist() == pool.selected().tolist()
         # Images vote in the first 4 of 8 steps only: 8 images, or 2 prompts, times k_train votes each.
         assert int(pool.counts.sum()) in {4 * 8 * pool.settings.k_train, 4 * 2 * pool.settings.k_train}
 
@@ -202,7 +199,6 @@ def test_a_consolidated_run_resumes_exactly(tiny_clip, stripes, tmp_path, kill_a
     "change",
     [
         {"router": "straight-through"},
-        {"gate": "frequency"},
         {"gate": "sparse"},
         {"text_token": "end"},
         {"layers": (1,)},
@@ -211,26 +207,23 @@ def test_a_consolidated_run_resumes_exactly(tiny_clip, stripes, tmp_path, kill_a
 )
 def test_what_is_merged_is_what_was_frozen_under_every_switch(tiny_clip, stripes, change: dict) -> None:
     """G1 in float64: under 1e-10 on normalised embeddings."""
-    place = {key: change[key] for key in ("text_token", "layers") if key in change}
-    settings = replace(POOL, **{key: value for key, value in change.items() if key not in place})
-    pools = inject_experts_(tiny_clip.model.double(), settings, **place)
+    pools = inject_experts_(tiny_clip.model.double(), replace(LARGE, **change))
     reset_pools_(pools, 1, 1)
     pixels = torch.rand(3, 3, 16, 16, dtype=torch.float64)
     tokens = tiny_clip.tokenize(["a photo of stripes", "nothing", "a"])
     train = Pixels(stripes.train, tiny_clip.preprocess)
     model = tiny_clip.model
     model.float()
-    train_pools_(tiny_clip, pools, stripes, train, SETTINGS, number=1)
+    train_pools_(tiny_clip, pools, TrainingTask(1, stripes, train, SETTINGS))
     update = pack_experts(pools)
     model.double()
     for rows, pool in pools.items():  # what is packed is rounded to float32: the frozen model gets the same values
         factors = update.factors[rows]
-        pool.freeze_()
         chosen = pool.selected()
         with torch.no_grad():
             pool.lora_B[:, chosen] = torch.from_numpy(factors.u.astype(np.float64)) / pool.settings.scaling
             pool.lora_A[chosen] = torch.from_numpy(factors.v.astype(np.float64))
-        pool.gate = (pool.gate != 0).double()
+        pool.route_(Frozen((pool.frozen().gate != 0).double()))
     frozen = [model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)]
     eject_experts_(model)
     weights = {name: value.numpy() for name, value in model.state_dict().items() if value.is_floating_point()}
@@ -243,27 +236,28 @@ def test_what_is_merged_is_what_was_frozen_under_every_switch(tiny_clip, stripes
 
 
 def test_a_sparse_gate_that_was_fixed_is_merged_as_it_was_trained(tiny_clip, stripes) -> None:
-    pools = inject_experts_(tiny_clip.model, replace(POOL, gate="sparse"))
+    pools = inject_experts_(tiny_clip.model, replace(LARGE, gate="sparse"))
     reset_pools_(pools, 1, 1)
     settings = replace(SETTINGS, consolidate=0.25)
-    train_pools_(tiny_clip, pools, stripes, Pixels(stripes.train, tiny_clip.preprocess), settings, number=1)
-    assert all(torch.equal(pool.gate, pool.frozen_gate()) for pool in pools.values())
+    train_set = Pixels(stripes.train, tiny_clip.preprocess)
+    train_pools_(tiny_clip, pools, TrainingTask(1, stripes, train_set, settings))
+    assert all(torch.equal(pool.routing.gate, pool.frozen().gate) for pool in pools.values())
     eject_experts_(tiny_clip.model)
 
 
 def test_a_layer_that_is_not_there_is_refused_by_its_number(tiny_clip) -> None:
     with pytest.raises(Unsupported, match=r"2 blocks, pool\.layers names 7"):
-        inject_experts_(tiny_clip.model, POOL, layers=(0, 7))
+        inject_experts_(tiny_clip.model, replace(LARGE, layers=(0, 7)))
 
 
 def test_text_routers_see_nothing_at_the_start_and_the_text_at_its_end(tiny_clip) -> None:
     tokens = tiny_clip.tokenize(["a photo of stripes", "nothing", "a"])
     for where, distinct in (("start", 1), ("end", 3)):
-        pools = inject_experts_(tiny_clip.model, POOL, towers=("text",), text_token=where)
+        pools = inject_experts_(tiny_clip.model, replace(LARGE, towers=("textual",), text_token=where))
         reset_pools_(pools, 1, 1)
         seen = []
         pool = list(pools.values())[-1]
-        pool.route = lambda token, seen=seen: seen.append(token) or torch.ones(12)
+        pool.router.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         tiny_clip.encode_text(tokens)
         assert len(seen[0].round(decimals=5).unique(dim=0)) == distinct
         eject_experts_(tiny_clip.model)
@@ -281,24 +275,6 @@ def test_bf16_keeps_experts_in_float32_and_ends_near_the_same_loss(tiny_clip, st
     assert all(pool.lora_A.dtype == torch.float32 for pool in other.values())
     assert losses != rounded
     assert np.allclose(losses, rounded, atol=0.05)
-
-
-def test_orthogonality_on_the_input_side_turns_experts_off_earlier_inputs(tiny_clip, stripes) -> None:
-    train_set = Pixels(stripes.train, tiny_clip.preprocess)
-    pools = inject_experts_(tiny_clip.model, POOL)
-    found = input_directions(tiny_clip, pools, train_set, task_prompts(tiny_clip, stripes, 1, 1))
-    eject_experts_(tiny_clip.model)
-    assert all(np.allclose(v.T @ v, np.eye(v.shape[1]), atol=1e-4) for v in found.values())
-    overlaps = []
-    for weight in (0.0, 1.0):
-        pools = inject_experts_(tiny_clip.model, POOL)
-        reset_pools_(pools, 1, 2)
-        widen_spans_(pools, found)
-        settings = replace(SETTINGS, iterations=20, orthogonality="input", orthogonality_weight=weight)
-        train_pools_(tiny_clip, pools, stripes, train_set, settings, number=2)
-        overlaps.append(sum(pool.input_overlap().item() for pool in pools.values()))
-        eject_experts_(tiny_clip.model)
-    assert overlaps[1] < 0.9 * overlaps[0]
 
 
 def test_every_image_is_used_once_per_epoch_and_batches_span_epochs() -> None:

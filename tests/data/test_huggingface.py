@@ -6,6 +6,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
+from r1export.data.request import Request
 from r1export.data.sources import load_task
 from r1export.errors import InputError, Unsupported
 
@@ -40,7 +41,7 @@ def reds(images):
 
 def test_images_are_read_with_their_labels_split_and_class_names(tmp_path):
     folder = write(tmp_path / "pets", train=rows([10, 20, 30], [0, 1, 0]), test=rows([40, 50], [1, 0]))
-    task = load_task(f"hf:{folder}")
+    task = load_task(Request(f"hf:{folder}"))
     assert (task.name, task.classes) == ("pets", ("tabby cat", "sea horse"))
     assert (reds(task.train), task.train.labels.tolist()) == ([10, 20, 30], [0, 1, 0])
     assert (reds(task.test), task.test.labels.tolist()) == ([40, 50], [1, 0])
@@ -48,16 +49,16 @@ def test_images_are_read_with_their_labels_split_and_class_names(tmp_path):
 
 def test_without_a_test_the_validation_is_tested(tmp_path):
     write(tmp_path / "pets", train=rows([10, 20], [0, 1]), validation=rows([30], [1]))
-    assert reds(load_task("hf:pets", root=tmp_path).test) == [30]
+    assert reds(load_task(Request("hf:pets", root=tmp_path)).test) == [30]
 
 
 def test_with_neither_a_fifth_of_each_class_is_held_out_by_the_seed(tmp_path):
     write(tmp_path / "pets", train=rows(range(20), [i % 2 for i in range(20)]))
-    one, again, other = (load_task("hf:pets", root=tmp_path, seed=seed) for seed in (1, 1, 2))
+    one, again, other = (load_task(Request("hf:pets", root=tmp_path, seed=seed)) for seed in (1, 1, 2))
     assert sorted(reds(one.train) + reds(one.test)) == list(range(20))
     assert (len(one.train), sorted(one.test.labels.tolist())) == (16, [0, 0, 1, 1])
     assert reds(one.test) == reds(again.test) != reds(other.test)
-    probe = load_task("hf:pets", root=tmp_path, test_only=True)
+    probe = load_task(Request("hf:pets", root=tmp_path, test_only=True))
     assert (len(probe.train), len(probe.test)) == (0, 20)
 
 
@@ -67,10 +68,10 @@ def test_a_configuration_is_named_after_a_colon(tmp_path):
     (tmp_path / "pets" / "README.md").write_text(
         "---\nconfigs:\n- config_name: small\n  data_dir: small\n- config_name: large\n  data_dir: large\n---\n"
     )
-    assert reds(load_task("hf:pets:large", root=tmp_path).test) == [90]
+    assert reds(load_task(Request("hf:pets:large", root=tmp_path)).test) == [90]
     for wrong in ("", ":medium"):
         with pytest.raises(InputError, match=r"hf:pets: .*(small|medium)"):
-            load_task(f"hf:pets{wrong}", root=tmp_path)
+            load_task(Request(f"hf:pets{wrong}", root=tmp_path))
 
 
 def test_what_the_hub_left_in_its_cache_needs_no_network(tmp_path, monkeypatch):
@@ -81,16 +82,16 @@ def test_what_the_hub_left_in_its_cache_needs_no_network(tmp_path, monkeypatch):
     write(cached / "snapshots" / ("a" * 40), train=rows([10, 20], [0, 1]), test=rows([30], [0]))
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("a" * 40)
-    assert reds(load_task("hf:someone/pets").test) == [30]
+    assert reds(load_task(Request("hf:someone/pets")).test) == [30]
     with pytest.raises(InputError, match=r"hf:someone/dogs: .*download = true"):
-        load_task("hf:someone/dogs")
+        load_task(Request("hf:someone/dogs"))
 
 
 def test_columns_that_are_no_images_and_labels_are_named(tmp_path):
     split = rows([10, 20], [0, 1]).remove_columns("label")
     write(tmp_path / "pets", train=split, test=split)
     with pytest.raises(InputError, match=r"id \(Value\), image \(Image\); expected one Image and one ClassLabel"):
-        load_task("hf:pets", root=tmp_path)
+        load_task(Request("hf:pets", root=tmp_path))
 
 
 def test_a_damaged_image_is_named_by_split_and_index(tmp_path):
@@ -102,10 +103,10 @@ def test_a_damaged_image_is_named_by_split_and_index(tmp_path):
     features = rows([10], [0]).features
     write(tmp_path / "pets", train=datasets.Dataset.from_list(split, features=features), test=rows([10], [0]))
     with pytest.raises(InputError, match="hf:pets: image 1 of train"):
-        load_task("hf:pets", root=tmp_path).train.read(1)
+        load_task(Request("hf:pets", root=tmp_path)).train.read(1)
 
 
 def test_the_extra_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(Unsupported, match=r"r1export\[hf\]"):
-        load_task("hf:someone/pets")
+        load_task(Request("hf:someone/pets"))

@@ -1,11 +1,17 @@
 """A pack is read lazily and never unpickled; one that is not laid out as documented is refused."""
 
+import tempfile
+import tracemalloc
+import zipfile
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from running import RECIPE, r1export
 
 from r1export.data.npz import read_pack
 from r1export.errors import InputError
@@ -35,6 +41,10 @@ def arrays(**changes) -> dict[str, np.ndarray]:
 def save(folder: Path, **changes) -> Path:
     np.savez(folder / "pets.npz", **arrays(**changes))
     return folder / "pets.npz"
+
+
+with tempfile.TemporaryDirectory() as _folder:
+    PACK = save(Path(_folder)).read_bytes()
 
 
 def test_images_are_read_with_their_labels_and_split(tmp_path):
@@ -114,6 +124,63 @@ def test_a_lone_array_is_refused(tmp_path):
 def test_a_missing_pack_is_named(tmp_path):
     with pytest.raises(InputError, match=r"gone\.npz: no such file"):
         read_pack(tmp_path / "gone.npz")
+
+
+def claim(file: Path, count: int) -> Path:
+    """The pack with a header that says `blob` has `count` bytes."""
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    blob = BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(blob, header)
+    members["blob.npy"] = blob.getvalue() + arrays()["blob"].tobytes()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return file
+
+
+@pytest.mark.parametrize("count", [10**12, 2**62, 1, 0])
+def test_a_header_that_says_more_or_less_than_there_is_is_refused_unallocated(tmp_path, count):
+    file = claim(save(tmp_path), count)
+    with pytest.raises(InputError, match=r"blob\.npy is \d+ bytes, its header says"):
+        read_pack(file)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE.replace("builtin:digits", f"npz:{file}"), encoding="utf-8")
+    assert r1export("train", recipe, "--out", tmp_path / "run").returncode == 2
+
+
+def test_a_header_and_a_directory_that_agree_on_a_terabyte_allocate_what_is_there(tmp_path):
+    """The zip directory's own size is not believed either."""
+    file = claim(save(tmp_path), 10**9)
+    data = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as archive:
+        size = archive.getinfo("blob.npy").file_size
+    header = size - len(arrays()["blob"])
+    data = bytes(data).replace(size.to_bytes(4, "little"), (header + 10**9).to_bytes(4, "little"))
+    file.write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(InputError, match="not a pack"):
+        read_pack(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 10**4), st.integers(0, 255)), min_size=1, max_size=6), st.integers(0, 60))
+def test_a_damaged_pack_is_a_task_or_bad_input(changes, cut):
+    data = bytearray(PACK)
+    for position, value in changes:
+        data[position % len(data)] = value
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "x.npz").write_bytes(data[: len(data) - cut])
+        try:
+            task = read_pack(Path(folder) / "x.npz")
+            outcome = {task.train.read(i).mode for i in range(len(task.train))} or {"RGB"}
+        except InputError as error:
+            outcome = {"bad input" if "x.npz" in str(error) else str(error)}
+    assert outcome in ({"RGB"}, {"bad input"})
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real packs are not on this machine")

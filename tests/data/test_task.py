@@ -1,7 +1,6 @@
 """A task that cannot be learned and measured is refused with the place and the remedy; few-shot sets are nested and repeatable."""
 
 from dataclasses import replace
-from io import BytesIO
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from r1export.data.task import ImageSet, Task, check_task, decode, few_shot, images_from_files
+from r1export.data.task import ImageSet, Task, check_task, few_shot
 from r1export.errors import InputError
 
 
@@ -99,28 +98,3 @@ def test_images_for_fewer_shots_are_among_those_for_more(labels, seed, shots):
 def test_a_subset_of_a_subset_reads_the_right_images():
     images = numbered(range(10)).subset(np.array([9, 4, 6])).subset(np.array([2, 0]))
     assert numbers(images) == images.labels.tolist() == [6, 9]
-
-
-def test_images_of_every_mode_are_read_as_rgb(tmp_path):
-    Image.new("L", (3, 2), 7).save(tmp_path / "grey.png")
-    Image.new("RGBA", (3, 2), (1, 2, 3, 255)).save(tmp_path / "alpha.png")
-    images = images_from_files([tmp_path / "grey.png", tmp_path / "alpha.png"], [0, 1])
-    assert [images.read(i).mode for i in range(2)] == ["RGB", "RGB"]
-    assert images.read(0).getpixel((0, 0)) == (7, 7, 7)
-    assert images.labels.dtype == np.int64
-
-
-def test_a_damaged_image_file_is_named(tmp_path):
-    sound = BytesIO()
-    Image.effect_noise((32, 32), 50).save(sound, "PNG")
-    (tmp_path / "cut.png").write_bytes(sound.getvalue()[:-200])
-    (tmp_path / "text.jpg").write_text("not an image")
-    images = images_from_files([tmp_path / name for name in ("cut.png", "text.jpg", "gone.jpg")], [0, 0, 0])
-    for i, name in enumerate(("cut.png", "text.jpg", "gone.jpg")):
-        with pytest.raises(InputError, match=name):
-            images.read(i)
-
-
-def test_damaged_bytes_are_refused_under_the_given_place():
-    with pytest.raises(InputError, match="image 3"):
-        decode(b"nothing", "pack.npz: image 3")

@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision import datasets
 
 from r1export.data import torchvision_sets
+from r1export.data.request import Request
 from r1export.data.sources import load_task
 from r1export.data.task import ImageSet, few_shot
 from r1export.errors import InputError
@@ -78,6 +79,12 @@ def red(images: ImageSet, i: int) -> int:
 
 def underscored(key: str) -> list[str]:
     return [name.replace(" ", "_") for name in torchvision_sets.class_names(key)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 40, 8677, 27000])
+def test_the_permutation_is_torchs(count: int):
+    expected = torch.randperm(count, generator=torch.Generator().manual_seed(42))
+    assert np.array_equal(torchvision_sets._permutation(count, 42), expected.numpy())
 
 
 # Prompts
@@ -252,7 +259,7 @@ def eurosat(tmp_path):
 
 
 def test_eurosat(eurosat):
-    task = load_task("torchvision:EuroSAT", root=eurosat)
+    task = load_task(Request("torchvision:EuroSAT", root=eurosat))
     assert task.classes[0] == "annual crop land"
     assert task.classes[9] == "lake or sea"
     assert (len(task.train), len(task.test)) == (40, 10)
@@ -311,7 +318,7 @@ def test_mnist(tmp_path):
     for part, labels in (("train", range(9, -1, -1)), ("t10k", range(10))):
         (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, 10, 28, 28) + pixels.tobytes())
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 10) + bytes(labels))
-    task = load_task("torchvision:MNIST", root=tmp_path)
+    task = load_task(Request("torchvision:MNIST", root=tmp_path))
     assert task.classes[3] == "3 - three"
     assert (task.train.labels.tolist(), task.test.labels.tolist()) == (list(range(9, -1, -1)), list(range(10)))
     assert task.test.read(6).getpixel((4, 4)) == (6, 6, 6)
@@ -428,8 +435,8 @@ def test_a_set_that_is_not_there_is_named_with_its_root(tmp_path, entry):
 def test_a_set_is_downloaded_only_when_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.EuroSAT, "download", lambda self: make_eurosat(Path(self.root)))
     with pytest.raises(InputError, match="cannot open EuroSAT"):
-        load_task("torchvision:EuroSAT", root=tmp_path)
-    assert len(load_task("torchvision:EuroSAT", root=tmp_path / "new", download=True).train) == 40
+        load_task(Request("torchvision:EuroSAT", root=tmp_path))
+    assert len(load_task(Request("torchvision:EuroSAT", root=tmp_path / "new", download=True)).train) == 40
 
 
 def test_a_download_that_fails_is_said_to_be_one(tmp_path, monkeypatch):
@@ -475,7 +482,7 @@ def test_every_task_of_the_mini_mtil_recipe_can_be_loaded(monkeypatch):
     recipe = load_recipe(RECIPES / "mini-mtil.toml")
     assert len(recipe.tasks) == 7
     for entry in recipe.tasks:
-        task = load_task(entry.source, name=entry.name, root=Path(recipe.data.root), templates=entry.templates)
+        task = load_task(Request(entry.source, root=Path(recipe.data.root)), name=entry.name, templates=entry.templates)
         assert len(few_shot(task.train, recipe.data.shots, recipe.train.seed)) == recipe.data.shots * len(task.classes)
         assert task.templates == entry.templates
-    load_task(recipe.probe.source, root=Path(recipe.data.root), test_only=True)
+    load_task(Request(recipe.probe.source, root=Path(recipe.data.root), test_only=True))

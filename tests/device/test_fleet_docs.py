@@ -15,7 +15,7 @@ import pytest
 from device import fleet
 
 from r1export.device.kit import device_kit
-from r1export.update import bundle, envelope, manifest
+from r1export.update import bundle, envelope, manifest, names
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -105,5 +105,5 @@ def test_the_format_document_names_the_programs_limits_and_members(lab):
     document = json.loads(lab.read(lab.bundle(1, 0)).manifest_bytes)
     for member in document:
         assert f"`{member}`" in text
-    assert manifest._NAME.pattern in text
-    assert manifest._PARAMETER.pattern in text
+    assert names.NAME.pattern in text
+    assert names.PARAMETER.pattern in text

@@ -574,16 +574,16 @@ def test_the_file_may_change_while_it_is_applied(lab, device, tmp_path):
 def test_a_tensor_beyond_four_gibibytes_is_merged_where_it_lies(tmp_path):
     from r1export.update.factors import ExpertUpdate, Factors, Rows
     from r1export.update.rebuild import Rebuild
-    from r1export.update.release_manifest import FileEntry, Release, Stored
+    from r1export.update.release_manifest import BaseModel, FileEntry, GoldenGate, Release, ReleaseManifest, TensorEntry
 
     offset, weight = (4 << 30) + 8, np.arange(12, dtype="<f4").reshape(3, 4)
     with open(tmp_path / "w.safetensors", "wb") as file:  # sparse: no block is written before the tensor
         file.seek(offset)
         file.write(weight.tobytes())
-    stored = Stored("w.safetensors", offset, weight.dtype, weight.shape, False, "")
-    release = Release(
-        tmp_path, "", 0, "", "", "", "", (), {"w.safetensors": FileEntry("", offset + weight.nbytes)}, {"w": stored}, {}
-    )
+    entry = TensorEntry("w.safetensors", offset, weight.dtype, weight.shape, ((0, 3),), False, "")
+    files, gate = {"w.safetensors": FileEntry("", offset + weight.nbytes)}, GoldenGate(0, 1)
+    manifest = ReleaseManifest("", 0, "", "", BaseModel("", ""), (), (), {}, gate, files, {"w": entry}, {})
+    release = Release(tmp_path, manifest, "")
     update = ExpertUpdate({Rows("w", 0, 3): Factors(np.ones((3, 1), "f4"), np.ones((1, 4), "f4"))})
     assert np.array_equal(Rebuild(release, update).tensor("w"), weight + 1)
 

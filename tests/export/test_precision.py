@@ -13,11 +13,11 @@ from export import exporting
 
 from r1export.errors import Unsupported
 from r1export.export.fp16 import half_graphs
-from r1export.export.graph import GRAPHS
 from r1export.export.int8 import calibrate, input_scale, quantized_graphs
 from r1export.export.precision import rounded_base, version_tensors
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 from r1export.update.int8 import dequantize
+from r1export.update.release_layout import GRAPHS
 
 
 def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:

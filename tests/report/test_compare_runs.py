@@ -1,36 +1,41 @@
 """Runs side by side: the same stream, one table, nothing invented."""
 
-import copy
 import json
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from report.examples import accuracy, release, run
 
 from r1export.errors import InputError
-from r1export.report.compare_runs import cells, compare_runs, render, write_comparison
+from r1export.report.compare_runs import COLUMNS, compare_runs, render, table, write_comparison
+from r1export.report.format import NOT_MEASURED
+from r1export.verify.results import Latency, RunReport
 
-EXAMPLE = json.loads((Path(__file__).parent / "report_example.json").read_text("utf-8"))
-RUN = {"schema": EXAMPLE["schema"], "verdict": "pass", "accuracy": EXAMPLE["accuracy"], "releases": [EXAMPLE]}
+RUN = run()
 
 
-def other(**accuracy) -> dict:
-    run = copy.deepcopy(RUN)
-    run["accuracy"] |= accuracy
-    return run
+def other(**changes) -> RunReport:
+    return run(accuracy=accuracy(**changes))
 
 
 def test_each_run_has_a_row_with_its_own_figures() -> None:
-    columns, rows = cells(compare_runs([("ours", RUN), ("baseline", other(last=0.123))]))
+    rows = table(compare_runs([("ours", RUN), ("baseline", other(last=0.123))])).rows
     assert [row[0] for row in rows] == ["ours", "baseline"]
-    assert rows[1][columns.index("Last")] == "12.3 %"
+    assert rows[1][COLUMNS.index("Last")] == "12.3 %"
 
 
-def test_what_was_not_measured_is_a_dash_and_an_exact_zero_is_not() -> None:
-    bare = {"verdict": "inconclusive", "accuracy": {"tasks": RUN["accuracy"]["tasks"], "last": 0.0}, "releases": []}
-    columns, rows = cells(compare_runs([("ours", RUN), ("bare", bare)]))
-    assert rows[1][columns.index("Last")] == "0.0 %"
-    assert rows[1][columns.index("Transfer")] == rows[1][columns.index("Time, to base")] == "-"
+def test_what_was_not_measured_is_said_and_an_exact_zero_is_shown() -> None:
+    bare = run(release(latency=Latency.unmeasured("busy")), accuracy=accuracy(last=0.0, transfer=None))
+    row = table(compare_runs([("ours", RUN), ("bare", bare)])).rows[1]
+    assert row[COLUMNS.index("Last")] == "0.0 %"
+    assert row[COLUMNS.index("Transfer")] == row[COLUMNS.index("Latency vs. base")] == NOT_MEASURED
+
+
+def test_a_comparison_is_no_better_than_its_worst_run() -> None:
+    bare = run(release(latency=Latency.unmeasured("busy")))
+    assert compare_runs([("a", RUN), ("b", RUN)]).verdict == "pass"
+    assert compare_runs([("a", RUN), ("b", bare)]).verdict == "inconclusive"
 
 
 @pytest.mark.parametrize(
@@ -38,8 +43,7 @@ def test_what_was_not_measured_is_a_dash_and_an_exact_zero_is_not() -> None:
     [
         ([("one", RUN)], "1 run"),
         ([("one", RUN), ("one", RUN)], "two runs are called one"),
-        ([("one", RUN), ("two", other(tasks=["x"]))], "two learned x, one learned"),
-        ([("one", RUN), ("release", {"release": {}})], "release: no accuracy in its report"),
+        ([("one", RUN), ("two", other(tasks=("x",)))], "two learned x, one learned"),
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused(runs: list, message: str) -> None:
@@ -61,7 +65,7 @@ def test_the_page_needs_nothing_else_and_escapes_names() -> None:
 def test_a_comparison_is_written_once_and_replaced_only_on_demand(tmp_path: Path) -> None:
     found = compare_runs([("a", RUN), ("b", RUN)])
     write_comparison(found, tmp_path / "c")
-    assert json.loads((tmp_path / "c" / "comparison.json").read_text()) == found
+    assert json.loads((tmp_path / "c" / "comparison.json").read_text()) == found.to_json()
     with pytest.raises(InputError, match="is already there"):
         write_comparison(found, tmp_path / "c")
     write_comparison(found, tmp_path / "c", overwrite=True)

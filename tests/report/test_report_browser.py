@@ -1,18 +1,19 @@
 """The page as a browser shows it: nothing overflows, every picture is seen, the console stays empty."""
 
-import copy
 import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html import escape, unescape
 from pathlib import Path
 
 import pytest
+from report.examples import release, run
 
 from r1export.report.write import render_html
+from r1export.verify.results import Flip, Verdict
 
-EXAMPLE = json.loads((Path(__file__).parent / "report_example.json").read_text("utf-8"))
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -60,25 +61,16 @@ def measured(page: str, width: int, folder: Path) -> dict:
 
 
 def pages() -> dict[str, str]:
-    failed = copy.deepcopy(EXAMPLE)
-    failed |= {
-        "verdict": "fail",
-        "reasons": [
-            f"parity.total: found 3.4e-4, expected 5.0e-5 at /visual/{'block/' * 20}out_proj. Run `r1export verify`."
-        ],
-    }
-    failed["parity"]["total"] |= {
-        "verdict": "fail",
-        "flips": [{"sample": 3, "margin": 0.02, "from": "a" * 60, "to": "pug"}],
-    }
-    run = {
-        "verdict": "fail",
-        "reasons": [],
-        "accuracy": EXAMPLE["accuracy"],
-        "recipe": {"note": "x" * 200},
-        "releases": [EXAMPLE, failed],
-    }
-    return {"passed": render_html(EXAMPLE), "failed": render_html(failed), "run": render_html(run)}
+    stages = release().parity
+    detail = (
+        f"the visual tower differs by 3.4e-4, allowed 5.0e-5 at /visual/{'block/' * 20}out_proj. Run `r1export verify`."
+    )
+    flips = (Flip(sample=3, margin=0.02, before=1, after=2),)
+    failed = release(
+        parity=replace(stages, total=replace(stages.total, verdict=Verdict.FAIL, detail=detail, flips=flips))
+    )
+    whole = run(release(), failed, recipe={"note": "x" * 200})
+    return {"passed": render_html(release()), "failed": render_html(failed), "run": render_html(whole)}
 
 
 @pytest.mark.parametrize("width", [400, 1200])

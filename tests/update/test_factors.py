@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from r1export.errors import InputError
 from r1export.update.factors import ExpertUpdate, Factors, Rows
+from r1export.update.names import PARAMETER
 
 WEIGHT, OTHER = Rows("a.weight", 0, 6), Rows("b.in_proj_weight", 4, 8)
 
@@ -133,10 +134,16 @@ def test_writing_and_reading_gives_the_same_update_and_the_same_bytes(tmp_path) 
     )
 
 
-@given(st.text(min_size=1), st.integers(0, 10**8), st.integers(1, 10**8))
+@given(st.from_regex(PARAMETER, fullmatch=True), st.integers(0, 10**8), st.integers(1, 10**8))
 def test_the_name_of_rows_can_be_read_back(parameter: str, start: int, length: int) -> None:
-    rows = Rows(parameter.replace("\n", " "), start, start + length)
+    rows = Rows(parameter, start, start + length)
     assert Rows.parse(str(rows)) == rows
+
+
+@given(st.text().filter(lambda text: not PARAMETER.fullmatch(text)))
+def test_rows_of_what_is_no_name_of_a_parameter_are_refused(parameter: str) -> None:
+    with pytest.raises(InputError, match="names no rows"):
+        Rows.parse(f"{parameter}[0:1]")
 
 
 @pytest.mark.parametrize(

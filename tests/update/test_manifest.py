@@ -87,7 +87,7 @@ def test_what_was_written_is_read(text):
 @pytest.mark.parametrize("path", HOSTILE_PATHS)
 def test_a_hostile_path_is_refused(document, path):
     document["files"].append({"path": path, "bytes": 0, "sha256": "0" * 64, "parts": []})
-    refused(document, "files")
+    refused(document, "files|surrogates")
 
 
 def test_the_same_file_without_a_hostile_path_is_accepted(document):

@@ -2,23 +2,32 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from verify.manifests import manifest_of
 
-from r1export.update.atomic_io import sha256_bytes, write_json
-from r1export.update.container import NAMES, plan, write_layout, write_tensors
+from r1export.update.atomic_io import write_json
+from r1export.update.container import plan, read_tensors, write_layout, write_tensors
 from r1export.update.factors import ExpertUpdate, Factors, Rows
+from r1export.update.release_manifest import ReleaseManifest
 from r1export.verify.contents import (
-    class_problems,
-    epsilon_problems,
-    manifest_problems,
-    part,
-    tensor_map_problems,
-    weight_problems,
-)
+    ClassList,
+    check_class_embeddings,
+    check_epsilons,
+    check_files,
+    check_manifest,
+    check_programs,
+    check_tensor_map,
+    check_weights,
+)  # fmt: skip
+from r1export.verify.graph_digest import graph_digest
 from r1export.verify.merge_diagnosis import diagnose
+from r1export.verify.results import Check
 
 RNG = np.random.default_rng(0)
 BASE = {
@@ -51,54 +60,80 @@ def added(name: str, expert: int | None = None) -> np.ndarray:
     return total
 
 
+WEIGHTS = ("w.safetensors",)
+
+
 @pytest.fixture
-def release(tmp_path: Path) -> tuple[Path, dict]:
-    """A folder with both parameters in one file, the second one transposed, and the manifest's map of them."""
+def release(tmp_path: Path) -> tuple[Path, ReleaseManifest]:
+    """A folder with both parameters in one file, the second one transposed, and its manifest."""
     stored = {
         "attn.in_proj_weight": MERGED["attn.in_proj_weight"],
         "fc.weight": np.ascontiguousarray(MERGED["fc.weight"].T),
     }
     layout = plan((name, value.dtype, value.shape) for name, value in stored.items())
     write_layout(tmp_path / "w.safetensors", layout, lambda spec: stored[spec.name])
-    entries = {
-        s.name: {"file": "w.safetensors", "offset": s.offset, "bytes": s.nbytes, "dtype": NAMES[s.dtype], "shape": list(s.shape),
-                 "transposed": s.name == "fc.weight", "sha256": sha256_bytes(stored[s.name])} for s in layout.specs
-    }  # fmt: skip
-    return tmp_path, {"tensors": entries, "name": "01-digits", "sequence": 1}
+    manifest = manifest_of(tmp_path, WEIGHTS, WEIGHTS)
+    return tmp_path, with_tensor(manifest, "fc.weight", transposed=True)
 
 
-def test_a_release_that_is_base_plus_factors_has_no_problems(release) -> None:
+def with_tensor(manifest: ReleaseManifest, name: str, **fields) -> ReleaseManifest:
+    return replace(manifest, tensors=manifest.tensors | {name: replace(manifest.tensors[name], **fields)}).sealed()
+
+
+def test_a_release_that_is_base_plus_factors_passes(release) -> None:
     path, manifest = release
-    assert weight_problems(path, manifest, MERGED, UPDATES) == []
-    assert tensor_map_problems(path, manifest) == []
+    weights, tensors = check_weights(path, manifest, MERGED, UPDATES), check_tensor_map(path, manifest, WEIGHTS)
+    assert (weights.verdict, weights.looked_at, weights.of) == ("pass", 2, 2)
+    assert (tensors.verdict, tensors.looked_at, tensors.of) == ("pass", 2, 2)
 
 
 def test_the_smallest_change_of_one_weight_is_found(release) -> None:
     path, manifest = release
     expected = copy.deepcopy(MERGED)
     expected["fc.weight"][2, 1] = np.nextafter(expected["fc.weight"][2, 1], np.float32(9))
-    problems = weight_problems(path, manifest, expected, UPDATES)
-    assert len(problems) == 1
-    assert problems[0].startswith("fc.weight is not base + factors: one value differs by")
+    check = check_weights(path, manifest, expected, UPDATES)
+    assert check.verdict == "fail"
+    assert check.detail.startswith("fc.weight is not base + factors: one value differs by")
 
 
 def test_a_missing_and_a_foreign_parameter_are_named(release) -> None:
     path, manifest = release
-    problems = weight_problems(
-        path, manifest, {"attn.in_proj_weight": MERGED["attn.in_proj_weight"], "gone": BASE["fc.weight"]}, UPDATES
-    )
-    assert problems == ["fc.weight is not a parameter of the model", "gone is missing from the weights"]
+    expected = {"attn.in_proj_weight": MERGED["attn.in_proj_weight"], "gone": BASE["fc.weight"]}
+    check = check_weights(path, manifest, expected, UPDATES)
+    assert check.detail == "fc.weight is not a parameter of the model; gone is missing from the weights"
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("offset", 0), ("shape", [4, 5, 1]), ("dtype", "F16"), ("bytes", 4), ("sha256", "0" * 64)]
-)
-def test_a_map_of_tensors_that_does_not_fit_the_file_is_found(release, key: str, value: object) -> None:
+    ("field", "value"), [("offset", 0), ("shape", (4, 5, 1)), ("dtype", np.dtype("<f2")), ("sha256", "0" * 64), ("file", "x.safetensors")]
+)  # fmt: skip
+def test_a_tensor_map_that_does_not_fit_the_file_is_found(release, field: str, value: object) -> None:
     path, manifest = release
-    manifest["tensors"]["fc.weight"][key] = value
-    problems = tensor_map_problems(path, manifest)
-    assert len(problems) == 1
-    assert "fc.weight" in problems[0]
+    check = check_tensor_map(path, with_tensor(manifest, "fc.weight", **{field: value}), WEIGHTS)
+    assert check.verdict == "fail"
+    assert "fc.weight" in check.detail
+
+
+@pytest.mark.parametrize("gone", [["fc.weight"], ["fc.weight", "attn.in_proj_weight"]])
+def test_a_tensor_that_the_map_leaves_out_is_found(release, gone: list[str]) -> None:
+    path, manifest = release
+    kept = {name: entry for name, entry in manifest.tensors.items() if name not in gone}
+    check = check_tensor_map(path, replace(manifest, tensors=kept), WEIGHTS)
+    assert check.verdict == "fail"
+    assert "fc.weight in w.safetensors is not in the manifest's tensor map" in check.detail
+
+
+def test_weights_that_are_not_finite_are_found(tmp_path: Path) -> None:
+    values = {"a": np.array([1, np.nan], np.float32), "b": np.ones(2, np.float32)}
+    write_tensors(tmp_path / "w.safetensors", values)
+    check = check_tensor_map(tmp_path, manifest_of(tmp_path, WEIGHTS, WEIGHTS), WEIGHTS)
+    assert check.detail == "a in w.safetensors has NaN or Inf"
+
+
+def test_weights_without_a_single_tensor_do_not_pass(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "w.safetensors", {})
+    manifest = manifest_of(tmp_path, WEIGHTS, WEIGHTS)
+    assert check_tensor_map(tmp_path, manifest, WEIGHTS).verdict != "pass"
+    assert check_weights(tmp_path, manifest, {}, []).verdict != "pass"
 
 
 @pytest.mark.parametrize(
@@ -127,13 +162,43 @@ def test_a_difference_of_another_kind_is_not_explained_away() -> None:
     assert ";" not in diagnose("fc.weight", noise, MERGED["fc.weight"], UPDATES)
 
 
-def test_a_manifest_is_compared_with_its_own_digest_and_with_the_run() -> None:
-    manifest = {"sha256": "a", "name": "01-digits", "golden": {"max_abs": 1}}
-    assert manifest_problems(manifest, {"name": "01-digits"}, "a") == []
-    assert manifest_problems(manifest, {"name": "01-digits"}, "b") == [
-        "manifest.json was edited: its digest of itself does not fit"
-    ]
-    assert manifest_problems(manifest, {"name": "02"}, "a") == ["manifest.json: name is '01-digits', expected '02'"]
+def test_a_manifest_is_compared_with_its_own_digest_and_with_the_run(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path)
+    assert check_manifest(manifest, {"name": "01-digits"}).verdict == "pass"
+    edited = check_manifest(replace(manifest, sequence=2), {})
+    assert (edited.verdict, edited.detail) == ("fail", "manifest.json was edited: its digest of itself does not fit")
+    assert check_manifest(manifest, {"name": "02"}).detail == "manifest.json: name is '01-digits', expected '02'"
+
+
+def test_a_changed_a_missing_a_linked_and_an_added_file_are_named(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    manifest = manifest_of(tmp_path, ("a", "b", "c"))
+    assert check_files(tmp_path, manifest, ("a", "b"), ()).verdict == "pass"
+    (tmp_path / "a").write_text("other")
+    (tmp_path / "b").unlink()
+    (tmp_path / "c").rename(tmp_path / "more.txt")
+    (tmp_path / "c").symlink_to(tmp_path / "more.txt")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    assert check_files(tmp_path, manifest, (), ()).detail == (
+        "a is not the file that was released; b is missing; c is a link; folder is a link; more.txt is not listed in the manifest"
+    )
+    assert "more.txt" not in check_files(tmp_path, manifest, (), ("more.txt",)).detail
+
+
+def test_a_file_that_every_release_has_must_be_listed(tmp_path: Path) -> None:
+    assert check_files(tmp_path, manifest_of(tmp_path), (), ()).verdict == "inconclusive"
+    check = check_files(tmp_path, manifest_of(tmp_path), ("visual.onnx",), ())
+    assert (check.verdict, check.of, check.detail) == ("fail", 1, "visual.onnx is not listed in the manifest")
+
+
+def test_every_graph_has_to_have_its_digest_in_the_manifest(write_graph) -> None:
+    path = write_graph("release").parent
+    digest = graph_digest(path / "visual.onnx")
+    graphs = ("visual.onnx",)
+    assert check_programs(path, manifest_of(path, graphs={"visual.onnx": digest}), graphs).verdict == "pass"
+    assert check_programs(path, manifest_of(path, graphs={"visual.onnx": "0" * 64}), graphs).verdict == "fail"
+    assert check_programs(path, manifest_of(path, graphs={}), graphs).verdict == "fail"
 
 
 def embed(prompts: list[str]) -> np.ndarray:
@@ -155,36 +220,53 @@ def classes(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def task_of(release: Path) -> tuple[str, list[str], list[str]]:
+def class_list(release: Path) -> ClassList:
     listed = json.loads((release / "classes" / "t.json").read_text())
-    return "t", listed["classes"], listed["templates"]
+    return ClassList("t", tuple(listed["classes"]), tuple(listed["templates"]))
 
 
-def test_class_embeddings_that_fit_have_no_problem_and_stale_ones_do(classes: Path) -> None:
-    assert class_problems(classes, [task_of(classes)], embed, 1e-6) == []
+def judged(release: Path, classes: ClassList, embed=embed) -> Check:
+    return check_class_embeddings(release, [classes], embed, 1e-6)
+
+
+def test_class_embeddings_that_fit_pass_and_stale_ones_fail(classes: Path) -> None:
+    check = judged(classes, class_list(classes))
+    assert (check.verdict, check.looked_at, check.of) == ("pass", 300, 300)
     other = lambda prompts: embed([prompt + " " for prompt in prompts])  # noqa: E731
-    assert "classes/t.safetensors is stale" in class_problems(classes, [task_of(classes)], other, 1e-6)[0]
+    assert "classes/t.safetensors is stale" in judged(classes, class_list(classes), other).detail
 
 
-def test_a_class_too_many_a_missing_file_and_another_width_are_problems(classes: Path) -> None:
-    name, names, templates = task_of(classes)
-    assert (
-        "has 300 classes, expected 301"
-        in class_problems(classes, [(name, [*names, "more"], templates)], embed, 1e-6)[0]
-    )
-    assert "no such file" in class_problems(classes, [("gone", names, templates)], embed, 1e-6)[0]
-    assert (
-        "has width 6, the text tower gives 5"
-        in class_problems(classes, [task_of(classes)], lambda p: embed(p)[:, :5], 1e-6)[0]
-    )
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=st.integers(0, 299), value=st.sampled_from([0.0, np.nan, np.inf]))
+def test_every_single_row_is_looked_at(classes: Path, row: int, value: float) -> None:
+    file = classes / "classes" / "t.safetensors"
+    whole = file.read_bytes()
+    embeddings = read_tensors(file)["class_embeds"].copy()
+    embeddings[row] = value
+    write_tensors(file, {"class_embeds": embeddings})
+    check = judged(classes, class_list(classes))
+    file.write_bytes(whole)
+    assert check.verdict == "fail"
+    assert f"'class {row}'" in check.detail
+
+
+def test_a_class_too_many_a_missing_file_and_another_width_fail(classes: Path) -> None:
+    listed = class_list(classes)
+    more = replace(listed, classes=(*listed.classes, "more"))
+    assert "has 300 classes, expected 301" in judged(classes, more).detail
+    assert "no such file" in judged(classes, replace(listed, task="gone")).detail
+    narrow = judged(classes, listed, lambda prompts: embed(prompts)[:, :5])
+    assert "has width 6, the text tower gives 5" in narrow.detail
+
+
+def test_no_tasks_do_not_pass(classes: Path) -> None:
+    assert check_class_embeddings(classes, [], embed, 1e-6).verdict == "inconclusive"
 
 
 def test_an_epsilon_that_is_not_the_modules_is_named(write_graph) -> None:
-    graph = write_graph("base", epsilon=1e-6)
-    assert epsilon_problems(graph, {"ones": 1e-6, "other": 1.0}) == []
-    assert epsilon_problems(graph, {"ones": 1e-5}) == ["visual.onnx: epsilon of ones is 1e-06, expected 1e-05"]
-
-
-def test_many_problems_are_cut_and_counted() -> None:
-    assert part([], "fine") == {"verdict": "pass", "detail": "fine"}
-    assert part([f"p{i}" for i in range(7)], "fine") == {"verdict": "fail", "detail": "p0; p1; p2; p3; p4 (and 2 more)"}
+    folder = write_graph("base", epsilon=1e-6).parent
+    graphs = ("visual.onnx",)
+    assert check_epsilons(folder, graphs, {"ones": 1e-6}).verdict == "pass"
+    assert check_epsilons(folder, graphs, {"ones": 1e-5}).detail == "epsilon of ones is 1e-06, expected 1e-05"
+    incomplete = check_epsilons(folder, graphs, {"ones": 1e-6, "other": 1.0})
+    assert (incomplete.verdict, incomplete.looked_at, incomplete.of) == ("inconclusive", 1, 2)

@@ -7,9 +7,10 @@ import torch
 from onnx import TensorProto, helper
 from verify.small import weights_of
 
-from r1export.verify.latency import added_latency
-from r1export.verify.proof import executions, rungs
-from r1export.verify.runtime import job, levels, open_session, runner
+from r1export.verify.latency import Contenders, TimingBudget, added_latency
+from r1export.verify.proof import execute_graphs, prove
+from r1export.verify.results import Check
+from r1export.verify.runtime import PROVIDERS, job, open_session, runner
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -22,7 +23,7 @@ HALF = (
 )
 
 
-@pytest.mark.parametrize("level", levels("cuda"))
+@pytest.mark.parametrize("level", PROVIDERS["cuda"].levels)
 def test_it_gives_what_the_cpu_gives_at_every_level(write_graph, x, level: str) -> None:
     graph = write_graph("base")
     found = runner(open_session(graph, level=level, provider="cuda"))(x)
@@ -47,10 +48,10 @@ def test_a_job_leaves_inputs_and_outputs_on_the_device(write_graph, x) -> None:
     assert np.abs(binding.copy_outputs_to_cpu()[0] - runner(session)(x)).max() == 0
 
 
-def test_base_and_release_run_the_same_kernels_and_are_timed_in_pairs(write_graph, x, monkeypatch) -> None:
-    monkeypatch.setattr("r1export.verify.latency.PATIENCE", 0.0)
-    base, release = write_graph("base"), write_graph("release", weights_of(7))
-    ran = [executions({"visual.onnx": graph}, {"visual.onnx": x}, ["cuda"]) for graph in (base, release)]
-    assert {rung["verdict"] for rung in rungs(ran[0], lambda: ran[1]).values()} == {"pass"}
-    openers = [lambda graph=graph: job(open_session(graph, provider="cuda"), x, "cuda") for graph in (base, release)]
-    assert added_latency(*openers, pairs=20, margin=0.9, provider="CUDAExecutionProvider")["ratio"] > 0
+def test_base_and_release_run_the_same_kernels_and_are_timed_in_pairs(write_graph, x) -> None:
+    base, release = ({"visual.onnx": graph} for graph in (write_graph("base"), write_graph("release", weights_of(7))))
+    ran, again = (execute_graphs(graphs, {"visual.onnx": x}, ["cuda"]) for graphs in (base, release))
+    assert prove(base, release, ran, lambda: again, Check.not_applicable("tested on the CPU")).verdict == "pass"
+    openers = [lambda g=g: job(open_session(g["visual.onnx"], provider="cuda"), x, "cuda") for g in (base, release)]
+    contenders = Contenders("CUDAExecutionProvider", *openers)
+    assert added_latency(contenders, 20, 0.9, TimingBudget(patience=0.0)).ratio > 0

@@ -17,28 +17,28 @@ OLD = unit(RNG.normal(size=(100, 16)))
 
 def test_a_model_that_did_not_change_needs_no_new_index() -> None:
     found = embedding_drift(OLD, OLD, against="00-base")
-    assert (found["reindex"], found["recall_at_1"], found["recall_at_10"]) == ("not needed", 1.0, 1.0)
-    assert found["min_cosine"] == pytest.approx(1, abs=1e-6)
+    assert (found.reindex, found.recall_at_1, found.recall_at_10) == ("not needed", 1.0, 1.0)
+    assert found.min_cosine == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize(("noise", "verdict"), [(0.0005, "not needed"), (0.015, "advised"), (1.0, "required")])
 def test_the_verdict_follows_from_what_is_still_found(noise: float, verdict: str) -> None:
     found = embedding_drift(OLD, unit(OLD + noise * RNG.normal(size=OLD.shape)), against="00-base")
-    assert found["reindex"] == verdict, found
+    assert found.reindex == verdict, found
 
 
 def test_a_rotation_of_the_whole_space_keeps_a_new_gallery_right_and_makes_the_old_one_useless() -> None:
     rotation = np.linalg.qr(RNG.normal(size=(16, 16)))[0]
     found = embedding_drift(OLD, (OLD @ rotation).astype(np.float32), against="00-base")
-    assert found["reindex"] == "required"
-    assert found["recall_at_10"] < 0.5
+    assert found.reindex == "required"
+    assert found.recall_at_10 < 0.5
 
 
 def test_an_image_is_not_its_own_neighbour() -> None:
     pairs = unit(np.repeat(RNG.normal(size=(10, 16)), 2, axis=0))
     swapped = pairs.reshape(10, 2, 16)[:, ::-1].reshape(20, 16)
-    assert embedding_drift(pairs, swapped, against="x")["recall_at_1"] == 1.0
+    assert embedding_drift(pairs, swapped, against="x").recall_at_1 == 1.0
 
 
 def test_a_gallery_of_two_images_can_still_be_judged() -> None:
-    assert embedding_drift(OLD[:2], OLD[:2], against="x")["reindex"] == "not needed"
+    assert embedding_drift(OLD[:2], OLD[:2], against="x").reindex == "not needed"

@@ -6,28 +6,21 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from verify.manifests import manifest_of
 
-from r1export.errors import InputError
-from r1export.update.atomic_io import sha256_file
+from r1export.errors import CheckFailed, InputError
 from r1export.update.container import read_tensors, write_tensors
-from r1export.verify.golden import (
-    changed_files,
-    changed_graphs,
-    classifier_problems,
-    golden_parity,
-    golden_problems,
-    manifest_gate,
-)
-from r1export.verify.graph_digest import graph_digest
-from r1export.verify.parity import Gate
+from r1export.update.release_manifest import GoldenGate, ReleaseManifest
+from r1export.verify.golden import check_classifier, check_golden, golden_parity, manifest_gate
+from r1export.verify.parity import GATES, Gate
+from r1export.verify.results import Check
 from r1export.verify.runtime import open_session, runner
 
 ENTRIES = {"visual": "pixel_values", "textual": "input_ids"}
-GOLDEN = {"max_abs": 5e-5, "min_cosine": 1 - 1e-6}
 
 
 @pytest.fixture
-def release(write_graph) -> tuple[Path, dict]:
+def release(write_graph) -> tuple[Path, ReleaseManifest]:
     """A folder whose two towers are the small graph, under the names of the inputs of a CLIP."""
     path = write_graph("release").parent
     original = onnx.load(path / "visual.onnx", load_external_data=False)
@@ -41,63 +34,50 @@ def release(write_graph) -> tuple[Path, dict]:
         path / "golden.safetensors",
         {"input_ids": inputs, "pixel_values": inputs, "image_embeds": outputs[0], "text_embeds": outputs[1]},
     )
-    files = {
-        name: {"sha256": sha256_file(path / name)}
-        for name in ("visual.onnx", "textual.onnx", "visual.safetensors", "golden.safetensors")
-    }
-    return path, {
-        "files": files,
-        "graphs": {"visual.onnx": graph_digest(path / "visual.onnx")},
-        "precision": "fp32",
-        "golden": GOLDEN,
-    }
+    return path, manifest_of(path)
 
 
-def test_a_release_that_is_as_it_was_written_passes(release) -> None:
-    path, manifest = release
-    assert (
-        changed_files(path, manifest, ("manifest.json",))
-        == changed_graphs(path, manifest)
-        == golden_problems(path, manifest)
-        == []
-    )
-    found = golden_parity(path, manifest)
-    assert (found["verdict"], found["batches"]) == ("pass", [1, 2, 5, 8])
+def test_a_release_that_reproduces_its_samples_passes(release) -> None:
+    parity = golden_parity(*release)
+    assert (parity.verdict, parity.batches, parity.looked_at, parity.of) == ("pass", (1, 2, 5, 8), 16, 16)
+    assert check_golden(*release).verdict == "pass"
 
 
-def test_a_changed_a_missing_and_an_added_file_are_named(release) -> None:
-    path, manifest = release
-    (path / "textual.onnx").write_bytes(b"other")
-    (path / "visual.onnx").unlink()
-    (path / "more.txt").write_text("x")
-    assert changed_files(path, manifest, ()) == [
-        "visual.onnx is missing",
-        "textual.onnx is not the file that was released",
-        "more.txt is not listed in the manifest",
-    ]
-
-
-def test_a_link_is_no_file_of_a_release(release) -> None:
-    path, manifest = release
-    (path / "visual.onnx").rename(path.parent / "elsewhere.onnx")
-    (path / "visual.onnx").symlink_to(path.parent / "elsewhere.onnx")
-    assert changed_files(path, manifest, ()) == ["visual.onnx is missing"]
-
-
-def test_golden_samples_that_are_not_reproduced_are_a_problem(release) -> None:
+def test_golden_samples_that_are_not_reproduced_fail(release) -> None:
     path, manifest = release
     golden = read_tensors(path / "golden.safetensors")
     golden["image_embeds"][0, 0] += 1e-3
     write_tensors(path / "golden.safetensors", golden)
-    assert "the visual tower errs by 0.001, allowed 5e-05" in golden_problems(path, manifest)[0]
+    check = check_golden(path, manifest)
+    assert check.verdict == "fail"
+    assert "the visual tower differs by 0.001, allowed 5e-05" in check.detail
 
 
-def test_the_gate_follows_the_precision_and_the_manifest() -> None:
-    gate = manifest_gate({"precision": "int8", "golden": {"max_abs": 0.2, "min_cosine": 0.9}})
-    assert (gate.max_abs, gate.min_cosine, gate.relative) == (0.2, 0.9, True)
-    assert manifest_gate({"precision": "fp32", "golden": GOLDEN}) == Gate()
-    with pytest.raises(InputError, match="precision is 'int4', known are fp32, fp16, bf16, int8"):
-        manifest_gate({"precision": "int4", "golden": GOLDEN})
+@pytest.mark.parametrize("kept", [1, 7])
+def test_fewer_samples_than_every_release_has_do_not_pass(release, kept: int) -> None:
+    path, manifest = release
+    golden = {name: values[:kept] for name, values in read_tensors(path / "golden.safetensors").items()}
+    write_tensors(path / "golden.safetensors", golden)
+    assert golden_parity(path, manifest).verdict != "pass"
+
+
+def test_a_release_without_samples_is_a_failed_check(release) -> None:
+    path, manifest = release
+    golden = {name: values[:0] for name, values in read_tensors(path / "golden.safetensors").items()}
+    write_tensors(path / "golden.safetensors", golden)
+    with pytest.raises(CheckFailed, match="no input for the visual tower"):
+        golden_parity(path, manifest)
+
+
+def test_a_manifest_can_only_make_the_gate_stricter() -> None:
+    here = Path()
+    lax = manifest_gate(manifest_of(here, precision="int8", golden=GoldenGate(10.0, -1.0)))
+    assert lax == GATES["int8"]
+    strict = manifest_gate(manifest_of(here, golden=GoldenGate(1e-6, 1.0)))
+    assert (strict.max_abs, strict.min_cosine) == (1e-6, 1.0)
+    assert manifest_gate(manifest_of(here)) == Gate()
+    with pytest.raises(InputError, match="precision is 'int4', known are fp32, fp16, int8"):
+        manifest_gate(manifest_of(here, precision="int4"))
 
 
 CLASSES = np.linalg.qr(np.random.default_rng(3).normal(size=(6, 6)))[0].astype(np.float32)  # as many as they are wide
@@ -123,26 +103,41 @@ def write_classifier(path: Path, *, turned: bool = True, scaled: str = "Exp", bi
     (path / "classify.onnx").write_bytes(model.SerializeToString())
 
 
+def judged(path: Path, scale: np.float32 = SCALE) -> Check:
+    (path / "classes").mkdir()
+    write_tensors(path / "classes" / "shapes.safetensors", {"class_embeds": CLASSES})
+    return check_classifier(path, ["shapes"], {"logit_scale": scale, "logit_bias": BIAS})
+
+
 @pytest.mark.parametrize(
     ("fault", "verdict"),
-    [({}, "right"), ({"turned": False}, "wrong"), ({"scaled": "Identity"}, "wrong"), ({"biased": False}, "wrong")],
+    [({}, "pass"), ({"turned": False}, "fail"), ({"scaled": "Identity"}, "fail"), ({"biased": False}, "fail")],
     ids=["none", "class embeddings not transposed", "scale without exp", "no bias"],
 )
-def test_a_classifier_with_another_formula_is_a_problem(release, fault: dict, verdict: str) -> None:
+def test_a_classifier_with_another_formula_fails(release, fault: dict, verdict: str) -> None:
     path, _ = release
-    (path / "classes").mkdir()
-    write_tensors(path / "classes" / "shapes.safetensors", {"class_embeds": CLASSES})
     write_classifier(path, **fault)
-    found = classifier_problems(path, {"logit_scale": SCALE, "logit_bias": BIAS})
-    assert [line.split(" differ")[0] for line in found] == (
-        [] if verdict == "right" else ["classify.onnx: logits of classes/shapes.safetensors"]
-    )
+    check = judged(path)
+    assert check.verdict == verdict
+    assert ("classify.onnx: logits of classes/shapes.safetensors differ" in check.detail) == (verdict == "fail")
 
 
-def test_a_classifier_with_another_scale_than_was_expected_is_a_problem(release) -> None:
+def test_a_classifier_with_another_scale_than_was_expected_fails(release) -> None:
     path, _ = release
-    (path / "classes").mkdir()
-    write_tensors(path / "classes" / "shapes.safetensors", {"class_embeds": CLASSES})
     write_classifier(path)
-    expected = {"logit_scale": SCALE + np.float32(1e-3), "logit_bias": BIAS}
-    assert "allowed" in classifier_problems(path, expected)[0]
+    assert "allowed" in judged(path, SCALE + np.float32(1e-3)).detail
+
+
+def test_logits_that_are_not_a_number_fail(release) -> None:
+    path, _ = release
+    write_classifier(path)
+    assert judged(path, np.float32(np.nan)).verdict == "fail"
+
+
+def test_a_classifier_that_meets_no_task_or_no_image_does_not_pass(release) -> None:
+    path, _ = release
+    write_classifier(path)
+    assert check_classifier(path, [], {}).verdict == "inconclusive"
+    golden = {name: values[:0] for name, values in read_tensors(path / "golden.safetensors").items()}
+    write_tensors(path / "golden.safetensors", golden)
+    assert judged(path).verdict != "pass"

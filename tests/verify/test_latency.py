@@ -6,6 +6,14 @@ import numpy as np
 import pytest
 
 from r1export.verify import latency
+from r1export.verify.latency import Contenders, TimingBudget
+from r1export.verify.results import Latency
+
+BUDGET = TimingBudget()
+
+
+def timed(base, release, pairs: int = 40, **others) -> Latency:
+    return latency.added_latency(Contenders("CPUExecutionProvider", base, release, **others), pairs, 0.02, BUDGET)
 
 
 class Clock:
@@ -51,35 +59,28 @@ def test_a_steady_drift_of_the_machine_cancels_out() -> None:
 
 
 def test_a_merged_model_that_takes_as_long_passes(clock) -> None:
-    found = latency.added_latency(lambda: clock.job(1.0), lambda: clock.job(1.0), pairs=40, margin=0.02)
-    assert (found["verdict"], found["ratio"]) == ("pass", pytest.approx(1.0))
-    assert found["pairs"] >= 40
+    found = timed(lambda: clock.job(1.0), lambda: clock.job(1.0))
+    assert (found.verdict, found.ratio) == ("pass", pytest.approx(1.0))
+    assert found.pairs >= 40
 
 
 def test_a_merged_model_that_takes_three_percent_longer_fails(clock) -> None:
-    found = latency.added_latency(lambda: clock.job(1.0), lambda: clock.job(1.03), pairs=40, margin=0.02)
-    assert (found["verdict"], found["ratio"]) == ("fail", pytest.approx(1.03))
+    found = timed(lambda: clock.job(1.0), lambda: clock.job(1.03))
+    assert (found.verdict, found.ratio) == ("fail", pytest.approx(1.03))
 
 
 def test_a_base_that_differs_from_itself_decides_nothing(clock) -> None:
     """Every other time it is opened, the base is a tenth slower: where its weights lie in memory, for example."""
     opened = iter(range(10**6))
-    found = latency.added_latency(
-        lambda: clock.job(1.0 + 0.2 * (next(opened) % 2)), lambda: clock.job(1.0), pairs=40, margin=0.02
-    )
-    assert found["verdict"] == "inconclusive"
-    assert "base against itself" in found["advice"]
+    found = timed(lambda: clock.job(1.0 + 0.2 * (next(opened) % 2)), lambda: clock.job(1.0))
+    assert found.verdict == "inconclusive"
+    assert "base against itself" in found.detail
 
 
 def test_every_block_opens_its_sessions_afresh(clock) -> None:
     opened = []
-    latency.added_latency(
-        lambda: opened.append("base") or clock.job(1.0),
-        lambda: opened.append("merged") or clock.job(1.0),
-        pairs=40,
-        margin=0.02,
-    )
-    assert opened.count("base") == 2 * opened.count("merged") >= 2 * latency.BLOCKS
+    timed(lambda: opened.append("base") or clock.job(1.0), lambda: opened.append("merged") or clock.job(1.0))
+    assert opened.count("base") == 2 * opened.count("merged") >= 2 * BUDGET.blocks
 
 
 @pytest.mark.parametrize("unit", [0.001, 0.05])
@@ -90,31 +91,27 @@ def test_measuring_goes_on_while_intervals_are_wide_until_patience_ends(clock, u
     def noisy():
         return clock.job(unit * float(np.exp(rng.normal(0, 0.3))))
 
-    found = latency.added_latency(noisy, noisy, pairs=40, margin=0.02)
-    assert found["verdict"] == "inconclusive"
-    assert found["pairs"] > 40
-    assert latency.PATIENCE < clock.now < latency.PATIENCE + 40 * 8 * unit + 1
+    found = timed(noisy, noisy)
+    assert found.verdict == "inconclusive"
+    assert found.pairs > 40
+    assert BUDGET.patience < clock.now < BUDGET.patience + 40 * 8 * unit + 1
 
 
 def test_a_slow_model_gets_fewer_pairs_and_never_too_few_for_a_median(clock) -> None:
-    for seconds, rounds in ((0.01, 20), (0.05, 13), (10.0, latency.FEWEST_ROUNDS)):
-        found = latency.added_latency(
-            lambda s=seconds: clock.job(s), lambda s=seconds: clock.job(s), pairs=400, margin=0.02
-        )
-        assert found["pairs"] == 2 * latency.BLOCKS * rounds
-        assert found["verdict"] == "pass"
+    for seconds, rounds in ((0.01, 20), (0.05, 13), (10.0, BUDGET.fewest_rounds)):
+        found = timed(lambda s=seconds: clock.job(s), lambda s=seconds: clock.job(s), 400)
+        assert found.pairs == 2 * BUDGET.blocks * rounds
+        assert found.verdict == "pass"
 
 
 def test_the_unmerged_model_and_torch_stand_beside_the_base(clock) -> None:
-    found = latency.added_latency(
+    found = timed(
         lambda: clock.job(1.0),
         lambda: clock.job(1.0),
-        pairs=40,
-        margin=0.02,
-        open_unmerged=lambda: clock.job(1.3),
-        torch_jobs={"unmerged_torch": clock.job(2.5)},
+        unmerged=lambda: clock.job(1.3),
+        torch={"unmerged_torch": clock.job(2.5)},
     )
-    assert found["unmerged_ratio"] == pytest.approx(1.3)
-    table = found["providers"]["CPUExecutionProvider"]["1"]
-    assert table["unmerged_torch"]["median_ms"] == pytest.approx(2500)
-    assert table["base"]["p99_ms"] is None, "too few runs for a 99th percentile"
+    assert found.unmerged_ratio == pytest.approx(1.3)
+    table = found.providers["CPUExecutionProvider"]["1"]
+    assert table["unmerged_torch"].median_ms == pytest.approx(2500)
+    assert table["base"].p99_ms is None, "too few runs for a 99th percentile"

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from r1export.verify.latency import added_latency, measure, slowest, time_rounds
-from r1export.verify.paired_stats import Ratio, latency_verdict, paired_ratio
+from r1export.verify.latency import Contenders, Precision, TimingBudget, added_latency, measure, slowest, time_rounds
+from r1export.verify.paired_stats import latency_verdict, paired_ratio
+from r1export.verify.results import Latency, ProviderLatency, Ratio, Verdict
 
 MARGIN = 0.02
 
@@ -56,14 +57,15 @@ def test_no_slow_down_is_never_a_false_alarm_and_is_passed() -> None:
 def test_twice_as_slow_and_twice_as_fast_weigh_the_same() -> None:
     merged, base = series(1.3, seed=3)
     one, other = paired_ratio(merged, base), paired_ratio(base, merged)
-    assert one.value == pytest.approx(1 / other.value)
-    assert one.low == pytest.approx(1 / other.high, rel=1e-2)
+    assert one.ratio == pytest.approx(1 / other.ratio)
+    assert one.ci95[0] == pytest.approx(1 / other.ci95[1], rel=1e-2)
 
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     """95 % of 200, less three standard deviations of a binomial."""
     inside = [
-        ratio.low <= 1.01 <= ratio.high for ratio in (paired_ratio(*series(1.01, seed=seed)) for seed in range(200))
+        ratio.ci95[0] <= 1.01 <= ratio.ci95[1]
+        for ratio in (paired_ratio(*series(1.01, seed=seed)) for seed in range(200))
     ]
     assert sum(inside) >= 180
 
@@ -77,8 +79,8 @@ def test_blocks_are_drawn_whole() -> None:
 
 
 def test_a_noise_floor_wider_than_the_margin_is_inconclusive_whatever_the_release_did() -> None:
-    noise = Ratio(1.0, 0.96, 1.05)
-    for merged in (Ratio(1.0, 0.999, 1.001), Ratio(1.5, 1.4, 1.6)):
+    noise = Ratio(1.0, (0.96, 1.05))
+    for merged in (Ratio(1.0, (0.999, 1.001)), Ratio(1.5, (1.4, 1.6))):
         found, advice = latency_verdict(merged, noise, MARGIN)
         assert found == "inconclusive"
         assert "pin threads" in advice
@@ -96,15 +98,21 @@ def test_a_noise_floor_wider_than_the_margin_is_inconclusive_whatever_the_releas
     ],
 )
 def test_equivalence_needs_the_whole_interval_inside_the_margin(low: float, high: float, expected: str) -> None:
-    assert latency_verdict(Ratio((low + high) / 2, low, high), Ratio(1.0, 0.995, 1.005), MARGIN)[0] == expected
+    assert latency_verdict(Ratio((low + high) / 2, (low, high)), Ratio(1.0, (0.995, 1.005)), MARGIN)[0] == expected
 
 
 def test_a_release_that_is_faster_than_an_equal_program_can_be_points_to_a_disturbance() -> None:
-    found, advice = latency_verdict(Ratio(0.95, 0.94, 0.96), Ratio(1.0, 0.995, 1.005), MARGIN)
+    found, advice = latency_verdict(Ratio(0.95, (0.94, 0.96)), Ratio(1.0, (0.995, 1.005)), MARGIN)
     assert found == "inconclusive"
     assert "at most 0.960 times as long" in advice
     assert "wider" not in advice
-    assert "is wider than the margin" in latency_verdict(Ratio(0.97, 0.96, 0.99), Ratio(1.0, 0.995, 1.005), MARGIN)[1]
+    assert (
+        "is wider than the margin" in latency_verdict(Ratio(0.97, (0.96, 0.99)), Ratio(1.0, (0.995, 1.005)), MARGIN)[1]
+    )
+
+
+def timed(base, release, **others) -> Latency:
+    return added_latency(Contenders("CPUExecutionProvider", base, release, **others), 400, MARGIN, TimingBudget())
 
 
 class Clock:
@@ -141,7 +149,9 @@ def test_when_to_stop_depends_on_the_width_of_the_interval_and_not_on_where_it_l
         times = {"base": 1e-3, "again": 1e-3, "merged": true * 1e-3}
         return len(
             measure(
-                {name: (lambda seconds=seconds: clock.job(seconds, 0.05)) for name, seconds in times.items()}, 40, 0.012
+                {name: (lambda seconds=seconds: clock.job(seconds, 0.05)) for name, seconds in times.items()},
+                Precision(40, 0.012),
+                TimingBudget(),
             )["base"]
         )
 
@@ -150,31 +160,27 @@ def test_when_to_stop_depends_on_the_width_of_the_interval_and_not_on_where_it_l
 
 def test_a_release_with_a_true_slow_down_fails_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    found = added_latency(
+    found = timed(
         lambda: clock.job(1e-3, 0.01),
         lambda: clock.job(1.04e-3, 0.01),
-        pairs=400,
-        margin=MARGIN,
-        open_unmerged=lambda: clock.job(1.3e-3, 0.01),
+        unmerged=lambda: clock.job(1.3e-3, 0.01),
     )
-    assert found["verdict"] == "fail"
-    assert found["ratio"] == pytest.approx(1.04, abs=0.01)
-    assert found["unmerged_ratio"] == pytest.approx(1.3, abs=0.02)
+    assert found.verdict == "fail"
+    assert found.ratio == pytest.approx(1.04, abs=0.01)
+    assert found.unmerged_ratio == pytest.approx(1.3, abs=0.02)
 
 
 def test_quantiles_are_given_only_with_the_runs_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    found = added_latency(
+    found = timed(
         lambda: clock.job(1e-3, 0.01),
         lambda: clock.job(1e-3, 0.01),
-        pairs=400,
-        margin=MARGIN,
-        torch_jobs={"merged_torch": clock.job(2e-3, 0.01)},
+        torch={"merged_torch": clock.job(2e-3, 0.01)},
     )
-    table = found["providers"]["CPUExecutionProvider"]["1"]
-    assert table["base"]["p90_ms"] is not None
-    assert table["base"]["p99_ms"] is None
-    assert table["merged_torch"]["p90_ms"] is None
+    table = found.providers["CPUExecutionProvider"]["1"]
+    assert table["base"].p90_ms is not None
+    assert table["base"].p99_ms is None
+    assert table["merged_torch"].p90_ms is None
 
 
 def test_quantiles_are_those_of_single_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,16 +191,28 @@ def test_quantiles_are_those_of_single_runs(monkeypatch: pytest.MonkeyPatch) -> 
     def run() -> None:
         clock.now += 2e-3 if next(runs) % 4 == 0 else 1e-3
 
-    found = added_latency(lambda: run, lambda: clock.job(1e-3, 0.0), pairs=400, margin=MARGIN)
-    table = found["providers"]["CPUExecutionProvider"]["1"]
-    assert table["base"]["p90_ms"] == pytest.approx(2.0)
-    assert table["base"]["n"] == found["pairs"]
+    found = timed(lambda: run, lambda: clock.job(1e-3, 0.0))
+    table = found.providers["CPUExecutionProvider"]["1"]
+    assert table["base"].p90_ms == pytest.approx(2.0)
+    assert table["base"].n == found.pairs
+
+
+def on_provider(name: str, verdict: Verdict, ratio: float) -> Latency:
+    around, noise = (ratio - 0.001, ratio + 0.001), Ratio(1.0, (0.999, 1.001))
+    one = ProviderLatency(verdict=verdict, ratio=ratio, ci95=around, noise_floor=noise)
+    figures = {"ratio": ratio, "ci95": around, "margin": MARGIN, "noise_floor": noise}
+    return Latency(verdict=verdict, looked_at=1, of=1, providers={name: {}}, by_provider={name: one}, **figures)
 
 
 def test_the_worst_provider_gives_the_verdict_and_all_tables_are_kept() -> None:
-    one = {"verdict": "pass", "ratio": 1.01, "providers": {"A": {}}}
-    other = {"verdict": "fail", "ratio": 1.2, "providers": {"B": {}}}
-    found = slowest([one, other])
-    ratios = {name: (entry["verdict"], entry["ratio"]) for name, entry in found.pop("by_provider").items()}
-    assert found == {"verdict": "fail", "ratio": 1.2, "providers": {"A": {}, "B": {}}}
-    assert ratios == {"A": ("pass", 1.01), "B": ("fail", 1.2)}
+    worst = slowest([on_provider("A", Verdict.PASS, 1.01), on_provider("B", Verdict.FAIL, 1.2)], "visual")
+    assert (worst.verdict, worst.ratio, worst.tower, worst.looked_at, worst.of) == ("fail", 1.2, "visual", 2, 2)
+    assert set(worst.providers) == {"A", "B"}
+    assert {name: (one.verdict, one.ratio) for name, one in worst.by_provider.items()} == {
+        "A": ("pass", 1.01),
+        "B": ("fail", 1.2),
+    }
+
+
+def test_no_provider_that_can_be_timed_is_no_pass() -> None:
+    assert slowest([], "visual").verdict == "not_applicable"

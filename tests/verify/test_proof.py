@@ -1,6 +1,5 @@
 """The ladder on real graphs in the real onnxruntime: what is the same passes, what is not is told apart."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,53 +11,78 @@ from verify.small import weights_of
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 from r1export.verify.ort_profile import Execution, Kernel, execute
-from r1export.verify.proof import executions, proof_control, rungs, same_files, same_graphs
-from r1export.verify.runtime import job, open_session, provider_options, runner, weights_digest
+from r1export.verify.proof import Executions, execute_graphs, joined_controls, prove, tell_apart
+from r1export.verify.results import Check, Proof
+from r1export.verify.runtime import job, open_session, runner
 from r1export.verify.unmerged_graph import add_branches
 
 CAST = (helper.make_node("Cast", ["normed"], ["half"], to=10), helper.make_node("Cast", ["half"], ["embeds"], to=1))
 
 
-def climbed(base: Path, release: Path, x: dict) -> dict[str, str]:
-    graphs = [{"visual.onnx": path} for path in (base, release)]
-    found = {"same_file": same_files(*graphs), "graph": same_graphs(*graphs)}
-    found |= rungs(
-        executions(graphs[0], {"visual.onnx": x}, ["cpu"]), lambda: executions(graphs[1], {"visual.onnx": x}, ["cpu"])
-    )
-    json.dumps(found, allow_nan=False)
-    return {name: rung["verdict"] for name, rung in found.items()} | {"detail": found["executed_ops"]["detail"]}
+NO_CONTROL = Check.not_applicable("tested apart")
+
+
+def proven(base: Path, release: Path, x: dict) -> Proof:
+    before, after = ({"visual.onnx": path} for path in (base, release))
+    feeds = {"visual.onnx": x}
+    executions = execute_graphs(before, feeds, ["cpu"])
+    return prove(before, after, executions, lambda: execute_graphs(after, feeds, ["cpu"]), NO_CONTROL)
+
+
+def verdicts(proof: Proof) -> list[str]:
+    return [
+        str(rung.verdict)
+        for rung in (proof.same_file, proof.graph, proof.optimized_graph, proof.executed_ops, proof.cost)
+    ]
 
 
 def test_other_weights_in_the_same_graph_climb_the_whole_ladder(write_graph, x) -> None:
-    found = climbed(write_graph("base"), write_graph("release", weights_of(7)), x)
-    assert {found[rung] for rung in ("same_file", "graph", "optimized_graph", "executed_ops", "cost")} == {"pass"}
+    assert verdicts(proven(write_graph("base"), write_graph("release", weights_of(7)), x)) == ["pass"] * 5
 
 
 def test_an_extra_cast_fails_every_rung_it_touches_and_is_named(write_graph, x) -> None:
-    found = climbed(write_graph("base"), write_graph("release", extra=CAST), x)
-    assert {found[rung] for rung in ("same_file", "graph", "optimized_graph", "executed_ops")} == {"fail"}
-    assert "+2 Cast" in found["detail"]
+    proof = proven(write_graph("base"), write_graph("release", extra=CAST), x)
+    assert verdicts(proof)[:4] == ["fail"] * 4
+    assert "+2 Cast" in proof.executed_ops.detail
 
 
-def test_an_extra_identity_fails_the_first_rungs_though_the_optimiser_takes_it_out(write_graph, x) -> None:
-    found = climbed(
-        write_graph("base"), write_graph("release", extra=(helper.make_node("Identity", ["normed"], ["embeds"]),)), x
-    )
-    assert (found["same_file"], found["graph"], found["optimized_graph"]) == ("fail", "fail", "pass")
+def test_an_extra_identity_fails_the_first_rungs_though_the_optimizer_takes_it_out(write_graph, x) -> None:
+    identity = (helper.make_node("Identity", ["normed"], ["embeds"]),)
+    assert verdicts(proven(write_graph("base"), write_graph("release", extra=identity), x))[:3] == [
+        "fail",
+        "fail",
+        "pass",
+    ]
 
 
 def test_a_release_that_cannot_be_run_fails_the_rungs_and_is_no_crash(write_graph, x) -> None:
     release = write_graph("release")
     (release.parent / "visual.safetensors").unlink()
-    found = climbed(write_graph("base"), release, x)
-    assert (found["same_file"], found["executed_ops"], found["cost"]) == ("pass", "fail", "fail")
+    assert verdicts(proven(write_graph("base"), release, x)) == ["pass", "pass", "fail", "fail", "fail"]
 
 
-def test_a_missing_graph_and_one_that_is_no_graph_fail(write_graph, tmp_path) -> None:
-    base, other = {"visual.onnx": write_graph("base")}, {"visual.onnx": tmp_path / "none.onnx"}
-    assert same_files(base, other)["verdict"] == same_graphs(base, other)["verdict"] == "fail"
-    other["visual.onnx"].write_bytes(b"no graph")
-    assert same_graphs(base, other)["verdict"] == "fail"
+def test_a_base_that_cannot_be_run_decides_nothing(write_graph, x) -> None:
+    base = write_graph("base")
+    (base.parent / "visual.safetensors").unlink()
+    proof = proven(base, write_graph("release"), x)
+    assert verdicts(proof) == ["pass", "pass", "inconclusive", "inconclusive", "inconclusive"]
+    assert "the base cannot be run" in proof.cost.detail
+
+
+def test_a_missing_graph_and_one_that_is_no_graph_fail(write_graph, tmp_path, x) -> None:
+    base, other = write_graph("base"), tmp_path / "none.onnx"
+    assert verdicts(proven(base, other, x))[:2] == ["fail", "fail"]
+    other.write_bytes(b"no graph")
+    assert verdicts(proven(base, other, x))[1] == "fail"
+
+
+def test_two_graphs_that_are_both_missing_are_not_the_same(tmp_path, x) -> None:
+    assert verdicts(proven(tmp_path / "none.onnx", tmp_path / "none.onnx", x))[0] == "fail"
+
+
+def test_a_proof_about_no_graph_does_not_pass() -> None:
+    proof = prove({}, {}, Executions({}), lambda: Executions({}), NO_CONTROL)
+    assert set(verdicts(proof)) == {"inconclusive"}
 
 
 def test_the_peak_of_memory_and_all_digests_are_the_same_every_time(write_graph, x) -> None:
@@ -66,26 +90,30 @@ def test_the_peak_of_memory_and_all_digests_are_the_same_every_time(write_graph,
     assert execute(graph, x) == execute(graph, x)
 
 
-def costing(flops: int | None, weight_bytes: int, peak: int | None) -> dict[str, Execution]:
-    return {"visual.onnx on cpu": Execution("d", 1, (), weight_bytes, peak, flops)}
+def costing(flops: int | None, weight_bytes: int, peak: int | None) -> Executions:
+    return Executions({"visual.onnx on cpu": Execution("d", 1, (), weight_bytes, peak, flops)})
+
+
+def cost(base: Executions, release: Executions):
+    return prove({}, {}, base, lambda: release, NO_CONTROL).cost
 
 
 def test_the_digest_of_the_cost_is_of_arithmetic_and_weights_and_leaves_the_peak_out() -> None:
     base = costing(100, 50, 1000)
-    same = rungs(base, lambda: costing(100, 50, 1005))["cost"]
-    assert (same["verdict"], same["digest"]) == ("pass", same["expected"])
-    assert len(same["digest"]) == 64
+    same = cost(base, costing(100, 50, 1005))
+    assert (same.verdict, same.digest) == ("pass", same.expected)
+    assert len(same.digest) == 64
     for other in (costing(101, 50, 1000), costing(100, 51, 1000)):
-        found = rungs(base, lambda other=other: other)["cost"]
-        assert (found["verdict"], found["expected"]) == ("fail", same["expected"])
-        assert found["digest"] != found["expected"]
-    heavier = rungs(base, lambda: costing(100, 50, 1100))["cost"]
-    assert (heavier["verdict"], heavier["digest"]) == ("fail", heavier["expected"])
+        rung = cost(base, other)
+        assert (rung.verdict, rung.expected) == ("fail", same.expected)
+        assert rung.digest != rung.expected
+    heavier = cost(base, costing(100, 50, 1100))
+    assert (heavier.verdict, heavier.digest) == ("fail", heavier.expected)
 
 
-def test_a_peak_that_the_profile_does_not_tell_is_said_to_be_missing() -> None:
-    untold = costing(None, 50, None)
-    assert rungs(untold, lambda: untold)["cost"]["detail"] == "visual.onnx on cpu: 50 B of weights, peak not told"
+def test_a_peak_that_the_profile_does_not_tell_is_said_to_be_unknown() -> None:
+    unknown = costing(None, 50, None)
+    assert cost(unknown, unknown).detail == "visual.onnx on cpu: 0.0 MB of weights, peak memory unknown"
 
 
 def test_flops_follow_from_shapes() -> None:
@@ -121,15 +149,32 @@ def test_nothing_is_left_behind_by_profiling(write_graph, x, tmp_path, monkeypat
 def test_the_unmerged_control_is_told_apart_by_every_rung(write_graph, x, update: ExpertUpdate, tmp_path) -> None:
     base = write_graph("base")
     unmerged = add_branches(base, update, write_graph("unmerged").with_name("visual.onnx"))
-    found = proof_control(base, unmerged, x)["unmerged"]
-    assert found["detected"] is True
-    assert "L1, L2, L3" in found["detail"]
+    check = tell_apart(base, unmerged, x)
+    assert (check.verdict, check.looked_at) == ("pass", 1)
+    assert "L1, L2, L3" in check.detail
 
 
 def test_a_control_without_branches_is_not_told_apart(write_graph, x) -> None:
-    found = proof_control(write_graph("base"), write_graph("same", weights_of(3)), x)["unmerged"]
-    assert found["detected"] is False
-    assert "cannot tell the unmerged model from the base" in found["detail"]
+    check = tell_apart(write_graph("base"), write_graph("same", weights_of(3)), x)
+    assert check.verdict == "fail"
+    assert "cannot tell the unmerged model from the base" in check.detail
+
+
+def test_a_control_that_cannot_be_run_gives_no_answer(write_graph, x) -> None:
+    unmerged = write_graph("unmerged")
+    (unmerged.parent / "visual.safetensors").unlink()
+    check = tell_apart(write_graph("base"), unmerged, x)
+    assert (check.verdict, check.looked_at, check.of) == ("inconclusive", 0, 1)
+
+
+def test_controls_of_two_towers_have_to_be_told_apart_in_both() -> None:
+    told = Check.judge([], looked_at=1, of=1, detail="told apart")
+    blind = Check.judge(["blind"], looked_at=1, of=1, detail="")
+    silent = Check.unmeasured("no answer", of=1)
+    assert joined_controls({"visual": told, "textual": told}).verdict == "pass"
+    assert joined_controls({"visual": told, "textual": blind}).verdict == "fail"
+    assert joined_controls({"visual": told, "textual": silent}).verdict == "inconclusive"
+    assert joined_controls({}).verdict == "inconclusive"
 
 
 def test_the_control_with_its_branches_computes_what_the_merged_model_computes(
@@ -169,7 +214,7 @@ def test_experts_beside_any_of_q_k_and_v_make_a_control(write_graph, x, targets:
     one, other, untouched = (runner(open_session(path))(x) for path in (expected, unmerged, base))
     assert np.abs(one - other).max() < 1e-5  # float32 rounding of values of order one through a norm
     assert np.abs(one - untouched).max() > 1e-2
-    assert proof_control(base, unmerged, x)["unmerged"]["detected"] is True
+    assert tell_apart(base, unmerged, x).verdict == "pass"
 
 
 def test_complete_branches_are_joined_without_padding(write_graph) -> None:
@@ -212,22 +257,6 @@ def test_a_graph_that_is_none_is_a_failed_check(tmp_path) -> None:
     (tmp_path / "g.onnx").write_bytes(b"\x00\x01")
     with pytest.raises(CheckFailed, match="onnxruntime refuses the model"):
         open_session(tmp_path / "g.onnx")
-
-
-def test_engine_caches_have_a_folder_for_each_digest_of_weights(tmp_path) -> None:
-    one, other = (
-        provider_options("tensorrt", weights_digest({"visual.safetensors": sha}), tmp_path)
-        for sha in ("a" * 64, "b" * 64)
-    )
-    assert one["trt_engine_cache_path"] != other["trt_engine_cache_path"]
-    assert provider_options("tensorrt", "", None) == provider_options("cpu", "", tmp_path) == {}
-    assert provider_options("cuda", "", None) == {"use_tf32": "0"}
-
-
-@pytest.mark.parametrize("provider", ["cpu", "tensorrt", "openvino"])
-def test_a_cache_without_the_digest_of_the_weights_is_refused(write_graph, tmp_path, provider: str) -> None:
-    with pytest.raises(ValueError, match="weights_digest"):
-        open_session(write_graph("base"), provider=provider, cache=tmp_path)
 
 
 def test_a_job_runs_the_session_on_fixed_inputs(write_graph, x) -> None:

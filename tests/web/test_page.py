@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from running import reseal
 from r1export.device import install
 from r1export.update.atomic_io import sha256_file
 from r1export.update.container import read_tensors, write_tensors
-from r1export.update.release_manifest import manifest_digest, sealed
+from r1export.update.release_manifest import GoldenGate, ReleaseManifest, manifest_digest
 from r1export.web import server as web
 from r1export.web.source import Served, release_source
 
@@ -118,8 +119,7 @@ def test_a_picture_is_classified_as_by_onnxruntime(browser, lab, serve, picture:
 def test_a_file_that_was_tampered_with_is_refused_by_digest(browser, release: Path, serve, file: str) -> None:
     url = serve(release)
     if file == "manifest.json":
-        document = json.loads((release / file).read_text())
-        (release / file).write_text(json.dumps(sealed(document | {"golden": {"max_abs": 9, "min_cosine": -1}})))
+        replace(ReleaseManifest.read(release), golden=GoldenGate(9, -1)).sealed().write(release)
     else:
         data = bytearray((release / file).read_bytes())
         data[-3] ^= 1

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -17,8 +18,8 @@ from running import r1export
 
 from r1export.device import install
 from r1export.errors import CheckFailed, InputError, Unsupported
-from r1export.update.atomic_io import sha256_file, write_json
-from r1export.update.release_manifest import Release, sealed
+from r1export.update.atomic_io import sha256_file
+from r1export.update.release_manifest import Release, ReleaseManifest
 from r1export.web import server as web
 from r1export.web.source import Opened, Served, open_source
 
@@ -72,7 +73,7 @@ def test_every_file_of_the_page_is_served_with_its_type(lab, serve) -> None:
 def test_the_files_of_a_release_are_those_of_its_manifest_and_the_manifest(lab, serve) -> None:
     url, release = serve(lab.release(1)), Release.read(lab.release(1))
     assert current(url) == release.manifest_sha256
-    for name in ("manifest.json", *release.files):
+    for name in ("manifest.json", *release.manifest.files):
         answer = ask(url, f"/release/{release.manifest_sha256}/{quote(name)}")
         assert (answer.status, answer.headers["Content-Type"]) == (200, "application/octet-stream")
         assert answer.body == (release.path / name).read_bytes()
@@ -167,11 +168,11 @@ def test_a_link_or_a_pipe_that_takes_the_place_of_a_file_is_not_followed(release
 
 
 def test_a_release_that_does_not_hold_is_refused_before_it_is_served(release: Path) -> None:
-    document = json.loads((release / "manifest.json").read_text())
-    write_json(release / "manifest.json", document | {"name": "another"})
+    manifest = ReleaseManifest.read(release)
+    replace(manifest, name="another").write(release)
     with pytest.raises(CheckFailed, match="digest of itself"):
         open_source(release)
-    write_json(release / "manifest.json", sealed(document))
+    manifest.write(release)
     with open(release / "visual.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\xff")

@@ -22,10 +22,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from r1export.data.task import ImageSet, Task, images_from_files
+from r1export.data.images import images_from_files
+from r1export.data.request import Request, expand_path
+from r1export.data.task import ImageSet, Task
 from r1export.errors import InputError
 
 SPLIT_SEED = 42  # of the benchmark: another training seed must not move images between train and test
+
+
+def read(request: Request) -> Task:
+    """The reader of `torchvision:NAME`."""
+    if request.root is None:
+        raise InputError(f"{request.source}: no folder to look for the data set in", "give data.root")
+    return load(request.address, expand_path(request.root), download=request.download)
 
 
 def load(name: str, root: Path, *, download: bool = False) -> Task:
@@ -60,20 +69,32 @@ def templates(key: str) -> tuple[str, ...]:
 
 @cache
 def _prompts() -> dict[str, dict[str, list[str]]]:
-    return json.loads(resources.files(__package__).joinpath("prompts.json").read_text(encoding="utf-8"))
+    prompts: dict[str, dict[str, list[str]]] = json.loads(
+        resources.files(__package__).joinpath("prompts.json").read_text(encoding="utf-8")
+    )
+    return prompts
 
 
 def _random_split(images: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """80/20, the same images as torch's `random_split` takes with that generator."""
-    import torch
-
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED)).numpy()
+    """80/20, the same images as torch's `random_split` takes with a generator of that seed."""
+    order = _permutation(len(images), SPLIT_SEED)
     cut = int(0.8 * len(images))
     return images.subset(order[:cut]), images.subset(order[cut:])
 
 
+def _permutation(count: int, seed: int) -> np.ndarray:
+    """torch.randperm on a CPU, without torch: the same Mersenne Twister, and the same exchanges from front to back."""
+    order = np.arange(count)
+    draws = np.random.RandomState(seed).randint(0, 2**32, count, dtype=np.uint32).tolist()
+    for i, draw in enumerate(draws):
+        j = i + draw % (count - i)
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
 def _own_names(dataset: Any) -> Sequence[str]:
-    return dataset.categories if hasattr(dataset, "categories") else dataset.classes
+    names: Sequence[str] = dataset.categories if hasattr(dataset, "categories") else dataset.classes
+    return names
 
 
 def _name_classes(key: str, own: Sequence[str], root: Path) -> tuple[str, ...]:
@@ -108,7 +129,7 @@ def _open(entry: _Set, root: Path, split: dict[str, Any], download: bool) -> Any
         raise InputError(f"{root}: no such folder", "give the folder that holds torchvision's data sets as data.root")
     try:
         return getattr(datasets, entry.torchvision)(str(root), download=download, **split)
-    except (RuntimeError, OSError, ValueError, LookupError) as error:
+    except Exception as error:  # torchvision and scipy raise what their parsers meet in damaged files
         remedy = (
             "check the network, or fetch it by hand"
             if download

@@ -1,153 +1,116 @@
-"""What a release of a run has to hold, derived from the base, the factors and the recipe, and whether it does."""
+"""What a release of a run has to contain, derived from the base, the factors and the recipe, and whether it does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch.nn import LayerNorm
 
-from r1export.errors import R1ExportError
-from r1export.export.graph import GRAPHS
-from r1export.export.precision import PROCEDURES
-from r1export.export.write_release import UNLISTED
 from r1export.pipeline.context import RunContext
-from r1export.pipeline.variant import Variant
+from r1export.pipeline.variant import ReleaseRef
 from r1export.run_folder import read_json
 from r1export.update.atomic_io import sha256_file
-from r1export.update.container import map_tensors
-from r1export.update.factors import ExpertUpdate
-from r1export.update.release_manifest import Release, manifest_digest
-from r1export.verify import contents, golden, graph_digest
+from r1export.update.release_layout import GRAPHS, UNLISTED
+from r1export.update.release_manifest import MergedUpdate, ReleaseManifest, TaskEntry
+from r1export.verify import contents
+from r1export.verify.contents import ClassList, Embed, attempt
+from r1export.verify.golden import check_classifier, check_golden
+from r1export.verify.graph_digest import graph_digest
+from r1export.verify.results import Check, Contents, Verdict, overall
 from r1export.verify.runtime import open_session, runner
 
-CLASSIFIER = "the logits of golden images are the scaled products of their embeddings with those of the classes"
 BATCH = 64  # prompts embedded at a time
+TOWER_GRAPHS = ("visual.onnx", "textual.onnx")
+WEIGHTS = ("visual.safetensors", "textual.safetensors")
+NOT_THE_RELEASE = "manifest and files are not those of the release, so nothing else was looked at"
 
 
-def identity(variant: Variant, number: int, path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Is it the release that the run wrote: manifest and files. What fails here is not worth measuring."""
-    return own_identity(path, manifest, expected_manifest(variant, number))
+def required_files(tasks: Sequence[str]) -> tuple[str, ...]:
+    """The files that every release has, whatever its manifest lists."""
+    classes = [f"classes/{task}.{kind}" for task in tasks for kind in ("safetensors", "json")]
+    return (*GRAPHS, *WEIGHTS, "golden.safetensors", "preprocess.json", "tokenizer/tokenizer.json", *classes)
 
 
-def own_identity(
-    path: Path, manifest: Mapping[str, Any], expected: Mapping[str, Any] | None = None
-) -> dict[str, dict[str, str]]:
-    """The same for a release by itself, without the facts that only its run knows."""
-    try:
-        Release.read(path)
-        problems = contents.manifest_problems(manifest, expected or {}, manifest_digest(manifest))
-        files = golden.changed_files(path, manifest, UNLISTED)
-    except R1ExportError as error:
-        problems, files = [error.message], []
-    found = {
-        "manifest": contents.part(
-            problems, "its digest of itself fits" + (", and it says what the run says" if expected else "")
-        )
+def check_manifest_and_files(release: Path, manifest: ReleaseManifest, tasks: Sequence[str], expected: dict[str, object]) -> dict[str, Check]:  # fmt: skip
+    """Is it the release that was written? What fails here is not worth measuring."""
+    return {
+        "manifest": contents.check_manifest(manifest, expected),
+        "files": contents.check_files(release, manifest, required_files(tasks), UNLISTED),
     }
-    return (
-        found
-        if problems
-        else found | {"files": contents.part(files, f"{len(manifest['files'])} files as they were released, no other")}
-    )
 
 
-def holdings(
-    variant: Variant, number: int, path: Path, manifest: Mapping[str, Any], updates: list[ExpertUpdate]
-) -> dict[str, dict[str, str]]:
-    """Does it hold what it has to: weights, the map of tensors, class embeddings, classifier, golden samples."""
-    context, names = variant.context, [task.name for task in variant.context.tasks[:number]]
-    expected = variant.tensors(updates)
-    weights = contents.weight_problems(path, manifest, expected, list(zip(names, updates, strict=True)))
-    weights += contents.tensor_map_problems(path, manifest)
-    classes = _tried(lambda: _class_problems(variant, number, path))
-    classifier = _tried(lambda: golden.classifier_problems(path, expected))
-    golden = _tried(lambda: golden.golden_problems(path, manifest))
+def check_contents(ref: ReleaseRef, manifest: ReleaseManifest) -> Contents:
+    """Everything that can be known of the contents of a run's release."""
+    context, path = ref.context, ref.path
+    tasks = [task.name for task in context.tasks]
+    identity = check_manifest_and_files(path, manifest, tasks, expected_fields(ref))
+    if overall(check.verdict for check in identity.values()) is Verdict.FAIL:
+        return Contents.only(NOT_THE_RELEASE, **identity)
+    parameters = ref.variant.tensors(ref.updates)
+    updates = list(zip(ref.learned, ref.updates, strict=True))
     epsilons = {
         name: module.eps for name, module in context.clip.model.named_modules() if isinstance(module, LayerNorm)
     }
-    norms = _tried(
-        lambda: [
-            problem
-            for graph in ("visual.onnx", "textual.onnx")
-            for problem in contents.epsilon_problems(path / graph, epsilons)
-        ]
-    )
-    return {
-        "graphs": contents.part(norms, f"{len(epsilons)} norms have their epsilon"),
-        "weights": contents.part(weights, f"{len(expected)} tensors are base + factors, bit for bit"),
-        "classes": contents.part(classes, _CLASSES[variant.precision == "fp32"].format(len(context.tasks))),
-        "classifier": contents.part(classifier, CLASSIFIER),
-        "golden": contents.part(golden, "the stored samples are reproduced"),
-    }
-
-
-_CLASSES = ("the embeddings of {} tasks are those of the fp32 release", "the embeddings of {} tasks are what this text tower gives")  # fmt: skip
-
-
-def _class_problems(variant: Variant, number: int, path: Path) -> list[str]:
-    """Class embeddings follow from the text tower in fp32; the other precisions carry the same files."""
-    context = variant.context
-    if variant.precision != "fp32":
-        single = context.run.releases(context.recipe)[number]
-        files = [f"classes/{task.name}.{kind}" for task in context.tasks for kind in ("safetensors", "json")]
-        other = [name for name in files if sha256_file(path / name) != sha256_file(single / name)]
-        return [f"{name} is not that of the fp32 release" for name in other]
-    tasks = [(task.name, task.classes, task.templates) for task in context.tasks]
-    stale = contents.class_problems(path, tasks, _embedder(context, path), 2 * variant.gate.max_abs)
-    return stale + _listed_classes(context, path)
-
-
-def own_classifier(path: Path) -> dict[str, str]:
-    """The classifier of a release by itself, with the scale that its weights hold."""
-    return contents.part(
-        _tried(lambda: golden.classifier_problems(path, map_tensors(path / "visual.safetensors"))), CLASSIFIER
+    classes = sum(len(task.classes) for task in context.tasks)
+    return Contents(
+        **identity,
+        graphs=attempt(lambda: contents.check_epsilons(path, TOWER_GRAPHS, epsilons), of=len(epsilons)),
+        tensors=attempt(lambda: contents.check_tensor_map(path, manifest, WEIGHTS), of=len(parameters)),
+        weights=attempt(lambda: contents.check_weights(path, manifest, parameters, updates), of=len(parameters)),
+        classes=attempt(lambda: _check_classes(ref), of=classes),
+        classifier=attempt(lambda: check_classifier(path, tasks, parameters), of=len(tasks)),
+        golden=attempt(lambda: check_golden(path, manifest), of=1),
     )
 
 
-def _tried(look: Callable[[], list[str]]) -> list[str]:
-    """The problems found, or why nothing could be looked at."""
-    try:
-        return look()
-    except (R1ExportError, OSError, ValueError, KeyError) as error:
-        return [str(error)]
-
-
-def expected_manifest(variant: Variant, number: int) -> dict[str, Any]:
-    """The facts of a manifest that follow from the run. Accuracies of variants are measured when they are written."""
-    context, run, recipe, metrics = (
-        variant.context,
-        variant.context.run,
-        variant.context.recipe,
-        variant.context.run.metrics(),
-    )
-    folders = [(task.name, run.task(i, task.name)) for i, task in enumerate(recipe.stream[:number], 1)]
-    learned = {name for name, _ in folders}
-    facts = {
-        "name": run.releases(recipe)[number].name, "sequence": number, "procedure": PROCEDURES[variant.precision], "precision": variant.precision,
-        "base": run.base(),
-        "updates": [{"task": name, "sha256": sha256_file(folder / "factors.safetensors")} for name, folder in folders],
-        "graphs": {graph: graph_digest.graph_digest(variant.exports.graphs / graph) for graph in GRAPHS},
+def expected_fields(ref: ReleaseRef) -> dict[str, object]:
+    """The fields of a manifest that follow from the run. Accuracies of variants are measured when they are written."""
+    context, variant = ref.context, ref.variant
+    facts: dict[str, object] = {
+        "name": ref.path.name,
+        "sequence": ref.number,
+        "procedure": variant.procedure,
+        "precision": variant.precision,
+        "base": context.run.base(),
+        "updates": tuple(
+            MergedUpdate(name, sha256_file(context.run.task(i, name).factors)) for i, name in enumerate(ref.learned, 1)
+        ),
+        "graphs": {graph: graph_digest(variant.exports.graphs / graph) for graph in GRAPHS},
         "golden": variant.tolerance,
-    }  # fmt: skip
-    if variant.precision == "fp32":
-        values = metrics["accuracy"][number - 1] if number else metrics["zero_shot"]
-        accuracies = dict(zip(metrics["tasks"], values, strict=True))
-        facts["tasks"] = [
-            {
-                "name": t.name,
-                "classes": len(t.classes),
-                "learned": t.name in learned,
-                "accuracy": accuracies.get(t.name),
-            }
-            for t in context.tasks
-        ]
-    return facts
+    }
+    return facts | ({"tasks": _expected_tasks(ref)} if variant.is_reference else {})
 
 
-def _embedder(context: RunContext, path: Path) -> contents.Embed:
+def _expected_tasks(ref: ReleaseRef) -> tuple[TaskEntry, ...]:
+    accuracies = ref.context.run.metrics().after(ref.number)
+    return tuple(
+        TaskEntry(task.name, len(task.classes), task.name in ref.learned, accuracies[task.name])
+        for task in ref.context.tasks
+    )
+
+
+def _check_classes(ref: ReleaseRef) -> Check:
+    """Class embeddings follow from the text tower in fp32; the other precisions carry the same files."""
+    tasks = ref.context.tasks
+    if not ref.variant.is_reference:
+        files = [f"classes/{task.name}.{kind}" for task in tasks for kind in ("safetensors", "json")]
+        detail = f"the embeddings of {len(tasks)} tasks are those of the fp32 release"
+        return contents.check_same_files(ref.path, ref.reference.path, files, detail)
+    lists = [ClassList(task.name, task.classes, task.templates) for task in tasks]
+    listed = [problem for task in lists for problem in _list_problems(ref.path, task)]
+    check = contents.check_class_embeddings(
+        ref.path, lists, _embedder(ref.context, ref.path), 2 * ref.variant.gate.max_abs
+    )
+    return (
+        Check.failed("; ".join([*listed, *([check.detail] if check.verdict is Verdict.FAIL else [])]), of=check.of)
+        if listed
+        else check
+    )
+
+
+def _embedder(context: RunContext, path: Path) -> Embed:
     """Prompts -> embeddings by the release's own text tower."""
     run = runner(open_session(path / "textual.onnx"))
 
@@ -158,12 +121,12 @@ def _embedder(context: RunContext, path: Path) -> contents.Embed:
     return embed
 
 
-def _listed_classes(context: RunContext, path: Path) -> list[str]:
+def _list_problems(path: Path, expected: ClassList) -> list[str]:
     """Names and templates in classes/TASK.json that are not the task's."""
-    problems = []
-    for task in context.tasks:
-        listed = read_json(path / "classes" / f"{task.name}.json", "export the run again")
-        for key, value in (("classes", list(task.classes)), ("templates", list(task.templates))):
-            if listed.get(key) != value:
-                problems.append(f"classes/{task.name}.json: other {key} than the task has")
-    return problems
+    listed = read_json(path / "classes" / f"{expected.task}.json", "export the run again")
+    fields = {"classes": list(expected.classes), "templates": list(expected.templates)}
+    return [
+        f"classes/{expected.task}.json: other {field} than the task has"
+        for field, value in fields.items()
+        if listed.get(field) != value
+    ]

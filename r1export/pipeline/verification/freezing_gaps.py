@@ -8,91 +8,69 @@ G3  shrink gap: accuracy of FROZEN with k_train experts minus FROZEN with the k_
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from r1export.adapt.clip import Clip
 from r1export.adapt.evaluate import class_embeddings
 from r1export.adapt.metrics import top1
-from r1export.adapt.pool import ExpertPool
-from r1export.adapt.trainer import Pools
+from r1export.adapt.pool import Batch, ExpertPool, PerSample, Routing, routed
 from r1export.data.task import Task
-from r1export.verify.parity import Outputs
+from r1export.pipeline.verification.inputs import LabelledImages
+from r1export.pipeline.verification.torch_models import TorchModels
+from r1export.verify.parity import Embeddings
+from r1export.verify.results import Gaps, RunGaps
 
 BATCH = 32
 
 
-def exactness(frozen: Outputs, merged: Outputs, scale: float) -> dict[str, float]:
-    """G1 on the parity samples; `scale` = exp(logit_scale)."""
-    one, other = (
-        scale * outputs.visual[0].astype(np.float64) @ outputs.textual[0].astype(np.float64).T
-        for outputs in (frozen, merged)
+def measure_gaps(models: TorchModels, task: Task, test: LabelledImages, frozen: Embeddings, merged: Embeddings) -> Gaps:
+    """G1 on the parity samples, of which `frozen` and `merged` are the embeddings, and G2 and G3 on `test`.
+
+    Afterwards every pool routes as before.
+    """
+    scale = float(models.merged.model.logit_scale.exp())
+    left, right = (scale * e.visual.astype(np.float64) @ e.textual.astype(np.float64).T for e in (frozen, merged))
+    settings = next(iter(models.pools.values())).settings
+    routings: dict[str, Callable[[ExpertPool], Routing]] = {
+        f"frozen_{k}": partial(ExpertPool.frozen, k=k)
+        for k in sorted({settings.k_merge, settings.k_train, settings.rank})
+    }
+    routings |= {"routed_batch_32": lambda _: Batch(), "routed_batch_1": lambda _: PerSample()}
+    accuracies = {}
+    for name, choose in routings.items():
+        with routed(models.pools.values(), choose):
+            accuracies[name] = _accuracy(models.unmerged, task, test)
+    as_trained = accuracies[f"frozen_{settings.k_train}"]
+    return Gaps(
+        G1=float(np.abs(left - right).max()),
+        G1_top1_agreement=float((left.argmax(1) == right.argmax(1)).mean()),
+        G2=accuracies["routed_batch_1"] - as_trained,
+        G2_batch_32=accuracies["routed_batch_32"] - as_trained,
+        G3=None if settings.gate == "sparse" else as_trained - accuracies[f"frozen_{settings.k_merge}"],
+        images=len(test.labels),
+        accuracies=accuracies,
     )
-    return {
-        "G1": float(np.abs(one - other).max()),
-        "G1_top1_agreement": float((one.argmax(1) == other.argmax(1)).mean()),
-    }
-
-
-def freezing(clip: Clip, pools: Pools, task: Task, pixels: Tensor, labels: np.ndarray) -> dict[str, Any]:
-    """G2 and G3 on `pixels`, uint8 (n, 3, h, w). Every pool is frozen with its k_merge again afterwards."""
-    settings = next(iter(pools.values())).settings
-    found: dict[str, float] = {}
-    try:
-        for k in sorted({settings.k_merge, settings.k_train, settings.rank}):
-            for pool in pools.values():
-                pool.freeze_(k)
-            found[f"frozen_{k}"] = _accuracy(clip, task, pixels, labels)
-        for pool in pools.values():
-            pool.gate = None
-        found["routed_batch_32"] = _accuracy(clip, task, pixels, labels)
-        with _routed_each(pools.values()):
-            found["routed_batch_1"] = _accuracy(clip, task, pixels, labels)
-    finally:
-        for pool in pools.values():
-            pool.freeze_()
-    same = found[f"frozen_{settings.k_train}"]
-    gaps = {
-        "G2": found["routed_batch_1"] - same,
-        "G2_batch_32": found["routed_batch_32"] - same,
-        "G3": None if settings.gate == "sparse" else same - found[f"frozen_{settings.k_merge}"],
-    }
-    return gaps | {"images": len(labels), "accuracies": found}
-
-
-@contextmanager
-def _routed_each(pools: Collection[ExpertPool]) -> Iterator[None]:
-    """Each sample gets the gate that it would get in a batch of its own, all in one batch."""
-    for pool in pools:
-        pool.route = partial(_route_each, pool)  # type: ignore[method-assign]  # for the time of the block
-    try:
-        yield
-    finally:
-        for pool in pools:
-            del pool.route
-
-
-def _route_each(pool: ExpertPool, token: Tensor) -> Tensor:
-    return torch.stack([ExpertPool.route(pool, one[None]) for one in token])[:, None]
 
 
 @torch.inference_mode()
-def _accuracy(clip: Clip, task: Task, pixels: Tensor, labels: np.ndarray) -> float:
-    images = torch.cat([clip.encode_image(part) for part in pixels.split(BATCH)]).float().cpu().numpy()
-    return top1(images, class_embeddings(clip, task, BATCH), labels)
+def _accuracy(clip: Clip, task: Task, test: LabelledImages) -> float:
+    images = torch.cat([clip.encode_image(part) for part in test.pixels.split(BATCH)]).float().cpu().numpy()
+    return top1(images, class_embeddings(clip, task, BATCH), test.labels)
 
 
-def summarised(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+def summarize(by_task: Mapping[str, Gaps]) -> RunGaps | None:
     """The gaps of a run: the largest G1, the means of G2 and G3, and everything by task."""
     if not by_task:
         return None
-    largest = max(gap["G1"] for gap in by_task.values())
-    known = {name: [gap[name] for gap in by_task.values() if gap[name] is not None] for name in ("G2", "G3")}
-    means = {name: float(np.mean(values)) if values else None for name, values in known.items()}
-    return {"G1": largest, **means, "tasks": dict(by_task)}
+    gaps = list(by_task.values())
+    shrink = [gap.G3 for gap in gaps if gap.G3 is not None]
+    return RunGaps(
+        G1=max(gap.G1 for gap in gaps),
+        G2=float(np.mean([gap.G2 for gap in gaps])),
+        G3=float(np.mean(shrink)) if shrink else None,
+        tasks=by_task,
+    )

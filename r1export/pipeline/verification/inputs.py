@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -51,12 +52,20 @@ def _by_size(context: RunContext, fewest: int, most: int) -> int:
     return max(fewest, min(most, int(most * SMALL / parameters)))
 
 
-def test_images(context: RunContext, task: Task) -> tuple[Tensor, np.ndarray]:
-    """Test images of the task, uint8 (n, 3, h, w), and their labels."""
+@dataclass(frozen=True)
+class LabelledImages:
+    """Pixels, uint8 (n, 3, h, w), and labels (n)."""
+
+    pixels: Tensor
+    labels: np.ndarray
+
+
+def test_images(context: RunContext, task: Task) -> LabelledImages:
+    """Test images of the task: `verify.images` of them."""
     chosen = np.sort(
         np.random.default_rng(context.recipe.train.seed).permutation(len(task.test))[: image_count(context)]
     )
-    return context.tests[task.name].batch(chosen), task.test.labels[chosen]
+    return LabelledImages(context.tests[task.name].batch(chosen), task.test.labels[chosen])
 
 
 def calibration(context: RunContext) -> dict[str, np.ndarray]:
@@ -74,6 +83,6 @@ def gallery(context: RunContext, release: Path) -> np.ndarray:
     """Unit-norm embeddings (n, D) that a release gives to test images of all tasks."""
     run, share = runner(open_session(release / "visual.onnx")), max(1, image_count(context) // len(context.tasks))
     values = context.clip.preprocess.normalize(
-        cat([test_images(context, task)[0][:share] for task in context.tasks])
+        cat([test_images(context, task).pixels[:share] for task in context.tasks])
     ).numpy()
     return np.concatenate([run({"pixel_values": values[i : i + BATCH]}) for i in range(0, len(values), BATCH)])

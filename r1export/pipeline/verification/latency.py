@@ -1,70 +1,69 @@
-"""Rung L5 of the proof: base and release timed side by side, in one tower, with the unmerged model and torch beside them."""
+"""Rung L5 of the proof: base and release timed in turn, in one tower, with the unmerged model and torch for comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from r1export.adapt.pool import Batch, routed
 from r1export.errors import Unsupported
-from r1export.pipeline.variant import Variant
+from r1export.pipeline.variant import ReleaseRef, Variant
 from r1export.pipeline.verification.proof import touched_towers, unmerged
 from r1export.pipeline.verification.torch_models import TorchModels, encoders
-from r1export.update.factors import ExpertUpdate
 from r1export.verify import latency, parity
-from r1export.verify.runtime import PROVIDERS, UNTIMED, job, open_session
+from r1export.verify.latency import Contenders, Opener, TimingBudget
+from r1export.verify.results import Check, Latency, Ratio
+from r1export.verify.runtime import PROVIDERS, job, open_session
 
 
-def added_latency(
-    variant: Variant,
-    number: int,
+def release_latency(
+    ref: ReleaseRef,
     inputs: parity.Inputs,
     models: TorchModels,
-    updates: list[ExpertUpdate],
-    providers: tuple[str, ...],
-    control: Mapping[str, Any] | None = None,
-) -> dict[str, Any] | None:
-    """Rung L5 on every provider that can be timed: one input, base and release interleaved; in fp32 torch beside them, and
-    the unmerged model if the `control` could run it. None if there is no such provider.
+    control: Check,
+    providers: Sequence[str],
+    budget: TimingBudget,
+) -> Latency:
+    """Rung L5 on every provider that can be timed; in fp32 with torch, and with the unmerged model if the `control` could run it.
 
     The visual tower is timed, or the text tower if the updates leave the visual one as it is.
     """
-    context, releases = variant.context, variant.exports.releases(variant.context.recipe)
-    tower = next(iter(touched_towers(variant, updates)), "visual")
-    settings, value = context.recipe.verify, inputs.tower(tower)[:1]
-    feeds = {parity.ENTRIES[tower]: value}
-    base, release = releases[0] / f"{tower}.onnx", releases[number] / f"{tower}.onnx"
-    torch_jobs = _torch_jobs(models, tower, value) if variant.precision == "fp32" else None
-    found = []
-    ran = control is not None and control["unmerged"]["detected"] is not None
-    with _branches(variant, number, updates, tower) if ran else nullcontext() as branches:
+    tower = next(iter(touched_towers(ref, ref.updates)), "visual")
+    feeds, settings = {parity.ENTRIES[tower]: inputs.tower(tower)[:1]}, ref.context.recipe.verify
+    torch_jobs = _torch_jobs(models, tower, inputs.tower(tower)[:1]) if ref.variant.is_reference else None
+    results = []
+    with _branches(ref, tower) if control.looked_at else nullcontext() as branches:
         for provider in (timed := timeable(providers)):
-            with context.progress.track(
-                f"Latency on {provider}, base and release interleaved", latency.BLOCKS
-            ) as advance:
-                found.append(latency.added_latency(
-                    opener(base, feeds, provider), opener(release, feeds, provider), pairs=settings.pairs, margin=settings.margin,
-                    provider=PROVIDERS[provider], open_unmerged=opener(branches, feeds, provider) if branches else None,
-                    torch_jobs=torch_jobs if provider == timed[0] else None, on_block=advance,
-                ))  # fmt: skip
-    return latency.slowest(found) | {"tower": tower} if found else None
+            contenders = Contenders(
+                PROVIDERS[provider].name,
+                base=opener(ref.base.path / f"{tower}.onnx", feeds, provider),
+                release=opener(ref.path / f"{tower}.onnx", feeds, provider),
+                unmerged=opener(branches, feeds, provider) if branches else None,
+                torch=torch_jobs if provider == timed[0] else None,
+            )
+            title = f"Latency on {provider}, base and release in turn"
+            with ref.context.progress.track(title, budget.blocks) as advance:
+                results.append(latency.added_latency(contenders, settings.pairs, settings.margin, budget, advance))
+    return latency.slowest(results, tower)
 
 
 def timeable(providers: Iterable[str]) -> list[str]:
-    """The providers whose time says something."""
-    return [provider for provider in providers if provider not in UNTIMED]
+    """The providers whose time means something."""
+    return [provider for provider in providers if PROVIDERS[provider].timed]
 
 
-def speed(variant: Variant, inputs: parity.Inputs, providers: tuple[str, ...]) -> dict[str, Any]:
-    """Time of the base in this precision to the base in fp32, on every provider: weights play no part."""
-    feeds, recipe = {"pixel_values": inputs.visual[:1]}, variant.context.recipe
-    graphs = [exports.releases(recipe)[0] / "visual.onnx" for exports in (variant.context.run, variant.exports)]
+def variant_speed(
+    variant: Variant, inputs: parity.Inputs, providers: Sequence[str], budget: TimingBudget
+) -> dict[str, Ratio]:
+    """Time of the base in this precision over the base in fp32, on every provider: weights play no part."""
+    feeds = {"pixel_values": inputs.visual[:1]}
+    graphs = [one.release(0).path / "visual.onnx" for one in (variant.reference, variant)]
     return {
-        provider: latency.relative_time(*(opener(graph, feeds, provider) for graph in graphs))
+        provider: latency.relative_time(opener(graphs[0], feeds, provider), opener(graphs[1], feeds, provider), budget)
         for provider in timeable(providers)
     }
 
@@ -79,12 +78,12 @@ def _torch_jobs(models: TorchModels, tower: str, values: np.ndarray) -> dict[str
 
 
 @contextmanager
-def _branches(variant: Variant, number: int, updates: list[ExpertUpdate], tower: str) -> Iterator[Path | None]:
+def _branches(ref: ReleaseRef, tower: str) -> Iterator[Path | None]:
     """The unmerged tower; None where earlier updates alone change it."""
     with ExitStack() as stack:
         path = None
         with suppress(Unsupported):
-            path = stack.enter_context(unmerged(variant, number, updates, tower))
+            path = stack.enter_context(unmerged(ref, tower))
         yield path
 
 
@@ -93,18 +92,12 @@ def _routed(models: TorchModels, tower: str) -> parity.Encode:
     encode = encoders(models.unmerged.model).tower(tower)
 
     def run(values: np.ndarray) -> np.ndarray:
-        gates = {rows: pool.gate for rows, pool in models.pools.items()}
-        for pool in models.pools.values():
-            pool.gate = None
-        try:
+        with routed(models.pools.values(), lambda _: Batch()):
             return encode(values)
-        finally:
-            for rows, pool in models.pools.items():
-                pool.gate = gates[rows]
 
     return run
 
 
-def opener(graph: Path, feeds: dict[str, np.ndarray], provider: str) -> Callable[[], latency.Job]:
+def opener(graph: Path, feeds: dict[str, np.ndarray], provider: str) -> Opener:
     """Opens a fresh session on `graph` and gives the job of running it once on `feeds`."""
     return lambda: job(open_session(graph, provider=provider), feeds, provider)

@@ -2,145 +2,145 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
+from r1export.data.task import Task
 from r1export.errors import CheckFailed
 from r1export.pipeline.context import RunContext
-from r1export.pipeline.variant import Variant
+from r1export.pipeline.variant import ReleaseRef
+from r1export.pipeline.verification.inputs import parity_inputs, sample_count
 from r1export.pipeline.verification.torch_models import TorchModels, encoders, module_boundaries
 from r1export.verify import parity
 from r1export.verify.locate import locate
-from r1export.verify.runtime import levels, open_session, runner
-from r1export.verify.ways import Way, Worst, erring_ways, unlocated, worst_of
+from r1export.verify.parity import Embeddings, ExecutionConfig, Outputs
+from r1export.verify.results import Parity, ParityStages, Verdict
+from r1export.verify.runtime import PROVIDERS, onnx_model
+
+WHOLE = ExecutionConfig("torch", "eager", 0)
 
 
-class TorchOutputs:
-    """What the two torch models of a release give for its inputs, computed once for all its precisions."""
+@dataclass(frozen=True)
+class TorchRun:
+    """The torch models of a release on the inputs of one task; each is run once, for all precisions."""
 
-    def __init__(self, context: RunContext, inputs: parity.Inputs) -> None:
-        self.inputs = inputs
-        self.batches = tuple(dict.fromkeys((*context.recipe.verify.batches, 0)))  # 0: all samples at once
-        self._merged: parity.Outputs | None = None
-        self._unmerged: parity.Outputs | None = None
+    context: RunContext
+    models: TorchModels
+    task: Task
+
+    @cached_property
+    def inputs(self) -> parity.Inputs:
+        return parity_inputs(self.context, self.task)
 
     @property
-    def counts(self) -> list[int]:
-        """The batch sizes in images."""
-        return [size or len(self.inputs.visual) for size in self.batches]
+    def input_count(self) -> int:
+        """Images and prompts that the inputs have to have."""
+        return 2 * min(sample_count(self.context), len(self.task.test))
 
-    def merged(self, models: TorchModels) -> parity.Outputs:
-        """All inputs at once."""
-        self._merged = self._merged or parity.run_in_batches(encoders(models.merged.model), self.inputs, (0,))
-        return self._merged
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes of the recipe, and all inputs at once (0)."""
+        return tuple(dict.fromkeys((*self.context.recipe.verify.batches, 0)))
 
-    def unmerged(self, models: TorchModels) -> parity.Outputs:
-        """In every batch size, all inputs at once last."""
-        self._unmerged = self._unmerged or parity.run_in_batches(
-            encoders(models.unmerged.model), self.inputs, self.batches
-        )
-        return self._unmerged
+    @cached_property
+    def merged(self) -> Embeddings:
+        """Of all inputs at once."""
+        return parity.run_in_batches(encoders(self.models.merged.model), self.inputs, [WHOLE])[WHOLE]
+
+    @cached_property
+    def unmerged_outputs(self) -> Outputs:
+        """In every batch size."""
+        configs = [replace(WHOLE, batch=batch) for batch in self.batches]
+        return parity.run_in_batches(encoders(self.models.unmerged.model), self.inputs, configs)
+
+    @property
+    def unmerged(self) -> Embeddings:
+        """Of all inputs at once."""
+        return self.unmerged_outputs[WHOLE]
 
 
-def base_control(
-    form: Variant, path: Path, outputs: TorchOutputs, models: TorchModels, providers: tuple[str, ...]
-) -> dict[str, Any]:
-    """What the base's own export errs by on the inputs of a task, optimised as clients run it: all inputs at once."""
+def base_control(base: ReleaseRef, run: TorchRun, providers: Sequence[str]) -> Parity:
+    """What the base's own export errs by on the inputs of a task, optimized as clients run it: all inputs at once."""
     try:
-        found = parity.Outputs.join(
-            parity.run_in_batches(_onnx(path, "all", provider), outputs.inputs, (0,)) for provider in providers
-        )
+        outputs: dict[ExecutionConfig, Embeddings] = {}
+        for provider in providers:
+            configs = [ExecutionConfig(provider, "all", 0)]
+            outputs |= parity.run_in_batches(onnx_model(base.path, provider=provider), run.inputs, configs)
     except CheckFailed as error:
-        return parity.unrunnable(str(error))
-    return parity.compare(outputs.merged(models), found, form.gate, answers=outputs.inputs.answers)
+        return Parity.failed(str(error), of=run.input_count)
+    return parity.compare(run.merged, outputs, base.variant.gate, answers=run.inputs.answers, of=run.input_count)
 
 
-def merge_parity(
-    form: Variant, outputs: TorchOutputs, models: TorchModels, control: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def release_parity(ref: ReleaseRef, run: TorchRun, control: Parity | None, providers: Sequence[str]) -> ParityStages:
+    """The three stages. The base has nothing to merge, and the merge is the same in every precision."""
+    if ref.is_base:
+        nothing = Parity.not_applicable("the base release has nothing to merge")
+        return ParityStages(merge=nothing, export=_onnx_parity(ref, run, None, providers).export, total=nothing)
+    stages = _onnx_parity(ref, run, control, providers)
+    return replace(stages, merge=_merge_parity(run, control, ref)) if ref.variant.is_reference else stages
+
+
+def _merge_parity(run: TorchRun, control: Parity | None, ref: ReleaseRef) -> Parity:
     """Merged torch, all inputs at once, against unmerged torch in every batch size."""
-    answers = outputs.inputs.answers
-    found = parity.compare(outputs.merged(models), outputs.unmerged(models), form.gate, control, answers)
-    return found | {"batches": outputs.counts}
+    answers, of = run.inputs.answers, run.input_count
+    stage = parity.compare(run.merged, run.unmerged_outputs, ref.variant.gate, control, answers, of)
+    return replace(stage, providers=(), levels=(), by_provider=None)
 
 
-def onnx_parity(
-    form: Variant,
-    path: Path,
-    outputs: TorchOutputs,
-    models: TorchModels,
-    control: Mapping[str, Any] | None,
-    providers: tuple[str, ...],
-) -> dict[str, Any]:
-    """Export, and total where there is something to merge. What cannot be run has failed."""
-    asked = list(dict.fromkeys(level for provider in providers for level in levels(provider)))
-    facts = {"batches": outputs.counts, "levels": asked, "providers": list(providers)}
-    references = {"export": outputs.merged(models)}
-    if models.pools:
-        references["total"] = outputs.unmerged(models).last()
+def _onnx_parity(ref: ReleaseRef, run: TorchRun, control: Parity | None, providers: Sequence[str]) -> ParityStages:
+    """Export and total. What cannot be run has failed."""
+    merge = Parity.not_applicable("the merge is the same in every precision, and checked in fp32")
     try:
-        found = {provider: _runs(path, provider, outputs) for provider in providers}
+        outputs: dict[ExecutionConfig, Embeddings] = {}
+        for provider in providers:
+            outputs |= _run_provider(ref, run, provider)
     except CheckFailed as error:
-        stages = {name: parity.unrunnable(str(error)) for name in references}
-        stages["export"]["detail"] = "; ".join([str(error), *_located(form, path, outputs.inputs, models, {}, {})])
-        return stages
-    candidate = parity.Outputs.join(found.values())
-    ways = [Way(name, level, size) for name in providers for level in levels(name) for size in outputs.batches]
-    stages = {
-        name: parity.compare(reference, candidate, form.gate, control, outputs.inputs.answers)
-        | facts
-        | {"by_provider": {provider: parity.figures(reference, one) for provider, one in found.items()}}
-        for name, reference in references.items()
-    }
-    for name, stage in stages.items():
-        if stage["verdict"] == "fail":
-            by_tower = {t: worst_of(t, references[name], candidate, ways) for t in parity.TOWERS}
-            said = [stage["detail"], f"worst: {max(by_tower.values(), key=lambda worst: worst.error)}"]
-            if name == "export":
-                erring = {t: erring_ways(t, references[name], candidate, ways, stage["tolerance"]) for t in by_tower}
-                said += _located(form, path, outputs.inputs, models, by_tower, erring)
-            stage["detail"] = "; ".join(said)
-    return stages
+        detail = "; ".join([str(error), *_located(ref, run, {})])
+        failed = Parity.failed(str(error), of=run.input_count)
+        return ParityStages(merge=merge, export=replace(failed, detail=detail), total=failed)
+    export = _stage(ref, run, run.merged, outputs, control)
+    if export.verdict is Verdict.FAIL:
+        export = replace(export, detail="; ".join([export.detail, *_located(ref, run, outputs, export.tolerance)]))
+    total = export if not run.models.pools else _stage(ref, run, run.unmerged, outputs, control)
+    return ParityStages(merge=merge, export=export, total=total)
 
 
-def _located(
-    form: Variant,
-    path: Path,
-    inputs: parity.Inputs,
-    models: TorchModels,
-    worst: Mapping[str, Worst],
-    erring: Mapping[str, Sequence[Way]],
-) -> Iterator[str]:
-    """The first diverging node of each tower on its worst sample and the next, with a reproducer beside the releases."""
-    encode = encoders(models.merged.model)
-    for tower, name in parity.ENTRIES.items():
-        values, first = inputs.tower(tower), worst[tower].sample if tower in worst else 0
+def _stage(ref: ReleaseRef, run: TorchRun, reference: Embeddings, outputs: Outputs, control: Parity | None) -> Parity:
+    stage = parity.compare(reference, outputs, ref.variant.gate, control, run.inputs.answers, run.input_count)
+    if stage.verdict is not Verdict.FAIL:
+        return stage
+    worst = max((parity.worst_sample(t, reference, outputs) for t in parity.TOWERS), key=lambda sample: sample.error)
+    return replace(stage, detail=f"{stage.detail}; worst: {worst}")
+
+
+def _run_provider(ref: ReleaseRef, run: TorchRun, provider: str) -> Outputs:
+    """All inputs through the graphs on one provider, at every level of optimization that it has and in every batch size."""
+    outputs: dict[ExecutionConfig, Embeddings] = {}
+    for level in PROVIDERS[provider].levels:
+        configs = [ExecutionConfig(provider, level, batch) for batch in run.batches]
+        outputs |= parity.run_in_batches(onnx_model(ref.path, level=level, provider=provider), run.inputs, configs)
+    return outputs
+
+
+def _located(ref: ReleaseRef, run: TorchRun, outputs: Outputs, tolerance: float | None = None) -> Iterator[str]:
+    """The first diverging node of each tower on its worst sample and the next, with a reproducer in the run's failures."""
+    model = run.models.merged.model
+    for tower, entry in parity.ENTRIES.items():
+        values = run.inputs.tower(tower)
+        first = parity.worst_sample(tower, run.merged, outputs).sample if outputs else 0
         few = values[[first, (first + 1) % len(values)]]
-        boundaries, output = module_boundaries(models.merged.model, partial(encode.tower(tower), few))
-        case = form.exports.path / "failures" / path.name / tower
+        boundaries, output = module_boundaries(model, partial(encoders(model).tower(tower), few))
+        case = ref.variant.exports.path / "failures" / ref.path.name / tower
         try:
-            at = locate(path / f"{tower}.onnx", {name: few}, boundaries, output, case, form.precision)
+            divergence = locate(
+                ref.path / f"{tower}.onnx", {entry: few}, boundaries, output, case, ref.variant.precision
+            )
         except CheckFailed as error:
             yield f"{tower}.onnx: {error.message}"
             continue
-        if at:
-            yield f"{tower}.onnx: {at}; to reproduce it: {case.relative_to(form.context.run.path)}/reproduce.py"
-        elif ways := erring.get(tower):
-            yield f"{tower}.onnx: {unlocated(ways)}"
-
-
-def _runs(path: Path, provider: str, outputs: TorchOutputs) -> parity.Outputs:
-    """All inputs through the graphs on one provider, at every level of optimisation that it has and in every batch size."""
-    return parity.Outputs.join(
-        parity.run_in_batches(_onnx(path, level, provider), outputs.inputs, outputs.batches)
-        for level in levels(provider)
-    )
-
-
-def _onnx(path: Path, level: str, provider: str) -> parity.Model:
-    visual, textual = (
-        runner(open_session(path / f"{tower}.onnx", level=level, provider=provider)) for tower in parity.TOWERS
-    )
-    return parity.Model(lambda values: visual({"pixel_values": values}), lambda values: textual({"input_ids": values}))
+        if divergence:
+            script = case.relative_to(ref.context.run.path) / "reproduce.py"
+            yield f"{tower}.onnx: {divergence}; to reproduce it: {script}"
+        elif outputs and (erring := parity.erring_configs(tower, run.merged, outputs, tolerance or 0.0)):
+            yield f"{tower}.onnx: {parity.unlocated(erring)}"

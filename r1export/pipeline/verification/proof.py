@@ -1,84 +1,82 @@
-"""Prove that a release of a run costs nothing extra: the ladder L0 to L4, with the unmerged model as its control."""
+"""Prove that a release of a run costs nothing extra: the rungs L0 to L4, with the unmerged model as their control."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 
-from r1export.errors import CheckFailed, Unsupported
-from r1export.export.graph import GRAPHS
-from r1export.export.weight_map import WeightMap
-from r1export.pipeline.variant import Variant
+from r1export.errors import Unsupported
+from r1export.pipeline.variant import ReleaseRef
 from r1export.update.factors import ExpertUpdate
+from r1export.update.release_layout import GRAPHS
 from r1export.verify import parity, proof
-from r1export.verify.ort_profile import Execution
+from r1export.verify.proof import Executions, Feeds
+from r1export.verify.results import Check, Proof
 from r1export.verify.unmerged_graph import add_branches
 
 
-def ladder(
-    variant: Variant,
-    number: int,
-    inputs: parity.Inputs,
-    updates: list[ExpertUpdate],
-    seen: dict[str, Execution],
-    providers: tuple[str, ...],
-) -> dict[str, Any]:
-    """Rungs L0 to L4 of a release and, in fp32, the control. `seen` holds what the base ran; the base fills it."""
-    context, releases = variant.context, variant.exports.releases(variant.context.recipe)
-    graphs = [{name: folder / name for name in GRAPHS} for folder in (releases[0], releases[number])]
-    embeds = np.zeros((2, context.clip.encode_text(context.clip.tokenize([""])).shape[1]), np.float32)
-    feeds = {
-        "visual.onnx": {"pixel_values": inputs.visual[:1]}, "textual.onnx": {"input_ids": inputs.textual[:1]},
-        "classify.onnx": {"pixel_values": inputs.visual[:1], "class_embeds": embeds},
-    }  # fmt: skip
-    found = {"same_file": proof.same_files(*graphs), "graph": proof.same_graphs(*graphs)}
+def run_graphs(folder: Path, feeds: Mapping[str, Feeds], providers: Sequence[str]) -> Executions:
+    """Every graph of a release, run once on every provider."""
+    return proof.execute_graphs({name: folder / name for name in GRAPHS}, feeds, providers)
+
+
+def graph_feeds(inputs: parity.Inputs, width: int) -> dict[str, Feeds]:
+    """One real input for each graph, and two class embeddings of zeros (2, `width`) for the classifier."""
+    image, text = {"pixel_values": inputs.visual[:1]}, {"input_ids": inputs.textual[:1]}
+    embeds = np.zeros((2, width), inputs.visual.dtype)
+    return {"visual.onnx": image, "textual.onnx": text, "classify.onnx": image | {"class_embeds": embeds}}
+
+
+def release_proof(ref: ReleaseRef, inputs: parity.Inputs, base: Executions, providers: Sequence[str]) -> Proof:
+    """Rungs L0 to L4 of a release against its base and what the base ran; the base itself is compared with itself."""
+    folders = ref.base.path, ref.path
+    base_graphs, graphs = ({name: folder / name for name in GRAPHS} for folder in folders)
+    feeds = graph_feeds(inputs, embedding_width(ref))
+    return proof.prove(base_graphs, graphs, base, lambda: run_graphs(ref.path, feeds, providers), _control(ref, feeds))
+
+
+def embedding_width(ref: ReleaseRef) -> int:
+    clip = ref.context.clip
+    return int(clip.encode_text(clip.tokenize([""])).shape[1])
+
+
+def _control(ref: ReleaseRef, feeds: Mapping[str, Feeds]) -> Check:
+    """Whether the unmerged model is told apart, in every tower that the last update changes."""
+    if ref.is_base:
+        return Check.not_applicable("the base release has no branches")
+    if not ref.variant.is_reference:
+        return Check.not_applicable("the control is run in fp32")
+    towers = touched_towers(ref, ref.updates[-1:])
+    return proof.joined_controls({tower: _tower_control(ref, tower, feeds[f"{tower}.onnx"]) for tower in towers})
+
+
+def _tower_control(ref: ReleaseRef, tower: str, feeds: Feeds) -> Check:
     try:
-        if not number:
-            seen |= proof.executions(graphs[0], feeds, providers)
-        found |= (
-            proof.rungs(seen, lambda: proof.executions(graphs[1], feeds, providers))
-            if seen
-            else proof.unclimbed("the base cannot be run")
-        )
-    except (CheckFailed, Unsupported) as error:
-        found |= proof.unclimbed(str(error))
-    if number and variant.precision == "fp32":
-        towers = touched_towers(variant, updates[-1:])
-        found["control"] = proof.joined_controls(
-            {tower: _control(variant, number, updates, tower, feeds[f"{tower}.onnx"]) for tower in towers}
-        )
-    return found
+        with unmerged(ref, tower) as path:
+            return proof.tell_apart(ref.path / f"{tower}.onnx", path, feeds)
+    except Unsupported as error:
+        return Check.unmeasured(str(error), of=1)
 
 
-def _control(
-    variant: Variant, number: int, updates: list[ExpertUpdate], tower: str, feeds: proof.Feeds
-) -> dict[str, Any]:
-    """Whether the unmerged tower is told apart. A control that gives no answer takes nothing back from the rungs."""
-    base = variant.exports.releases(variant.context.recipe)[number] / f"{tower}.onnx"
-    try:
-        with unmerged(variant, number, updates, tower) as path:
-            return proof.proof_control(base, path, feeds)
-    except (CheckFailed, Unsupported) as error:
-        return proof.no_answer(str(error))
-
-
-def touched_towers(variant: Variant, updates: list[ExpertUpdate]) -> tuple[str, ...]:
-    """The towers whose weights `updates` change, visual first. Raises InputError if the graphs are not there."""
-    places = WeightMap.read(variant.exports.graphs / "weight_map.json").placements()
+def touched_towers(ref: ReleaseRef, updates: Sequence[ExpertUpdate]) -> tuple[str, ...]:
+    """The towers whose weights `updates` change, visual first."""
+    places = ref.variant.weight_map.placements()
     files = {places[name][0] for update in updates for name in update.parameters if name in places}
     return tuple(tower for tower in parity.TOWERS if f"{tower}.safetensors" in files)
 
 
 @contextmanager
-def unmerged(variant: Variant, number: int, updates: list[ExpertUpdate], tower: str) -> Iterator[Path]:
-    """A tower of the release before, with the branches of the task beside its linears. Raises Unsupported."""
-    releases, weights = variant.exports.releases(variant.context.recipe), f"{tower}.safetensors"
-    with TemporaryDirectory(prefix=".unmerged.", dir=variant.context.run.path) as folder:
-        shutil.copyfile(releases[number - 1] / weights, Path(folder) / weights)
-        yield add_branches(releases[number] / f"{tower}.onnx", updates[-1], Path(folder) / f"{tower}.onnx")
+def unmerged(ref: ReleaseRef, tower: str) -> Iterator[Path]:
+    """A tower of the release before, with the branches of the task next to its linears.
+
+    Raises Unsupported: the task changes no linear of the tower.
+    """
+    weights, before = f"{tower}.safetensors", ref.variant.release(ref.number - 1).path
+    with TemporaryDirectory(prefix=".unmerged.", dir=ref.context.run.path) as folder:
+        shutil.copyfile(before / weights, Path(folder) / weights)
+        yield add_branches(ref.path / f"{tower}.onnx", ref.updates[-1], Path(folder) / f"{tower}.onnx")

@@ -1,123 +1,163 @@
-"""Verify a release folder by itself: what it says of itself, its golden samples, and the base release beside it."""
+"""Verify a release folder by itself: what it says of itself, its golden samples, and the base release next to it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from r1export.errors import CheckFailed, R1ExportError, Unsupported
-from r1export.export.write_release import read_manifest
-from r1export.pipeline.environment import report_head
-from r1export.pipeline.verification.contents import own_classifier, own_identity
+from r1export.pipeline.environment import environment, now
+from r1export.pipeline.verification.contents import WEIGHTS, check_manifest_and_files
 from r1export.pipeline.verification.latency import opener, timeable
+from r1export.pipeline.verification.proof import graph_feeds, run_graphs
 from r1export.recipe import Verify
-from r1export.report.checks import failed
-from r1export.report.write import settled
 from r1export.update.atomic_io import sha256_file
-from r1export.update.container import read_tensors
-from r1export.verify import contents, golden, latency, parity, proof
-from r1export.verify.ort_profile import Execution
+from r1export.update.container import map_tensors, read_tensors
+from r1export.update.release_layout import GRAPHS, MANIFEST
+from r1export.update.release_manifest import ReleaseManifest
+from r1export.verify import contents, latency, parity, proof
+from r1export.verify.contents import UNREADABLE, attempt
+from r1export.verify.golden import check_classifier, check_golden, golden_parity
+from r1export.verify.latency import Contenders, TimingBudget
+from r1export.verify.proof import Feeds
+from r1export.verify.results import (
+    SKIPPED,
+    Check,
+    Contents,
+    Latency,
+    Parity,
+    ParityStages,
+    Proof,
+    ReleaseFacts,
+    ReleaseReport,
+    Verdict,
+    overall,
+)  # fmt: skip
 from r1export.verify.runtime import PROVIDERS, check_provider
 
+NO_RUN = "a release alone does not know what it was trained from: verify its run"
+NO_BASE = "there is no base release next to it (../00-base) that it could be compared with"
+IS_BASE = "the base release is what the others are compared with"
 
-def verify_release(path: Path, providers: Sequence[str] = ()) -> dict[str, Any]:
-    """Verify a release by its own golden samples, and against the base release beside it (../00-base), if there is one.
+
+def verify_release(path: Path, providers: Sequence[str] = (), budget: TimingBudget | None = None) -> ReleaseReport:
+    """Verify a release by its own golden samples, and against the base release next to it (../00-base), if there is one.
 
     Nothing is trained or run in torch. Raises InputError if `path` is no release, Unsupported for a missing provider.
     """
-    manifest, providers = read_manifest(path), tuple(providers) or ("cpu",)
+    manifest, providers = ReleaseManifest.read(path), tuple(providers) or ("cpu",)
     for provider in providers:
         check_provider(provider)
-    found = report_head(providers) | {
-        "release": {
-            "index": manifest.get("sequence"),
-            "name": manifest.get("name") or path.name,
-            "precision": manifest.get("precision"),
-        },
-        "contents": own_identity(path, manifest),
-    }
-    if failed(found["contents"]):
-        return settled(found)
-    found["release"] |= {"base": manifest["base"]["name"], "base_sha256": manifest["base"]["sha256"]}
-    problems = contents.tensor_map_problems(path, manifest)
-    found["contents"]["weights"] = contents.part(
-        problems, f"{len(manifest['tensors'])} tensors lie where the manifest says"
+    found = own_contents(path, manifest)
+    report = ReleaseReport(
+        created=now(),
+        environment=environment(providers),
+        release=_facts(path, manifest),
+        contents=found,
+        parity=ParityStages.unmeasured(SKIPPED),
+        proof=Proof.unmeasured(SKIPPED),
+        latency=Latency.unmeasured(SKIPPED),
     )
-    found["contents"]["classifier"] = own_classifier(path)
+    if Verdict.FAIL in (found.manifest.verdict, found.files.verdict):
+        return report
+    unknown, base = Parity.not_applicable(NO_RUN), _base_of(path)
+    export = _export_parity(path, manifest, base, providers)
+    report = replace(report, parity=ParityStages(merge=unknown, export=export, total=unknown))
+    if Verdict.FAIL in (found.verdict, export.verdict):
+        return report
+    if base is None:
+        reason = NO_BASE if manifest.sequence else IS_BASE
+        return replace(report, proof=Proof.not_applicable(reason), latency=Latency.not_applicable(reason))
+    return _compare_with_base(report, path, base, providers, budget or TimingBudget())
+
+
+def own_contents(path: Path, manifest: ReleaseManifest) -> Contents:
+    """What a release can be asked without its run."""
+    tasks = [task.name for task in manifest.tasks]
+    identity = check_manifest_and_files(path, manifest, tasks, {})
+    if overall(check.verdict for check in identity.values()) is Verdict.FAIL:
+        return Contents.only(SKIPPED, **identity)
+    return Contents(
+        **identity,
+        graphs=attempt(lambda: contents.check_programs(path, manifest, GRAPHS), of=len(GRAPHS)),
+        tensors=attempt(lambda: contents.check_tensor_map(path, manifest, WEIGHTS), of=len(manifest.tensors)),
+        weights=Check.not_applicable(NO_RUN),
+        classes=Check.not_applicable(NO_RUN),
+        classifier=attempt(lambda: check_classifier(path, tasks, map_tensors(path / WEIGHTS[0])), of=len(tasks)),
+        golden=attempt(lambda: check_golden(path, manifest), of=1),
+    )
+
+
+def _facts(path: Path, manifest: ReleaseManifest) -> ReleaseFacts:
+    return ReleaseFacts(
+        index=manifest.sequence,
+        name=manifest.name,
+        precision=manifest.precision,
+        manifest_sha256=sha256_file(path / MANIFEST),
+        base=manifest.base.name,
+        base_sha256=manifest.base.sha256,
+    )
+
+
+def _base_of(path: Path) -> Path | None:
+    """The base release next to a release; None for the base itself."""
     base = path.parent / "00-base"
-    beside = base if base.is_dir() and base.resolve() != path.resolve() else None
-    found["parity"] = {"export": _parity(path, manifest, beside, providers)}
-    if beside and not failed(found["contents"]) and not failed(found["parity"]):
-        found |= _beside(path, beside, manifest, providers)
-    return settled(found)
+    return base if base.is_dir() and base.resolve() != path.resolve() else None
 
 
-def _parity(path: Path, manifest: Mapping[str, Any], beside: Path | None, providers: Sequence[str]) -> dict[str, Any]:
-    """Golden samples on every provider: the worst. The base beside it, if it can be run there, calibrates the gate."""
+def _export_parity(path: Path, manifest: ReleaseManifest, base: Path | None, providers: Sequence[str]) -> Parity:
+    """Golden samples on every provider. A sound base next to the release calibrates the gate."""
     try:
-        if changed := golden.changed_graphs(path, manifest):
-            return parity.unrunnable("; ".join(changed))
-        stages = {
-            provider: golden.golden_parity(path, manifest, provider, _control(beside, provider) if beside else None)
-            for provider in providers
-        }
-        worst = max(stages.values(), key=lambda stage: (stage["verdict"] == "fail", stage["max_abs"]))
-        figures = {name: {key: stage[key] for key in ("max_abs", "min_cosine")} for name, stage in stages.items()}
-        return worst | {"providers": list(providers), "by_provider": figures}
-    except (CheckFailed, OSError, ValueError, KeyError) as error:
-        return parity.unrunnable(str(error))
+        control = _control(base, manifest, providers) if base else None
+        return golden_parity(path, manifest, providers, control)
+    except UNREADABLE as error:
+        return Parity.failed(str(error))
 
 
-def _control(base: Path, provider: str) -> dict[str, Any] | None:
+def _control(base: Path, manifest: ReleaseManifest, providers: Sequence[str]) -> Parity | None:
+    """The golden samples of the base, if it is the one that the release names and all its own checks pass."""
     try:
-        return golden.golden_parity(base, read_manifest(base), provider)
-    except (R1ExportError, OSError, ValueError, KeyError):
+        own = ReleaseManifest.read(base)
+        if (
+            own.base != manifest.base
+            or own.precision != manifest.precision
+            or own_contents(base, own).verdict is not Verdict.PASS
+        ):
+            return None
+        return golden_parity(base, own, providers)
+    except UNREADABLE:
         return None
 
 
-def _beside(path: Path, base: Path, manifest: Mapping[str, Any], providers: Sequence[str]) -> dict[str, Any]:
+def _compare_with_base(
+    report: ReleaseReport, path: Path, base: Path, providers: Sequence[str], budget: TimingBudget
+) -> ReleaseReport:
     """Proof and latency against the base release."""
-    graphs = [{name: folder / name for name in manifest["graphs"]} for folder in (base, path)]
     golden = read_tensors(path / "golden.safetensors")
-    width = golden["image_embeds"].shape[1]
-    image, text = ({name: golden[name][:1]} for name in parity.ENTRIES.values())
-    feeds = {
-        "visual.onnx": image,
-        "textual.onnx": text,
-        "classify.onnx": image | {"class_embeds": np.zeros((2, width), image["pixel_values"].dtype)},
-    }
-    found = {"same_file": proof.same_files(*graphs), "graph": proof.same_graphs(*graphs)}
-    ran: dict[str, Execution] = {}
-    try:
-        ran = proof.executions(graphs[0], feeds, providers)
-        found |= proof.rungs(ran, lambda: proof.executions(graphs[1], feeds, providers))
-    except (CheckFailed, Unsupported) as error:
-        found |= proof.unclimbed(str(error) if ran else f"the base beside it cannot be run: {error}")
-    if failed(found) or not ran:
-        return {"proof": found}
-    tower = next((tower for tower in parity.TOWERS if _weights_differ(path, base, tower)), "visual")
-    return {"proof": found, "latency": _latency(path, base, tower, feeds[f"{tower}.onnx"], providers)}
-
-
-def _weights_differ(path: Path, base: Path, tower: str) -> bool:
-    return sha256_file(path / f"{tower}.safetensors") != sha256_file(base / f"{tower}.safetensors")
+    inputs = parity.Inputs(golden["pixel_values"], golden["input_ids"])
+    feeds = graph_feeds(inputs, golden["image_embeds"].shape[1])
+    base_graphs, graphs = ({name: folder / name for name in GRAPHS} for folder in (base, path))
+    executions = run_graphs(base, feeds, providers)
+    control = Check.not_applicable(NO_RUN)
+    report = replace(
+        report, proof=proof.prove(base_graphs, graphs, executions, lambda: run_graphs(path, feeds, providers), control)
+    )
+    if report.proof.verdict is Verdict.FAIL or not executions.runs:
+        return report
+    changed = (
+        t for t in parity.TOWERS if sha256_file(path / f"{t}.safetensors") != sha256_file(base / f"{t}.safetensors")
+    )
+    tower = next(changed, "visual")
+    return replace(report, latency=_latency(path, base, tower, feeds[f"{tower}.onnx"], providers, budget))
 
 
 def _latency(
-    path: Path, base: Path, tower: str, feeds: dict[str, np.ndarray], providers: Sequence[str]
-) -> dict[str, Any] | None:
-    """Rung L5 on one tower; None if no provider can be timed."""
-    timed = [
-        latency.added_latency(
-            opener(base / f"{tower}.onnx", feeds, name),
-            opener(path / f"{tower}.onnx", feeds, name),
-            pairs=Verify().pairs,
-            margin=Verify().margin,
-            provider=PROVIDERS[name],
-        )
-        for name in timeable(providers)
-    ]
-    return latency.slowest(timed) | {"tower": tower} if timed else None
+    path: Path, base: Path, tower: str, feeds: Feeds, providers: Sequence[str], budget: TimingBudget
+) -> Latency:
+    """Rung L5 on one tower."""
+    results, settings = [], Verify()
+    for provider in timeable(providers):
+        open_base, open_release = (opener(folder / f"{tower}.onnx", dict(feeds), provider) for folder in (base, path))
+        contenders = Contenders(PROVIDERS[provider].name, open_base, open_release)
+        results.append(latency.added_latency(contenders, settings.pairs, settings.margin, budget))
+    return latency.slowest(results, tower)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1export.adapt.clip import Clip, ClipModel
-from r1export.adapt.inject import eject_experts_, load_pool_tensors_
-from r1export.adapt.trainer import Pools
+from r1export.adapt.inject import eject_experts_
+from r1export.adapt.pack import load_pool_tensors_
+from r1export.adapt.pool import Pools
 from r1export.pipeline.context import RunContext, inject_pools_
 from r1export.update.container import read_tensors
 from r1export.update.factors import ExpertUpdate
@@ -35,7 +36,7 @@ class TorchModels:
 def torch_models(context: RunContext, number: int, updates: list[ExpertUpdate]) -> Iterator[TorchModels]:
     """The models of release `number`.
 
-    Unmerged is what was trained: the weights before the task, with the selected experts beside them.
+    Unmerged is what was trained: the weights before the task, with the selected experts added.
     """
     clip = context.clip
     merged = Clip(clip.name, copy.deepcopy(clip.model), clip.preprocess, clip.tokenizer)
@@ -46,9 +47,8 @@ def torch_models(context: RunContext, number: int, updates: list[ExpertUpdate]) 
             return
         clip.load_(context.merged(updates[:-1]))
         pools = inject_pools_(clip, context.recipe)
-        load_pool_tensors_(
-            pools, read_tensors(context.run.task(number, context.tasks[number - 1].name) / "pool.safetensors")
-        )
+        path = context.run.task(number, context.tasks[number - 1].name).pool
+        load_pool_tensors_(pools, read_tensors(path), str(path))
         for pool in pools.values():
             pool.freeze_()
         clip.model.eval()
@@ -74,30 +74,30 @@ def encoders(model: ClipModel) -> Model:
 
 def module_boundaries(model: nn.Module, run: Callable[[], np.ndarray]) -> tuple[list[Boundary], np.ndarray]:
     """What goes into and comes out of every linear, norm, convolution and attention of `model` in `run`, and what `run` gives."""
-    found: list[Boundary] = []
+    boundaries: list[Boundary] = []
     hooks = []
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            hooks.append(module.register_forward_hook(_attention_hook(name, found), with_kwargs=True))
+            hooks.append(module.register_forward_hook(_attention_hook(name, boundaries), with_kwargs=True))
         elif isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d):
-            hooks.append(module.register_forward_hook(_hook(name, found)))
+            hooks.append(module.register_forward_hook(_hook(name, boundaries)))
     try:
         with torch.inference_mode():
             output = run()
     finally:
         for hook in hooks:
             hook.remove()
-    return found, output
+    return boundaries, output
 
 
-def _hook(name: str, found: list[Boundary]) -> Callable[..., None]:
+def _hook(name: str, boundaries: list[Boundary]) -> Callable[..., None]:
     def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found.extend((Boundary(name, "in", _array(inputs[0])), Boundary(name, "out", _array(output))))
+        boundaries.extend((Boundary(name, "in", _array(inputs[0])), Boundary(name, "out", _array(output))))
 
     return record
 
 
-def _attention_hook(name: str, found: list[Boundary]) -> Callable[..., None]:
+def _attention_hook(name: str, boundaries: list[Boundary]) -> Callable[..., None]:
     """nn.MultiheadAttention computes in one call; its projections are computed again here to look between them."""
 
     def record(
@@ -112,10 +112,10 @@ def _attention_hook(name: str, found: list[Boundary]) -> Callable[..., None]:
         projected = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
         q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projected.chunk(3, -1))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2)
-        found.extend(
+        boundaries.extend(
             (Boundary(f"{name}.in_proj", "in", _array(x)), Boundary(f"{name}.in_proj", "out", _array(projected)))
         )
-        found.extend(
+        boundaries.extend(
             (Boundary(f"{name}.out_proj", "in", _array(mixed)), Boundary(f"{name}.out_proj", "out", _array(output[0])))
         )
 

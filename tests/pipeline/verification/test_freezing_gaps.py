@@ -1,18 +1,21 @@
 """G1 to G3, and the torch side of verification, on a two-layer CLIP."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from settings import POOL
 
 from r1export.adapt.clip import Clip
 from r1export.adapt.image_cache import Pixels
-from r1export.adapt.inject import eject_experts_, inject_experts_, pack_experts
-from r1export.adapt.pool import PoolSettings
+from r1export.adapt.inject import eject_experts_, inject_experts_
+from r1export.adapt.pack import pack_experts
+from r1export.adapt.pool import Batch, PerSample, routed
 from r1export.data.task import Task
 from r1export.pipeline.verification.freezing_gaps import (
     BATCH,
     _accuracy,
-    _routed_each,
     exactness,
     freezing,
     summarised,
@@ -25,7 +28,7 @@ from r1export.verify.parity import Inputs, run_in_batches
 
 def taught(clip: Clip) -> dict:
     """Pools with random experts, as if trained: B is not zero and experts have votes."""
-    pools = inject_experts_(clip.model, PoolSettings(alpha=12.0))
+    pools = inject_experts_(clip.model, replace(POOL, alpha=12.0))
     generator = torch.Generator().manual_seed(0)
     for pool in pools.values():
         pool.reset_(generator)
@@ -63,24 +66,24 @@ def test_g1_is_rounding_alone_in_float32(tiny_clip: Clip, pixels: torch.Tensor) 
 
 def test_routing_each_sample_by_itself_is_routing_in_batches_of_one(tiny_clip: Clip, pixels: torch.Tensor) -> None:
     pools = taught(tiny_clip)
-    for pool in pools.values():
-        pool.gate = None
     with torch.inference_mode():
-        one_by_one = torch.cat([tiny_clip.encode_image(pixels[i : i + 1]) for i in range(len(pixels))])
-        together = tiny_clip.encode_image(pixels)
-        with _routed_each(pools.values()):
+        frozen = tiny_clip.encode_image(pixels)
+        with routed(pools.values(), lambda _: Batch()):
+            one_by_one = torch.cat([tiny_clip.encode_image(pixels[i : i + 1]) for i in range(len(pixels))])
+            together = tiny_clip.encode_image(pixels)
+        with routed(pools.values(), lambda _: PerSample()):
             each = tiny_clip.encode_image(pixels)
         again = tiny_clip.encode_image(pixels)
     assert (each - one_by_one).abs().max() < 1e-5
     assert (together - one_by_one).abs().max() > 1e-4  # votes of a batch choose for all of it
-    assert torch.equal(together, again)
+    assert torch.equal(frozen, again)
 
 
 def test_gaps_are_differences_of_accuracies_and_leave_the_pools_frozen(
     tiny_clip: Clip, stripes, pixels: torch.Tensor
 ) -> None:
     pools = taught(tiny_clip)
-    gates = {rows: pool.gate.clone() for rows, pool in pools.items()}
+    gates = {rows: pool.routing.gate.clone() for rows, pool in pools.items()}
     counts = {rows: pool.counts.clone() for rows, pool in pools.items()}
     found = freezing(tiny_clip, pools, stripes, pixels, stripes.test.labels[:16])
     accuracies = found["accuracies"]
@@ -88,7 +91,8 @@ def test_gaps_are_differences_of_accuracies_and_leave_the_pools_frozen(
     assert found["G2"] == accuracies["routed_batch_1"] - accuracies["frozen_8"]
     assert found["G3"] == accuracies["frozen_8"] - accuracies["frozen_4"]
     assert all(
-        torch.equal(pool.gate, gates[rows]) and torch.equal(pool.counts, counts[rows]) for rows, pool in pools.items()
+        torch.equal(pool.routing.gate, gates[rows]) and torch.equal(pool.counts, counts[rows])
+        for rows, pool in pools.items()
     )
 
 
@@ -104,7 +108,7 @@ def test_texts_are_routed_in_batches_of_the_same_size_as_images(tiny_clip: Clip,
 
 def test_a_sparse_gate_has_no_shrink_gap(tiny_clip: Clip, stripes, pixels: torch.Tensor) -> None:
     """It decides by itself how many experts are merged: a difference of nothing would look like a shrink that costs nothing."""
-    pools = inject_experts_(tiny_clip.model, PoolSettings(gate="sparse"))
+    pools = inject_experts_(tiny_clip.model, replace(POOL, gate="sparse"))
     for pool in pools.values():
         pool.reset_(torch.Generator().manual_seed(0))
         pool.freeze_()

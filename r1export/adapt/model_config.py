@@ -1,0 +1,114 @@
+"""An open_clip model config from a file. It may describe a model; it may not make open_clip load anything from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.tokenizer import SimpleTokenizer
+
+from r1export.errors import InputError
+
+REQUIRED = frozenset({"embed_dim", "vision_cfg", "text_cfg"})
+TOKENIZER_ARGUMENTS = {"clean": ("lower",)}  # what the tokenizer that is written for clients does as well
+CONTEXT_LENGTH = 77  # open_clip's default
+_TIMM_NAME = re.compile(r"[A-Za-z0-9_.]+")  # without the schemes that timm fetches from, such as hf-hub:
+_REMEDY = "remove it: base.config describes a model with CLIP's own tokenizer, base.model takes open_clip's names"
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The checked config of a file, named after it."""
+
+    path: Path
+    name: str
+    values: Json
+
+    def register(self) -> None:
+        """Make it known to open_clip under its name: the values that were checked, not the file, which may change."""
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / f"{self.name}.json"
+            copy.write_text(json.dumps(self.values), encoding="ascii")
+            open_clip.add_model_config(copy)
+
+    def tokenizer(self) -> SimpleTokenizer:
+        """CLIP's byte-pair encoding. Raises InputError if the model has fewer token rows than it gives tokens."""
+        text = self.values["text_cfg"]
+        tokenizer = SimpleTokenizer(
+            context_length=text.get("context_length", CONTEXT_LENGTH), **(text.get("tokenizer_kwargs") or {})
+        )
+        rows = text.get("vocab_size", tokenizer.vocab_size)
+        if rows < tokenizer.vocab_size:
+            raise InputError(
+                f"{self.path}: text_cfg.vocab_size is {rows}, expected {tokenizer.vocab_size} or more",
+                "use a model with CLIP's vocabulary",
+            )
+        return tokenizer
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Read and check a config.
+
+    Raises:
+        InputError: not a JSON object, a required key is missing, or a key would make open_clip, timm or transformers load
+            from elsewhere or pass arguments to a loader.
+    """
+    if ":" in path.stem:
+        raise InputError(f"{path}: a colon in the name of a config", "rename the file")
+    values = _read(path)
+    if missing := REQUIRED - values.keys():
+        raise InputError(f"{path}: no {', '.join(sorted(missing))}", "give an open_clip model config")
+    for section, key, value in _entries(values):
+        if problem := _problem(key, value):
+            raise InputError(f"{path}: {section}{key}: {problem}", _REMEDY)
+    return ModelConfig(path, path.stem, values)
+
+
+def _read(path: Path) -> Json:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(values, ensure_ascii=False).encode()  # lone surrogates, which no file or terminal takes
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: not a readable open_clip config: {error}",
+            "give the JSON with embed_dim, vision_cfg and text_cfg",
+        ) from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: found {values!r:.80}, expected an object", "give an open_clip model config")
+    return values
+
+
+def _entries(values: Json, section: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(section, key, value) of all objects in objects."""
+    for key, value in values.items():
+        yield section, key, value
+        if isinstance(value, dict) and key != "tokenizer_kwargs":
+            yield from _entries(value, f"{section}{key}.")
+
+
+def _problem(key: str, value: Any) -> str:
+    """What is wrong with one entry; empty if nothing is."""
+    if key.startswith("hf_") and value:
+        return "loads a tokenizer or a text tower from the Hugging Face Hub"
+    if key == "timm_model_pretrained" and value:
+        return "loads weights from a hub"
+    if key == "timm_model_name" and value and not (isinstance(value, str) and _TIMM_NAME.fullmatch(value)):
+        return f"found {value!r:.80}, expected the name of one of timm's own models"
+    if key == "tokenizer_kwargs" and value and not _allowed(value):
+        allowed = ", ".join(f"{name} ({' or '.join(options)})" for name, options in TOKENIZER_ARGUMENTS.items())
+        return f"found {value!r:.80}, allowed: {allowed}"
+    return ""
+
+
+def _allowed(arguments: Any) -> bool:
+    return isinstance(arguments, dict) and all(
+        value in TOKENIZER_ARGUMENTS.get(name, ()) for name, value in arguments.items()
+    )

@@ -1,0 +1,61 @@
+"""What a recipe asks a reader of images for, and where relative paths start."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from r1export.errors import InputError
+
+
+@dataclass(frozen=True)
+class Request:
+    """One source of a recipe, `SCHEME:ADDRESS`.
+
+    `root` is where relative paths start and torchvision keeps its data sets. `seed` splits what has no train and test.
+    With `test_only` no training images are needed, and what has no split is all test.
+    """
+
+    source: str
+    root: Path | None = None
+    seed: int = 42
+    download: bool = False
+    test_only: bool = False
+
+    @property
+    def scheme(self) -> str:
+        return self.source.partition(":")[0]
+
+    @property
+    def address(self) -> str:
+        return self.source.partition(":")[2]
+
+    @property
+    def path(self) -> Path:
+        """The address as a path. Raises InputError as `expand_path` does."""
+        return expand_path(self.address, self.root)
+
+
+def expand_path(path: str | Path, root: Path | None = None) -> Path:
+    """`path` with `~` and `${VARIABLE}` replaced, under `root` unless it is absolute. `root` is expanded in the same way.
+
+    Raises:
+        InputError: a variable that is not set or empty (named), or an unknown home folder.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        if not os.environ.get(match[1]):
+            raise InputError(
+                f"{path}: environment variable {match[1]} is not set",
+                f"export {match[1]}=DIR, or write the path itself",
+            )
+        return os.environ[match[1]]
+
+    text = re.sub(r"\$\{(\w+)\}", value, str(path))
+    try:
+        expanded = Path(text).expanduser()
+    except RuntimeError:
+        raise InputError(f"{path}: this machine has no such home folder", "write the path itself") from None
+    return expanded if root is None else expand_path(root) / expanded

@@ -1,0 +1,206 @@
+"""Verify one release of a run: the base is measured once in each precision, and every later release is compared with that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from r1export.errors import CheckFailed, R1ExportError
+from r1export.pipeline.variant import ReleaseRef
+from r1export.pipeline.verification.contents import WEIGHTS, check_contents
+from r1export.pipeline.verification.freezing_gaps import measure_gaps
+from r1export.pipeline.verification.inputs import test_images
+from r1export.pipeline.verification.latency import release_latency, variant_speed
+from r1export.pipeline.verification.parity import TorchRun, base_control, release_parity
+from r1export.pipeline.verification.proof import embedding_width, graph_feeds, release_proof, run_graphs
+from r1export.update.atomic_io import sha256_file
+from r1export.update.release_layout import GRAPHS, MANIFEST
+from r1export.update.release_manifest import ReleaseManifest
+from r1export.verify.drift import embedding_drift
+from r1export.verify.latency import TimingBudget
+from r1export.verify.proof import Executions
+from r1export.verify.results import (
+    SKIPPED,
+    Accuracy,
+    Check,
+    Contents,
+    Drift,
+    Environment,
+    Gaps,
+    Latency,
+    Parity,
+    ParityStages,
+    Probe,
+    Proof,
+    Ratio,
+    ReleaseFacts,
+    ReleaseReport,
+    VariantCost,
+    Verdict,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under what conditions a run is verified. `gallery` gives the embeddings of a release folder, computed once for each."""
+
+    providers: tuple[str, ...]
+    budget: TimingBudget
+    environment: Environment
+    created: str
+    gallery: Callable[[Path], np.ndarray]
+
+
+@dataclass(frozen=True)
+class BaseMeasurements:
+    """What the base release showed in one precision, which the releases after it are compared with.
+
+    `controls` are its export parity on the inputs of each task; `speed` is its time over that of the base in fp32, by
+    provider.
+    """
+
+    parity: ParityStages
+    controls: Mapping[str, Parity]
+    executions: Executions
+    speed: Mapping[str, Ratio] | None = None
+
+
+def measure_base(base: ReleaseRef, runs: Sequence[TorchRun], conditions: Conditions) -> BaseMeasurements:
+    """Run the base on the inputs of every task: `runs` has one for each, the first of which its own report is made from."""
+    _, contents = _read_contents(base)
+    if contents.verdict is Verdict.FAIL:
+        return BaseMeasurements(ParityStages.unmeasured(SKIPPED), {}, Executions({}, "its contents failed"))
+    providers, first = conditions.providers, runs[0]
+    parity = release_parity(base, first, None, providers)
+    if parity.verdict is Verdict.FAIL:
+        return BaseMeasurements(parity, {}, Executions({}, "its export parity failed"))
+    controls = {first.task.name: parity.export}
+    controls |= {run.task.name: base_control(base, run, providers) for run in runs[1:]}
+    executions = run_graphs(base.path, graph_feeds(first.inputs, embedding_width(base)), providers)
+    speed = (
+        None if base.variant.is_reference else variant_speed(base.variant, first.inputs, providers, conditions.budget)
+    )
+    return BaseMeasurements(parity, controls, executions, speed)
+
+
+def verify_release(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, conditions: Conditions) -> ReleaseReport:
+    """One release, the base included. What is not the release that was written is not measured further."""
+    manifest, contents = _read_contents(ref)
+    report = ReleaseReport(
+        created=conditions.created,
+        environment=conditions.environment,
+        release=_release_facts(ref),
+        contents=contents,
+        parity=ParityStages.unmeasured(SKIPPED),
+        proof=Proof.unmeasured(SKIPPED),
+        latency=Latency.unmeasured(SKIPPED),
+        accuracy=_accuracy_until(ref),
+    )
+    if manifest is None or Verdict.FAIL in (contents.manifest.verdict, contents.files.verdict):
+        return report
+    parity = base.parity if ref.is_base else _parity(ref, base, run, conditions)
+    report = replace(report, parity=parity)
+    if contents.verdict is not Verdict.FAIL and not ref.variant.is_reference:  # most of interest where parity fails
+        report = replace(report, variant=_variant_cost(ref, manifest, base))
+    if Verdict.FAIL in (contents.verdict, parity.verdict):
+        return report
+    report = replace(report, proof=release_proof(ref, run.inputs, base.executions, conditions.providers))
+    if ref.is_base:
+        return replace(report, latency=Latency.not_applicable("the base release is what the others are compared with"))
+    report = replace(report, drift=_drift(ref, conditions) if ref.variant.is_reference else None)
+    return report if report.proof.verdict is Verdict.FAIL else _with_time_and_gaps(report, ref, base, run, conditions)
+
+
+def _read_contents(ref: ReleaseRef) -> tuple[ReleaseManifest | None, Contents]:
+    try:
+        manifest = ReleaseManifest.read(ref.path)
+        return manifest, check_contents(ref, manifest)
+    except R1ExportError as error:
+        reason = f"{error.message} (write it again: delete {ref.path} and run r1export export)"
+        return None, Contents.only(SKIPPED, manifest=Check.failed(reason, of=1))
+
+
+def _parity(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, conditions: Conditions) -> ParityStages:
+    control = base.controls.get(ref.task.name)
+    return release_parity(ref, run, control, conditions.providers)
+
+
+def _with_time_and_gaps(
+    report: ReleaseReport, ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, conditions: Conditions
+) -> ReleaseReport:
+    """The report of a release that computes what it has to, with its gaps (in fp32) and its added latency."""
+    gaps = _gaps(ref, run) if ref.variant.is_reference else None
+    if not base.executions.runs:
+        latency = Latency.unmeasured(f"the base cannot be run: {base.executions.problem}")
+    else:
+        control = report.proof.control
+        latency = release_latency(ref, run.inputs, run.models, control, conditions.providers, conditions.budget)
+    return replace(report, gaps=gaps, latency=latency)
+
+
+def _variant_cost(ref: ReleaseRef, manifest: ReleaseManifest, base: BaseMeasurements) -> VariantCost:
+    """What a coarser precision saves and costs against the fp32 release of the same number."""
+    reference = ref.reference.path
+    accuracies = {task.name: task.accuracy for task in ReleaseManifest.read(reference).tasks}
+    return VariantCost(
+        precision=ref.variant.precision,
+        bytes={name: (ref.path / name).stat().st_size for name in WEIGHTS},
+        bytes_fp32={name: (reference / name).stat().st_size for name in WEIGHTS},
+        accuracy={task.name: task.accuracy for task in manifest.tasks if task.accuracy is not None},
+        accuracy_fp32={name: accuracy for name, accuracy in accuracies.items() if accuracy is not None},
+        speed=base.speed,
+    )
+
+
+def _gaps(ref: ReleaseRef, run: TorchRun) -> Gaps:
+    """G1 to G3 of the task learned last."""
+    answers = run.inputs.answers
+    test = test_images(ref.context, ref.task)
+    return measure_gaps(run.models, ref.task, test, run.unmerged.among(answers), run.merged.among(answers))
+
+
+def _drift(ref: ReleaseRef, conditions: Conditions) -> Drift | None:
+    """Against the release before; None if that cannot be run."""
+    before = ref.variant.release(ref.number - 1).path
+    try:
+        return embedding_drift(conditions.gallery(before), conditions.gallery(ref.path), against=before.name)
+    except CheckFailed:
+        return None
+
+
+def _release_facts(ref: ReleaseRef) -> ReleaseFacts:
+    """Names, sizes and digests, as far as the files are there."""
+    base, path = ref.context.run.base(), ref.path
+    sizes = {name: (path / name).stat().st_size for name in WEIGHTS if (path / name).is_file()}
+    if ref.number:
+        factors = ref.context.run.task(ref.number, ref.task.name).factors
+        sizes[factors.name] = factors.stat().st_size
+    return ReleaseFacts(
+        index=ref.number,
+        name=path.name,
+        precision=ref.variant.precision,
+        manifest_sha256=sha256_file(path / MANIFEST) if (path / MANIFEST).is_file() else "",
+        task=ref.task.name if ref.number else None,
+        base=base.name,
+        base_sha256=base.sha256,
+        graph={name: sha256_file(path / name) for name in GRAPHS if (path / name).is_file()},
+        weights={name: sha256_file(path / name) for name in WEIGHTS if (path / name).is_file()},
+        bytes=sizes,
+    )
+
+
+def _accuracy_until(ref: ReleaseRef) -> Accuracy | None:
+    """What was known about accuracy when the release was made; the summary belongs to the whole run."""
+    if ref.is_base or not ref.variant.is_reference:
+        return None
+    metrics = ref.context.run.metrics()
+    probe = metrics.probe
+    return Accuracy(
+        tasks=metrics.tasks,
+        zero_shot=metrics.zero_shot,
+        matrix=metrics.accuracy[: ref.number],
+        probe=Probe(name=probe.name, values=probe.values[: ref.number + 1]) if probe else None,
+    )

@@ -1,0 +1,544 @@
+"""What a verification found, as frozen types that cannot claim what was not looked at.
+
+A `Check` passes only if it looked at everything it had to look at, and at something. Parity, latency and the rungs of the
+proof also need the figures that decide them. A report's verdict and reasons are computed from its checks, here alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any, ClassVar, Self
+
+LISTED = 5  # problems that one check names; the rest are counted
+SKIPPED = "not measured, because a check before it failed"
+PARITY_STAGES = ("merge", "export", "total")
+RUNGS = ("same_file", "graph", "optimized_graph", "executed_ops", "cost")
+TITLES = {  # of the checks of a release, by group and name
+    "contents.manifest": "Manifest",
+    "contents.files": "Files",
+    "contents.graphs": "Graphs",
+    "contents.tensors": "Tensor map",
+    "contents.weights": "Weights",
+    "contents.classes": "Classes",
+    "contents.classifier": "Classifier",
+    "contents.golden": "Golden samples",
+    "parity.merge": "Merge parity",
+    "parity.export": "Export parity",
+    "parity.total": "Total parity",
+    "proof.same_file": "L0 Same file",
+    "proof.graph": "L1 Graph",
+    "proof.optimized_graph": "L2 Optimized graph",
+    "proof.executed_ops": "L3 Executed ops",
+    "proof.cost": "L4 Cost",
+    "proof.control": "Control: unmerged",
+    "latency": "L5 Time",
+    "run.tasks": "Tasks",
+    "run.releases": "Release folders",
+}
+
+
+class Verdict(StrEnum):
+    """The result of a check. Only PASS says that something holds; NOT_APPLICABLE says that there is nothing it could hold for."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    INCONCLUSIVE = "inconclusive"
+    NOT_APPLICABLE = "not_applicable"
+
+
+def overall(verdicts: Iterable[Verdict]) -> Verdict:
+    """One verdict for many: fail beats inconclusive beats pass. What does not apply is left out; nothing left is inconclusive."""
+    applicable = set(verdicts) - {Verdict.NOT_APPLICABLE}
+    if Verdict.FAIL in applicable:
+        return Verdict.FAIL
+    return Verdict.PASS if applicable == {Verdict.PASS} else Verdict.INCONCLUSIVE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One question, and what was looked at to answer it: `looked_at` of `of` things.
+
+    Raises ValueError for a pass that did not look at everything, or at nothing.
+    """
+
+    verdict: Verdict
+    looked_at: int
+    of: int
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        if self.looked_at < 0 or self.of < 0:
+            raise ValueError(f"looked at {self.looked_at} of {self.of}")
+        if self.verdict is Verdict.PASS and not 0 < self.looked_at == self.of:
+            raise ValueError(f"a pass that looked at {self.looked_at} of {self.of}")
+        if self.verdict is Verdict.PASS and not self._decided():
+            raise ValueError("a pass without the figures that decide it")
+
+    def _decided(self) -> bool:
+        """Whether the figures of the check bear out a pass."""
+        return True
+
+    @classmethod
+    def judge(cls, problems: Iterable[str], *, looked_at: int, of: int, detail: str, **figures: Any) -> Self:
+        """A failure for any problem; inconclusive if not everything was looked at, or nothing was there; a pass otherwise.
+
+        `detail` says in one sentence what holds, and is used for a pass alone. `figures` are the other fields of the type.
+        """
+        listed = list(problems)
+        if listed:
+            more = f" (and {len(listed) - LISTED} more)" if len(listed) > LISTED else ""
+            verdict, detail = Verdict.FAIL, "; ".join(listed[:LISTED]) + more
+        elif 0 < looked_at == of:
+            verdict = Verdict.PASS
+        else:
+            verdict, detail = Verdict.INCONCLUSIVE, f"looked at {looked_at} of {of}, all are needed for a pass"
+        return cls(verdict=verdict, looked_at=looked_at, of=of, detail=detail, **figures)
+
+    @classmethod
+    def failed(cls, reason: str, *, looked_at: int = 0, of: int = 0) -> Self:
+        """A failure without figures: what was to be measured could not even be run."""
+        return cls(verdict=Verdict.FAIL, looked_at=looked_at, of=of, detail=reason)
+
+    @classmethod
+    def unmeasured(cls, reason: str, *, of: int = 0) -> Self:
+        """What could not be measured, and why."""
+        return cls(verdict=Verdict.INCONCLUSIVE, looked_at=0, of=of, detail=reason)
+
+    @classmethod
+    def not_applicable(cls, reason: str) -> Self:
+        """A question that does not arise, and why."""
+        return cls(verdict=Verdict.NOT_APPLICABLE, looked_at=0, of=0, detail=reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far two sets of embeddings are apart: largest and 99th percentile of |a - b|, lowest cosine of a row.
+
+    All three are None where a value is NaN or infinite, the shapes differ, or there is nothing to compare.
+    """
+
+    max_abs: float | None
+    p99_abs: float | None
+    min_cosine: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flip:
+    """An image whose nearest text changed, and the cosine by which the reference preferred the old one."""
+
+    sample: int
+    margin: float
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """`counts` (n) of absolute differences between `edges` (n + 1)."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity(Check):
+    """One stage of parity: the worst over all towers, inputs and execution configurations. Counts are embeddings.
+
+    `tolerance` and `min_cosine_required` are the limits that were applied, `least_tolerance` is the smallest that would have
+    passed (None: none would), `control` the same difference of the base model.
+    """
+
+    max_abs: float | None = None
+    p99_abs: float | None = None
+    min_cosine: float | None = None
+    top1_agreement: float | None = None
+    samples: int = 0
+    tolerance: float | None = None
+    least_tolerance: float | None = None
+    min_cosine_required: float | None = None
+    control: Difference | None = None
+    flips: tuple[Flip, ...] = ()
+    histogram: Histogram | None = None
+    towers: Mapping[str, Difference] | None = None
+    by_provider: Mapping[str, Difference] | None = None
+    providers: tuple[str, ...] = ()
+    levels: tuple[str, ...] = ()
+    batches: tuple[int, ...] = ()
+
+    @property
+    def difference(self) -> Difference:
+        return Difference(max_abs=self.max_abs, p99_abs=self.p99_abs, min_cosine=self.min_cosine)
+
+    def _decided(self) -> bool:
+        figures = (self.max_abs, self.tolerance, self.min_cosine, self.min_cosine_required)
+        if None in figures or not all(map(math.isfinite, figures)):  # type: ignore[arg-type]
+            return False
+        max_abs, tolerance, min_cosine, required = figures
+        return max_abs <= tolerance and min_cosine >= required  # type: ignore[operator]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityStages:
+    """merge: unmerged torch to merged torch. export: merged torch to ONNX. total: unmerged torch to ONNX."""
+
+    merge: Parity
+    export: Parity
+    total: Parity
+
+    @classmethod
+    def unmeasured(cls, reason: str) -> ParityStages:
+        return cls(**dict.fromkeys(PARITY_STAGES, Parity.unmeasured(reason)))
+
+    @property
+    def verdict(self) -> Verdict:
+        return overall(getattr(self, name).verdict for name in PARITY_STAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung(Check):
+    """One rung of the proof: the digest of the release and the one of the base, which have to be equal. Counts are graphs."""
+
+    digest: str = ""
+    expected: str = ""
+
+    def _decided(self) -> bool:
+        return bool(self.digest) and self.digest == self.expected
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """The rungs L0 to L4, and the control: the unmerged model must not pass for the base. Control counts are towers."""
+
+    same_file: Rung
+    graph: Rung
+    optimized_graph: Rung
+    executed_ops: Rung
+    cost: Rung
+    control: Check
+
+    @classmethod
+    def unmeasured(cls, reason: str) -> Proof:
+        return cls(**dict.fromkeys(RUNGS, Rung.unmeasured(reason)), control=Check.unmeasured(reason))
+
+    @classmethod
+    def not_applicable(cls, reason: str) -> Proof:
+        return cls(**dict.fromkeys(RUNGS, Rung.not_applicable(reason)), control=Check.not_applicable(reason))
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of the rungs alone."""
+        return overall(getattr(self, name).verdict for name in RUNGS)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of times: exp(median log-ratio) and its 95 % interval."""
+
+    ratio: float
+    ci95: tuple[float, float]
+
+    @property
+    def halfwidth(self) -> float:
+        """Half the width of the interval in logarithms: the same noise has the same width wherever the ratio lies."""
+        return math.log(self.ci95[1] / self.ci95[0]) / 2
+
+    def within(self, margin: float) -> bool:
+        """The whole interval lies between 1 / (1 + margin) and 1 + margin."""
+        return self.ci95[0] >= 1 / (1 + margin) and self.ci95[1] <= 1 + margin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Median and quantiles of `n` single runs in milliseconds; None where there are too few runs for a quantile."""
+
+    median_ms: float
+    p90_ms: float | None
+    p99_ms: float | None
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProviderLatency:
+    """Added latency on one provider, with the noise floor (base against itself)."""
+
+    verdict: Verdict
+    ratio: float
+    ci95: tuple[float, float]
+    noise_floor: Ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency(Check):
+    """Rung L5: the time of the merged model over the time of the base, on the worst provider. Counts are providers.
+
+    `tower` is the one that was timed. `pair_ratios` are single pairs. `providers` are times by provider, batch size, model.
+    """
+
+    tower: str | None = None
+    ratio: float | None = None
+    ci95: tuple[float, float] | None = None
+    margin: float | None = None
+    noise_floor: Ratio | None = None
+    unmerged_ratio: float | None = None
+    pairs: int = 0
+    pair_ratios: tuple[float, ...] = ()
+    providers: Mapping[str, Mapping[str, Mapping[str, Times]]] | None = None
+    by_provider: Mapping[str, ProviderLatency] | None = None
+
+    def _decided(self) -> bool:
+        if self.ratio is None or self.ci95 is None or self.margin is None or self.noise_floor is None:
+            return False
+        return Ratio(self.ratio, self.ci95).within(self.margin) and self.noise_floor.within(self.margin)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What the release folder contains, compared with what it has to contain."""
+
+    manifest: Check
+    files: Check
+    graphs: Check
+    tensors: Check
+    weights: Check
+    classes: Check
+    classifier: Check
+    golden: Check
+
+    @classmethod
+    def only(cls, reason: str, **measured: Check) -> Contents:
+        """The checks that were made; the others could not be, because of `reason`."""
+        return cls(**{f.name: Check.unmeasured(reason) for f in fields(cls)} | measured)
+
+    @property
+    def verdict(self) -> Verdict:
+        return overall(check.verdict for _, check in named_checks(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """Embeddings of the same images under the release `against` and this one: may a gallery be kept?
+
+    recall_at_k: the share of the k nearest neighbours in the old gallery that new queries still find. None: too few images.
+    """
+
+    against: str
+    images: int
+    mean_cosine: float
+    min_cosine: float
+    recall_at_1: float | None
+    recall_at_10: float | None
+    reindex: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gaps:
+    """What merging and freezing cost on one task: G1 in logits, G2 and G3 as differences of accuracies.
+
+    G3 is None for a sparse gate, which decides by itself how many experts are merged.
+    """
+
+    G1: float
+    G1_top1_agreement: float
+    G2: float
+    G2_batch_32: float
+    G3: float | None
+    images: int
+    accuracies: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunGaps:
+    """The largest G1, the means of G2 and G3, and the gaps of each task."""
+
+    G1: float
+    G2: float
+    G3: float | None
+    tasks: Mapping[str, Gaps]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Accuracy on a task that is never trained: of the base model, then after each task."""
+
+    name: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Accuracies as fractions. `matrix[i][j]`: on task j after task i. The summary belongs to a whole run."""
+
+    tasks: tuple[str, ...]
+    zero_shot: tuple[float, ...]
+    matrix: tuple[tuple[float, ...], ...]
+    zero_shot_avg: float | None = None
+    transfer: float | None = None
+    avg: float | None = None
+    last: float | None = None
+    forgetting: tuple[float, ...] = ()
+    probe: Probe | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantCost:
+    """A release in a coarser precision next to the fp32 release of the same number; `speed` by provider, time over fp32's."""
+
+    precision: str
+    bytes: Mapping[str, int]
+    bytes_fp32: Mapping[str, int]
+    accuracy: Mapping[str, float]
+    accuracy_fp32: Mapping[str, float]
+    speed: Mapping[str, Ratio] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseFacts:
+    """Which release it is. Digests are SHA-256; `bytes` are sizes of files, factors.safetensors being the update's."""
+
+    index: int | None
+    name: str
+    precision: str
+    manifest_sha256: str
+    task: str | None = None
+    base: str | None = None
+    base_sha256: str | None = None
+    graph: Mapping[str, str] | None = None
+    weights: Mapping[str, str] | None = None
+    bytes: Mapping[str, int] | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, with the precision if it is not fp32."""
+        return self.name if self.precision == "fp32" else f"{self.name} {self.precision}"
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """Bytes of all weights files."""
+        return sum((self.bytes or {})[name] for name in self.weights) if self.weights else None
+
+    @property
+    def update_bytes(self) -> int | None:
+        """Bytes of the factors that take a device from the release before to this one."""
+        return self.bytes["factors.safetensors"] if self.bytes and "factors.safetensors" in self.bytes else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Versions and the machine. `runtimes`: measured, or why not."""
+
+    r1export: str
+    python: str
+    torch: str
+    open_clip: str
+    onnx: str
+    onnxruntime: str
+    numpy: str
+    cpu: str
+    threads: int
+    os: str
+    gpu: str | None
+    runtimes: Mapping[str, str]
+    openvino: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseReport:
+    """The evidence for one release."""
+
+    schema: ClassVar[str] = "r1export.report/2"
+    created: str
+    environment: Environment
+    release: ReleaseFacts
+    contents: Contents
+    parity: ParityStages
+    proof: Proof
+    latency: Latency
+    drift: Drift | None = None
+    gaps: Gaps | None = None
+    variant: VariantCost | None = None
+    accuracy: Accuracy | None = None
+
+    @property
+    def name(self) -> str:
+        return self.release.label
+
+    def checks(self) -> Iterator[tuple[str, Check]]:
+        """Every check by its key in `TITLES`, in the order in which a reader wants them."""
+        for group in ("contents", "parity", "proof"):
+            for name, check in named_checks(getattr(self, group)):
+                yield f"{group}.{name}", check
+        yield "latency", self.latency
+
+    @property
+    def verdict(self) -> Verdict:
+        return overall(check.verdict for _, check in self.checks())
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the verdict is not a pass, failures first."""
+        return _reasons(self.checks())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContents:
+    """Whether the run is whole: every task of the recipe has a release, and every release folder belongs to one."""
+
+    tasks: Check
+    releases: Check
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """The evidence for a run: all of its releases in every precision."""
+
+    schema: ClassVar[str] = "r1export.report/2"
+    created: str
+    environment: Environment
+    recipe: Mapping[str, Any]
+    contents: RunContents
+    releases: tuple[ReleaseReport, ...]
+    accuracy: Accuracy
+    gaps: RunGaps | None = None
+
+    @property
+    def name(self) -> str:
+        return "run"
+
+    def checks(self) -> Iterator[tuple[str, Check]]:
+        """The checks of the run itself, by their key in `TITLES`."""
+        for name, check in named_checks(self.contents):
+            yield f"run.{name}", check
+
+    @property
+    def verdict(self) -> Verdict:
+        own = [check.verdict for _, check in self.checks()]
+        return overall([*own, *(report.verdict for report in self.releases)])
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        of_releases = [f"{report.name}: {reason}" for report in self.releases for reason in report.reasons]
+        return (*_reasons(self.checks()), *of_releases)
+
+
+Report = ReleaseReport | RunReport
+
+
+def named_checks(group: Any) -> Iterator[tuple[str, Check]]:
+    """The checks of a result type by the names of their fields."""
+    for f in fields(group):
+        yield f.name, getattr(group, f.name)
+
+
+def _reasons(checks: Iterable[tuple[str, Check]]) -> tuple[str, ...]:
+    """What failed, then what was inconclusive; what was skipped after a failure is no reason of its own."""
+    named = [(key, check) for key, check in checks if check.detail != SKIPPED]
+    words = {Verdict.FAIL: "failed", Verdict.INCONCLUSIVE: "inconclusive"}
+    return tuple(
+        f"{TITLES[key]}: {word}. {check.detail}".strip()
+        for verdict, word in words.items()
+        for key, check in named
+        if check.verdict is verdict
+    )
