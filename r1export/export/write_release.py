@@ -23,6 +23,7 @@ from r1export.export.weight_map import WeightMap
 from r1export.update.atomic_io import new_folder, sha256_bytes, sha256_file, write_file, write_json
 from r1export.update.container import write_tensors
 from r1export.update.factors import Rows
+from r1export.update.golden_samples import GoldenSamples
 from r1export.update.release_layout import (
     CLASS_EMBEDS,
     CLASSES,
@@ -31,10 +32,8 @@ from r1export.update.release_layout import (
     MODEL_CARD,
     PREPROCESS,
     PREPROCESS_GRAPH,
-    TEXTUAL,
     TOKENIZER,
     UNLISTED,
-    VISUAL,
     class_embeddings_file,
     class_names_file,
 )
@@ -62,25 +61,6 @@ class TaskClasses:
 
 
 @dataclass(frozen=True)
-class Golden:
-    """Real inputs and the outputs that torch gives for them: what a client compares its own outputs with."""
-
-    pixel_values: np.ndarray
-    image_embeds: np.ndarray
-    input_ids: np.ndarray
-    text_embeds: np.ndarray
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        """As they stand in golden.safetensors, the widest type first."""
-        return {
-            TEXTUAL.input: self.input_ids,
-            VISUAL.input: self.pixel_values,
-            VISUAL.output: self.image_embeds,
-            TEXTUAL.output: self.text_embeds,
-        }
-
-
-@dataclass(frozen=True)
 class ReleaseContent:
     """Everything that makes one release. `accuracy` is asked for the folder once its graphs and weights are there.
 
@@ -94,7 +74,7 @@ class ReleaseContent:
     updates: tuple[MergedUpdate, ...]
     weights: Mapping[str, np.ndarray]
     tasks: tuple[TaskClasses, ...]
-    golden: Golden
+    golden: GoldenSamples
     preprocess: Mapping[str, Any]
     tokenizer: Any
     graph_digests: Mapping[str, str]

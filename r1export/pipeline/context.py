@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from r1export.adapt.clip import Clip, load_clip
+from r1export.adapt.clip import Clip, digest, load_clip
 from r1export.adapt.image_cache import Pixels
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pool import Pools, PoolSettings
@@ -67,6 +67,11 @@ class RunContext:
     @cached_property
     def base(self) -> dict[str, np.ndarray]:
         return self.clip.parameters()
+
+    @cached_property
+    def base_sha256(self) -> str:
+        """Digest of the base model's parameters."""
+        return digest(self.base)
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:

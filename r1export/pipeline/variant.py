@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -60,10 +60,10 @@ class Variant:
 
     @property
     def gate(self) -> Gate:
-        """fp32 by the recipe; a coarser precision by what its base loses, with a ceiling of its own."""
+        """fp32 by the recipe, where that is stricter; a coarser precision by what its base loses, with a ceiling of its own."""
         settings = self.context.recipe.verify
         gate = GATES[self.precision]
-        return replace(gate, max_abs=settings.max_abs, min_cosine=settings.min_cosine) if self.is_reference else gate
+        return gate.no_laxer_than(settings.max_abs, settings.min_cosine) if self.is_reference else gate
 
     @property
     def tolerance(self) -> GoldenGate:

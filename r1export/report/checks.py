@@ -12,12 +12,17 @@ from r1export.verify.runtime import PROVIDERS
 SHOWS = {
     "contents.manifest": "The manifest is the one that was written, and says what the run says.",
     "contents.files": "Every file is the one that was released; nothing is missing or added.",
+    "contents.base": "The base is the model that the run started from, or that the base release contains.",
     "contents.graphs": "The graphs compute what was released, with the model's own epsilons.",
     "contents.tensors": "The manifest says where every tensor lies, and every value is finite.",
     "contents.weights": "Every parameter is base + factors, bit for bit.",
+    "contents.preprocess": "preprocess.json and preprocess.onnx turn the golden pictures into what the tower was fed.",
+    "contents.tokenizer": "The tokenizer files turn the golden prompts into what the text tower was fed.",
     "contents.classes": "Class embeddings are what the release's own text tower gives.",
     "contents.classifier": "classify.onnx gives the scaled products of image and class embeddings.",
     "contents.golden": "The stored inputs give the stored outputs.",
+    "contents.accuracy": "The accuracies that are claimed are measured again, within the error of the sample.",
+    "contents.card": "README.md is the model card that follows from the manifest.",
     "parity.merge": "The unmerged experts and the merged model agree in torch: the merge is right.",
     "parity.export": "The merged model in torch and in ONNX agree: the export is right.",
     "parity.total": "The unmerged experts in torch and the ONNX model agree: the device runs what was trained.",
@@ -30,6 +35,8 @@ SHOWS = {
     "latency": "In interleaved pairs the merged model takes as long as the base model.",
     "run.tasks": "Every task of the recipe is learned and released.",
     "run.releases": "Every release folder of the run was verified.",
+    "run.gates": "The recipe's gates are no laxer than those of r1export.",
+    "run.metrics": "Transfer, average, last and forgetting follow from the accuracies.",
 }
 
 

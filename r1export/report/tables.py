@@ -33,6 +33,7 @@ from r1export.verify.results import (
     Ratio,
     ReleaseReport,
     Report,
+    Sensitivity,
     RunReport,
     Times,
     VariantCost,
@@ -123,6 +124,17 @@ def contents(report: ReleaseReport) -> Table:
 def ladder(report: ReleaseReport) -> Table:
     """The rungs L0 to L5 and the control."""
     return check_table([line for line in lines(report) if line.group in ("proof", "latency")], "Rung")
+
+
+def sensitivity(found: Sensitivity | None) -> str:
+    """What a release alone cannot notice, in one sentence; empty if it was not measured."""
+    if found is None:
+        return ""
+    change = f"of {scientific(found.relative_change)} or more" if found.relative_change else f"not even of {scientific(found.largest_tried)}"
+    return (
+        f"Sensitivity: the golden samples notice a relative change {change} of all values of {found.parameter}. "
+        "What is smaller, only the run can tell."
+    )
 
 
 def drift(found: Drift | None) -> Table | None:

@@ -181,6 +181,7 @@ def _section(report: ReleaseReport, key: str, pictures: bool) -> dict[str, Any]:
         "verdict": report.verdict,
         "reasons": report.reasons,
         "contents": tables.contents(report),
+        "sensitivity": tables.sensitivity(report.sensitivity),
         "ladder": tables.ladder(report),
         "drift": tables.drift(report.drift),
         "parity": tables.parity(report),

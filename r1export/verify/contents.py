@@ -7,7 +7,6 @@ to be there follows from constants, the recipe and the model, never from what is
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from r1export.update.atomic_io import sha256_bytes, sha256_file
 from r1export.update.container import map_tensors, read_layout, read_tensors
 from r1export.update.factors import ExpertUpdate
 from r1export.update.release_manifest import ReleaseManifest, TensorEntry
+from r1export.verify.client_files import ListedClasses
 from r1export.verify.graph_digest import graph_digest, read_graph
 from r1export.verify.merge_diagnosis import diagnose
 from r1export.verify.results import Check
@@ -174,21 +174,7 @@ def _weight_problems(
         yield f"{name} is not base + factors: {diagnose(name, np.reshape(stored, expected.shape), expected, updates)}"
 
 
-@dataclass(frozen=True)
-class ClassList:
-    """One task: its class names in the order of rows, and the templates that its prompts are made with."""
-
-    task: str
-    classes: tuple[str, ...]
-    templates: tuple[str, ...]
-
-    @property
-    def prompts(self) -> list[str]:
-        """All templates of the first class, then of the next."""
-        return [template.format(name) for name in self.classes for template in self.templates]
-
-
-def check_class_embeddings(release: Path, lists: Iterable[ClassList], embed: Embed, tolerance: float) -> Check:
+def check_class_embeddings(release: Path, lists: Iterable[ListedClasses], embed: Embed, tolerance: float) -> Check:
     """All class embeddings against what the release's own text tower gives now. Counts are classes.
 
     `embed` takes prompts to unit-norm (n, D). A class embedding is the normalised mean over the templates.
@@ -206,7 +192,7 @@ def check_class_embeddings(release: Path, lists: Iterable[ClassList], embed: Emb
     return Check.judge(problems, looked_at=count, of=count, detail=detail)
 
 
-def _class_problems(classes: ClassList, stored: np.ndarray, embed: Embed, tolerance: float) -> Iterator[str]:
+def _class_problems(classes: ListedClasses, stored: np.ndarray, embed: Embed, tolerance: float) -> Iterator[str]:
     file = f"classes/{classes.task}.safetensors"
     if len(stored) != len(classes.classes):
         yield f"{file} has {len(stored)} classes, expected {len(classes.classes)}"
@@ -221,6 +207,20 @@ def _class_problems(classes: ClassList, stored: np.ndarray, embed: Embed, tolera
         worst = int(np.nan_to_num(errors, nan=np.inf).argmax())
         name = classes.classes[worst]
         yield f"{file} is stale: the text tower's embedding of {name!r} differs by {errors[worst]:.2g}, allowed {tolerance:.2g}"
+
+
+def check_base(manifest: ReleaseManifest, sha256: str, source: str) -> Check:
+    """The base that the manifest names has the digest of `source`."""
+    problems = (
+        [] if manifest.base.sha256 == sha256 else [f"manifest.json: base {manifest.base.sha256}, {source} has {sha256}"]
+    )
+    return Check.judge(problems, looked_at=1, of=1, detail=f"the base is {source}")
+
+
+def check_text(path: Path, expected: str) -> Check:
+    """A text is word for word what follows from the manifest."""
+    problems = [] if path.read_bytes() == expected.encode() else [f"{path.name} is not what follows from the manifest"]
+    return Check.judge(problems, looked_at=1, of=1, detail=f"{path.name} follows from the manifest")
 
 
 def check_same_files(left: Path, right: Path, names: Sequence[str], detail: str) -> Check:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from r1export.errors import InputError
-from r1export.update.container import read_tensors
+from r1export.update.container import map_tensors, read_tensors, write_tensors
+from r1export.update.golden_samples import SAMPLES, GoldenSamples
+from r1export.update.release_layout import GOLDEN, VISUAL
 from r1export.update.release_manifest import ReleaseManifest
-from r1export.verify.parity import GATES, TOWERS, Embeddings, ExecutionConfig, Gate, Inputs, compare, run_in_batches
-from r1export.verify.results import Check, Parity
+from r1export.verify.parity import (
+    GATES,
+    TOWERS,
+    Embeddings,
+    ExecutionConfig,
+    Gate,
+    Inputs,
+    compare,
+    difference,
+    run_in_batches,
+)
+from r1export.verify.results import Check, Parity, Sensitivity
 from r1export.verify.runtime import onnx_model, open_session, runner
 
-SAMPLES = 8  # images, and prompts, in golden.safetensors
 BATCHES = (1, 2, 5, 0)
 CLASSIFIED = 4  # golden images that are classified: each one meets the classes of every task
+CHANGES = tuple(10.0 ** (n / 4) for n in range(-24, 1))  # relative changes that are tried, 1e-6 to 1
 FLOAT32 = 2.0**-24  # rounding of one operation
 ROUNDED = 16  # operations beside the products of a logit: exp, scale, bias, and a unit norm that is not quite one
 
@@ -28,15 +42,20 @@ def golden_parity(
 
     `control` is the same stage of the base release. Raises CheckFailed if the release cannot be run, InputError as `manifest_gate`.
     """
-    samples = read_tensors(release / "golden.safetensors")
-    inputs = Inputs(samples["pixel_values"], samples["input_ids"])
-    expected = Embeddings(samples["image_embeds"], samples["text_embeds"])
+    samples = read_golden(release)
+    inputs = Inputs(samples.pixel_values, samples.input_ids)
+    expected = Embeddings(samples.image_embeds, samples.text_embeds)
     gate = manifest_gate(manifest)
     outputs: dict[ExecutionConfig, Embeddings] = {}
     for provider in providers:
         configs = [ExecutionConfig(provider, "all", batch) for batch in BATCHES]
         outputs |= run_in_batches(onnx_model(release, provider=provider), inputs, configs)
     return compare(expected, outputs, gate, control, of=len(TOWERS) * SAMPLES)
+
+
+def read_golden(release: Path) -> GoldenSamples:
+    """Raises InputError if they cannot be read."""
+    return GoldenSamples.from_tensors(read_tensors(release / GOLDEN))
 
 
 def manifest_gate(manifest: ReleaseManifest) -> Gate:
@@ -60,6 +79,40 @@ def check_golden(release: Path, manifest: ReleaseManifest) -> Check:
     )
 
 
+def golden_sensitivity(release: Path, manifest: ReleaseManifest) -> Sensitivity:
+    """The smallest relative change of one matrix of the image tower that its golden samples notice, to a quarter of a decade.
+
+    The matrix is the middle one of the largest; an int8 one is changed by its scales. Raises CheckFailed if it cannot be run.
+    """
+    parameter = _middle_matrix(manifest)
+    samples, gate = read_golden(release), manifest_gate(manifest)
+    tensors = {name: value.copy() for name, value in map_tensors(release / VISUAL.weights).items()}
+    target = manifest.tensors[parameter].scale or parameter
+    with TemporaryDirectory() as folder:
+        shutil.copyfile(release / VISUAL.graph, Path(folder) / VISUAL.graph)
+
+        def notices(change: float) -> bool:
+            scaled = (tensors[target].astype(np.float32) * np.float32(1 + change)).astype(tensors[target].dtype)
+            write_tensors(Path(folder) / VISUAL.weights, tensors | {target: scaled})
+            embeds = runner(open_session(Path(folder) / VISUAL.graph))({VISUAL.input: samples.pixel_values})
+            distance = difference(samples.image_embeds, [embeds])
+            return not (distance.max_abs is not None and distance.max_abs <= gate.max_abs)
+
+        low, high = 0, len(CHANGES)
+        while low < high:  # the smallest that is noticed: a larger change errs more
+            middle = (low + high) // 2
+            low, high = (low, middle) if notices(CHANGES[middle]) else (middle + 1, high)
+    smallest = CHANGES[low] if low < len(CHANGES) else None
+    return Sensitivity(parameter=parameter, relative_change=smallest, largest_tried=CHANGES[-1])
+
+
+def _middle_matrix(manifest: ReleaseManifest) -> str:
+    matrices = {n: e for n, e in manifest.tensors.items() if e.file == VISUAL.weights and len(e.shape) == 2}
+    largest = max(entry.nbytes for entry in matrices.values())
+    names = [name for name, entry in matrices.items() if entry.nbytes == largest]
+    return names[len(names) // 2]
+
+
 def check_classifier(release: Path, tasks: Sequence[str], scalars: Mapping[str, np.ndarray]) -> Check:
     """classify.onnx against logits = exp(logit_scale) image_embeds class_embeds^T + logit_bias, in float64 from visual.onnx.
 
@@ -67,7 +120,7 @@ def check_classifier(release: Path, tasks: Sequence[str], scalars: Mapping[str, 
     both graphs, and what follows them is float32 in every precision: a sum of D products errs by at most D roundings of
     (scale + |bias|). Counts are tasks. Raises CheckFailed if a graph cannot be run.
     """
-    pixels = {"pixel_values": read_tensors(release / "golden.safetensors")["pixel_values"][:CLASSIFIED]}
+    pixels = {"pixel_values": read_golden(release).pixel_values[:CLASSIFIED]}
     embed, classify = (runner(open_session(release / f"{name}.onnx")) for name in ("visual", "classify"))
     embeds = embed(pixels).astype(np.float64)
     scale, bias = np.exp(_scalar(scalars, "logit_scale")), _scalar(scalars, "logit_bias")

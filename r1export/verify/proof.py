@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from r1export.update.atomic_io import sha256_file
 from r1export.verify import openvino_program
 from r1export.verify.graph_digest import graph_digest
 from r1export.verify.ort_profile import Execution, execute
-from r1export.verify.results import Check, Proof, Rung, overall
+from r1export.verify.results import Check, Proof, Rung
 from r1export.verify.runtime import PROVIDERS
 
 PEAK_TOLERANCE = 0.01  # where threads take turns, the allocator's peak moves by a block
@@ -193,8 +193,4 @@ def joined_controls(by_tower: Mapping[str, Check]) -> Check:
     """One control of several towers, which has to be told apart in all of them."""
     if not by_tower:
         return Check.unmeasured("the update changes no weight of either tower")
-    detail = "; ".join(f"{tower} tower: {check.detail}" for tower, check in by_tower.items())
-    looked_at = sum(check.looked_at for check in by_tower.values())
-    return Check(
-        verdict=overall(c.verdict for c in by_tower.values()), looked_at=looked_at, of=len(by_tower), detail=detail
-    )
+    return Check.joined(replace(check, detail=f"{tower} tower: {check.detail}") for tower, check in by_tower.items())

@@ -20,12 +20,17 @@ RUNGS = ("same_file", "graph", "optimized_graph", "executed_ops", "cost")
 TITLES = {  # of the checks of a release, by group and name
     "contents.manifest": "Manifest",
     "contents.files": "Files",
+    "contents.base": "Base",
     "contents.graphs": "Graphs",
     "contents.tensors": "Tensor map",
     "contents.weights": "Weights",
+    "contents.preprocess": "Preprocessing",
+    "contents.tokenizer": "Tokenizer",
     "contents.classes": "Classes",
     "contents.classifier": "Classifier",
     "contents.golden": "Golden samples",
+    "contents.accuracy": "Accuracy",
+    "contents.card": "Model card",
     "parity.merge": "Merge parity",
     "parity.export": "Export parity",
     "parity.total": "Total parity",
@@ -38,6 +43,8 @@ TITLES = {  # of the checks of a release, by group and name
     "latency": "L5 Time",
     "run.tasks": "Tasks",
     "run.releases": "Release folders",
+    "run.gates": "Gates",
+    "run.metrics": "Metrics",
 }
 
 
@@ -102,6 +109,15 @@ class Check:
     def failed(cls, reason: str, *, looked_at: int = 0, of: int = 0) -> Self:
         """A failure without figures: what was to be measured could not even be run."""
         return cls(verdict=Verdict.FAIL, looked_at=looked_at, of=of, detail=reason)
+
+    @classmethod
+    def joined(cls, checks: Iterable[Check]) -> Check:
+        """One check of several that belong together; at least one is needed."""
+        listed = list(checks)
+        verdict = overall(check.verdict for check in listed)
+        telling = [c.detail for c in listed if c.verdict is verdict or verdict is Verdict.PASS]
+        looked_at, of = sum(c.looked_at for c in listed), sum(c.of for c in listed)
+        return Check(verdict=verdict, looked_at=looked_at, of=of, detail="; ".join(telling))
 
     @classmethod
     def unmeasured(cls, reason: str, *, of: int = 0) -> Self:
@@ -301,12 +317,17 @@ class Contents:
 
     manifest: Check
     files: Check
+    base: Check
     graphs: Check
     tensors: Check
     weights: Check
+    preprocess: Check
+    tokenizer: Check
     classes: Check
     classifier: Check
     golden: Check
+    accuracy: Check
+    card: Check
 
     @classmethod
     def only(cls, reason: str, **measured: Check) -> Contents:
@@ -316,6 +337,18 @@ class Contents:
     @property
     def verdict(self) -> Verdict:
         return overall(check.verdict for _, check in named_checks(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """What golden samples alone can notice: the smallest relative change of all values of `parameter` that fails them.
+
+    None: not even `largest_tried` does.
+    """
+
+    parameter: str
+    relative_change: float | None
+    largest_tried: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,6 +490,7 @@ class ReleaseReport:
     parity: ParityStages
     proof: Proof
     latency: Latency
+    sensitivity: Sensitivity | None = None
     drift: Drift | None = None
     gaps: Gaps | None = None
     variant: VariantCost | None = None
@@ -485,10 +519,15 @@ class ReleaseReport:
 
 @dataclass(frozen=True, kw_only=True)
 class RunContents:
-    """Whether the run is whole: every task of the recipe has a release, and every release folder belongs to one."""
+    """Whether the run is whole: every task of the recipe has a release, every release folder belongs to one, the recipe's
+
+    gates are no laxer than ours, and the summary of accuracies follows from them.
+    """
 
     tasks: Check
     releases: Check
+    gates: Check
+    metrics: Check
 
 
 @dataclass(frozen=True, kw_only=True)

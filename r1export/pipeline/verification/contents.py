@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from torch.nn import LayerNorm
 
+from r1export.export.tokenizer import write_tokenizer
+from r1export.export.write_release import model_card
 from r1export.pipeline.context import RunContext
 from r1export.pipeline.variant import ReleaseRef
-from r1export.run_folder import read_json
-from r1export.update.atomic_io import sha256_file
-from r1export.update.release_layout import GRAPHS, UNLISTED
+from r1export.pipeline.verification.accuracy import check_accuracies
+from r1export.update.atomic_io import json_bytes, sha256_file
+from r1export.update.golden_samples import PICTURES, SAMPLES
+from r1export.update.release_layout import (
+    GOLDEN,
+    GRAPHS,
+    MODEL_CARD,
+    PREPROCESS,
+    PREPROCESS_GRAPH,
+    TEXTUAL,
+    TOKENIZER,
+    TOWERS,
+    UNLISTED,
+    class_embeddings_file,
+    class_names_file,
+)  # fmt: skip
 from r1export.update.release_manifest import MergedUpdate, ReleaseManifest, TaskEntry
 from r1export.verify import contents
-from r1export.verify.contents import ClassList, Embed, attempt
-from r1export.verify.golden import check_classifier, check_golden
+from r1export.verify.client_files import ListedClasses, check_preprocess, check_tokenizer
+from r1export.verify.contents import Embed, attempt
+from r1export.verify.golden import check_classifier, check_golden, read_golden
 from r1export.verify.graph_digest import graph_digest
-from r1export.verify.results import Check, Contents, Verdict, overall
+from r1export.verify.results import SKIPPED, Check, Contents, Verdict, overall
 from r1export.verify.runtime import open_session, runner
 
 BATCH = 64  # prompts embedded at a time
-TOWER_GRAPHS = ("visual.onnx", "textual.onnx")
-WEIGHTS = ("visual.safetensors", "textual.safetensors")
-NOT_THE_RELEASE = "manifest and files are not those of the release, so nothing else was looked at"
+TOWER_GRAPHS = tuple(tower.graph for tower in TOWERS)
+WEIGHT_FILES = tuple(tower.weights for tower in TOWERS)
 
 
 def required_files(tasks: Sequence[str]) -> tuple[str, ...]:
     """The files that every release has, whatever its manifest lists."""
-    classes = [f"classes/{task}.{kind}" for task in tasks for kind in ("safetensors", "json")]
-    return (*GRAPHS, *WEIGHTS, "golden.safetensors", "preprocess.json", "tokenizer/tokenizer.json", *classes)
+    classes = [name(task) for task in tasks for name in (class_embeddings_file, class_names_file)]
+    return (*GRAPHS, *WEIGHT_FILES, GOLDEN, PREPROCESS, f"{TOKENIZER}/tokenizer.json", *classes)
 
 
 def check_manifest_and_files(release: Path, manifest: ReleaseManifest, tasks: Sequence[str], expected: dict[str, object]) -> dict[str, Check]:  # fmt: skip
@@ -47,21 +64,26 @@ def check_contents(ref: ReleaseRef, manifest: ReleaseManifest) -> Contents:
     tasks = [task.name for task in context.tasks]
     identity = check_manifest_and_files(path, manifest, tasks, expected_fields(ref))
     if overall(check.verdict for check in identity.values()) is Verdict.FAIL:
-        return Contents.only(NOT_THE_RELEASE, **identity)
+        return Contents.only(SKIPPED, **identity)
     parameters = ref.variant.tensors(ref.updates)
     updates = list(zip(ref.learned, ref.updates, strict=True))
     epsilons = {
         name: module.eps for name, module in context.clip.model.named_modules() if isinstance(module, LayerNorm)
     }
-    classes = sum(len(task.classes) for task in context.tasks)
+    count, classes = len(parameters), sum(len(task.classes) for task in context.tasks)
     return Contents(
         **identity,
+        base=contents.check_base(manifest, context.base_sha256, "the model that the run started from"),
         graphs=attempt(lambda: contents.check_epsilons(path, TOWER_GRAPHS, epsilons), of=len(epsilons)),
-        tensors=attempt(lambda: contents.check_tensor_map(path, manifest, WEIGHTS), of=len(parameters)),
-        weights=attempt(lambda: contents.check_weights(path, manifest, parameters, updates), of=len(parameters)),
+        tensors=attempt(lambda: contents.check_tensor_map(path, manifest, WEIGHT_FILES), of=count),
+        weights=attempt(lambda: contents.check_weights(path, manifest, parameters, updates), of=count),
+        preprocess=attempt(lambda: _check_preprocess(ref), of=PICTURES),
+        tokenizer=attempt(lambda: _check_tokenizer(ref), of=SAMPLES),
         classes=attempt(lambda: _check_classes(ref), of=classes),
         classifier=attempt(lambda: check_classifier(path, tasks, parameters), of=len(tasks)),
-        golden=attempt(lambda: check_golden(path, manifest), of=1),
+        golden=attempt(lambda: check_golden(path, manifest), of=SAMPLES),
+        accuracy=attempt(lambda: check_accuracies(ref, manifest), of=len(tasks)),
+        card=attempt(lambda: contents.check_text(path / MODEL_CARD, model_card(manifest)), of=1),
     )
 
 
@@ -73,7 +95,7 @@ def expected_fields(ref: ReleaseRef) -> dict[str, object]:
         "sequence": ref.number,
         "procedure": variant.procedure,
         "precision": variant.precision,
-        "base": context.run.base(),
+        "base": replace(context.run.base(), sha256=context.base_sha256),
         "updates": tuple(
             MergedUpdate(name, sha256_file(context.run.task(i, name).factors)) for i, name in enumerate(ref.learned, 1)
         ),
@@ -91,42 +113,55 @@ def _expected_tasks(ref: ReleaseRef) -> tuple[TaskEntry, ...]:
     )
 
 
+def _check_preprocess(ref: ReleaseRef) -> Check:
+    """The files are those that the run's model gives, and do to pictures what the model's own preprocessing does."""
+    expected = json_bytes(ref.context.clip.preprocess.to_json())
+    problems = [] if (ref.path / PREPROCESS).read_bytes() == expected else [f"{PREPROCESS} is not that of the model"]
+    exported = ref.variant.exports.graphs / PREPROCESS_GRAPH
+    here = ref.path / PREPROCESS_GRAPH
+    if exported.exists() != here.exists() or (here.exists() and exported.read_bytes() != here.read_bytes()):
+        problems.append(f"{PREPROCESS_GRAPH} is not the one that was exported")
+    files = Check.judge(problems, looked_at=2, of=2, detail="the files are those of the model")
+    return Check.joined([files, check_preprocess(ref.path, read_golden(ref.path))])
+
+
+def _check_tokenizer(ref: ReleaseRef) -> Check:
+    """The files are those that the run's tokenizer gives, and give the ids that it gives."""
+    with TemporaryDirectory() as folder:
+        write_tokenizer(ref.context.clip.tokenizer, Path(folder) / TOKENIZER)
+        written = {path.name: path.read_bytes() for path in (Path(folder) / TOKENIZER).iterdir()}
+    here = {path.name: path.read_bytes() for path in (ref.path / TOKENIZER).iterdir()}
+    problems = [
+        f"{TOKENIZER}/{name} is not that of the model" for name in sorted(written) if here.get(name) != written[name]
+    ]
+    files = Check.judge(problems, looked_at=len(written), of=len(written), detail="the files are those of the model")
+    return Check.joined([files, check_tokenizer(ref.path, read_golden(ref.path))])
+
+
 def _check_classes(ref: ReleaseRef) -> Check:
     """Class embeddings follow from the text tower in fp32; the other precisions carry the same files."""
     tasks = ref.context.tasks
     if not ref.variant.is_reference:
-        files = [f"classes/{task.name}.{kind}" for task in tasks for kind in ("safetensors", "json")]
+        files = [name(task.name) for task in tasks for name in (class_embeddings_file, class_names_file)]
         detail = f"the embeddings of {len(tasks)} tasks are those of the fp32 release"
         return contents.check_same_files(ref.path, ref.reference.path, files, detail)
-    lists = [ClassList(task.name, task.classes, task.templates) for task in tasks]
-    listed = [problem for task in lists for problem in _list_problems(ref.path, task)]
-    check = contents.check_class_embeddings(
-        ref.path, lists, _embedder(ref.context, ref.path), 2 * ref.variant.gate.max_abs
-    )
-    return (
-        Check.failed("; ".join([*listed, *([check.detail] if check.verdict is Verdict.FAIL else [])]), of=check.of)
-        if listed
-        else check
-    )
+    lists = [ListedClasses(task.name, task.classes, task.templates, task.name in ref.learned) for task in tasks]
+    problems = [
+        f"{class_names_file(one.task)} is not what the task says"
+        for one in lists
+        if ListedClasses.read(ref.path / class_names_file(one.task)) != one
+    ]
+    named = Check.judge(problems, looked_at=len(lists), of=len(lists), detail="the names are those of the tasks")
+    embed = _embedder(ref.context, ref.path)
+    return Check.joined([named, contents.check_class_embeddings(ref.path, lists, embed, 2 * ref.variant.gate.max_abs)])
 
 
 def _embedder(context: RunContext, path: Path) -> Embed:
-    """Prompts -> embeddings by the release's own text tower."""
-    run = runner(open_session(path / "textual.onnx"))
+    """Prompts -> embeddings by the release's own text tower, with the tokenizer of the lab."""
+    run = runner(open_session(path / TEXTUAL.graph))
 
     def embed(prompts: list[str]) -> np.ndarray:
         tokens = context.clip.tokenize(prompts).cpu().numpy()
-        return np.concatenate([run({"input_ids": tokens[i : i + BATCH]}) for i in range(0, len(tokens), BATCH)])
+        return np.concatenate([run({TEXTUAL.input: tokens[i : i + BATCH]}) for i in range(0, len(tokens), BATCH)])
 
     return embed
-
-
-def _list_problems(path: Path, expected: ClassList) -> list[str]:
-    """Names and templates in classes/TASK.json that are not the task's."""
-    listed = read_json(path / "classes" / f"{expected.task}.json", "export the run again")
-    fields = {"classes": list(expected.classes), "templates": list(expected.templates)}
-    return [
-        f"classes/{expected.task}.json: other {field} than the task has"
-        for field, value in fields.items()
-        if listed.get(field) != value
-    ]

@@ -68,6 +68,12 @@ def test_images(context: RunContext, task: Task) -> LabelledImages:
     return LabelledImages(context.tests[task.name].batch(chosen), task.test.labels[chosen])
 
 
+def accuracy_images(context: RunContext, task: Task) -> np.ndarray:
+    """Which test images accuracies are measured on again: all that small models take in a second, fewer for large ones."""
+    count = _by_size(context, 64, 400)
+    return np.sort(np.random.default_rng(context.recipe.train.seed).permutation(len(task.test))[:count])
+
+
 def calibration(context: RunContext) -> dict[str, np.ndarray]:
     """Training images of all tasks and prompts of their classes, at most CALIBRATION of each, as the towers take them."""
     rng, share = np.random.default_rng(context.recipe.train.seed), max(1, CALIBRATION // len(context.tasks))

@@ -6,20 +6,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from r1export.adapt.clip import digest
 from r1export.errors import Unsupported
+from r1export.export.write_release import model_card
 from r1export.pipeline.environment import environment, now
-from r1export.pipeline.verification.contents import WEIGHTS, check_manifest_and_files
+from r1export.pipeline.verification.contents import WEIGHT_FILES, check_manifest_and_files
 from r1export.pipeline.verification.latency import opener, timeable
 from r1export.pipeline.verification.proof import graph_feeds, run_graphs
 from r1export.recipe import Verify
+from r1export.report.write import remove_reports
 from r1export.update.atomic_io import sha256_file
-from r1export.update.container import map_tensors, read_tensors
-from r1export.update.release_layout import GRAPHS, MANIFEST
-from r1export.update.release_manifest import ReleaseManifest
+from r1export.update.container import map_tensors
+from r1export.update.golden_samples import PICTURES, SAMPLES
+from r1export.update.release_layout import GRAPHS, MANIFEST, MODEL_CARD, VISUAL, class_names_file
+from r1export.update.release_manifest import ReleaseManifest, TensorEntry
+from r1export.update.run_layout import FP32
 from r1export.verify import contents, latency, parity, proof
+from r1export.verify.client_files import ListedClasses, check_preprocess, check_tokenizer, client_embed
 from r1export.verify.contents import UNREADABLE, attempt
-from r1export.verify.golden import check_classifier, check_golden, golden_parity
+from r1export.verify.golden import check_classifier, check_golden, golden_parity, golden_sensitivity, read_golden
 from r1export.verify.latency import DEFAULT_BUDGET, Contenders, TimingBudget
+from r1export.verify.parity import GATES
 from r1export.verify.proof import Feeds
 from r1export.verify.results import (
     SKIPPED,
@@ -36,6 +45,7 @@ from r1export.verify.results import (
     overall,
 )  # fmt: skip
 from r1export.verify.runtime import PROVIDERS, check_provider
+from r1export.verify.trial import Limits, limits_for, try_graphs
 
 NO_RUN = "a release alone does not know what it was trained from: verify its run"
 NO_BASE = "there is no base release next to it (../00-base) that it could be compared with"
@@ -43,55 +53,117 @@ IS_BASE = "the base release is what the others are compared with"
 
 
 def verify_release(
-    path: Path, providers: Sequence[str] = (), budget: TimingBudget | None = DEFAULT_BUDGET
+    path: Path,
+    providers: Sequence[str] = (),
+    budget: TimingBudget | None = DEFAULT_BUDGET,
+    limits: Limits | None = None,
 ) -> ReleaseReport:
     """Verify a release by its own golden samples, and against the base release next to it (../00-base), if there is one.
 
-    Nothing is trained or run in torch, and nothing is timed without a `budget`.
+    Nothing is trained or run in torch, and nothing is timed without a `budget`. The graphs are run in a process of their own
+    first, within `limits` (by default what `limits_for` gives). An old report that no longer holds is deleted.
 
     Raises InputError if `path` is no release, Unsupported for a missing provider.
     """
     manifest, providers = ReleaseManifest.read(path), tuple(providers) or ("cpu",)
     for provider in providers:
         check_provider(provider)
-    found = own_contents(path, manifest)
     report = ReleaseReport(
         created=now(),
         environment=environment(providers),
         release=_facts(path, manifest),
-        contents=found,
+        contents=own_contents(path, manifest, limits),
         parity=ParityStages.unmeasured(SKIPPED),
         proof=Proof.unmeasured(SKIPPED),
         latency=Latency.unmeasured(SKIPPED),
     )
-    if Verdict.FAIL in (found.manifest.verdict, found.files.verdict):
-        return report
+    if report.contents.golden.detail != SKIPPED:
+        report = _measured(report, path, manifest, providers, budget)
+    if report.verdict is Verdict.FAIL:
+        remove_reports(path)
+    return report
+
+
+def _measured(
+    report: ReleaseReport, path: Path, manifest: ReleaseManifest, providers: Sequence[str], budget: TimingBudget | None
+) -> ReleaseReport:
+    """The report of a release whose graphs can be run."""
     unknown, base = Parity.not_applicable(NO_RUN), _base_of(path)
     export = _export_parity(path, manifest, base, providers)
     report = replace(report, parity=ParityStages(merge=unknown, export=export, total=unknown))
-    if Verdict.FAIL in (found.verdict, export.verdict):
+    if Verdict.FAIL in (report.contents.verdict, export.verdict):
         return report
+    report = replace(report, sensitivity=golden_sensitivity(path, manifest))
     if base is None:
         reason = NO_BASE if manifest.sequence else IS_BASE
         return replace(report, proof=Proof.not_applicable(reason), latency=Latency.not_applicable(reason))
     return _compare_with_base(report, path, base, providers, budget)
 
 
-def own_contents(path: Path, manifest: ReleaseManifest) -> Contents:
+def own_contents(path: Path, manifest: ReleaseManifest, limits: Limits | None = None) -> Contents:
     """What a release can be asked without its run."""
     tasks = [task.name for task in manifest.tasks]
     identity = check_manifest_and_files(path, manifest, tasks, {})
     if overall(check.verdict for check in identity.values()) is Verdict.FAIL:
         return Contents.only(SKIPPED, **identity)
+    if problem := try_graphs(path, limits or limits_for(path)):
+        return Contents.only(SKIPPED, **identity, graphs=Check.failed(problem, of=len(GRAPHS)))
+    classes = sum(task.classes for task in manifest.tasks)
     return Contents(
         **identity,
+        base=attempt(lambda: _check_base(path, manifest), of=1),
         graphs=attempt(lambda: contents.check_programs(path, manifest, GRAPHS), of=len(GRAPHS)),
-        tensors=attempt(lambda: contents.check_tensor_map(path, manifest, WEIGHTS), of=len(manifest.tensors)),
+        tensors=attempt(lambda: contents.check_tensor_map(path, manifest, WEIGHT_FILES), of=len(manifest.tensors)),
         weights=Check.not_applicable(NO_RUN),
-        classes=Check.not_applicable(NO_RUN),
-        classifier=attempt(lambda: check_classifier(path, tasks, map_tensors(path / WEIGHTS[0])), of=len(tasks)),
-        golden=attempt(lambda: check_golden(path, manifest), of=1),
+        preprocess=attempt(lambda: check_preprocess(path, read_golden(path)), of=PICTURES),
+        tokenizer=attempt(lambda: check_tokenizer(path, read_golden(path)), of=SAMPLES),
+        classes=attempt(lambda: _check_classes(path, manifest), of=classes),
+        classifier=attempt(lambda: check_classifier(path, tasks, map_tensors(path / VISUAL.weights)), of=len(tasks)),
+        golden=attempt(lambda: check_golden(path, manifest), of=SAMPLES),
+        accuracy=Check.not_applicable(NO_RUN),
+        card=attempt(lambda: contents.check_text(path / MODEL_CARD, model_card(manifest)), of=1),
     )
+
+
+def _check_base(path: Path, manifest: ReleaseManifest) -> Check:
+    """The base release is the base that it names; another release names the base of the base release next to it."""
+    base = _base_of(path)
+    if base is not None:
+        return contents.check_base(manifest, ReleaseManifest.read(base).base.sha256, "the base release next to it")
+    if manifest.sequence or manifest.precision != FP32:
+        return Check.not_applicable(NO_BASE)
+    tensors = {name: value for file in WEIGHT_FILES for name, value in map_tensors(path / file).items()}
+    model = {name: _as_in_model(tensors[name], entry) for name, entry in manifest.tensors.items()}
+    return contents.check_base(manifest, digest(model), "its own weights")
+
+
+def _as_in_model(stored: np.ndarray, entry: TensorEntry) -> np.ndarray:
+    """A tensor in the shape that it has in the model, which the rows of its entry tell: none for a scalar."""
+    value = stored.T if entry.transposed else stored
+    if not entry.rows:
+        return value.reshape(())
+    while value.shape[0] == 1 and value.ndim > 1 and entry.rows[-1][1] != 1:
+        value = value[0]
+    return value
+
+
+def _check_classes(path: Path, manifest: ReleaseManifest) -> Check:
+    """The listed names give the class embeddings, by the release's own tokenizer and text tower; every task has its own."""
+    lists = [ListedClasses.read(path / class_names_file(task.name)) for task in manifest.tasks]
+    problems = [
+        f"{class_names_file(task.name)} lists {len(one.classes)} classes of {one.task}, manifest.json {task.classes} of {task.name}"
+        for task, one in zip(manifest.tasks, lists, strict=True)
+        if (one.task, len(one.classes), one.learned) != (task.name, task.classes, task.learned)
+    ]
+    learned = {update.task for update in manifest.updates}
+    problems += [
+        f"manifest.json: {t.name} is learned without an update"
+        for t in manifest.tasks
+        if t.learned and t.name not in learned
+    ]
+    listed = Check.judge(problems, looked_at=len(lists), of=len(lists), detail="names and tasks agree")
+    tolerance = 2 * GATES[manifest.precision].max_abs
+    return Check.joined([listed, contents.check_class_embeddings(path, lists, client_embed(path), tolerance)])
 
 
 def _facts(path: Path, manifest: ReleaseManifest) -> ReleaseFacts:
@@ -141,9 +213,9 @@ def _compare_with_base(
     report: ReleaseReport, path: Path, base: Path, providers: Sequence[str], budget: TimingBudget | None
 ) -> ReleaseReport:
     """Proof and latency against the base release."""
-    golden = read_tensors(path / "golden.safetensors")
-    inputs = parity.Inputs(golden["pixel_values"], golden["input_ids"])
-    feeds = graph_feeds(inputs, golden["image_embeds"].shape[1])
+    golden = read_golden(path)
+    inputs = parity.Inputs(golden.pixel_values, golden.input_ids)
+    feeds = graph_feeds(inputs, golden.image_embeds.shape[1])
     base_graphs, graphs = ({name: folder / name for name in GRAPHS} for folder in (base, path))
     executions = run_graphs(base, feeds, providers)
     control = Check.not_applicable(NO_RUN)

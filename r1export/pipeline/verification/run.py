@@ -7,10 +7,11 @@ from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 
+from r1export.adapt.metrics import stream_metrics
 from r1export.errors import InputError, Unsupported
 from r1export.pipeline.context import RunContext
 from r1export.pipeline.environment import absent, environment, now
-from r1export.pipeline.variant import ReleaseRef, Variant
+from r1export.pipeline.variant import REFERENCE, ReleaseRef, Variant
 from r1export.pipeline.verification.freezing_gaps import summarize
 from r1export.pipeline.verification.inputs import gallery
 from r1export.pipeline.verification.parity import TorchRun
@@ -20,6 +21,7 @@ from r1export.report.write import remove_reports, write_report
 from r1export.run_folder import RunMetrics
 from r1export.update.factors import ExpertUpdate
 from r1export.verify.latency import DEFAULT_BUDGET, TimingBudget
+from r1export.verify.parity import GATES
 from r1export.verify.results import Accuracy, Check, ReleaseReport, RunContents, RunReport, Verdict
 from r1export.verify.runtime import check_provider
 
@@ -106,10 +108,48 @@ def _run_report(
         created=conditions.created,
         environment=conditions.environment,
         recipe=context.recipe.model_dump(mode="json"),
-        contents=RunContents(tasks=_check_tasks(context, refs), releases=_check_folders(context, refs)),
+        contents=RunContents(
+            tasks=_check_tasks(context, refs),
+            releases=_check_folders(context, refs),
+            gates=_check_gates(context),
+            metrics=_check_metrics(context.run.metrics()),
+        ),
         releases=tuple(by_variant),
         accuracy=accuracy_of(context.run.metrics()),
         gaps=summarize(gaps),
+    )
+
+
+def _check_gates(context: RunContext) -> Check:
+    """A recipe may only make the gates stricter: with laxer ones nothing is said about what r1export stands for."""
+    settings, gate = context.recipe.verify, GATES[REFERENCE]
+    lax = [
+        f"verify.{name} = {stated:g} is laxer than {ours:g}"
+        for name, stated, ours in (
+            ("max_abs", settings.max_abs, gate.max_abs),
+            ("min_cosine", -settings.min_cosine, -gate.min_cosine),
+        )
+        if stated > ours
+    ]
+    detail = "; ".join(lax) or "the recipe's gates are no laxer than those of r1export"
+    return Check(verdict=Verdict.INCONCLUSIVE if lax else Verdict.PASS, looked_at=2, of=2, detail=detail)
+
+
+def _check_metrics(metrics: RunMetrics) -> Check:
+    """The summary of metrics.json follows from its matrix."""
+    if len(metrics.accuracy) != len(metrics.tasks):
+        return Check.unmeasured(f"{len(metrics.accuracy)} of {len(metrics.tasks)} tasks have a row of accuracies", of=4)
+    summary = stream_metrics(metrics.accuracy)
+    stated = (metrics.transfer, metrics.avg, metrics.last, metrics.forgetting)
+    follows = (summary.transfer, summary.avg, summary.last, summary.forgetting)
+    names = ("transfer", "avg", "last", "forgetting")
+    problems = [
+        f"metrics.json: {name} is {left}, its matrix says {right}"
+        for name, left, right in zip(names, stated, follows, strict=True)
+        if left != right
+    ]
+    return Check.judge(
+        problems, looked_at=4, of=4, detail="transfer, average, last and forgetting follow from the matrix"
     )
 
 

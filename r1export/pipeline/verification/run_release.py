@@ -10,7 +10,7 @@ import numpy as np
 
 from r1export.errors import CheckFailed, R1ExportError
 from r1export.pipeline.variant import ReleaseRef
-from r1export.pipeline.verification.contents import WEIGHTS, check_contents
+from r1export.pipeline.verification.contents import WEIGHT_FILES, check_contents
 from r1export.pipeline.verification.freezing_gaps import measure_gaps
 from r1export.pipeline.verification.inputs import test_images
 from r1export.pipeline.verification.latency import release_latency, variant_speed
@@ -152,8 +152,8 @@ def _variant_cost(ref: ReleaseRef, manifest: ReleaseManifest, base: BaseMeasurem
     accuracies = {task.name: task.accuracy for task in ReleaseManifest.read(reference).tasks}
     return VariantCost(
         precision=ref.variant.precision,
-        bytes={name: (ref.path / name).stat().st_size for name in WEIGHTS},
-        bytes_fp32={name: (reference / name).stat().st_size for name in WEIGHTS},
+        bytes={name: (ref.path / name).stat().st_size for name in WEIGHT_FILES},
+        bytes_fp32={name: (reference / name).stat().st_size for name in WEIGHT_FILES},
         accuracy={task.name: task.accuracy for task in manifest.tasks if task.accuracy is not None},
         accuracy_fp32={name: accuracy for name, accuracy in accuracies.items() if accuracy is not None},
         speed=base.speed,
@@ -179,7 +179,7 @@ def _drift(ref: ReleaseRef, conditions: Conditions) -> Drift | None:
 def _release_facts(ref: ReleaseRef) -> ReleaseFacts:
     """Names, sizes and digests, as far as the files are there."""
     base, path = ref.context.run.base(), ref.path
-    sizes = {name: (path / name).stat().st_size for name in WEIGHTS if (path / name).is_file()}
+    sizes = {name: (path / name).stat().st_size for name in WEIGHT_FILES if (path / name).is_file()}
     if ref.number:
         factors = ref.context.run.task(ref.number, ref.task.name).factors
         sizes[factors.name] = factors.stat().st_size
@@ -192,7 +192,7 @@ def _release_facts(ref: ReleaseRef) -> ReleaseFacts:
         base=base.name,
         base_sha256=base.sha256,
         graph={name: sha256_file(path / name) for name in GRAPHS if (path / name).is_file()},
-        weights={name: sha256_file(path / name) for name in WEIGHTS if (path / name).is_file()},
+        weights={name: sha256_file(path / name) for name in WEIGHT_FILES if (path / name).is_file()},
         bytes=sizes,
     )
 

@@ -1,0 +1,72 @@
+"""The samples of a release: real pictures and prompts, what the towers take for them, and what they give.
+
+A client that reproduces them does what the lab did, from the picture to the embedding and from the prompt to the embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from r1export.errors import InputError
+from r1export.update.release_layout import GOLDEN, TEXTUAL, VISUAL
+
+SAMPLES = 8  # images, and prompts, in every release
+PICTURES = 3  # images that are there as pictures too
+_PROMPTS = "prompts"
+
+
+@dataclass(frozen=True)
+class GoldenSamples:
+    """`pixel_values` (n, 3, H, W) and `input_ids` (n, L) with their unit-norm embeddings (n, D) by torch.
+
+    `pictures`, uint8 (h, w, 3) of any size, upright as a client sees them, are those of the first rows of `pixel_values`;
+    `prompts` are those of the rows of `input_ids`.
+    """
+
+    pixel_values: np.ndarray
+    image_embeds: np.ndarray
+    input_ids: np.ndarray
+    text_embeds: np.ndarray
+    pictures: tuple[np.ndarray, ...] = ()
+    prompts: tuple[str, ...] = ()
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What golden.safetensors holds; the prompts as a JSON array in UTF-8."""
+        text = np.frombuffer(json.dumps(self.prompts, ensure_ascii=False).encode(), np.uint8)
+        return {
+            TEXTUAL.input: self.input_ids,
+            VISUAL.input: self.pixel_values,
+            VISUAL.output: self.image_embeds,
+            TEXTUAL.output: self.text_embeds,
+            **{f"picture_{i}": picture for i, picture in enumerate(self.pictures)},
+            _PROMPTS: text,
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> GoldenSamples:
+        """Inverse of `tensors`. Raises InputError for a tensor that is missing, or prompts that are none."""
+        if missing := [name for end in (VISUAL, TEXTUAL) for name in (end.input, end.output) if name not in tensors]:
+            raise InputError(f"{GOLDEN} has no {', '.join(missing)}", "export the release again")
+        pictures = tuple(tensors[f"picture_{i}"] for i in range(len(tensors)) if f"picture_{i}" in tensors)
+        if wrong := [picture.shape for picture in pictures if picture.dtype != np.uint8 or picture.shape[2:] != (3,)]:
+            raise InputError(
+                f"{GOLDEN}: a picture of shape {wrong[0]}, expected bytes (h, w, 3)", "export the release again"
+            )
+        return cls(
+            tensors[VISUAL.input], tensors[VISUAL.output], tensors[TEXTUAL.input], tensors[TEXTUAL.output],
+            pictures, _prompts(tensors[_PROMPTS]) if _PROMPTS in tensors else (),
+        )  # fmt: skip
+
+
+def _prompts(text: np.ndarray) -> tuple[str, ...]:
+    try:
+        prompts = json.loads(text.tobytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{GOLDEN}: the prompts are no JSON: {error}", "export the release again") from error
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(f"{GOLDEN}: the prompts are no list of strings", "export the release again")
+    return tuple(prompts)

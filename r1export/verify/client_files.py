@@ -1,0 +1,224 @@
+"""What clients read next to the graphs, tried as a client would: preprocessing on pictures, the tokenizer on prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from tokenizers import Tokenizer
+
+from r1export.errors import InputError, first_line
+from r1export.update.golden_samples import PICTURES, SAMPLES, GoldenSamples
+from r1export.update.release_layout import PREPROCESS, PREPROCESS_GRAPH, TOKENIZER
+from r1export.verify.results import Check
+from r1export.verify.runtime import open_session, runner
+
+REMEDY = "export the release again"
+RESAMPLING = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "random": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+EXACT = 1e-5  # of preprocess.json, in units of pixel_values: rounding of float32
+BYTES, MEAN_BYTES = (
+    1.5,
+    0.1,
+)  # of preprocess.onnx, which resizes in float32: docs/models.md says how often a byte differs
+BATCH = 64  # prompts encoded at a time
+FIRST_MERGE = 512  # CLIP's vocabulary: 256 bytes, 256 bytes that end a word, then one entry for each merge
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """preprocess.json: what is done to a picture before the image tower. Sizes in pixels, height first."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    size: tuple[int, int]
+    mode: Literal["RGB"]
+    resize_mode: Literal["shortest", "longest", "squash"]
+    interpolation: Literal["bicubic", "bilinear", "random"]
+    fill_color: int | tuple[int, int, int]
+    scale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    layout: Literal["NCHW"]
+
+    @classmethod
+    def read(cls, release: Path) -> PreprocessConfig:
+        """Raises InputError."""
+        path = release / PREPROCESS
+        try:
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise InputError(f"{path}: {first_line(error)}", REMEDY) from error
+
+    def apply(self, picture: np.ndarray) -> np.ndarray:
+        """A picture, uint8 (h, w, 3), as float32 (3, H, W)."""
+        height, width = self.size
+        image = Image.fromarray(picture)
+        image = self._resized(image)
+        canvas = Image.new("RGB", (width, height), self.fill_color)
+        canvas.paste(image, (-_middle(image.width, width), -_middle(image.height, height)))
+        values = np.asarray(canvas, np.float32) * np.float32(self.scale)
+        mean, std = (np.array(value, np.float32) for value in (self.mean, self.std))
+        normalized: np.ndarray = (values - mean) / std
+        return normalized.transpose(2, 0, 1)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        """As torchvision does to a square by the shorter side, and open_clip in all other cases."""
+        height, width = self.size
+        if self.resize_mode == "squash":
+            return image.resize((width, height), RESAMPLING[self.interpolation])
+        ratios = image.width / width, image.height / height
+        ratio = min(ratios) if self.resize_mode == "shortest" else max(ratios)
+        fit = int if self.resize_mode == "shortest" and height == width else round
+        sizes = fit(image.width / ratio), fit(image.height / ratio)
+        return image.resize(sizes, RESAMPLING[self.interpolation])
+
+
+def _middle(length: int, target: int) -> int:
+    """Where a centred crop begins; negative where it is padded."""
+    return round((length - target) / 2) if length >= target else -((target - length) // 2)
+
+
+def check_preprocess(release: Path, golden: GoldenSamples) -> Check:
+    """preprocess.json, and preprocess.onnx where there is one, turn every golden picture into its pixel_values.
+
+    Counts are pictures, each in every way. Raises InputError, CheckFailed if a file cannot be used.
+    """
+    config = PreprocessConfig.read(release)
+    byte = config.scale / min(config.std)
+    ways: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float, float]] = {
+        PREPROCESS: (config.apply, EXACT, EXACT)
+    }
+    if (release / PREPROCESS_GRAPH).exists():
+        ways[PREPROCESS_GRAPH] = (_graph(release), BYTES * byte, MEAN_BYTES * byte)
+    problems = [
+        problem
+        for name, (apply, most, mean) in ways.items()
+        for i, picture in enumerate(golden.pictures)
+        for problem in _differences(f"{name}: picture {i}", apply(picture), golden.pixel_values[i], most, mean)
+    ]
+    looked_at, detail = len(ways) * len(golden.pictures), f"{' and '.join(ways)} give what the tower was fed"
+    return Check.judge(problems, looked_at=looked_at, of=len(ways) * PICTURES, detail=detail)
+
+
+def _graph(release: Path) -> Callable[[np.ndarray], np.ndarray]:
+    run = runner(open_session(release / PREPROCESS_GRAPH))
+    return lambda picture: run({"image": picture})[0]
+
+
+def _differences(name: str, values: np.ndarray, expected: np.ndarray, most: float, mean: float) -> Iterator[str]:
+    if values.shape != expected.shape:
+        yield f"{name} becomes {values.shape}, expected {expected.shape}"
+        return
+    errors = np.abs(values.astype(np.float64) - expected)
+    if not (errors.max() <= most and errors.mean() <= mean):  # NaN is not
+        yield f"{name} differs by up to {errors.max():.2g}, {errors.mean():.2g} on average; allowed {most:.2g} and {mean:.2g}"
+
+
+class ClientTokenizer:
+    """tokenizer/tokenizer.json in the `tokenizers` library, as clients use it."""
+
+    def __init__(self, release: Path) -> None:
+        """Raises InputError if it cannot be read."""
+        path = release / TOKENIZER / "tokenizer.json"
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exceptions
+            raise InputError(f"{path}: {first_line(error)}", REMEDY) from error
+
+    def __call__(self, prompts: list[str]) -> np.ndarray:
+        """int64 (n, L). Raises InputError if it does not pad all prompts to one length."""
+        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(prompts)]
+        if len({len(row) for row in rows}) > 1:
+            raise InputError("tokenizer.json pads prompts to different lengths", REMEDY)
+        return np.array(rows, np.int64)
+
+
+def check_tokenizer(release: Path, golden: GoldenSamples) -> Check:
+    """tokenizer.json gives the input_ids of every golden prompt, and the files next to it say the same as it does.
+
+    Counts are prompts. Raises InputError if a file cannot be read.
+    """
+    problems = list(_vocabulary_problems(release / TOKENIZER))
+    if golden.prompts:
+        ids = ClientTokenizer(release)(list(golden.prompts))
+        same = ids.shape == golden.input_ids.shape and (ids == golden.input_ids).all(1)
+        if not np.all(same):
+            first = golden.prompts[int(np.argmin(same))]
+            problems.append(f"tokenizer.json gives other input_ids, first for {first[:60]!r}")
+    detail = "tokenizer.json gives the input_ids of the golden prompts"
+    return Check.judge(problems, looked_at=len(golden.prompts), of=SAMPLES, detail=detail)
+
+
+def _vocabulary_problems(folder: Path) -> Iterator[str]:
+    """Differences of vocab.json and merges.txt, where they are, from tokenizer.json, and entries in another order than CLIP's."""
+    model = _json(folder / "tokenizer.json")["model"]
+    vocab, merges = model["vocab"], [_pair(merge) for merge in model["merges"]] if "merges" in model else []
+    if (folder / "vocab.json").exists() and _json(folder / "vocab.json") != vocab:
+        yield "vocab.json is not the vocabulary of tokenizer.json"
+    if (folder / "merges.txt").exists():
+        lines = (folder / "merges.txt").read_text("utf-8").splitlines()[1:]
+        if [_pair(line) for line in lines] != merges:
+            yield "merges.txt does not list the merges of tokenizer.json"
+    if model["type"] == "BPE" and isinstance(vocab, dict) and len(vocab) == FIRST_MERGE + len(merges) + 2:
+        for i, (left, right) in enumerate(merges, FIRST_MERGE):
+            if vocab.get(left + right) != i:
+                yield f"vocabulary entry {left + right!r} is {vocab.get(left + right)}, its merge says {i}"
+                return
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    left, _, right = merge.partition(" ") if isinstance(merge, str) else (merge[0], " ", merge[1])
+    return left, right
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {first_line(error)}", REMEDY) from error
+
+
+@dataclass(frozen=True)
+class ListedClasses:
+    """classes/TASK.json: the names of the classes in the order of rows, and the templates of their prompts."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    task: str
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    learned: bool
+
+    @property
+    def prompts(self) -> list[str]:
+        """All templates of the first class, then of the next."""
+        return [template.replace("{}", name) for name in self.classes for template in self.templates]
+
+    @classmethod
+    def read(cls, path: Path) -> ListedClasses:
+        """Raises InputError."""
+        try:
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise InputError(f"{path}: {first_line(error)}", REMEDY) from error
+
+
+def client_embed(release: Path) -> Callable[[list[str]], np.ndarray]:
+    """Prompts -> unit-norm embeddings (n, D) by the release's own tokenizer and text tower, as a client computes them."""
+    tokenize, run = ClientTokenizer(release), runner(open_session(release / "textual.onnx"))
+
+    def embed(prompts: list[str]) -> np.ndarray:
+        parts = [tokenize(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
+        return np.concatenate([run({"input_ids": part}) for part in parts])
+
+    return embed

@@ -1,0 +1,81 @@
+"""Run the graphs of a foreign release in a process of their own first, with limits of memory and time.
+
+A graph is code: it can ask for more memory than there is, or never end. What fails here is a failed check, and the graphs
+are not run in this process.
+
+    python -m r1export.verify.trial RELEASE BYTES      runs everything once and prints what goes wrong
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from r1export.errors import R1ExportError, first_line
+from r1export.update.release_layout import PREPROCESS_GRAPH, TOWERS
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes of address space and seconds that the trial of one release may take."""
+
+    nbytes: int
+    seconds: float
+
+
+def limits_for(release: Path) -> Limits:
+    """For weights of W bytes: 16 GB of address space, most of it libraries, and ten times W; a minute, and one for each 250 MB."""
+    weights = sum((release / tower.weights).stat().st_size for tower in TOWERS)
+    return Limits(nbytes=(16 << 30) + 10 * weights, seconds=60 + weights / 4e6)
+
+
+def try_graphs(release: Path, limits: Limits) -> str:
+    """Run every graph of a release on its golden samples, in a child process. Returns what went wrong; empty if nothing did."""
+    command = [sys.executable, "-m", "r1export.verify.trial", str(release), str(limits.nbytes)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=limits.seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"the graphs did not end within {limits.seconds:.0f} s"
+    if done.returncode == 0:
+        return ""
+    lines = done.stdout.strip().splitlines()
+    gigabytes = limits.nbytes / 1e9
+    return (
+        lines[-1]
+        if lines
+        else f"the graphs ended their process (exit {done.returncode}) within {gigabytes:.0f} GB of memory"
+    )
+
+
+def run_everything(release: Path) -> None:
+    """Every graph on the golden samples, in the batch sizes of verification. Raises R1ExportError."""
+    from r1export.update.release_manifest import ReleaseManifest
+    from r1export.verify.golden import check_classifier, golden_parity, read_golden
+    from r1export.verify.runtime import open_session, runner
+
+    golden, manifest = read_golden(release), ReleaseManifest.read(release)
+    golden_parity(release, manifest)
+    check_classifier(release, [task.name for task in manifest.tasks], {})
+    if (release / PREPROCESS_GRAPH).exists():
+        run = runner(open_session(release / PREPROCESS_GRAPH))
+        for picture in golden.pictures:
+            run({"image": picture})
+
+
+def main(release: Path, nbytes: int) -> int:
+    resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes))
+    try:
+        run_everything(release)
+    except (R1ExportError, OSError, ValueError, KeyError, MemoryError) as error:
+        print(first_line(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
