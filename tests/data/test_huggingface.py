@@ -112,7 +112,7 @@ def test_a_row_that_lacks_its_image_or_label_is_named(tmp_path, column):
     split[1][column] = None
     features = rows([10], [0]).features
     write(tmp_path / "pets", train=datasets.Dataset.from_list(split, features=features), test=rows([10], [0]))
-    with pytest.raises(InputError, match="hf:pets: image 1 of train is missing|hf:pets: row 1 of train has no label"):
+    with pytest.raises(InputError, match=r"hf:pets: image 1 of train is missing|hf:pets: row 1 of train has no label"):
         load_task(Request("hf:pets", root=tmp_path)).train.read(1)
 
 
