@@ -122,6 +122,15 @@ def test_a_file_of_a_run_without_what_it_should_hold_is_named(recipe, tmp_path) 
         (context.run.path / file).write_text(whole)
 
 
+def test_an_accuracy_that_is_no_share_is_damage(recipe, tmp_path) -> None:
+    context = context_of(recipe, tmp_path / "run")
+    train_tasks(context)
+    for value in ("NaN", "1.5", "-0.1", '"0.5"'):
+        (context.run.path / "zero_shot.json").write_text(f'{{"digits": {value}, "arrows": 0.5}}')
+        with pytest.raises(InputError, match=r"zero_shot\.json: damaged: no accuracy of digits"):
+            train_tasks(context)
+
+
 def test_checking_the_inputs_leaves_the_model_as_it_was(recipe, tmp_path) -> None:
     context = RunContext(RunFolder(tmp_path / "never made"), recipe, "cpu", NoProgress())
     names = list(context.clip.model.state_dict())

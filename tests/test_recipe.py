@@ -206,6 +206,8 @@ def test_an_old_name_ends_the_command_with_exit_code_2(tmp_path) -> None:
     for field, value in (("train.keep", "0.2"), ("pool.gate", "frequency")):
         result = r1export("train", write(tmp_path, MINIMAL), "--out", tmp_path / "new", "--set", f"{field}={value}")
         assert result.returncode == 2, result.output
+        assert f"--set {field}" in result.stderr
+        assert "is no longer used" in result.stderr
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.toml").write_text(MINIMAL + "[train]\nkeep = 0.2\n", encoding="utf-8")

@@ -106,6 +106,16 @@ def test_a_damaged_image_is_named_by_split_and_index(tmp_path):
         load_task(Request("hf:pets", root=tmp_path)).train.read(1)
 
 
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_a_row_that_lacks_its_image_or_label_is_named(tmp_path, column):
+    split = rows([10, 20], [0, 1]).cast_column("image", datasets.Image(decode=False)).to_list()
+    split[1][column] = None
+    features = rows([10], [0]).features
+    write(tmp_path / "pets", train=datasets.Dataset.from_list(split, features=features), test=rows([10], [0]))
+    with pytest.raises(InputError, match=r"hf:pets: image 1 of train is missing|hf:pets: row 1 of train has no label"):
+        load_task(Request("hf:pets", root=tmp_path)).train.read(1)
+
+
 def test_the_extra_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(Unsupported, match=r"r1export\[hf\]"):

@@ -126,14 +126,20 @@ def test_a_missing_pack_is_named(tmp_path):
         read_pack(tmp_path / "gone.npz")
 
 
-def claim(file: Path, count: int) -> Path:
-    """The pack with a header that says `blob` has `count` bytes."""
+def test_objects_are_refused_even_where_their_header_fits(tmp_path):
+    file = claim(save(tmp_path), len(arrays()["blob"]) // 8, "|O", extra=-(len(arrays()["blob"]) % 8) or None)
+    with pytest.raises(InputError, match="Python objects"):
+        read_pack(file)
+
+
+def claim(file: Path, count: int, descr: str = "|u1", extra: int | None = None) -> Path:
+    """The pack with a header that says `blob` has `count` elements; `extra` cuts its bytes."""
     with zipfile.ZipFile(file) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     blob = BytesIO()
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count,)}
+    header = {"descr": descr, "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(blob, header)
-    members["blob.npy"] = blob.getvalue() + arrays()["blob"].tobytes()
+    members["blob.npy"] = blob.getvalue() + arrays()["blob"].tobytes()[:extra]
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
