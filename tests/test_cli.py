@@ -393,7 +393,7 @@ def test_inspect_knows_every_kind_of_file(path: str, words: list[str], run) -> N
 
 def test_a_manifest_of_nothing_but_its_format_is_refused_by_what_is_missing(tmp_path) -> None:
     (tmp_path / "manifest.json").write_text('{"format": "r1export.release/1"}')
-    one_line_error(r1export("inspect", tmp_path), 2, "manifest.json.base is missing")
+    one_line_error(r1export("inspect", tmp_path), 2, "manifest.json.name is missing")
 
 
 @pytest.mark.parametrize("verb", ["report", "verify", "inspect", "export"])
