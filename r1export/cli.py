@@ -230,20 +230,26 @@ def export(
 def verify(
     path: Annotated[Path, typer.Argument(metavar="RUN|RELEASE", help="A run, or one release folder.")],
     provider: Providers = None,
+    no_latency: Annotated[
+        bool, typer.Option("--no-latency", help="Time nothing; the verdict is that of all other checks.")
+    ] = False,
     device: Where = Device.auto,
     as_json: Json = False,
 ) -> None:
     """Verify all releases of a run against the unmerged model, or one release by its own golden samples."""
     with _terminal(as_json) as terminal:
+        from r1export.verify.latency import DEFAULT_BUDGET
+
+        budget = None if no_latency else DEFAULT_BUDGET
         if (path / "manifest.json").exists():
             from r1export.pipeline.verification.release import verify_release
 
-            _show(terminal, verify_release(path, provider or ()))
+            _show(terminal, verify_release(path, provider or (), budget))
         else:
             context = _reopen(path, device, terminal)
             from r1export.pipeline.verification.run import verify_run
 
-            _show(terminal, verify_run(context, provider or ()))
+            _show(terminal, verify_run(context, provider or (), budget))
 
 
 @app.command()

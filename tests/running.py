@@ -11,16 +11,22 @@ import numpy as np
 import pytest
 
 from r1export.cli import app
+from r1export.pipeline.context import NoProgress, RunContext
+from r1export.run_folder import RunFolder
 from r1export.update.atomic_io import sha256_bytes, sha256_file
 from r1export.update.container import read_tensors
 from r1export.update.release_manifest import FileEntry, ReleaseManifest
 from r1export.verify.graph_digest import graph_digest
+from r1export.verify.latency import TimingBudget
 
 SETTINGS = (
     "tasks.0.source=builtin:digits", "tasks.0.name=digits", "train.iterations=6", "data.test_limit=60", "data.shots=4",
     "verify.samples=8", "verify.images=12", "verify.pairs=20", "verify.margin=0.9",
 )  # fmt: skip
 RECIPE = '[base]\nmodel = "builtin:world"\n[[tasks]]\nname = "digits"\nsource = "builtin:digits"\n[train]\nlearning_rate = 5e-3\n[pool]\nalpha = 12.0\n'
+
+
+QUICK = TimingBudget(blocks=3, patience=0.0)  # for tests in which it matters what is timed, not how well
 
 
 @dataclass(frozen=True)
@@ -62,3 +68,18 @@ def reseal(release: Path) -> None:
             for name, entry in manifest.tensors.items()
         },
     ).sealed().write(release)
+
+
+def context_of(run: Path) -> RunContext:
+    """The run as the pipeline sees it."""
+    return RunContext(RunFolder(run), RunFolder(run).recipe(), "cpu", NoProgress())
+
+
+def trained_run(folder: Path, recipe: str, *settings: str) -> Path:
+    """A run in folder/run, trained and exported and not yet verified."""
+    (folder / "recipe.toml").write_text(recipe)
+    sets = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
+    for command in (("train", folder / "recipe.toml", "--out", folder / "run", *sets), ("export", folder / "run")):
+        done = r1export(*command)
+        assert done.returncode == 0, done.output
+    return folder / "run"

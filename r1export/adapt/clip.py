@@ -16,6 +16,7 @@ import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -154,12 +155,13 @@ def load_clip(
     """
     custom = None if config is None else read_model_config(config)
     name = model if custom is None else custom.name
-    if custom is None:
-        _check_name(model, pretrained)
+    if custom is not None:
+        custom.register()
+    _check_name(name, pretrained)
     try:
         with _quiet():
             if custom is not None:
-                custom.register()
+                _check_shapes(name, weights)
             module = _create(name, pretrained, device, allow_pickle)
             tokenizer = open_clip.get_tokenizer(name) if custom is None else custom.tokenizer()
     except InputError:
@@ -185,15 +187,15 @@ def _check_name(model: str, pretrained: str) -> None:
 
 
 def _not_built(error: Exception, model: str, pretrained: str, config: Path | None) -> R1ExportError:
-    """Bad input where a config says what to build: it cannot load from elsewhere. Else the environment lacks something."""
-    if config is not None:
+    """Bad input where a config says what to build, which cannot load from elsewhere. Else the environment lacks something."""
+    if config is not None and not isinstance(error, MemoryError | torch.OutOfMemoryError):
         return InputError(
             f"{config}: open_clip cannot build this model: {type(error).__name__}: {first_line(error)}",
             "correct the config: see open_clip's own in its model_configs",
         )
     return Unsupported(
         f"open_clip cannot make {model} {pretrained}: {first_line(error)}",
-        "fetch the weights once with network, or give base.weights",
+        "fetch the weights once with network, or give base.weights; check the free memory",
     )
 
 
@@ -237,18 +239,33 @@ def _weights_of_tag(model: str, pretrained: str, allow_pickle: bool) -> str:
     return file
 
 
+def _check_shapes(model: str, weights: Path | None) -> None:
+    """Compare what a config says with the header of the weights, before memory is taken for a model of any size."""
+    if weights is None:
+        return
+    with torch.device("meta"):
+        skeleton = open_clip.create_model(model, load_weights=False, pretrained_text=False, device="meta")
+    sizes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    stored = _shapes_in(weights)
+    for name in sorted(sizes.keys() | stored.keys()):
+        if sizes.get(name) != stored.get(name):
+            raise InputError(
+                f"{weights} does not fit the model: {name} is {stored.get(name, 'missing')}, "
+                f"expected {sizes.get(name, 'no such tensor')}",
+                "check base.model and base.config",
+            )
+
+
+def _shapes_in(weights: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors, from the header alone."""
+    with _safetensors(weights), safe_open(weights, "pt") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
 def _load_weights_(module: nn.Module, weights: Path) -> None:
     """Safetensors only: reading weights never runs code."""
-    if not weights.is_file():
-        problem = "not a file" if weights.exists() else "no such file"
-        raise InputError(f"{weights}: {problem}", "give the path of a .safetensors file as base.weights")
-    try:
+    with _safetensors(weights):
         state = load_file(weights)
-    except Exception as error:  # SafetensorError, or what torch raises for the dtypes and sizes of a damaged header
-        raise InputError(
-            f"{weights}: not a safetensors file: {first_line(error)}",
-            "convert the checkpoint with safetensors.torch.save_file",
-        ) from error
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -256,3 +273,18 @@ def _load_weights_(module: nn.Module, weights: Path) -> None:
             f"{weights} does not fit the model: {' '.join(str(error).split())[:200]}",
             "check base.model and base.config",
         ) from None
+
+
+@contextmanager
+def _safetensors(weights: Path) -> Iterator[None]:
+    """What goes wrong while the file is read is an InputError."""
+    if not weights.is_file():
+        problem = "not a file" if weights.exists() else "no such file"
+        raise InputError(f"{weights}: {problem}", "give the path of a .safetensors file as base.weights")
+    try:
+        yield
+    except Exception as error:  # SafetensorError, or what torch raises for the dtypes and sizes of a damaged header
+        raise InputError(
+            f"{weights}: not a safetensors file: {first_line(error)}",
+            "convert the checkpoint with safetensors.torch.save_file",
+        ) from error

@@ -17,9 +17,12 @@ from r1export.errors import InputError
 
 REQUIRED = frozenset({"embed_dim", "vision_cfg", "text_cfg"})
 TOKENIZER_ARGUMENTS = {"clean": ("lower",)}  # what the tokenizer that is written for clients does as well
+LIMITS = {"layers": 1000, "context_length": 4096, "image_size": 4096}  # far above any published model
 CONTEXT_LENGTH = 77  # open_clip's default
 _TIMM_NAME = re.compile(r"[A-Za-z0-9_.]+")  # without the schemes that timm fetches from, such as hf-hub:
-_REMEDY = "remove it: base.config describes a model with CLIP's own tokenizer, base.model takes open_clip's names"
+_REMEDY = (
+    "correct or remove it: base.config describes a model with CLIP's own tokenizer, base.model takes open_clip's names"
+)
 
 Json = dict[str, Any]
 
@@ -105,7 +108,15 @@ def _problem(key: str, value: Any) -> str:
     if key == "tokenizer_kwargs" and value and not _allowed(value):
         allowed = ", ".join(f"{name} ({' or '.join(options)})" for name, options in TOKENIZER_ARGUMENTS.items())
         return f"found {value!r:.80}, allowed: {allowed}"
+    if key in LIMITS and _largest(value) > LIMITS[key]:
+        return f"found {value!r:.80}, expected at most {LIMITS[key]}"
     return ""
+
+
+def _largest(value: Any) -> float:
+    """The largest number of a size, which may be a list of sizes."""
+    sizes = value if isinstance(value, list) else [value]
+    return max((size for size in sizes if isinstance(size, int | float)), default=0)
 
 
 def _allowed(arguments: Any) -> bool:

@@ -173,16 +173,17 @@ def _derive(device: Store, offer: Bundle, run: Step) -> Path:
 
 def _repair(device: Store, offer: Bundle, run: Step) -> bool:
     """Make the current version whole, if it is not, and give it the signatures of `offer`. Returns whether anything changed."""
+    factors: list[Path] = []
+    _write_factors(device, offer, factors)
     damaged = not _is_whole(device, offer)
     if damaged:
         free, needed = _space(device, offer)
         check_repair(offer.manifest, device.installed(), free=free, needed=needed)
-        _write_factors(device, offer, [])
         _replace_damaged(device, offer, run)
         run("health", offer.slot)
     renewed = _store_bundle(device, offer)
     sync_folder(device.path)  # whoever switched to this version may have died before that was certain
-    return damaged or renewed
+    return damaged or renewed or bool(factors)
 
 
 def _replace_damaged(device: Store, offer: Bundle, run: Step) -> None:

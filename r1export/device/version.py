@@ -21,7 +21,7 @@ import numpy as np
 
 from r1export.device.store import BASE, Store
 from r1export.errors import CheckFailed, InputError, Unsupported
-from r1export.update.atomic_io import inside, sha256_bytes
+from r1export.update.atomic_io import inside, read_chunks, sha256_bytes
 from r1export.update.bundle import Bundle
 from r1export.update.container import read_layout
 from r1export.update.manifest import File
@@ -72,7 +72,7 @@ class Version:
         """
         self._check_there(path)
         if self.bundle is None or self.files_there:
-            data = inside(self.folder, path).read_bytes()
+            data = b"".join(read_chunks(inside(self.folder, path)))
         else:
             file = next(file for file in self.bundle.manifest.files if file.path == path)
             data = b"".join(self.chunks(file))
@@ -127,7 +127,7 @@ class Version:
         """The weights files with merged tensors that `graph` reads."""
         if self.rebuild is None:
             return []
-        model = (self.base.path / graph).read_bytes()
+        model = self.read(graph)
         return [
             weights for weights in self.rebuild.merged_files if weights.encode() in model
         ]  # a graph names its files
@@ -140,7 +140,7 @@ class Version:
             Unsupported: onnxruntime is not installed.
             CheckFailed: the base or the factors are damaged.
         """
-        self._check_there(graph)
+        self.read(graph)  # a graph is a program: another one than was signed must not run
         try:
             import onnxruntime
         except ImportError:

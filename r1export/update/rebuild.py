@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from r1export.errors import InputError
-from r1export.update.atomic_io import CHUNK
+from r1export.update.atomic_io import CHUNK, open_regular
 from r1export.update.factors import PROCEDURE, ExpertUpdate
 from r1export.update.int8 import PROCEDURE_INT8, dequantize, quantize
 from r1export.update.release_manifest import Release, TensorEntry
@@ -97,7 +97,7 @@ def read_range(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
     """`nbytes` bytes of a file from `offset`, in pieces. Raises InputError if there are fewer."""
     if nbytes < 0:
         raise InputError(f"{path}: two tensors overlap", "the base is damaged: copy it from its release")
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         file.seek(offset)
         while nbytes:
             piece = file.read(min(nbytes, CHUNK))

@@ -42,6 +42,9 @@ class TimingBudget:
     precision: float = 3.0
 
 
+DEFAULT_BUDGET = TimingBudget()
+
+
 @dataclass(frozen=True)
 class Precision:
     """When to stop: at least `pairs` pairs, and all intervals narrower than `halfwidth` (in logarithms)."""

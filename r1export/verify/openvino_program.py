@@ -84,4 +84,4 @@ def _shapes(outputs: Sequence[openvino.Output]) -> list[Shape]:
 
 
 def _nbytes(constant: openvino.Node) -> int:
-    return prod(constant.get_output_shape(0)) * constant.get_output_element_type(0).size
+    return int(prod(constant.get_output_shape(0)) * constant.get_output_element_type(0).size)

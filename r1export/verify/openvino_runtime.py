@@ -26,9 +26,7 @@ def installed() -> bool:
 def library() -> ModuleType:
     """The module `openvino`. Without this it would report each import over the network and leave files in the home folder."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
-    return openvino
+    return importlib.import_module("openvino")
 
 
 def compile_graph(graph: Path, *, threads: int = 0) -> openvino.CompiledModel:

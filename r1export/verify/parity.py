@@ -272,7 +272,8 @@ def _f64(values: np.ndarray) -> np.ndarray:
 def _cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Row by row; NaN for a row of zeros, which points nowhere."""
     with np.errstate(invalid="ignore"):
-        return (left * right).sum(1) / (np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1))
+        cosines: np.ndarray = (left * right).sum(1) / (np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1))
+    return cosines
 
 
 def _flips(reference: Embeddings, outputs: Sequence[Embeddings]) -> tuple[list[Flip], float]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 LISTED = 5  # problems that one check names; the rest are counted
 SKIPPED = "not measured, because a check before it failed"
+UNTIMED = "not measured: verified without timing (--no-latency)"
 PARITY_STAGES = ("merge", "export", "total")
 RUNGS = ("same_file", "graph", "optimized_graph", "executed_ops", "cost")
 TITLES = {  # of the checks of a release, by group and name

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import onnxruntime as ort
@@ -100,11 +100,12 @@ def open_session(graph: Path, *, level: str = "all", provider: str = "cpu", thre
     """
     check_provider(provider)
     if PROVIDERS[provider].has_levels:
-        return start(graph, session_options(level, threads), provider)
+        session: Session = start(graph, session_options(level, threads), provider)
+        return session
     try:
         if provider == "openvino":
             return openvino_runtime.Compiled(openvino_runtime.compile_graph(graph, threads=threads))
-        return ReferenceEvaluator(str(graph))
+        return cast(Session, ReferenceEvaluator(str(graph)))
     except Exception as error:  # both raise what they like
         raise _refusal(graph, PROVIDERS[provider].name, error) from error
 
@@ -134,7 +135,8 @@ def runner(session: Session) -> Run:
 
     def run(feeds: dict[str, np.ndarray]) -> np.ndarray:
         try:
-            return session.run(None, feeds)[0]
+            output: np.ndarray = session.run(None, feeds)[0]
+            return output
         except Exception as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
             raise CheckFailed(

@@ -1,6 +1,7 @@
 """A config from outside describes a model. It never makes open_clip, timm or transformers load from elsewhere."""
 
 import json
+import resource
 import sys
 import types
 from contextlib import suppress
@@ -103,6 +104,13 @@ def test_a_name_that_open_clip_takes_for_siglip_gets_the_tokenizer_of_the_config
     assert isinstance(loaded.tokenizer, open_clip.SimpleTokenizer)
 
 
+def test_a_config_has_no_pretrained_tags(tmp_path) -> None:
+    config = tmp_path / "own.json"
+    config.write_text(json.dumps(TINY), encoding="utf-8")
+    with pytest.raises(InputError, match="own has no pretrained tag 'openai'"):
+        load_clip(config=config, pretrained="openai")
+
+
 def test_a_colon_in_the_name_is_refused_for_open_clip_takes_it_as_a_scheme(tmp_path) -> None:
     config = tmp_path / "hf-hub:someone.json"
     config.write_text(json.dumps(TINY), encoding="utf-8")
@@ -124,11 +132,40 @@ def test_what_is_built_is_what_was_checked_whatever_becomes_of_the_file(tmp_path
     assert "hf_tokenizer_name" not in open_clip.get_model_config("changing")["text_cfg"]
 
 
-def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_refused(tmp_path, tiny_files) -> None:
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("vision_cfg", "width", 2**22),
+        ("vision_cfg", "mlp_ratio", 1e9),
+        ("text_cfg", "vocab_size", 10**11),
+        ("text_cfg", "width", 2**20),
+        ("vision_cfg", "layers", 10**9),
+        ("vision_cfg", "layers", [3, 4, 10**9, 3]),
+        ("text_cfg", "layers", 1e18),
+        ("text_cfg", "context_length", 10**6),
+        ("vision_cfg", "image_size", 10**6),
+        ("vision_cfg", "image_size", [10**6, 16]),
+    ],
+)
+def test_a_model_of_impossible_size_is_refused_before_memory_is_taken(
+    section: str, key: str, value: object, tmp_path, tiny_files
+) -> None:
+    config = tmp_path / f"huge-{key}.json"
+    config.write_text(json.dumps(changed(section, key, value)), encoding="utf-8")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError):
+        load_clip(weights=tiny_files[0], config=config)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_refused(tmp_path, tiny_clip) -> None:
     config = tmp_path / "few-words.json"
     config.write_text(json.dumps(changed("text_cfg", "vocab_size", 100)), encoding="utf-8")
+    parameters = tiny_clip.parameters()
+    rows = {"token_embedding.weight": parameters["token_embedding.weight"][:100]}
+    save_file(parameters | rows, tmp_path / "few.safetensors")
     with pytest.raises(InputError, match="vocab_size is 100, expected 49408"):
-        load_clip(weights=tiny_files[0], config=config)
+        load_clip(weights=tmp_path / "few.safetensors", config=config)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1export.device.policy import CLOCK_SLACK, MAX_TRIES, RESERVE, Installed, check_offer, counts_as_try
+from r1export.device.policy import (
+    CLOCK_SLACK,
+    MAX_SEQ_JUMP,
+    MAX_TRIES,
+    RESERVE,
+    Installed,
+    check_offer,
+    check_repair,
+    counts_as_try,
+    is_expired,
+)
 from r1export.errors import CheckFailed, Inconclusive, Unsupported
 from r1export.update.manifest import Base, Health, Manifest, Update
 
@@ -60,6 +70,8 @@ def test_an_update_that_fits_is_accepted():
         ({"device": dataclasses.replace(DEVICE, tries={"five": MAX_TRIES})}, CheckFailed, "given up"),
         ({"device": dataclasses.replace(DEVICE, seq=0, min_seq=6)}, CheckFailed, "lowest that is allowed"),
         ({"free": RESERVE + 9}, Unsupported, "bytes are free"),
+        ({"seq": 5 + MAX_SEQ_JUMP, "min_seq": 0}, CheckFailed, "more than 1000000 above 4"),
+        ({"seq": 2**53 - 1, "min_seq": 2**53 - 1}, CheckFailed, "more than 1000000 above 4"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(options, error, match):
@@ -92,3 +104,67 @@ def test_only_failures_that_speak_against_the_update_are_counted():
     assert not counts_as_try(Unsupported("disk full"))
     assert not counts_as_try(OSError())
     assert not counts_as_try(KeyboardInterrupt())
+
+
+def test_a_number_may_jump_as_far_as_the_device_allows_from_the_highest_that_it_knows():
+    check(seq=4 + MAX_SEQ_JUMP)
+    far = dataclasses.replace(DEVICE, seq=0, min_seq=2000, max_seq_jump=10)
+    check(seq=2010, device=far)
+    with pytest.raises(CheckFailed, match="more than 10 above 2000"):
+        check(seq=2011, device=far)
+
+
+@given(st.lists(st.integers(1, 2**53 - 1), max_size=20), st.integers(1, 2**40))
+def test_no_few_updates_can_use_up_the_numbers(numbers, jump):
+    """Whatever is signed, each update takes at most `max_seq_jump` numbers from those that are left."""
+    highest = 0
+    for seq in numbers:
+        device = dataclasses.replace(DEVICE, seq=highest, digest="highest", min_seq=0, max_seq_jump=jump)
+        try:
+            check(seq=seq, min_seq=0, device=device)
+        except CheckFailed:
+            continue
+        assert highest < seq <= highest + jump
+        highest = seq
+
+
+REPAIR = dataclasses.replace(DEVICE, seq=9, digest="nine", tries={"five": MAX_TRIES})
+
+
+def repair(device=REPAIR, free=RESERVE + 10, **changes):
+    check_repair(dataclasses.replace(OFFER, **changes), device, free=free, needed=10)
+
+
+def test_what_repairs_the_current_version_may_be_old_expired_or_given_up():
+    repair()
+    repair(expires=1)
+    repair(seq=2**53 - 1, min_seq=2**53 - 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"product": "toaster"}, CheckFailed),
+        ({"base": Base("tiny", "c" * 64, "b" * 64)}, CheckFailed),
+        ({"device": dataclasses.replace(REPAIR, min_seq=6)}, CheckFailed),
+        ({"device": dataclasses.replace(REPAIR, held=frozenset())}, CheckFailed),
+        ({"free": RESERVE + 9}, Unsupported),
+    ],
+)
+def test_a_repair_is_for_this_device_and_what_may_run_on_it(changes, error):
+    with pytest.raises(error):
+        repair(**changes)
+
+
+@pytest.mark.parametrize(
+    ("expires", "clock", "now", "expired"),
+    [
+        (0, 0, 2**60, False),
+        (NOW + 1, 0, NOW, False),
+        (NOW + 1, 0, NOW + 1, True),
+        (NOW + 1, NOW + 1, 0, True),
+        (NOW, 0, 0, True),
+    ],
+)
+def test_the_latest_time_that_is_known_decides_what_has_expired(expires, clock, now, expired):
+    assert is_expired(dataclasses.replace(OFFER, expires=expires), clock, now) == expired

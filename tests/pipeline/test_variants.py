@@ -49,17 +49,19 @@ def test_every_release_is_there_in_every_precision_with_its_own_manifest(run: Pa
 
 
 def test_parity_contents_and_program_hold_in_every_precision(report: dict) -> None:
-    names = [r["release"]["name"] for r in report["releases"]]
-    assert names == [f"{r}{p}" for p in ("", " fp16", " int8") for r in ("00-base", "01-digits")]
+    names = [(r["release"]["name"], r["release"]["precision"]) for r in report["releases"]]
+    assert names == [(name, p) for p in ("fp32", *PRECISIONS) for name in ("00-base", "01-digits")]
     for release in report["releases"]:
         parts = {**release["contents"], **release["parity"], **release["proof"]}
-        parts.pop("control", None)
-        assert {part["verdict"] for part in parts.values()} == {"pass"}, release["release"]["name"]
+        assert {part["verdict"] for part in parts.values()} <= {"pass", "not_applicable"}, release["release"]
+        assert release["parity"]["export"]["verdict"] == "pass"
 
 
 def test_variants_err_more_than_fp32_and_are_held_against_their_own_base(report: dict) -> None:
-    errors = {r["release"]["name"]: r["parity"]["export"] for r in report["releases"]}
-    assert errors["01-digits"]["max_abs"] < errors["01-digits fp16"]["max_abs"] < errors["01-digits int8"]["max_abs"]
+    errors = {f"{r['release']['name']} {r['release']['precision']}": r["parity"]["export"] for r in report["releases"]}
+    assert (
+        errors["01-digits fp32"]["max_abs"] < errors["01-digits fp16"]["max_abs"] < errors["01-digits int8"]["max_abs"]
+    )
     for precision in PRECISIONS:
         control = errors[f"01-digits {precision}"]["control"]["max_abs"]
         assert control == errors[f"00-base {precision}"]["max_abs"]
@@ -119,9 +121,9 @@ def test_a_doubled_scale_is_found(run: Path, tmp_path: Path, by_itself: bool) ->
     tensors[f"{IN_PROJ}.scale"] *= np.float32(2)
     write_tensors(release / "visual.safetensors", tensors)
     reseal(release)
-    done = r1export("verify", release if by_itself else copy)
+    done = r1export("verify", "--no-latency", release if by_itself else copy)
     assert done.returncode == 1, done.output
-    assert ("the visual tower errs by" if by_itself else f"{IN_PROJ}.scale is not base + factors") in done.output
+    assert ("the visual tower differs by" if by_itself else f"{IN_PROJ}.scale is not base + factors") in done.output
 
 
 def test_a_variant_that_is_not_in_the_recipe_has_no_releases_to_bundle(run: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from r1export.errors import Unsupported
 from r1export.pipeline.environment import environment, now
 from r1export.pipeline.verification.contents import WEIGHTS, check_manifest_and_files
 from r1export.pipeline.verification.latency import opener, timeable
@@ -18,10 +19,11 @@ from r1export.update.release_manifest import ReleaseManifest
 from r1export.verify import contents, latency, parity, proof
 from r1export.verify.contents import UNREADABLE, attempt
 from r1export.verify.golden import check_classifier, check_golden, golden_parity
-from r1export.verify.latency import Contenders, TimingBudget
+from r1export.verify.latency import DEFAULT_BUDGET, Contenders, TimingBudget
 from r1export.verify.proof import Feeds
 from r1export.verify.results import (
     SKIPPED,
+    UNTIMED,
     Check,
     Contents,
     Latency,
@@ -40,10 +42,14 @@ NO_BASE = "there is no base release next to it (../00-base) that it could be com
 IS_BASE = "the base release is what the others are compared with"
 
 
-def verify_release(path: Path, providers: Sequence[str] = (), budget: TimingBudget | None = None) -> ReleaseReport:
+def verify_release(
+    path: Path, providers: Sequence[str] = (), budget: TimingBudget | None = DEFAULT_BUDGET
+) -> ReleaseReport:
     """Verify a release by its own golden samples, and against the base release next to it (../00-base), if there is one.
 
-    Nothing is trained or run in torch. Raises InputError if `path` is no release, Unsupported for a missing provider.
+    Nothing is trained or run in torch, and nothing is timed without a `budget`.
+
+    Raises InputError if `path` is no release, Unsupported for a missing provider.
     """
     manifest, providers = ReleaseManifest.read(path), tuple(providers) or ("cpu",)
     for provider in providers:
@@ -68,7 +74,7 @@ def verify_release(path: Path, providers: Sequence[str] = (), budget: TimingBudg
     if base is None:
         reason = NO_BASE if manifest.sequence else IS_BASE
         return replace(report, proof=Proof.not_applicable(reason), latency=Latency.not_applicable(reason))
-    return _compare_with_base(report, path, base, providers, budget or TimingBudget())
+    return _compare_with_base(report, path, base, providers, budget)
 
 
 def own_contents(path: Path, manifest: ReleaseManifest) -> Contents:
@@ -110,6 +116,8 @@ def _export_parity(path: Path, manifest: ReleaseManifest, base: Path | None, pro
     try:
         control = _control(base, manifest, providers) if base else None
         return golden_parity(path, manifest, providers, control)
+    except Unsupported:  # says nothing about the release
+        raise
     except UNREADABLE as error:
         return Parity.failed(str(error))
 
@@ -130,7 +138,7 @@ def _control(base: Path, manifest: ReleaseManifest, providers: Sequence[str]) ->
 
 
 def _compare_with_base(
-    report: ReleaseReport, path: Path, base: Path, providers: Sequence[str], budget: TimingBudget
+    report: ReleaseReport, path: Path, base: Path, providers: Sequence[str], budget: TimingBudget | None
 ) -> ReleaseReport:
     """Proof and latency against the base release."""
     golden = read_tensors(path / "golden.safetensors")
@@ -144,6 +152,8 @@ def _compare_with_base(
     )
     if report.proof.verdict is Verdict.FAIL or not executions.runs:
         return report
+    if budget is None:
+        return replace(report, latency=Latency.not_applicable(UNTIMED))
     changed = (
         t for t in parity.TOWERS if sha256_file(path / f"{t}.safetensors") != sha256_file(base / f"{t}.safetensors")
     )

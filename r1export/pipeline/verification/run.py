@@ -19,7 +19,7 @@ from r1export.pipeline.verification.torch_models import torch_models
 from r1export.report.write import remove_reports, write_report
 from r1export.run_folder import RunMetrics
 from r1export.update.factors import ExpertUpdate
-from r1export.verify.latency import TimingBudget
+from r1export.verify.latency import DEFAULT_BUDGET, TimingBudget
 from r1export.verify.results import Accuracy, Check, ReleaseReport, RunContents, RunReport, Verdict
 from r1export.verify.runtime import check_provider
 
@@ -29,8 +29,12 @@ def default_providers() -> tuple[str, ...]:
     return ("cpu",) if absent("cuda") else ("cpu", "cuda")
 
 
-def verify_run(context: RunContext, providers: Sequence[str] = (), budget: TimingBudget | None = None) -> RunReport:
+def verify_run(
+    context: RunContext, providers: Sequence[str] = (), budget: TimingBudget | None = DEFAULT_BUDGET
+) -> RunReport:
     """Verify every release, in every precision, against the unmerged model; write all reports and return that of the run.
+
+    Without a `budget` nothing is timed.
 
     Raises:
         Unsupported: full fine-tuning, or a provider that is not here.
@@ -41,9 +45,7 @@ def verify_run(context: RunContext, providers: Sequence[str] = (), budget: Timin
     providers = tuple(providers) or default_providers()
     for provider in providers:
         check_provider(provider)
-    conditions = Conditions(
-        providers, budget or TimingBudget(), environment(providers), now(), cache(partial(gallery, context))
-    )
+    conditions = Conditions(providers, budget, environment(providers), now(), cache(partial(gallery, context)))
     updates = context.run.updates(context.recipe)
     releases = _release_refs(context, updates)
     for ref in releases:

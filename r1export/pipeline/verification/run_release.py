@@ -24,6 +24,7 @@ from r1export.verify.latency import TimingBudget
 from r1export.verify.proof import Executions
 from r1export.verify.results import (
     SKIPPED,
+    UNTIMED,
     Accuracy,
     Check,
     Contents,
@@ -45,10 +46,13 @@ from r1export.verify.results import (
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under what conditions a run is verified. `gallery` gives the embeddings of a release folder, computed once for each."""
+    """Under what conditions a run is verified; without a `budget` nothing is timed.
+
+    `gallery` gives the embeddings of a release folder, computed once for each.
+    """
 
     providers: tuple[str, ...]
-    budget: TimingBudget
+    budget: TimingBudget | None
     environment: Environment
     created: str
     gallery: Callable[[Path], np.ndarray]
@@ -80,9 +84,8 @@ def measure_base(base: ReleaseRef, runs: Sequence[TorchRun], conditions: Conditi
     controls = {first.task.name: parity.export}
     controls |= {run.task.name: base_control(base, run, providers) for run in runs[1:]}
     executions = run_graphs(base.path, graph_feeds(first.inputs, embedding_width(base)), providers)
-    speed = (
-        None if base.variant.is_reference else variant_speed(base.variant, first.inputs, providers, conditions.budget)
-    )
+    budget = None if base.variant.is_reference else conditions.budget
+    speed = variant_speed(base.variant, first.inputs, providers, budget) if budget else None
     return BaseMeasurements(parity, controls, executions, speed)
 
 
@@ -133,7 +136,9 @@ def _with_time_and_gaps(
 ) -> ReleaseReport:
     """The report of a release that computes what it has to, with its gaps (in fp32) and its added latency."""
     gaps = _gaps(ref, run) if ref.variant.is_reference else None
-    if not base.executions.runs:
+    if conditions.budget is None:
+        latency = Latency.not_applicable(UNTIMED)
+    elif not base.executions.runs:
         latency = Latency.unmeasured(f"the base cannot be run: {base.executions.problem}")
     else:
         control = report.proof.control

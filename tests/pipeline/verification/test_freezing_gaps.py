@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from report.examples import run
 from settings import POOL
 
 from r1export.adapt.clip import Clip
@@ -13,17 +14,13 @@ from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pack import pack_experts
 from r1export.adapt.pool import Batch, PerSample, routed
 from r1export.data.task import Task
-from r1export.pipeline.verification.freezing_gaps import (
-    BATCH,
-    _accuracy,
-    exactness,
-    freezing,
-    summarised,
-)
-from r1export.pipeline.verification.torch_models import encoders, module_boundaries
+from r1export.pipeline.verification.freezing_gaps import BATCH, _accuracy, measure_gaps, summarize
+from r1export.pipeline.verification.inputs import LabelledImages
+from r1export.pipeline.verification.torch_models import TorchModels, encoders, module_boundaries
 from r1export.report.tables import accuracy_summary
 from r1export.update.factors import ExpertUpdate
-from r1export.verify.parity import Inputs, run_in_batches
+from r1export.verify.parity import Embeddings, ExecutionConfig, Inputs, run_in_batches
+from r1export.verify.results import Gaps
 
 
 def taught(clip: Clip) -> dict:
@@ -48,20 +45,32 @@ def inputs_of(clip: Clip, pixels: torch.Tensor, dtype: torch.dtype = torch.float
     return Inputs(clip.preprocess.normalize(pixels).to(dtype).numpy(), clip.tokenize(["a photo", "another"]).numpy())
 
 
-def test_g1_is_rounding_alone_in_float32(tiny_clip: Clip, pixels: torch.Tensor) -> None:
-    """Merged by the one merge, against the pools beside the weights."""
+def embeddings_of(clip: Clip, pixels: torch.Tensor) -> Embeddings:
+    whole = ExecutionConfig("torch", "eager", 0)
+    return run_in_batches(encoders(clip.model), inputs_of(clip, pixels), [whole])[whole]
+
+
+def gaps_of(clip: Clip, pools: dict, task: Task, pixels: torch.Tensor, merged: Embeddings | None = None) -> Gaps:
+    frozen = embeddings_of(clip, pixels)
+    test = LabelledImages(pixels, task.test.labels[: len(pixels)])
+    return measure_gaps(TorchModels(clip, clip, pools), task, test, frozen, merged or frozen)
+
+
+def test_g1_is_rounding_alone_in_float32(tiny_clip: Clip, stripes, pixels: torch.Tensor) -> None:
+    """Merged by the one merge, against the pools as branches."""
     base = tiny_clip.parameters()
     pools = taught(tiny_clip)
-    frozen = run_in_batches(encoders(tiny_clip.model), inputs_of(tiny_clip, pixels), (0,))
     update: ExpertUpdate = pack_experts(pools)
     eject_experts_(tiny_clip.model)
+    untaught = embeddings_of(tiny_clip, pixels)
     tiny_clip.load_(base | update.apply(base))
-    merged = run_in_batches(encoders(tiny_clip.model), inputs_of(tiny_clip, pixels), (0,))
+    merged = embeddings_of(tiny_clip, pixels)
     tiny_clip.load_(base)
-    untaught = run_in_batches(encoders(tiny_clip.model), inputs_of(tiny_clip, pixels), (0,))
-    assert exactness(frozen, merged, 14.0)["G1"] < 1e-4  # 14 x float32 rounding of embeddings
-    assert exactness(frozen, merged, 14.0)["G1_top1_agreement"] == 1.0
-    assert exactness(frozen, untaught, 14.0)["G1"] > 1e-2
+    pools = taught(tiny_clip)
+    exact = gaps_of(tiny_clip, pools, stripes, pixels, merged)
+    assert exact.G1 < 1e-4  # 14 x float32 rounding of embeddings
+    assert exact.G1_top1_agreement == 1.0
+    assert gaps_of(tiny_clip, pools, stripes, pixels, untaught).G1 > 1e-2
 
 
 def test_routing_each_sample_by_itself_is_routing_in_batches_of_one(tiny_clip: Clip, pixels: torch.Tensor) -> None:
@@ -85,11 +94,11 @@ def test_gaps_are_differences_of_accuracies_and_leave_the_pools_frozen(
     pools = taught(tiny_clip)
     gates = {rows: pool.routing.gate.clone() for rows, pool in pools.items()}
     counts = {rows: pool.counts.clone() for rows, pool in pools.items()}
-    found = freezing(tiny_clip, pools, stripes, pixels, stripes.test.labels[:16])
-    accuracies = found["accuracies"]
+    gaps = gaps_of(tiny_clip, pools, stripes, pixels)
+    accuracies = gaps.accuracies
     assert set(accuracies) == {"frozen_4", "frozen_8", "frozen_12", "routed_batch_1", "routed_batch_32"}
-    assert found["G2"] == accuracies["routed_batch_1"] - accuracies["frozen_8"]
-    assert found["G3"] == accuracies["frozen_8"] - accuracies["frozen_4"]
+    assert accuracies["routed_batch_1"] - accuracies["frozen_8"] == gaps.G2
+    assert accuracies["frozen_8"] - accuracies["frozen_4"] == gaps.G3
     assert all(
         torch.equal(pool.routing.gate, gates[rows]) and torch.equal(pool.counts, counts[rows])
         for rows, pool in pools.items()
@@ -102,7 +111,7 @@ def test_texts_are_routed_in_batches_of_the_same_size_as_images(tiny_clip: Clip,
     many = Task("many", tuple(f"thing {i}" for i in range(40)), ("a photo of {}.",), stripes.train, stripes.test)
     sizes, encode = [], Clip.encode_text
     monkeypatch.setattr(Clip, "encode_text", lambda clip, part: sizes.append(len(part)) or encode(clip, part))
-    assert 0 <= _accuracy(tiny_clip, many, pixels, stripes.test.labels[:16]) <= 1
+    assert 0 <= _accuracy(tiny_clip, many, LabelledImages(pixels, stripes.test.labels[:16])) <= 1
     assert sizes == [BATCH, 8]
 
 
@@ -113,16 +122,22 @@ def test_a_sparse_gate_has_no_shrink_gap(tiny_clip: Clip, stripes, pixels: torch
         pool.reset_(torch.Generator().manual_seed(0))
         pool.freeze_()
     tiny_clip.model.eval()
-    assert freezing(tiny_clip, pools, stripes, pixels, stripes.test.labels[:16])["G3"] is None
-    tasks = {"a": {"G1": 1e-6, "G2": 0.1, "G3": None}, "b": {"G1": 3e-6, "G2": 0.3, "G3": None}}
-    assert summarised(tasks) == {"G1": 3e-6, "G2": pytest.approx(0.2), "G3": None, "tasks": tasks}
-    assert accuracy_summary({"gaps": summarised(tasks)})[-1][0].startswith("Freezing gap")
+    assert gaps_of(tiny_clip, pools, stripes, pixels).G3 is None
+    summary = summarize({"a": gap(1e-6, 0.1, None), "b": gap(3e-6, 0.3, None)})
+    assert (3e-6, pytest.approx(0.2), None) == (summary.G1, summary.G2, summary.G3)
+    assert accuracy_summary(run(gaps=summary))[-1][0].startswith("Freezing gap")
+
+
+def gap(g1: float, g2: float, g3: float | None) -> Gaps:
+    return Gaps(G1=g1, G1_top1_agreement=1.0, G2=g2, G2_batch_32=g2, G3=g3, images=16, accuracies={})
 
 
 def test_the_gaps_of_a_run_are_the_worst_g1_and_the_mean_of_the_others() -> None:
-    tasks = {"a": {"G1": 1e-6, "G2": 0.1, "G3": 0.0}, "b": {"G1": 3e-6, "G2": 0.3, "G3": -0.2}}
-    assert summarised(tasks) == {"G1": 3e-6, "G2": pytest.approx(0.2), "G3": pytest.approx(-0.1), "tasks": tasks}
-    assert summarised({}) is None
+    tasks = {"a": gap(1e-6, 0.1, 0.0), "b": gap(3e-6, 0.3, -0.2)}
+    summary = summarize(tasks)
+    assert (3e-6, pytest.approx(0.2), pytest.approx(-0.1)) == (summary.G1, summary.G2, summary.G3)
+    assert summary.tasks == tasks
+    assert summarize({}) is None
 
 
 def test_boundaries_name_the_modules_that_own_parameters(tiny_clip: Clip, pixels: torch.Tensor) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from running import SETTINGS, r1export
+from running import context_of, trained_run
 
 from r1export.pipeline.context import NoProgress, RunContext
 from r1export.pipeline.variant import Variant
 from r1export.pipeline.verification import parity as release_parity
 from r1export.pipeline.verification.inputs import every_prompt, parity_inputs
-from r1export.pipeline.verification.parity import TorchOutputs, onnx_parity
-from r1export.pipeline.verification.torch_models import torch_models
+from r1export.pipeline.verification.parity import TorchRun, base_control
+from r1export.pipeline.verification.run import verify_run
+from r1export.pipeline.verification.torch_models import TorchModels, torch_models
 from r1export.run_folder import RunFolder
 from r1export.verify import parity
 
@@ -32,74 +33,65 @@ source = "builtin:arrows"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_files) -> Path:
-    folder = tmp_path_factory.mktemp("comparing")
-    (folder / "recipe.toml").write_text(RECIPE.format(*(path.as_posix() for path in tiny_files)))
-    settings = (*SETTINGS, "train.iterations=2")
-    sets = [part for setting in settings for part in ("--set", setting)]
-    for command in (("train", folder / "recipe.toml", "--out", folder / "run", *sets), ("export", folder / "run")):
-        done = r1export(*command)
-        assert done.returncode == 0, done.output
-    return folder / "run"
+    recipe = RECIPE.format(*(path.as_posix() for path in tiny_files))
+    return trained_run(tmp_path_factory.mktemp("parity"), recipe, "train.iterations=2")
 
 
 @pytest.fixture
-def form(run: Path) -> Variant:
-    return Variant(RunContext(RunFolder(run), RunFolder(run).recipe(), "cpu", NoProgress()), "fp32")
+def variant(run: Path) -> Variant:
+    return Variant(context_of(run), "fp32")
 
 
-def test_the_control_of_every_task_is_the_base_on_that_tasks_inputs(run: Path, variant: Variant, monkeypatch) -> None:
-    monkeypatch.setattr("r1export.verify.latency.PATIENCE", 0.0)
-    monkeypatch.setattr("r1export.verify.latency.BLOCKS", 3)
-    done = r1export("verify", run)
-    assert done.returncode in (0, 4), done.output
-    base, first, second = (r["parity"]["export"] for r in json.loads((run / "report.json").read_text())["releases"])
-    assert first["control"]["max_abs"] == base["max_abs"]
-    path = run / "releases" / "00-base"
-    outputs = TorchOutputs(variant.context, parity_inputs(variant.context, variant.context.tasks[1]))
+def torch_run(variant: Variant, models: TorchModels, task: int) -> TorchRun:
+    return TorchRun(variant.context, models, variant.context.tasks[task])
+
+
+def test_the_control_of_every_task_is_the_base_on_that_tasks_inputs(variant: Variant) -> None:
+    base, first, second = (r.parity.export for r in verify_run(variant.context, budget=None).releases)
+    assert first.control.max_abs == base.max_abs
     with torch_models(variant.context, 0, []) as models:
-        expected = parity.base_control(variant, path, outputs, models, ("cpu",))
-    assert second["control"]["max_abs"] == expected["max_abs"] != base["max_abs"]
-    assert expected["verdict"] == "pass"
+        expected = base_control(variant.release(0), torch_run(variant, models, 1), ("cpu",))
+    assert second.control.max_abs == expected.max_abs != base.max_abs
+    assert expected.verdict == "pass"
 
 
 def test_a_base_that_cannot_be_run_is_a_control_that_failed(variant: Variant, tmp_path: Path) -> None:
-    outputs = TorchOutputs(variant.context, parity_inputs(variant.context, variant.context.tasks[1]))
     with torch_models(variant.context, 0, []) as models:
-        assert parity.base_control(variant, tmp_path, outputs, models, ("cpu",))["verdict"] == "fail"
+        control = base_control(replace(variant.release(0), path=tmp_path), torch_run(variant, models, 1), ("cpu",))
+    assert (control.verdict, control.max_abs) == ("fail", None)
 
 
 def failing(variant: Variant, monkeypatch: pytest.MonkeyPatch, *, level: str, batch: int, sample: int) -> str:
-    """What is said of release 1 where one way of running it errs on one image."""
-    outputs = TorchOutputs(variant.context, parity_inputs(variant.context, variant.context.tasks[0]))
-    wanted, sound = outputs.inputs.visual[sample], parity._onnx
-
-    def faulty(path: Path, asked: str, provider: str) -> parity.Model:
-        model = sound(path, asked, provider)
-
-        def visual(values: np.ndarray) -> np.ndarray:
-            found = model.visual(values)
-            if asked == level and len(values) == batch:
-                found[[np.array_equal(value, wanted) for value in values]] += 1e-2
-            return found
-
-        return parity.Model(visual, model.textual)
-
-    monkeypatch.setattr(release_parity, "_onnx", faulty)
+    """The detail of export parity of release 1 where one execution configuration errs on one image."""
+    sound = release_parity.onnx_model
     updates = variant.context.run.updates(variant.context.recipe)[:1]
     with torch_models(variant.context, 1, updates) as models:
-        found = onnx_parity(
-            variant, variant.exports.releases(variant.context.recipe)[1], outputs, models, None, ("cpu",)
-        )
-    assert found["export"]["verdict"] == found["total"]["verdict"] == "fail"
-    assert "worst: sample" in found["total"]["detail"]
-    return found["export"]["detail"]
+        run = torch_run(variant, models, 0)
+        wanted = run.inputs.visual[sample]
+
+        def faulty(path: Path, *, level: str = "all", provider: str = "cpu", wrong: str = level) -> parity.Model:
+            model = sound(path, level=level, provider=provider)
+
+            def visual(values: np.ndarray) -> np.ndarray:
+                embeddings = model.visual(values)
+                if level == wrong and len(values) == batch:
+                    embeddings[[np.array_equal(value, wanted) for value in values]] += 1e-2
+                return embeddings
+
+            return parity.Model(visual, model.textual)
+
+        monkeypatch.setattr(release_parity, "onnx_model", faulty)
+        stages = release_parity.release_parity(variant.release(1, updates), run, None, ("cpu",))
+    assert stages.export.verdict == stages.total.verdict == "fail"
+    assert "worst: sample" in stages.total.detail
+    return stages.export.detail
 
 
-def test_a_failed_parity_names_the_worst_way_of_running_and_the_sample(variant: Variant, monkeypatch) -> None:
-    said = failing(variant, monkeypatch, level="basic", batch=2, sample=4)
-    assert "worst: sample 4 of the visual tower on cpu at level basic, batch size 2" in said
-    assert "visual.onnx: nothing diverges without the optimiser on cpu" in said
-    assert said.endswith("the difference arises only at level basic on cpu")
+def test_a_failed_parity_names_the_worst_configuration_and_the_sample(variant: Variant, monkeypatch) -> None:
+    detail = failing(variant, monkeypatch, level="basic", batch=2, sample=4)
+    assert "worst: sample 4 of the visual tower on cpu at level basic, batch size 2" in detail
+    assert "visual.onnx: nothing diverges without the optimizer on cpu" in detail
+    assert detail.endswith("the difference arises only at level basic on cpu")
 
 
 def test_the_worst_sample_is_the_one_that_is_located(variant: Variant, monkeypatch) -> None:
@@ -108,6 +100,15 @@ def test_the_worst_sample_is_the_one_that_is_located(variant: Variant, monkeypat
     failing(variant, monkeypatch, level="all", batch=8, sample=7)
     inputs = parity_inputs(variant.context, variant.context.tasks[0])
     assert np.array_equal(looked_at["pixel_values"], inputs.visual[[7, 0]])
+
+
+def test_fewer_inputs_than_the_recipe_asks_for_are_inconclusive(variant: Variant, monkeypatch) -> None:
+    with torch_models(variant.context, 0, []) as models:
+        run = torch_run(variant, models, 0)
+        half = parity.Inputs(run.inputs.visual[:4], run.inputs.textual[:4])
+        monkeypatch.setattr(release_parity, "parity_inputs", lambda *_: half)
+        control = base_control(variant.release(0), torch_run(variant, models, 0), ("cpu",))
+    assert (control.verdict, control.looked_at, control.of) == ("inconclusive", 8, 16)
 
 
 def test_there_are_as_many_prompts_as_images_and_the_first_are_one_of_every_class(variant: Variant, run: Path) -> None:
