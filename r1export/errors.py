@@ -60,4 +60,4 @@ def refused(error: OSError, what: str = "") -> R1ExportError:
     message = f"{what or error.filename or 'a file'}: {error.strerror or error}"
     if error.errno in NOT_THERE:
         return InputError(message, "check the path")
-    return Unsupported(message, "see to the disk and its permissions; what was there is unchanged")
+    return Unsupported(message, "check disk space and permissions; existing files were not modified")

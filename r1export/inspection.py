@@ -202,7 +202,7 @@ def _try_torch() -> str:
 
     torchvision.ops.nms(
         torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([1.0]), 0.5
-    )  # fails beside a torch it was not built for
+    )  # fails with a torch it was not built for
     return f"{torch.get_num_threads()} threads, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no CUDA device'}"
 
 

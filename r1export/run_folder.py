@@ -97,7 +97,7 @@ class RunFolder(RunLayout):
         return [ExpertUpdate.read(file) for file in files if file.exists()]
 
     def keep_gaps(self, number: int, name: str, gaps: Mapping[str, object]) -> None:
-        """Put G1 to G3 of a task, which `verify` measures, beside what training wrote into its metrics.json."""
+        """Put G1 to G3 of a task, which `verify` measures, into its metrics.json, next to what training wrote."""
         path = self.task(number, name).metrics
         metrics = read_json(path, "delete the file and verify again") if path.exists() else {}
         write_json(path, metrics | {"gaps": dict(gaps)})

@@ -248,7 +248,7 @@ def test_a_full_disk_in_the_middle_of_a_release_leaves_no_release(recipe, run, t
         3,
         "00-base could not be written",
         "File too large",
-        "see to the disk",
+        "check disk space",
     )
     assert list((tmp_path / "run/releases").rglob("*")) == []
 

@@ -41,7 +41,7 @@ def export_graphs(
 ) -> WeightMap:
     """Write visual.onnx, textual.onnx and classify.onnx into `folder`, and weight_map.json that says how to fill them.
 
-    The graphs refer to visual.safetensors and textual.safetensors beside them; classify.onnx shares the visual weights
+    The graphs refer to visual.safetensors and textual.safetensors in the same folder; classify.onnx shares the visual weights
     and takes the class embeddings as an input. Written only after onnxruntime gave torch's outputs from sentinel weights other than those of the map.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a client needs beside the graphs to feed them: preprocessing and the tokenizer, as plain JSON and text."""
+"""What a client needs to turn prompts into input_ids: the tokenizer as plain JSON and text."""
 
 from __future__ import annotations
 

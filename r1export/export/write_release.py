@@ -64,7 +64,7 @@ class TaskClasses:
 class ReleaseContent:
     """Everything that makes one release. `accuracy` is asked for the folder once its graphs and weights are there.
 
-    `adapted` are the rows beside which experts stand in this or a later release: the same for all, so that their maps are.
+    `adapted` are the rows that this or a later release adapts: the same for all, so that their maps are.
     """
 
     name: str

@@ -42,7 +42,7 @@ ODD_PROMPTS = (  # what people type: other scripts, signs and capitals, and more
 def export_releases(context: RunContext, *, overwrite: bool = False, audit: bool = False) -> list[Path]:
     """Write the graphs and releases that are not there, in every precision of the recipe; returns the release folders.
 
-    With `audit` the merged model of the last release is exported afresh and compared with it, node by node and byte by byte.
+    With `audit` the merged model of the last release is exported again and compared with it, node by node and byte by byte.
 
     Raises CheckFailed if the audit finds a difference.
     """

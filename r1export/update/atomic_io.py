@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside, synced, renamed. And foreign files: read once, in their folder.
+"""Files that are there whole or not at all: written under a temporary name, synced, renamed. And foreign files: read once, in their folder.
 
 What is written has its mode whatever the umask is: a device's updater may run under any.
 """
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from r1export.errors import InputError
 
-CHUNK = 1 << 20  # bytes read at a time: large enough to hash at full speed, small beside any model
+CHUNK = 1 << 20  # bytes read at a time: large enough to hash at full speed, small next to any model
 FILE_MODE, FOLDER_MODE = 0o644, 0o755
 
 
@@ -137,7 +137,7 @@ def sync_folder(folder: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears at `path` only if the block ends without an exception; an old `path` is replaced.
 
-    The block works in a hidden folder beside `path`, which is removed if it fails.
+    The block works in a hidden folder next to `path`, which is removed if it fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))

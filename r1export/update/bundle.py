@@ -115,7 +115,7 @@ def split(data: bytes) -> tuple[bytes, bytes, memoryview]:
     if len(data) > MAX_BUNDLE:
         raise InputError(f"the update has more than {MAX_BUNDLE} bytes", REMEDY)
     if not data.startswith(MAGIC):
-        raise InputError("this is no field update: its first 8 bytes are others", REMEDY)
+        raise InputError("not a .r1u file: wrong magic number in its first 8 bytes", REMEDY)
     parts, position = [], len(MAGIC)
     for limit, name in ((MAX_ENVELOPE, "envelope"), (MAX_MANIFEST, "manifest")):
         length = int.from_bytes(data[position : position + 4], "little")

@@ -130,7 +130,9 @@ def verify(envelope: bytes, manifest: bytes, trusted: Sequence[PublicKey], thres
     """
     payload_type, signatures = _parse(envelope)
     if payload_type != PAYLOAD_TYPE:
-        raise CheckFailed(f"signed as {payload_type!r}, expected {PAYLOAD_TYPE!r}", "this file is no field update")
+        raise CheckFailed(
+            f"signed as {payload_type!r}, expected {PAYLOAD_TYPE!r}", "give an update made with `r1export bundle`"
+        )
     if threshold < 1:
         raise InputError(f"{threshold} signatures required", "at least one is")
     message = pre_authentication_encoding(PAYLOAD_TYPE, manifest)
