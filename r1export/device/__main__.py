@@ -126,7 +126,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         command.set_defaults(verb=function)
         return command
 
-    command = verb("init", _init, "make a store from a base release, which has to pass the health check")
+    command = verb("init", _init, "make a store from a base release")
     command.add_argument("--base", type=Path, required=True, help="the folder of the base release, 00-base")
     command.add_argument(
         "--trust", type=Path, action="append", required=True, help="a public key; give it once for each key"
@@ -161,9 +161,9 @@ def _parser(program: str) -> argparse.ArgumentParser:
     command = verb("rollback", _rollback, "make an older version current again")
     command.add_argument("--to", type=int, help="its sequence number; 0 is the base")
     command.add_argument("--wait", type=float, default=install.WAIT, help="seconds to wait for another updater")
-    verb("status", _status, "say which version is current")
-    verb("doctor", _doctor, "look for damage and say what repairs it")
-    verb("inspect", _inspect, "say what an update holds", subject="update")
+    verb("status", _status, "show which version is current and which ones are kept")
+    verb("doctor", _doctor, "look for damage, and show what repairs it")
+    verb("inspect", _inspect, "describe an update", subject="update")
     return parser
 
 

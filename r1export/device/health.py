@@ -101,12 +101,12 @@ def compare(tower: str, embeds: np.ndarray, expected: np.ndarray, classes: Seque
 
 
 def _judge(result: Agreement, limits: Health) -> None:
-    for name, value, limit, holds in (
+    for name, value, limit, within in (
         ("largest difference", result.max_abs, limits.max_abs, result.max_abs <= limits.max_abs),
         ("smallest cosine", result.min_cosine, limits.min_cosine, result.min_cosine >= limits.min_cosine),
         ("equal top-1", result.top1, limits.min_agreement, result.top1 >= limits.min_agreement),
     ):
-        if not holds:
+        if not within:
             raise CheckFailed(f"health check of {result.tower}: {name} {value:.9g}, limit {limit:.9g}", REMEDY)
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from r1export.device import worker
@@ -61,7 +62,7 @@ def apply(
     `now` is the time in seconds since 1970, by default the clock's; `retry` forgets earlier failures of this update.
 
     Raises:
-        InputError: malformed.   CheckFailed: refused, or a check did not hold.
+        InputError: malformed.   CheckFailed: refused, or a check failed.
         Unsupported: no space, no onnxruntime, another updater.   Inconclusive: the clock is wrong.
         Whatever is raised, the version that was current is current still, unless the message says that it is not.
     """
@@ -72,10 +73,7 @@ def apply(
         offer = Bundle.parse(data, device.trusted(), device.config.threshold)
         previous = device.active
         _settle(device, offer.digest if retry else "")
-
-        def step(verb: str, name: str) -> None:
-            run(device, descriptor, verb, name)
-
+        step = partial(run, device, descriptor)
         if offer.slot == previous:
             with _swept(device):
                 return Outcome(offer.slot, previous, _repair(device, offer, step))
@@ -295,7 +293,7 @@ def _check_reverted(device: Store, previous: str, error: BaseException) -> None:
     if (active := device.active) != previous:
         raise Unsupported(
             f"version {active} is current, which could neither be recorded nor taken back: {error}",
-            "see to the disk, then do the same again: that completes it",
+            "check disk space and permissions, then do the same again: that completes it",
         ) from error
 
 
@@ -398,5 +396,5 @@ def _plain_errors() -> Iterator[None]:
     except OSError as error:
         raise Unsupported(
             f"{error.filename or 'store'}: {error.strerror or error}",
-            "the old version stays active; see to the disk and try again",
+            "the old version stays active; check disk space and permissions, then try again",
         ) from error

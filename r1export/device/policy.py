@@ -1,6 +1,6 @@
 """Whether a device takes an update: rules over values alone, no files and no clock of its own.
 
-Each rule is a sentence; the first that does not hold refuses the update and says why.
+Each rule is a sentence; the first that fails refuses the update and says why.
 """
 
 from __future__ import annotations
@@ -118,15 +118,15 @@ def check_time(manifest: Manifest, installed: Installed, now: int) -> None:
     """The update has not expired, by a clock that is not behind a time that was signed."""
     if not manifest.expires:
         return
-    known = max(manifest.created, installed.clock)
+    latest = max(manifest.created, installed.clock)
     if is_expired(manifest, installed.clock, now):
         raise CheckFailed(
-            f"the update expired at {manifest.expires}, it is {max(now, known)} (seconds since 1970)",
+            f"the update expired at {manifest.expires}, it is {max(now, latest)} (seconds since 1970)",
             "get a newer update",
         )
-    if now < known - CLOCK_SLACK:
+    if now < latest - CLOCK_SLACK:
         raise Inconclusive(
-            f"the clock says {now}, but something signed at {known} is here", "set the clock and apply again"
+            f"the clock says {now}, but something signed at {latest} is here", "set the clock and apply again"
         )
 
 

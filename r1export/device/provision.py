@@ -97,7 +97,7 @@ def _check_config(config: Config, keys: int) -> None:
     if len(config.health) > 1000 or not config.health.isprintable():
         raise InputError("the health command is too long or not printable", "put it into a script")
     if config.health == "onnxruntime" and not has_onnxruntime():
-        raise Unsupported("onnxruntime is not installed", "install it, or say --health none to rely on hashes alone")
+        raise Unsupported("onnxruntime is not installed", "install it, or use --health none to rely on hashes alone")
 
 
 def _read_base(base: Path, sha256: str) -> Release:

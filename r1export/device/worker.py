@@ -1,7 +1,7 @@
 """The two steps that run in a fresh process: deriving a version's files, and the health check.
 
 Fresh, because another library may have changed the processor's floating-point mode or may crash; a crash there is a
-failed check, not the end of the updater. The process inherits the store's lock, so no other updater starts beside it;
+failed check, not the end of the updater. The process inherits the store's lock, so no other updater starts meanwhile;
 a health command of the device's owner does not, since what it leaves running would hold the lock.
 """
 
@@ -80,7 +80,7 @@ def health_command(text: str) -> list[str]:
     except ValueError as error:
         raise InputError(f"health command {text!r}: {error}", "write it as for a shell") from None
     if not words:
-        raise InputError("the health command is empty", "say onnxruntime, none, or a command")
+        raise InputError("the health command is empty", 'use "onnxruntime", "none" or a command')
     return words
 
 
@@ -130,7 +130,7 @@ def main(verb: str, store: str = "", name: str = "") -> None:
             json.dumps(
                 {
                     "message": f"{error.filename or store}: {error.strerror or error}",
-                    "remedy": "see to the disk and try again",
+                    "remedy": "check disk space and permissions, then try again",
                 }
             )
         )

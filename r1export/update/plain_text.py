@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 
-_UNSAFE = {
-    "Cc",
-    "Cf",
-    "Cs",
-    "Zl",
-    "Zp",
-}  # control, format (which includes bidi), surrogate, line and paragraph separator
+# Categories: control, format (bidi and invisible characters), half a surrogate pair, separators of lines and paragraphs
+_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _JOINERS = {"\u200c", "\u200d"}  # format characters that Persian and the Indic scripts cannot be written without
 
 

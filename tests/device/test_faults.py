@@ -195,6 +195,40 @@ def test_no_power_cut_harms_a_second_try_after_a_kill(lab, updated, tmp_path):
     assert len(renames) >= 5
 
 
+def flat(tree, folder=""):
+    """Content of every file of a tree that is not hidden, by path."""
+    files = {}
+    for name, node in tree.items():
+        if isinstance(node, dict):
+            files |= flat(node, f"{folder}{name}/")
+        elif not name.startswith("."):
+            files[folder + name] = node
+    return files
+
+
+def test_a_power_cut_during_a_repair_leaves_each_file_as_it_was_or_as_it_should_be(lab, device, tmp_path):
+    device.apply(lab.bundle(1, 0))
+    slot = device.store.current
+    right = flat(tree(device.path)["slots"][slot])
+    for name in list(right)[::2]:
+        (device.path / "slots" / slot / name).write_bytes(b"rot")
+    old = copy(device, tmp_path / "old")
+    damaged = flat(tree(old.path)["slots"][slot])
+    calls = strace.record(device.path, lab.bundle(1, 0), tmp_path / "log")
+    disk, states = powercut.Disk(device.path), []
+    disk.root = powercut._load(old.path)
+    for call in calls:
+        disk.apply(call)
+        states = list(disk.states())
+        for state in states:
+            files = flat(state["slots"][slot])
+            assert set(files) == set(right), call
+            assert all(files[name] in (right[name], damaged[name]) for name in files), call
+            assert state["current"] == f"slots/{slot}"
+    assert all(flat(state["slots"][slot]) == right for state in states)
+    assert damaged != right
+
+
 INIT = """
 import sys
 from pathlib import Path

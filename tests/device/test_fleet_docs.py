@@ -66,8 +66,9 @@ def test_the_rauc_hook_installs_and_fails_for_a_bad_file(lab, slot_device, kit, 
     assert run(script, kit, slot_device.path, "slot-install", RAUC_IMAGE_NAME=str(script)).returncode == 2
 
 
-def test_a_device_takes_the_smallest_fitting_update_from_a_plain_folder(lab, slot_device, kit, tmp_path):
-    slot_device.apply(lab.bundle(1, 0))
+@pytest.fixture
+def channel(lab, tmp_path):
+    """A folder that a server offers, with updates from 0, 1 and 2 to 3; yields the folder and its address."""
     folder = tmp_path / "camera"
     folder.mkdir()
     entries = [{"since": since, "path": f"3-since-{since}.r1u"} for since in (0, 1, 2)]
@@ -77,18 +78,70 @@ def test_a_device_takes_the_smallest_fitting_update_from_a_plain_folder(lab, slo
     handler = functools.partial(Quiet, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        code = example("python", "channel.json").replace(
-            "https://models.example/camera/v1", f"http://127.0.0.1:{server.server_port}"
-        )
-        code = (
-            code.replace('"r1device.pyz"', repr(str(kit)))
-            .replace("/data/model", str(slot_device.path))
-            .replace("/tmp/update.r1u", str(tmp_path / "u"))
-        )
-        subprocess.run([sys.executable, "-c", code], check=True)
+        yield folder, f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+def fetch(address, kit, store):
+    code = example("python", "channel.json").replace("https://models.example/camera/v1", address)
+    code = code.replace('"r1device.pyz"', repr(str(kit))).replace("/data/model", str(store))
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_a_device_takes_the_smallest_fitting_update_from_a_plain_folder(lab, slot_device, kit, channel):
+    slot_device.apply(lab.bundle(1, 0))
+    assert fetch(channel[1], kit, slot_device.path).returncode == 0
     assert slot_device.files() == fleet.hashes(lab.release(3))
-    assert (tmp_path / "u").read_bytes() == lab.bundle(3, 1).read_bytes()
+    assert slot_device.store.current == lab.read(lab.bundle(3, 1)).slot
+
+
+def test_a_device_reads_no_more_than_an_update_can_have(lab, slot_device, kit, channel):
+    folder, address = channel
+    with open(folder / "3-since-0.r1u", "r+b") as file:
+        file.truncate((64 << 20) + 1)
+    process = fetch(address, kit, slot_device.path)
+    assert "3-since-0.r1u has more than 67108864 bytes" in process.stderr
+    assert slot_device.store.current == "base"
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_one_file_is_fetched_with_curl_and_leaves_nothing(lab, slot_device, kit, channel, tmp_path):
+    folder, address = channel
+    script, scratch = tmp_path / "fetch.sh", tmp_path / "scratch"
+    script.write_text(example("sh", "curl"))
+    scratch.mkdir()
+    assert run(script, kit, slot_device.path, f"{address}/3-since-0.r1u", TMPDIR=str(scratch)).returncode == 0
+    assert slot_device.files() == fleet.hashes(lab.release(3))
+    with open(folder / "3-since-1.r1u", "r+b") as file:
+        file.truncate((64 << 20) + 1)
+    assert run(script, kit, slot_device.path, f"{address}/3-since-1.r1u", TMPDIR=str(scratch)).returncode == 63
+    assert list(scratch.iterdir()) == []
+
+
+def test_an_update_is_signed_again_and_replaces_the_signature(lab, slot_device, tmp_path):
+    slot_device.apply(lab.bundle(1, 0))
+    shutil.copy(lab.bundle(1, 0), tmp_path / "update.r1u")
+    key = envelope.SecretKey(b"\x05" * 32)
+    (tmp_path / "new.key").write_text(key.to_pem())
+    subprocess.run([sys.executable, "-c", example("python", "signed-again.r1u")], check=True, cwd=tmp_path)
+    (slot_device.path / "trust" / f"{key.public.keyid}.pub").write_text(key.public.to_pem())
+    assert slot_device.apply(tmp_path / "signed-again.r1u").changed
+    assert slot_device.store.bundle(slot_device.store.current).envelope == envelope.sign(
+        lab.read(lab.bundle(1, 0)).manifest_bytes, [key]
+    )
+
+
+def test_a_store_is_made_again_with_its_floor(lab, slot_device, kit, tmp_path):
+    slot_device.apply(lab.bundle(1, 0))
+    script = tmp_path / "again.sh"
+    text = example("sh", "--min-seq").replace("r1device.pyz", str(kit)).replace("00-base", str(lab.release(0)))
+    script.write_text(
+        "set -e\n" + text.replace("fleet.pub", str(lab.public)).replace("update.r1u", str(lab.bundle(3, 0)))
+    )
+    process = run(script, kit, slot_device.path)
+    assert process.returncode == 0, process.stderr
+    assert (slot_device.store.config.min_seq, slot_device.store.state().min_seq) == (3, 3)
+    assert slot_device.files() == fleet.hashes(lab.release(3))
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
