@@ -435,7 +435,7 @@ def test_a_reader_that_leaves_early_is_no_error(lab, slot_device):
 
 
 def test_control_characters_in_foreign_text_do_not_reach_the_terminal(lab, base, tmp_path):
-    evil = "\x1b]0;owned\x07\x9b2J\u202e\u2028\r\nerror: all is well"
+    evil = "\x1b]0;owned\x07\x7f\x9b2J\u202e\u2028\r\nerror: all is well"
     (base / "visual.onnx").unlink()
     reseal(base, format=evil)
     name = tmp_path / f"base{evil}"
@@ -453,6 +453,7 @@ def test_control_characters_in_foreign_text_do_not_reach_the_terminal(lab, base,
             assert shown.count("\n") == 1
             assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e]", shown)
             assert "owned" in shown
+            assert not options or "owned" in json.loads(process.stdout)["error"]["message"]
 
 
 def test_text_that_the_terminals_encoding_lacks_is_escaped(lab, slot_device):
