@@ -45,22 +45,17 @@ def main(arguments: list[str] | None = None, program: str = "r1device") -> int:
             traceback.print_exc()
         message = f"internal error: {type(error).__name__}: {error}"
         return _fail(options, DEFECT, message, "please report it, with the output under R1EXPORT_TRACEBACK=1")
-    _print([_json(answer)] if options.json else _lines(answer), sys.stdout)
+    _print([json.dumps(answer)] if options.json else _lines(answer), sys.stdout)
     return code
 
 
 def _fail(options: argparse.Namespace, code: int, message: str, remedy: str) -> int:
     if options.json:
         document = {"error": {"message": message, "remedy": remedy}, "exit_code": code}
-        _print([_json(document)], sys.stdout)
+        _print([json.dumps(document)], sys.stdout)
     else:
         _print([f"error: {message} ({remedy})" if remedy else f"error: {message}"], sys.stderr)
     return code
-
-
-def _json(document: Answer) -> str:
-    """One line of ASCII; DEL is the one control character that the json module leaves as it is."""
-    return json.dumps(document).replace("\x7f", "\\u007f")
 
 
 def _print(lines: Iterable[str], stream: TextIO) -> None:
