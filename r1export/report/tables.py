@@ -130,7 +130,11 @@ def sensitivity(found: Sensitivity | None) -> str:
     """What a release alone cannot notice, in one sentence; empty if it was not measured."""
     if found is None:
         return ""
-    change = f"of {scientific(found.relative_change)} or more" if found.relative_change else f"not even of {scientific(found.largest_tried)}"
+    change = (
+        f"of {scientific(found.relative_change)} or more"
+        if found.relative_change
+        else f"not even of {scientific(found.largest_tried)}"
+    )
     return (
         f"Sensitivity: the golden samples notice a relative change {change} of all values of {found.parameter}. "
         "What is smaller, only the run can tell."
