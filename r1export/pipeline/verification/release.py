@@ -121,8 +121,14 @@ def own_contents(path: Path, manifest: ReleaseManifest, limits: Limits | None = 
         classifier=attempt(lambda: check_classifier(path, tasks, map_tensors(path / VISUAL.weights)), of=len(tasks)),
         golden=attempt(lambda: check_golden(path, manifest), of=SAMPLES),
         accuracy=Check.not_applicable(NO_RUN),
-        card=attempt(lambda: contents.check_text(path / MODEL_CARD, model_card(manifest)), of=1),
+        card=_check_card(path, manifest),
     )
+
+
+def _check_card(path: Path, manifest: ReleaseManifest) -> Check:
+    if not (path / MODEL_CARD).exists():
+        return Check.not_applicable("there is no model card, as on a device")
+    return attempt(lambda: contents.check_text(path / MODEL_CARD, model_card(manifest)), of=1)
 
 
 def _check_base(path: Path, manifest: ReleaseManifest) -> Check:
