@@ -384,24 +384,31 @@ def bundle(
     expires: Annotated[
         int, typer.Option("--expires", help="Seconds since 1970 after which devices refuse the update; 0 is never.")
     ] = 0,
+    accept_inconclusive: Annotated[
+        bool,
+        typer.Option("--accept-inconclusive", help="Sign a release whose verification did not decide everything."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write what a device lacks to run a release, signed: the factors of the tasks since its own release."""
+    """Write what a device lacks to run a verified release, signed: the factors of the tasks since its own release."""
     with _terminal(as_json) as terminal:
         from r1export.update.envelope import SecretKey
         from r1export.update.publish import Step, Terms
 
-        keys = [SecretKey.read(path) for path in key]
+        keys = tuple(SecretKey.read(path) for path in key)
         step = Step(release, since, tuple(drop or ()), seq, precision)
         terms = Terms(int(time.time()), product, device_class, min_seq, expires)
         context = _reopen(run, Device.auto, terminal)
-        from r1export.pipeline.bundle import write_bundle
+        from r1export.pipeline.bundle import Order, write_bundle
 
-        write_bundle(context, step, keys, terms, out, overwrite=overwrite)
+        published = write_bundle(context, Order(step, terms, keys, accept_inconclusive), out, overwrite=overwrite)
         size = out.stat().st_size
+        for reason in published.accepted:
+            terminal.say(f"Accepted: {reason}")
         terminal.say(f"{out}: {size / 1000:.1f} kB, from release {since} to {release}")
-        terminal.document({"bundle": str(out), "bytes": size, "release": release, "since": since})
+        facts = {"bundle": str(out), "bytes": size, "release": release, "since": since}
+        terminal.document(facts | {"accepted": list(published.accepted)})
 
 
 @app.command("device-kit")

@@ -49,6 +49,7 @@ from r1export.verify.trial import Limits, limits_for, try_graphs
 
 NO_RUN = "a release alone does not know what it was trained from: verify its run"
 NO_BASE = "there is no base release next to it (../00-base) that it could be compared with"
+NO_CARD = "there is no README.md, as in the versions of a device"
 IS_BASE = "the base release is what the others are compared with"
 
 
@@ -121,8 +122,14 @@ def own_contents(path: Path, manifest: ReleaseManifest, limits: Limits | None = 
         classifier=attempt(lambda: check_classifier(path, tasks, map_tensors(path / VISUAL.weights)), of=len(tasks)),
         golden=attempt(lambda: check_golden(path, manifest), of=SAMPLES),
         accuracy=Check.not_applicable(NO_RUN),
-        card=attempt(lambda: contents.check_text(path / MODEL_CARD, model_card(manifest)), of=1),
+        card=attempt(lambda: _check_card(path, manifest), of=1),
     )
+
+
+def _check_card(path: Path, manifest: ReleaseManifest) -> Check:
+    """Updates bring no model card to a device, so there may be none."""
+    card = path / MODEL_CARD
+    return contents.check_text(card, model_card(manifest)) if card.exists() else Check.not_applicable(NO_CARD)
 
 
 def _check_base(path: Path, manifest: ReleaseManifest) -> Check:
