@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import RECIPE, context_of, r1export, reseal, trained_run
+from running import context_of, r1export, reseal
 
 from r1export.errors import Unsupported
 from r1export.pipeline import bundle
@@ -21,19 +21,6 @@ from r1export.update.container import read_tensors, write_tensors
 from r1export.update.manifest import Health, Manifest
 from r1export.update.release_manifest import GoldenGate, Release, ReleaseManifest
 from r1export.verify.results import Verdict
-
-TWO_TASKS = RECIPE.replace("[train]", '[[tasks]]\nname = "arrows"\nsource = "builtin:arrows"\n[train]')
-
-
-@pytest.fixture(scope="module")
-def verified(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two tasks, verified without timing, and a key."""
-    folder = tmp_path_factory.mktemp("bundle")
-    run = trained_run(folder, TWO_TASKS)
-    done = r1export("verify", run, "--no-latency")
-    assert done.returncode == 0, done.output
-    assert r1export("keygen", folder / "fleet").returncode == 0
-    return run
 
 
 @pytest.fixture
