@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from r1export.console import Terminal
     from r1export.pipeline.context import RunContext
     from r1export.verify.results import Report, RunReport
+    from r1export.verify.signature import SignedUpdate
 
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
 INTERRUPTED = 130  # as shells count a process that Ctrl-C ended
@@ -144,6 +145,14 @@ def _read_run_report(folder: Path) -> RunReport:
     return report
 
 
+def _signed_update(bundle: Path | None, trust: list[Path], threshold: int) -> SignedUpdate | None:
+    from r1export.verify.signature import SignedUpdate
+
+    if (bundle is None) != (not trust):
+        raise InputError("--bundle and --trust need each other", "give the update and the public keys that may sign it")
+    return SignedUpdate.read(bundle, trust, threshold) if bundle else None
+
+
 def _show(terminal: Terminal, report: Report, note: str = "") -> None:
     """Print a report and end with the exit code of its verdict."""
     from r1export.report.json_format import to_json
@@ -233,6 +242,17 @@ def verify(
     no_latency: Annotated[
         bool, typer.Option("--no-latency", help="Time nothing; the verdict is that of all other checks.")
     ] = False,
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", metavar="FILE", help="A signed update that says what the release has to be."),
+    ] = None,
+    trust: Annotated[
+        list[Path] | None,
+        typer.Option("--trust", metavar="KEY", help="Public key that may sign the update; repeatable."),
+    ] = None,
+    threshold: Annotated[
+        int, typer.Option("--threshold", help="How many of the trusted keys have to sign the update.")
+    ] = 1,
     device: Where = Device.auto,
     as_json: Json = False,
 ) -> None:
@@ -241,10 +261,13 @@ def verify(
         from r1export.verify.latency import DEFAULT_BUDGET
 
         budget = None if no_latency else DEFAULT_BUDGET
+        update = _signed_update(bundle, trust or [], threshold)
         if (path / "manifest.json").exists():
             from r1export.pipeline.verification.release import verify_release
 
-            _show(terminal, verify_release(path, provider or (), budget))
+            _show(terminal, verify_release(path, provider or (), budget, update=update))
+        elif update:
+            raise InputError(f"{path} is no release", "--bundle needs one release: a folder of RUN/releases")
         else:
             context = _reopen(path, device, terminal)
             from r1export.pipeline.verification.run import verify_run
@@ -384,24 +407,31 @@ def bundle(
     expires: Annotated[
         int, typer.Option("--expires", help="Seconds since 1970 after which devices refuse the update; 0 is never.")
     ] = 0,
+    accept_inconclusive: Annotated[
+        bool,
+        typer.Option("--accept-inconclusive", help="Sign a release whose verification did not decide everything."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write what a device lacks to run a release, signed: the factors of the tasks since its own release."""
+    """Write what a device lacks to run a verified release, signed: the factors of the tasks since its own release."""
     with _terminal(as_json) as terminal:
         from r1export.update.envelope import SecretKey
         from r1export.update.publish import Step, Terms
 
-        keys = [SecretKey.read(path) for path in key]
+        keys = tuple(SecretKey.read(path) for path in key)
         step = Step(release, since, tuple(drop or ()), seq, precision)
         terms = Terms(int(time.time()), product, device_class, min_seq, expires)
         context = _reopen(run, Device.auto, terminal)
-        from r1export.pipeline.bundle import write_bundle
+        from r1export.pipeline.bundle import Order, write_bundle
 
-        write_bundle(context, step, keys, terms, out, overwrite=overwrite)
+        published = write_bundle(context, Order(step, terms, keys, accept_inconclusive), out, overwrite=overwrite)
         size = out.stat().st_size
+        for reason in published.accepted:
+            terminal.say(f"Accepted: {reason}")
         terminal.say(f"{out}: {size / 1000:.1f} kB, from release {since} to {release}")
-        terminal.document({"bundle": str(out), "bytes": size, "release": release, "since": since})
+        facts = {"bundle": str(out), "bytes": size, "release": release, "since": since}
+        terminal.document(facts | {"accepted": list(published.accepted)})
 
 
 @app.command("device-kit")

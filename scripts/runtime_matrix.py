@@ -85,6 +85,7 @@ def make_releases(folder: Path) -> dict[str, Path]:
     for command in (
         ("train", folder / "recipe.toml", "--out", run),
         ("export", run),
+        ("verify", run, "--no-latency"),
         ("keygen", folder / "fleet"),
         ("bundle", run, "--release", "1", "--key", folder / "fleet.key", "-o", folder / "update.r1u"),
     ):

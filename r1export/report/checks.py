@@ -23,6 +23,7 @@ SHOWS = {
     "contents.golden": "The stored inputs give the stored outputs.",
     "contents.accuracy": "The accuracies that are claimed are measured again, within the error of the sample.",
     "contents.card": "README.md is the model card that follows from the manifest.",
+    "contents.signature": "Every file is the one that an update says, which is signed by keys that are trusted.",
     "parity.merge": "The unmerged experts and the merged model agree in torch: the merge is right.",
     "parity.export": "The merged model in torch and in ONNX agree: the export is right.",
     "parity.total": "The unmerged experts in torch and the ONNX model agree: the device runs what was trained.",

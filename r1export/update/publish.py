@@ -1,14 +1,19 @@
 """Make a field update in the lab: what a device lacks to turn the base into release N, signed.
 
-The result is not promised but tried: each file of the release is derived as a device will derive it, and a bundle
-is written only if all bytes agree.
+    delivery = plan_delivery(run, step)
+    with leaving_out(delivery, step.drop, refresh) as delivery:
+        bundle = sign_delivery(delivery, terms, keys)
+
+Each file of the release is derived as a device will derive it, and a bundle is made only if all bytes agree. Whether the
+release is sound is not asked here: `pipeline.bundle` signs only what was verified.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1export.errors import CheckFailed, InputError
@@ -21,7 +26,7 @@ from r1export.update.factors import ExpertUpdate
 from r1export.update.manifest import ALIGN, Base, Experts, File, Health, Manifest, Part, Update
 from r1export.update.rebuild import Rebuild
 from r1export.update.release_layout import MANIFEST, REPORTS
-from r1export.update.release_manifest import MergedUpdate, Release, is_graph
+from r1export.update.release_manifest import GoldenGate, MergedUpdate, Release, is_graph
 from r1export.update.run_layout import FACTORS, RunLayout
 from r1export.update.without_task import Refresh, release_without
 
@@ -43,7 +48,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Terms:
-    """What the fleet's owner decides about an update. Times are seconds since 1970 UTC; `expires` 0 means never."""
+    """What the fleet's owner decides about an update. Times are seconds since 1970 UTC; `expires` 0 means never.
+
+    Raises InputError for an update that would expire before it is made.
+    """
 
     created: int
     product: str = "default"
@@ -52,18 +60,27 @@ class Terms:
     expires: int = 0
     min_agreement: float = 0.9
 
+    def __post_init__(self) -> None:
+        if self.expires and self.created >= self.expires:
+            raise InputError(
+                f"the update would expire at {self.expires}, it is made at {self.created} (seconds since 1970)",
+                "check this machine's clock and --expires: a `created` in the future cannot be taken back",
+            )
+
 
 @dataclass(frozen=True)
-class _Delivery:
+class Delivery:
     """The way from `base` to `target` on a device that holds the updates with the digests `held`.
 
-    `factors` are the experts of the run's tasks by the digest of their file.
+    `factors` are the experts of the run's tasks by the digest of their file. Devices apply `limits` to the golden samples.
     """
 
     base: Release
     target: Release
     factors: Mapping[str, ExpertUpdate]
     held: frozenset[str]
+    seq: int
+    limits: GoldenGate
 
     def rebuild(self) -> Rebuild:
         """How the device derives the target. Raises InputError if the run lacks the factors of one of its updates."""
@@ -79,20 +96,24 @@ class _Delivery:
 def make_bundle(
     run: Path, step: Step, keys: Sequence[SecretKey], terms: Terms, refresh: Refresh | None = None
 ) -> Bundle:
-    """What a device lacks to take `step` between two releases of `run`, signed with `keys`.
+    """What a device lacks to take `step` between two releases of `run`, signed with `keys`, whatever a verification says.
 
     `refresh` computes class embeddings and golden outputs of a version with dropped tasks, which cannot be made without it.
 
     Raises:
-        InputError: an unknown release or task, a sequence number that is missing, an expiry that is over.
+        InputError: an unknown release or task, a sequence number that is missing.
         CheckFailed: the release cannot be derived from its base and its factors bit for bit.
         Unsupported: neither cryptography nor PyNaCl is installed.
     """
-    if terms.expires and terms.created >= terms.expires:
-        raise InputError(
-            f"the update would expire at {terms.expires}, it is made at {terms.created} (seconds since 1970)",
-            "check this machine's clock and --expires: a `created` in the future cannot be taken back",
-        )
+    with leaving_out(plan_delivery(run, step), step.drop, refresh) as delivery:
+        return sign_delivery(delivery, terms, keys)
+
+
+def plan_delivery(run: Path, step: Step) -> Delivery:
+    """The way of `step` to the release as it is in `run`, no task left out yet; limits are those that the release states.
+
+    Raises InputError for an unknown release, or a sequence number that is missing.
+    """
     releases = read_releases(run, step.precision)
     if not {0, step.since, step.release} <= releases.keys():
         raise InputError(
@@ -104,17 +125,28 @@ def make_bundle(
             "a rollback or a version without a task needs a sequence number of its own",
             "give one above all that the fleet has seen",
         )
-    base, target, factors = releases[0], releases[step.release], read_factors(run)
+    target = releases[step.release]
     held = frozenset(update.sha256 for update in releases[step.since].manifest.updates)
-    if not step.drop:
-        return _signed(_Delivery(base, target, factors, held), step.seq or target.manifest.sequence, terms, keys)
+    seq = step.seq or target.manifest.sequence
+    return Delivery(releases[0], target, read_factors(run), held, seq, target.manifest.golden)
+
+
+@contextmanager
+def leaving_out(delivery: Delivery, drop: Sequence[str], refresh: Refresh | None) -> Iterator[Delivery]:
+    """`delivery`, or one of a smaller release without the tasks `drop`, which lives as long as the block.
+
+    Raises InputError if there is no such task, or no `refresh` to compute what follows from the smaller release's weights.
+    """
+    if not drop:
+        yield delivery
+        return
     if refresh is None:
         raise InputError(
             "class embeddings and golden outputs of a version without a task have to be computed again",
             "give `refresh`",
         )
-    with release_without(base, target, factors, step.drop, refresh) as smaller:
-        return _signed(_Delivery(base, smaller, factors, held), step.seq, terms, keys)
+    with release_without(delivery.base, delivery.target, delivery.factors, drop, refresh) as smaller:
+        yield replace(delivery, target=smaller)
 
 
 def read_releases(run: Path, precision: str = "fp32") -> dict[int, Release]:
@@ -144,10 +176,15 @@ def read_factors(run: Path) -> dict[str, ExpertUpdate]:
     return factors
 
 
-def _signed(delivery: _Delivery, seq: int, terms: Terms, keys: Sequence[SecretKey]) -> Bundle:
-    """The bundle, signed and read back as a device will read it: nothing leaves the lab that no device would accept."""
+def sign_delivery(delivery: Delivery, terms: Terms, keys: Sequence[SecretKey]) -> Bundle:
+    """The bundle, signed and read back as a device will read it: nothing leaves the lab that no device would accept.
+
+    Raises:
+        InputError: factors that are missing, or an update that is too large.
+        CheckFailed, Unsupported: as `make_bundle`.
+    """
     payload = _Payload()
-    text = _manifest(delivery, payload, seq, terms).to_bytes()
+    text = _manifest(delivery, payload, terms).to_bytes()
     data = assemble(sign(text, keys), text, bytes(payload.data))
     if len(data) > MAX_BUNDLE:
         raise InputError(
@@ -156,19 +193,18 @@ def _signed(delivery: _Delivery, seq: int, terms: Terms, keys: Sequence[SecretKe
     return Bundle.parse(data, [key.public for key in keys], len(keys))
 
 
-def _manifest(delivery: _Delivery, payload: _Payload, seq: int, terms: Terms) -> Manifest:
+def _manifest(delivery: Delivery, payload: _Payload, terms: Terms) -> Manifest:
     """What is signed; what has to travel is added to `payload`. Raises as `make_bundle`."""
     base, target, rebuild = delivery.base, delivery.target, delivery.rebuild()
     _check_tensors(rebuild, target)
     _check_graphs(base, target)
     updates = tuple(_update(delivery, payload, update) for update in target.manifest.updates)
     files = tuple(_file(payload, rebuild, target, path) for path in [*sorted(target.manifest.files), MANIFEST])
-    golden = target.manifest.golden
     return Manifest(
         name=target.manifest.name,
         product=terms.product,
         device_class=terms.device_class,
-        seq=seq,
+        seq=delivery.seq,
         min_seq=terms.min_seq,
         created=terms.created,
         expires=terms.expires,
@@ -178,7 +214,7 @@ def _manifest(delivery: _Delivery, payload: _Payload, seq: int, terms: Terms) ->
         updates=updates,
         tensors={name: target.manifest.tensors[name].sha256 for name in rebuild.changed},
         files=files,
-        health=Health(golden.max_abs, golden.min_cosine, terms.min_agreement),
+        health=Health(delivery.limits.max_abs, delivery.limits.min_cosine, terms.min_agreement),
         algorithm=rebuild.procedure,
         # Their digests travel, they do not.
         evidence={name: sha256_file(target.path / name) for name in REPORTS if (target.path / name).is_file()},
@@ -199,7 +235,7 @@ class _Payload:
         return len(self.data) - len(data)
 
 
-def _update(delivery: _Delivery, payload: _Payload, merged: MergedUpdate) -> Update:
+def _update(delivery: Delivery, payload: _Payload, merged: MergedUpdate) -> Update:
     """A merged update: by its digest where the device holds it, else with its experts in the payload."""
     if merged.sha256 in delivery.held:
         return Update(merged.task, merged.sha256)
@@ -246,9 +282,9 @@ def _check_graphs(base: Release, target: Release) -> None:
 def _file(payload: _Payload, rebuild: Rebuild, target: Release, path: str) -> File:
     """One file of the target, as cheaply as it can be said: the base's, the base's with merged tensors, or parts."""
     source, old_files = target.path / path, rebuild.base.manifest.files
-    digest, nbytes = sha256_file(source), source.stat().st_size
-    if path in target.manifest.files and digest != (expected := target.manifest.files[path].sha256):
-        raise CheckFailed(f"{source} is damaged: SHA-256 {digest}, expected {expected}", "export the release again")
+    digest = target.manifest_sha256 if path == MANIFEST else target.manifest.files[path].sha256
+    nbytes = source.stat().st_size
+    _check_digest(source, sha256_file(source), digest)
     if path in old_files and (path in rebuild.base.manifest.weights or digest == old_files[path].sha256):
         derived = hashlib.sha256()
         for chunk in rebuild.chunks(path):
@@ -257,8 +293,14 @@ def _file(payload: _Payload, rebuild: Rebuild, target: Release, path: str) -> Fi
             raise CheckFailed(f"{source} is not the base with the factors merged", "export the release again")
         return File(path, nbytes, digest)
     new = source.read_bytes()
+    _check_digest(source, sha256_bytes(new), digest)
     old = (rebuild.base.path / path).read_bytes() if path in old_files or path == MANIFEST else b""
     return File(path, nbytes, digest, tuple(_parts(payload, old, new)))
+
+
+def _check_digest(source: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise CheckFailed(f"{source} is damaged: SHA-256 {found}, expected {expected}", "export the release again")
 
 
 def _parts(payload: _Payload, old: bytes, new: bytes) -> Iterator[Part]:

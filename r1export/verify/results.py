@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
 from typing import Any, ClassVar, Self
 
@@ -31,6 +31,7 @@ TITLES = {  # of the checks of a release, by group and name
     "contents.golden": "Golden samples",
     "contents.accuracy": "Accuracy",
     "contents.card": "Model card",
+    "contents.signature": "Signature",
     "parity.merge": "Merge parity",
     "parity.export": "Export parity",
     "parity.total": "Total parity",
@@ -311,6 +312,9 @@ class Latency(Check):
         return Ratio(self.ratio, self.ci95).within(self.margin) and self.noise_floor.within(self.margin)
 
 
+UNSIGNED = Check.not_applicable("no signed update was given to compare it with")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contents:
     """What the release folder contains, compared with what it has to contain."""
@@ -328,11 +332,12 @@ class Contents:
     golden: Check
     accuracy: Check
     card: Check
+    signature: Check = UNSIGNED
 
     @classmethod
     def only(cls, reason: str, **measured: Check) -> Contents:
         """The checks that were made; the others could not be, because of `reason`."""
-        return cls(**{f.name: Check.unmeasured(reason) for f in fields(cls)} | measured)
+        return cls(**{f.name: Check.unmeasured(reason) for f in fields(cls) if f.default is MISSING} | measured)
 
     @property
     def verdict(self) -> Verdict:

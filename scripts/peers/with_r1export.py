@@ -19,16 +19,16 @@ from peers.workload import ALPHA, RANK, parity, read_samples
 from r1export import __version__
 from r1export.adapt.inject import eject_experts_
 from r1export.adapt.pack import pack_experts, pool_tensors
-from r1export.pipeline.bundle import bundle
 from r1export.pipeline.context import NoProgress, RunContext, inject_pools_
 from r1export.pipeline.export import export
 from r1export.pipeline.train import train
 from r1export.recipe import Recipe
 from r1export.run_folder import RunFolder, open_run, read_json
+from r1export.update.atomic_io import write_file
 from r1export.update.container import read_layout, write_tensors
 from r1export.update.envelope import SecretKey
 from r1export.update.factors import Rows
-from r1export.update.publish import Step, Terms
+from r1export.update.publish import Step, Terms, make_bundle
 from r1export.update.release_layout import GRAPHS
 
 KEY = SecretKey(bytes(range(32)))
@@ -57,7 +57,7 @@ def build(work: Path) -> Row:
     with timed(seconds, "later"):
         export(fresh(context))
     with timed(seconds, "bundle"):
-        bundle(fresh(context), Step(1), [KEY], TERMS, folder / "update.r1u")
+        write_file(folder / "update.r1u", make_bundle(run_folder.path, Step(1), [KEY], TERMS).to_bytes())
     base, release = run_folder.releases([task.name for task in recipe.stream])
     graphs = {"image_embeds": release / "visual.onnx", "text_embeds": release / "textual.onnx"}
     return {

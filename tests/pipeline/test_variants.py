@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = (*SETTINGS, 'export.variants=["fp16", "int8"]')
     sets = [part for setting in settings for part in ("--set", setting)]
     done = r1export("run", folder / "recipe.toml", "--out", folder / "run", *sets)
-    assert done.returncode in (0, 4), done.output
+    assert done.returncode in (0, 4), done.output  # times on a busy machine may decide nothing
     return folder / "run"
 
 
@@ -93,7 +93,8 @@ def test_a_device_derives_the_bytes_of_the_variant_from_kilobytes(run: Path, pre
     assert r1export("keygen", tmp_path / "k").returncode == 0
     update, store = tmp_path / "u.r1u", tmp_path / "store"
     base, target = releases(run, precision)
-    made = r1export("bundle", run, "--release", 1, "--precision", precision, "--key", tmp_path / "k.key", "-o", update)
+    step = ("--release", 1, "--precision", precision, "--accept-inconclusive")
+    made = r1export("bundle", run, *step, "--key", tmp_path / "k.key", "-o", update)
     assert made.returncode == 0, made.output
     assert r1export("device", "init", store, "--base", base, "--trust", tmp_path / "k.pub").returncode == 0
     applied = r1export("device", "apply", store, update)
@@ -105,9 +106,9 @@ def test_a_device_derives_the_bytes_of_the_variant_from_kilobytes(run: Path, pre
 
 def test_an_update_of_one_precision_is_refused_by_a_device_of_another(run: Path, tmp_path: Path) -> None:
     r1export("keygen", tmp_path / "k")
-    r1export(
-        "bundle", run, "--release", 1, "--precision", "int8", "--key", tmp_path / "k.key", "-o", tmp_path / "u.r1u"
-    )
+    step = ("--release", 1, "--precision", "int8", "--accept-inconclusive")
+    made = r1export("bundle", run, *step, "--key", tmp_path / "k.key", "-o", tmp_path / "u.r1u")
+    assert made.returncode == 0, made.output
     r1export("device", "init", tmp_path / "store", "--base", run / "releases/00-base", "--trust", tmp_path / "k.pub")
     refused = r1export("device", "apply", tmp_path / "store", tmp_path / "u.r1u")
     assert refused.returncode == 1, refused.output

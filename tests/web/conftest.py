@@ -51,6 +51,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     for command in (
         ("train", folder / "recipe.toml", "--out", run),
         ("export", run),
+        ("verify", run, "--no-latency"),
         ("keygen", folder / "fleet"),
         ("bundle", run, "--release", 1, "--key", folder / "fleet.key", "-o", update),
     ):

@@ -32,6 +32,7 @@ from r1export.verify.parity import GATES
 from r1export.verify.proof import Feeds
 from r1export.verify.results import (
     SKIPPED,
+    UNSIGNED,
     UNTIMED,
     Check,
     Contents,
@@ -45,10 +46,12 @@ from r1export.verify.results import (
     overall,
 )  # fmt: skip
 from r1export.verify.runtime import PROVIDERS, check_provider
+from r1export.verify.signature import SignedUpdate, check_signature
 from r1export.verify.trial import Limits, limits_for, try_graphs
 
 NO_RUN = "a release alone does not know what it was trained from: verify its run"
 NO_BASE = "there is no base release next to it (../00-base) that it could be compared with"
+NO_CARD = "there is no README.md, as in the versions of a device"
 IS_BASE = "the base release is what the others are compared with"
 
 
@@ -57,22 +60,26 @@ def verify_release(
     providers: Sequence[str] = (),
     budget: TimingBudget | None = DEFAULT_BUDGET,
     limits: Limits | None = None,
+    update: SignedUpdate | None = None,
 ) -> ReleaseReport:
     """Verify a release by its own golden samples, and against the base release next to it (../00-base), if there is one.
+
+    With an `update` its files have to be those that were signed, so that it need not be believed what it says of itself.
 
     Nothing is trained or run in torch, and nothing is timed without a `budget`. The graphs are run in a process of their own
     first, within `limits` (by default what `limits_for` gives). An old report that no longer holds is deleted.
 
-    Raises InputError if `path` is no release, Unsupported for a missing provider.
+    Raises InputError if `path` is no release or `update` is none, Unsupported for a missing provider.
     """
     manifest, providers = ReleaseManifest.read(path), tuple(providers) or ("cpu",)
     for provider in providers:
         check_provider(provider)
+    signature = check_signature(path, manifest.name, update) if update else UNSIGNED
     report = ReleaseReport(
         created=now(),
         environment=environment(providers),
         release=_facts(path, manifest),
-        contents=own_contents(path, manifest, limits),
+        contents=replace(own_contents(path, manifest, limits), signature=signature),
         parity=ParityStages.unmeasured(SKIPPED),
         proof=Proof.unmeasured(SKIPPED),
         latency=Latency.unmeasured(SKIPPED),
@@ -121,14 +128,14 @@ def own_contents(path: Path, manifest: ReleaseManifest, limits: Limits | None = 
         classifier=attempt(lambda: check_classifier(path, tasks, map_tensors(path / VISUAL.weights)), of=len(tasks)),
         golden=attempt(lambda: check_golden(path, manifest), of=SAMPLES),
         accuracy=Check.not_applicable(NO_RUN),
-        card=_check_card(path, manifest),
+        card=attempt(lambda: _check_card(path, manifest), of=1),
     )
 
 
 def _check_card(path: Path, manifest: ReleaseManifest) -> Check:
-    if not (path / MODEL_CARD).exists():
-        return Check.not_applicable("there is no model card, as on a device")
-    return attempt(lambda: contents.check_text(path / MODEL_CARD, model_card(manifest)), of=1)
+    """Updates bring no model card to a device, so there may be none."""
+    card = path / MODEL_CARD
+    return contents.check_text(card, model_card(manifest)) if card.exists() else Check.not_applicable(NO_CARD)
 
 
 def _check_base(path: Path, manifest: ReleaseManifest) -> Check:
