@@ -417,7 +417,7 @@ def bundle(
     """Write what a device lacks to run a verified release, signed: the factors of the tasks since its own release."""
     with _terminal(as_json) as terminal:
         from r1export.update.envelope import SecretKey
-        from r1export.update.publish import Step, Terms
+        from r1export.update.lab.publish import Step, Terms
 
         keys = tuple(SecretKey.read(path) for path in key)
         step = Step(release, since, tuple(drop or ()), seq, precision)

@@ -181,10 +181,10 @@ RULES = [
     ),
     ("device/install.py", " and not _rotten(device, offer)", ""),
     ("device/install.py", "if digest not in (forget, installed)}", "if digest != forget}"),
-    ("update/publish.py", "if is_graph(path) and old.get(path) != new.get(path):", "if False:"),
-    ("update/publish.py", "if terms.expires and terms.created >= terms.expires:", "if False:"),
+    ("update/lab/publish.py", "if is_graph(path) and old.get(path) != new.get(path):", "if False:"),
+    ("update/lab/publish.py", "if terms.expires and terms.created >= terms.expires:", "if False:"),
     (
-        "update/publish.py",
+        "update/lab/publish.py",
         "if path in old_files and (path in rebuild.base.manifest.weights or ",
         "if path in old_files and (",
     ),

@@ -1,4 +1,4 @@
-"""The laws of the house, held by machines."""
+"""The laws of docs/architecture.md, held by machines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGE = ROOT / "r1export"
 
 
 def test_imports_go_one_way() -> None:
-    """The contracts in pyproject.toml: rooms are independent, the device needs no torch, recipes stay with the pipeline."""
+    """The contracts in pyproject.toml: packages are independent, the device needs no torch, recipes stay with the pipeline."""
     script = Path(sys.executable).with_name("lint-imports")
     result = subprocess.run([script, "--no-logo"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout
