@@ -122,6 +122,21 @@ def _parser(program: str) -> argparse.ArgumentParser:
         return command
 
     command = verb("init", _init, "make a store from a base release")
+    _add_init_options(command)
+    command = verb("apply", _apply, "install an update and make it current; repair the current version")
+    command.add_argument("update", type=Path, metavar="UPDATE")
+    command.add_argument("--retry", action="store_true", help="forget that this update failed before")
+    command.add_argument("--wait", type=float, default=install.WAIT, help="seconds to wait for another updater")
+    command = verb("rollback", _rollback, "make an older version current again")
+    command.add_argument("--to", type=int, help="its sequence number; 0 is the base")
+    command.add_argument("--wait", type=float, default=install.WAIT, help="seconds to wait for another updater")
+    verb("status", _status, "show which version is current and which ones are kept")
+    verb("doctor", _doctor, "look for damage, and show what repairs it")
+    verb("inspect", _inspect, "describe an update", subject="update")
+    return parser
+
+
+def _add_init_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base", type=Path, required=True, help="the folder of the base release, 00-base")
     command.add_argument(
         "--trust", type=Path, action="append", required=True, help="a public key; give it once for each key"
@@ -149,17 +164,6 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help="how far above the newest version an update's number may lie",
     )
     command.add_argument("--min-seq", type=int, default=0, help="the lowest version that may ever run, for a new start")
-    command = verb("apply", _apply, "install an update and make it current; repair the current version")
-    command.add_argument("update", type=Path, metavar="UPDATE")
-    command.add_argument("--retry", action="store_true", help="forget that this update failed before")
-    command.add_argument("--wait", type=float, default=install.WAIT, help="seconds to wait for another updater")
-    command = verb("rollback", _rollback, "make an older version current again")
-    command.add_argument("--to", type=int, help="its sequence number; 0 is the base")
-    command.add_argument("--wait", type=float, default=install.WAIT, help="seconds to wait for another updater")
-    verb("status", _status, "show which version is current and which ones are kept")
-    verb("doctor", _doctor, "look for damage, and show what repairs it")
-    verb("inspect", _inspect, "describe an update", subject="update")
-    return parser
 
 
 def _lines(answer: Answer) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ QUESTIONS = {
     "Control": "A model with its branches left in must be caught by the same checks.",
 }
 FLIPS = 10  # changed answers that are listed for each stage
-ROWS: dict[str, Any] = {
+ROWS: dict[str, Callable[[Parity], str]] = {
     "Max. difference": lambda p: scientific(p.max_abs),
     "Tolerance": lambda p: scientific(p.tolerance),
     "Smallest tolerance that would pass": lambda p: scientific(p.least_tolerance),
