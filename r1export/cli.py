@@ -75,6 +75,36 @@ Json = Annotated[
     bool, typer.Option("--json", help="One JSON document on stdout, of an error too; everything else goes to stderr.")
 ]
 
+# The options of `bundle`, which are many: a fleet's owner decides all of this.
+TargetRelease = Annotated[
+    int, typer.Option("--release", help="Number of the release that the device will have; 0 is the base.")
+]
+Keys = Annotated[list[Path], typer.Option("--key", help="Secret key from keygen; give it once for each signature.")]
+UpdateFile = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The update, for example update.r1u.")]
+Since = Annotated[int, typer.Option("--since", help="Number of the release that the device has.")]
+WhichPrecision = Annotated[
+    Precision, typer.Option("--precision", help="Which releases: those of fp32 or of a variant of the recipe.")
+]
+Drop = Annotated[
+    list[str] | None, typer.Option("--drop", metavar="TASK", help="Leave a task out; needs --seq; repeatable.")
+]
+Seq = Annotated[
+    int,
+    typer.Option(
+        "--seq",
+        help="Sequence number; a rollback or a version without a task needs one above all that the fleet has seen.",
+    ),
+]
+Product = Annotated[str, typer.Option("--product", help="Devices of another product refuse the update.")]
+DeviceClass = Annotated[str, typer.Option("--device-class", help="Devices of another class refuse the update.")]
+MinSeq = Annotated[int, typer.Option("--min-seq", help="Devices may not roll back below this sequence number.")]
+Expires = Annotated[
+    int, typer.Option("--expires", help="Seconds since 1970 after which devices refuse the update; 0 is never.")
+]
+AcceptInconclusive = Annotated[
+    bool, typer.Option("--accept-inconclusive", help="Sign a release whose verification did not decide everything.")
+]
+
 
 @contextmanager
 def _terminal(as_json: bool) -> Iterator[Terminal]:
@@ -376,48 +406,25 @@ def keygen(
 @app.command()
 def bundle(
     run: Run,
-    release: Annotated[
-        int, typer.Option("--release", help="Number of the release that the device will have; 0 is the base.")
-    ],
-    key: Annotated[list[Path], typer.Option("--key", help="Secret key from keygen; give it once for each signature.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The update, for example update.r1u.")],
-    since: Annotated[int, typer.Option("--since", help="Number of the release that the device has.")] = 0,
-    precision: Annotated[
-        Precision, typer.Option("--precision", help="Which releases: those of fp32 or of a variant of the recipe.")
-    ] = Precision.fp32,
-    drop: Annotated[
-        list[str] | None, typer.Option("--drop", metavar="TASK", help="Leave a task out; needs --seq; repeatable.")
-    ] = None,
-    seq: Annotated[
-        int,
-        typer.Option(
-            "--seq",
-            help="Sequence number; a rollback or a version without a task needs one above all that the fleet has seen.",
-        ),
-    ] = 0,
-    product: Annotated[
-        str, typer.Option("--product", help="Devices of another product refuse the update.")
-    ] = "default",
-    device_class: Annotated[
-        str, typer.Option("--device-class", help="Devices of another class refuse the update.")
-    ] = "default",
-    min_seq: Annotated[
-        int, typer.Option("--min-seq", help="Devices may not roll back below this sequence number.")
-    ] = 0,
-    expires: Annotated[
-        int, typer.Option("--expires", help="Seconds since 1970 after which devices refuse the update; 0 is never.")
-    ] = 0,
-    accept_inconclusive: Annotated[
-        bool,
-        typer.Option("--accept-inconclusive", help="Sign a release whose verification did not decide everything."),
-    ] = False,
+    release: TargetRelease,
+    key: Keys,
+    out: UpdateFile,
+    since: Since = 0,
+    precision: WhichPrecision = Precision.fp32,
+    drop: Drop = None,
+    seq: Seq = 0,
+    product: Product = "default",
+    device_class: DeviceClass = "default",
+    min_seq: MinSeq = 0,
+    expires: Expires = 0,
+    accept_inconclusive: AcceptInconclusive = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write what a device lacks to run a verified release, signed: the factors of the tasks since its own release."""
     with _terminal(as_json) as terminal:
         from r1export.update.envelope import SecretKey
-        from r1export.update.publish import Step, Terms
+        from r1export.update.lab.publish import Step, Terms
 
         keys = tuple(SecretKey.read(path) for path in key)
         step = Step(release, since, tuple(drop or ()), seq, precision)

@@ -30,7 +30,7 @@ from r1export.update.atomic_io import sha256_file, write_file, write_json
 from r1export.update.container import NAMES, plan, write_layout, write_tensors
 from r1export.update.envelope import SecretKey
 from r1export.update.factors import ExpertUpdate, Factors, Rows
-from r1export.update.publish import Step, Terms, make_bundle
+from r1export.update.lab.publish import Step, Terms, make_bundle
 from r1export.update.rebuild import Rebuild
 from r1export.update.release_manifest import Release
 

@@ -1,4 +1,4 @@
-"""The laws of the house, held by machines."""
+"""The laws of docs/architecture.md, held by machines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGE = ROOT / "r1export"
 
 
 def test_imports_go_one_way() -> None:
-    """The contracts in pyproject.toml: rooms are independent, the device needs no torch, recipes stay with the pipeline."""
+    """The contracts in pyproject.toml: packages are independent, the device needs no torch, recipes stay with the pipeline."""
     script = Path(sys.executable).with_name("lint-imports")
     result = subprocess.run([script, "--no-logo"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout
@@ -45,11 +45,11 @@ def test_nothing_reads_or_writes_pickles() -> None:
 
 
 def test_only_the_console_and_the_entry_points_print() -> None:
-    """device/worker.py is a process of its own: what it prints is its answer to the process that started it."""
+    """device/worker.py and verify/trial.py are processes of their own: what they print is their answer to the one that started them."""
 
     def prints(path: Path) -> bool:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         return any(isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print" for n in ast.walk(tree))
 
     printers = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if prints(path)}
-    assert printers <= {"console.py", "cli.py", "device/__main__.py", "device/worker.py"}
+    assert printers <= {"console.py", "cli.py", "device/__main__.py", "device/worker.py", "verify/trial.py"}

@@ -45,22 +45,17 @@ def main(arguments: list[str] | None = None, program: str = "r1device") -> int:
             traceback.print_exc()
         message = f"internal error: {type(error).__name__}: {error}"
         return _fail(options, DEFECT, message, "please report it, with the output under R1EXPORT_TRACEBACK=1")
-    _print([_json(answer)] if options.json else _lines(answer), sys.stdout)
+    _print([json.dumps(answer)] if options.json else _lines(answer), sys.stdout)
     return code
 
 
 def _fail(options: argparse.Namespace, code: int, message: str, remedy: str) -> int:
     if options.json:
         document = {"error": {"message": message, "remedy": remedy}, "exit_code": code}
-        _print([_json(document)], sys.stdout)
+        _print([json.dumps(document)], sys.stdout)
     else:
         _print([f"error: {message} ({remedy})" if remedy else f"error: {message}"], sys.stderr)
     return code
-
-
-def _json(document: Answer) -> str:
-    """One line of ASCII; DEL is the one control character that the json module leaves as it is."""
-    return json.dumps(document).replace("\x7f", "\\u007f")
 
 
 def _print(lines: Iterable[str], stream: TextIO) -> None:
@@ -127,6 +122,21 @@ def _parser(program: str) -> argparse.ArgumentParser:
         return command
 
     command = verb("init", _init, "make a store from a base release")
+    _add_init_options(command)
+    command = verb("apply", _apply, "install an update and make it current; repair the current version")
+    command.add_argument("update", type=Path, metavar="UPDATE")
+    command.add_argument("--retry", action="store_true", help="forget that this update failed before")
+    command.add_argument("--wait", type=float, default=install.WAIT, help="seconds to wait for another updater")
+    command = verb("rollback", _rollback, "make an older version current again")
+    command.add_argument("--to", type=int, help="its sequence number; 0 is the base")
+    command.add_argument("--wait", type=float, default=install.WAIT, help="seconds to wait for another updater")
+    verb("status", _status, "show which version is current and which ones are kept")
+    verb("doctor", _doctor, "look for damage, and show what repairs it")
+    verb("inspect", _inspect, "describe an update", subject="update")
+    return parser
+
+
+def _add_init_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base", type=Path, required=True, help="the folder of the base release, 00-base")
     command.add_argument(
         "--trust", type=Path, action="append", required=True, help="a public key; give it once for each key"
@@ -154,17 +164,6 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help="how far above the newest version an update's number may lie",
     )
     command.add_argument("--min-seq", type=int, default=0, help="the lowest version that may ever run, for a new start")
-    command = verb("apply", _apply, "install an update and make it current; repair the current version")
-    command.add_argument("update", type=Path, metavar="UPDATE")
-    command.add_argument("--retry", action="store_true", help="forget that this update failed before")
-    command.add_argument("--wait", type=float, default=install.WAIT, help="seconds to wait for another updater")
-    command = verb("rollback", _rollback, "make an older version current again")
-    command.add_argument("--to", type=int, help="its sequence number; 0 is the base")
-    command.add_argument("--wait", type=float, default=install.WAIT, help="seconds to wait for another updater")
-    verb("status", _status, "show which version is current and which ones are kept")
-    verb("doctor", _doctor, "look for damage, and show what repairs it")
-    verb("inspect", _inspect, "describe an update", subject="update")
-    return parser
 
 
 def _lines(answer: Answer) -> list[str]:

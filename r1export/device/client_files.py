@@ -94,9 +94,8 @@ def _check_prompts(version: Version, samples: GoldenSamples) -> None:
         raise
     except Exception as error:  # the library raises plain Exceptions
         raise CheckFailed(f"{TOKENIZER_FILE} cannot be used: {first_line(error)}", REMEDY) from error
-    wrong = [
-        n for n, (row, expected) in enumerate(zip(rows, samples.input_ids.tolist(), strict=False)) if row != expected
-    ]
-    if wrong or len(rows) != len(samples.input_ids):
-        first = samples.prompts[wrong[0]] if wrong else f"{len(rows)} of {len(samples.input_ids)} prompts"
+    pairs = zip(rows, samples.input_ids.tolist(), strict=False)
+    other = [index for index, (row, expected) in enumerate(pairs) if row != expected]
+    if other or len(rows) != len(samples.input_ids):
+        first = samples.prompts[other[0]] if other else f"{len(rows)} of {len(samples.input_ids)} prompts"
         raise CheckFailed(f"health check of {TOKENIZER_FILE}: other input_ids, first for {first[:60]!r}", REMEDY)

@@ -195,8 +195,8 @@ def _replace_damaged(device: Store, offer: Bundle, run: Step) -> None:
         partial.rename(folder)
         return
     for path, sha256 in _files(device, offer).items():
+        _clear(folder, path)
         if not _has_digest(folder / path, sha256):
-            _clear(folder, path)
             write_file(folder / path, read_chunks(partial / path))
     _sync_tree(folder)
     remove(partial)

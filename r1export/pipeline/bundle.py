@@ -22,7 +22,7 @@ from r1export.update.atomic_io import write_file
 from r1export.update.bundle import Bundle
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.envelope import SecretKey
-from r1export.update.publish import Step, Terms, leaving_out, plan_delivery, sign_delivery
+from r1export.update.lab.publish import Step, Terms, leaving_out, plan_delivery, sign_delivery
 from r1export.update.release_layout import CLASS_EMBEDS, GOLDEN, TEXTUAL, VISUAL, class_embeddings_file
 from r1export.update.release_manifest import GoldenGate, Release, ReleaseManifest
 from r1export.verify.golden import manifest_gate

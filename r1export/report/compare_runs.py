@@ -132,11 +132,10 @@ def picture(comparison: Comparison) -> str:
         axes = figure.subplots()
         for n, run in enumerate(comparison.runs):
             values = [100 * value for value in run.mean_after]
-            look: dict[str, Any] = {
-                "color": SERIES[n % len(SERIES)],
-                "linestyle": DASHES[n // len(SERIES) % len(DASHES)],
-            }
-            axes.plot(range(len(values)), values, marker="o", markersize=4, label=run.name, **look)
+            colour, dash = SERIES[n % len(SERIES)], DASHES[n // len(SERIES) % len(DASHES)]
+            axes.plot(
+                range(len(values)), values, color=colour, linestyle=dash, marker="o", markersize=4, label=run.name
+            )
         axes.set_xticks(range(len(ticks)), ticks, rotation=20, ha="right")
         axes.set(ylabel="mean accuracy over all tasks, %")
         axes.legend(fontsize=9)

@@ -6,7 +6,6 @@ and returns "" when there is nothing to draw.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -119,8 +118,8 @@ def _strip(axes: Axes, name: str, stage: Parity, histogram: Histogram) -> None:
     axes.spines["left"].set_visible(False)
     if stage.tolerance:
         axes.axvline(math.log10(stage.tolerance), color=ALARM, linewidth=1.3, linestyle=(0, (4, 2)))
-        place: dict[str, Any] = {"transform": axes.transAxes, "va": "center", "color": ALARM, "fontsize": 9}
-        axes.text(1.01, 0.5, f"tolerance\n{scientific(stage.tolerance)}", **place)
+        text = f"tolerance\n{scientific(stage.tolerance)}"
+        axes.text(1.01, 0.5, text, transform=axes.transAxes, va="center", color=ALARM, fontsize=9)
 
 
 def latency_ratios(latency: Latency, key: str) -> str:
@@ -139,8 +138,10 @@ def latency_ratios(latency: Latency, key: str) -> str:
         axes.set(xlim=(1 - reach, 1 + reach), ylim=(len(rows) - 0.5, -0.5), xlabel="time, as a ratio to the base model")
         axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=INK)
         axes.spines["left"].set_visible(False)
-        label: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (3, 3), "textcoords": "offset points"}
-        axes.annotate(f"margin ±{percent(margin, 0)}", (1 + margin, 0), **label, color=MUTED, fontsize=9)
+        axes.annotate(
+            f"margin ±{percent(margin, 0)}", (1 + margin, 0), xycoords=("data", "axes fraction"), xytext=(3, 3),
+            textcoords="offset points", color=MUTED, fontsize=9,
+        )  # fmt: skip
         facts = "; ".join(f"{name} {middle:.3f}" for name, middle, _ in rows)
         return page_svg(figure, key, f"Ratios of times to the base model. {facts}. Margin {percent(margin, 0)}.")
 

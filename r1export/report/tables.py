@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,8 @@ from r1export.verify.results import (
     Ratio,
     ReleaseReport,
     Report,
-    Sensitivity,
     RunReport,
+    Sensitivity,
     Times,
     VariantCost,
     Verdict,
@@ -58,7 +58,7 @@ QUESTIONS = {
     "Control": "A model with its branches left in must be caught by the same checks.",
 }
 FLIPS = 10  # changed answers that are listed for each stage
-ROWS: dict[str, Any] = {
+ROWS: dict[str, Callable[[Parity], str]] = {
     "Max. difference": lambda p: scientific(p.max_abs),
     "Tolerance": lambda p: scientific(p.tolerance),
     "Smallest tolerance that would pass": lambda p: scientific(p.least_tolerance),
@@ -130,7 +130,11 @@ def sensitivity(found: Sensitivity | None) -> str:
     """What a release alone cannot notice, in one sentence; empty if it was not measured."""
     if found is None:
         return ""
-    change = f"of {scientific(found.relative_change)} or more" if found.relative_change else f"not even of {scientific(found.largest_tried)}"
+    change = (
+        f"of {scientific(found.relative_change)} or more"
+        if found.relative_change
+        else f"not even of {scientific(found.largest_tried)}"
+    )
     return (
         f"Sensitivity: the golden samples notice a relative change {change} of all values of {found.parameter}. "
         "What is smaller, only the run can tell."

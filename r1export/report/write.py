@@ -135,7 +135,7 @@ def _markdown(value: Any) -> Markup:
     return Markup("".join(parts).replace("|", "\\|"))
 
 
-def _page(report: Report, pictures: bool) -> dict[str, Any]:
+def _page(report: Report, pictures: bool) -> dict[str, object]:
     """All that the templates show."""
     parts = report.releases if isinstance(report, RunReport) else (report,)
     run = report if isinstance(report, RunReport) else None
@@ -174,7 +174,7 @@ def _lead(checks: list[Line]) -> str:
     return f"{len(checks)} checks: {', '.join(counted)}."
 
 
-def _section(report: ReleaseReport, key: str, pictures: bool) -> dict[str, Any]:
+def _section(report: ReleaseReport, key: str, pictures: bool) -> dict[str, object]:
     """What one release shows; `key` keeps the pictures of several releases apart."""
     return {
         "name": report.name,

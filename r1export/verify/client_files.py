@@ -60,7 +60,8 @@ class PreprocessConfig:
         height, width = self.size
         image = Image.fromarray(picture)
         image = self._resized(image)
-        canvas = Image.new("RGB", (width, height), self.fill_color)
+        fill = (self.fill_color,) * 3 if isinstance(self.fill_color, int) else self.fill_color
+        canvas = Image.new("RGB", (width, height), fill)
         canvas.paste(image, (-_middle(image.width, width), -_middle(image.height, height)))
         values = np.asarray(canvas, np.float32) * np.float32(self.scale)
         mean, std = (np.array(value, np.float32) for value in (self.mean, self.std))
@@ -76,7 +77,8 @@ class PreprocessConfig:
         ratio = min(ratios) if self.resize_mode == "shortest" else max(ratios)
         fit = int if self.resize_mode == "shortest" and height == width else round
         sizes = fit(image.width / ratio), fit(image.height / ratio)
-        return image.resize(sizes, RESAMPLING[self.interpolation])
+        ignored = self.resize_mode == "shortest" and height != width  # there open_clip passes no filter on
+        return image.resize(sizes, RESAMPLING["bicubic" if ignored else self.interpolation])
 
 
 def _middle(length: int, target: int) -> int:

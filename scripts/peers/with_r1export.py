@@ -28,7 +28,7 @@ from r1export.update.atomic_io import write_file
 from r1export.update.container import read_layout, write_tensors
 from r1export.update.envelope import SecretKey
 from r1export.update.factors import Rows
-from r1export.update.publish import Step, Terms, make_bundle
+from r1export.update.lab.publish import Step, Terms, make_bundle
 from r1export.update.release_layout import GRAPHS
 
 KEY = SecretKey(bytes(range(32)))

@@ -16,7 +16,7 @@ import numpy as np
 from r1export.device.arithmetic import KNOWN_ANSWERS
 from r1export.update.bundle import Bundle, assemble
 from r1export.update.envelope import SecretKey, sign
-from r1export.update.publish import Step, Terms, make_bundle
+from r1export.update.lab.publish import Step, Terms, make_bundle
 
 KEY, STRANGER = SecretKey(bytes(range(32))), SecretKey(b"\x09" * 32)
 TERMS = Terms(1_800_000_000, "camera", "v1")

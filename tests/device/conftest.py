@@ -14,7 +14,7 @@ from r1export.device.version import open_version
 from r1export.update.atomic_io import sha256_file
 from r1export.update.bundle import Bundle
 from r1export.update.envelope import SecretKey
-from r1export.update.publish import Step, Terms, make_bundle
+from r1export.update.lab.publish import Step, Terms, make_bundle
 
 CREATED = 1_800_000_000  # seconds since 1970, when all updates of these tests were made
 

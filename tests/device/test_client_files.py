@@ -19,7 +19,7 @@ from r1export.export.preprocess import write_preprocess
 from r1export.update.atomic_io import sha256_file, write_json
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.envelope import SecretKey
-from r1export.update.publish import Step, Terms, make_bundle
+from r1export.update.lab.publish import Step, Terms, make_bundle
 
 KEY = SecretKey(bytes(range(32)))
 
@@ -137,6 +137,18 @@ def test_an_update_with_another_picture_than_its_pixels_is_taken_back(run) -> No
     done = apply(run)
     assert (done.returncode, "preprocess.onnx: picture 2 differs by up to" in done.output) == (1, True), done.output
     assert (run.parent / "store/current").resolve().name == "base"
+
+
+@pytest.mark.parametrize(("values", "bytes_off", "words"), [(1, 1.8, "up to 1."), (3 * 64, 0.6, "average")])
+def test_one_pixel_that_is_far_off_and_many_that_are_a_little_off_are_noticed(run, values, bytes_off, words) -> None:
+    pixels = read_tensors(release(run, 1) / "golden.safetensors")["pixel_values"].copy()
+    pixels[0].reshape(-1)[:values] += np.float32(bytes_off / 255 / min(fleet.CONFIG["std"]))
+    change_golden(run, pixel_values=pixels)
+    fleet.refresh(release(run, 1))
+    reseal(release(run, 1))
+    done = apply(run)
+    assert (done.returncode, "preprocess.onnx: picture 0 differs" in done.output) == (1, True), done.output
+    assert words in done.output
 
 
 def test_more_pictures_than_pixels_fail(run) -> None:

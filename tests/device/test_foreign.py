@@ -22,14 +22,15 @@ from hypothesis import strategies as st
 
 from r1export.device import __main__ as command_line
 from r1export.device import install, provision, worker
-from r1export.device.health import check_health, limits_of
+from r1export.device.health import CEILING, check_health, limits_of
 from r1export.device.version import open_version
 from r1export.errors import CheckFailed, InputError, R1ExportError
 from r1export.update.atomic_io import sha256_file
 from r1export.update.bundle import assemble, split
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.envelope import sign
-from r1export.update.release_manifest import MANIFEST, FileEntry, Release
+from r1export.update.manifest import Health
+from r1export.update.release_manifest import MANIFEST, FileEntry, GoldenGate, Release
 
 PASSED, FAILED, BAD_INPUT, ENVIRONMENT, INCONCLUSIVE = range(5)
 ORDINARY = {PASSED, FAILED, BAD_INPUT, ENVIRONMENT, INCONCLUSIVE}
@@ -126,6 +127,8 @@ def test_a_version_is_not_read_over_a_link(lab, slot_device, tmp_path):
     process = r1device("doctor", slot_device.path)
     assert process.returncode == FAILED
     assert "over a link" in process.stdout
+    with pytest.raises(InputError, match="over a link"):
+        open_version(slot_device.path).read("classes/digits.json")
 
 
 # --- checked, then read a second time
@@ -181,6 +184,18 @@ def test_a_base_that_does_not_give_its_golden_outputs_is_not_installed(lab, base
     assert process.returncode == (BAD_INPUT if "well-formed" in message else FAILED)
     assert re.match(rf"error: the base release does not pass the health check: .*({message})", process.stderr)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def test_no_version_asks_for_less_than_the_coarsest_precision(lab, slot_device):
+    slot_device.apply(lab.bundle(1, 0))
+    base, version = open_version(slot_device.path, "base"), open_version(slot_device.path)
+    manifest = dataclasses.replace(base.base.manifest, golden=GoldenGate(10, -1))
+    lax = dataclasses.replace(base, base=dataclasses.replace(base.base, manifest=manifest))
+    assert limits_of(lax) == CEILING
+    signed = dataclasses.replace(version.bundle.manifest, health=Health(10, -1, 0.5))
+    lax = dataclasses.replace(version, bundle=dataclasses.replace(version.bundle, manifest=signed))
+    assert limits_of(lax) == Health(CEILING.max_abs, CEILING.min_cosine, 0.5)
+    assert limits_of(version) == version.bundle.manifest.health
 
 
 def test_a_health_command_is_not_run_where_the_store_is_made(lab, base, tmp_path):
@@ -371,6 +386,7 @@ def test_what_is_no_file_is_said_in_one_line(lab, base, tmp_path):
         ["--product", "two\nlines"],
         ["--product", b"\xff"],
         ["--device-class", ""],
+        ["--keep", "1001"],
         ["--health", "x" * 1001],
         ["--health", "check\x1b[2J"],
         ["--keep", "1" * 30],
@@ -419,7 +435,7 @@ def test_a_reader_that_leaves_early_is_no_error(lab, slot_device):
 
 
 def test_control_characters_in_foreign_text_do_not_reach_the_terminal(lab, base, tmp_path):
-    evil = "\x1b]0;owned\x07\x9b2J\u202e\u2028\r\nerror: all is well"
+    evil = "\x1b]0;owned\x07\x7f\x9b2J\u202e\u2028\r\nerror: all is well"
     (base / "visual.onnx").unlink()
     reseal(base, format=evil)
     name = tmp_path / f"base{evil}"
@@ -437,6 +453,7 @@ def test_control_characters_in_foreign_text_do_not_reach_the_terminal(lab, base,
             assert shown.count("\n") == 1
             assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e]", shown)
             assert "owned" in shown
+            assert not options or "owned" in json.loads(process.stdout)["error"]["message"]
 
 
 def test_text_that_the_terminals_encoding_lacks_is_escaped(lab, slot_device):

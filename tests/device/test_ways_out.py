@@ -1,5 +1,6 @@
 """Out of each state that a device can get into leads a documented way, through the real command line."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -93,18 +94,33 @@ def test_whatever_happened_to_the_files_of_the_current_version_its_update_repair
         kind = data.draw(st.sampled_from(["missing", "folder", "file", "link", "half"]))
         if victim.is_file() and kind == "half":
             victim.write_bytes(victim.read_bytes()[:9])
-        elif victim.parent.is_dir() and (victim != folder or kind in ("missing", "file")):
+        elif (
+            victim.parent.resolve() == victim.parent
+            and victim.parent.is_dir()
+            and (victim != folder or kind in ("missing", "file"))
+        ):
             shutil.rmtree(victim) if victim.is_dir() and not victim.is_symlink() else victim.unlink(missing_ok=True)
             if kind == "folder":
                 victim.mkdir()
             elif kind == "file":
                 victim.write_bytes(b"rot")
             elif kind == "link":
-                victim.symlink_to("/etc")
+                victim.symlink_to(store)
     device.apply(lab.bundle(2, 0, min_seq=2))
     assert faults(device) == set()
     assert device.files() == fleet.hashes(lab.release(2))
     shutil.rmtree(store.parent)
+
+
+def test_a_folder_that_became_a_link_is_repaired_though_the_right_files_lie_behind_it(lab, slot_device, tmp_path):
+    slot_device.apply(lab.bundle(1, 0))
+    classes = slot_device.path / "slots" / slot_device.store.current / "classes"
+    shutil.move(classes, tmp_path / "elsewhere")
+    classes.symlink_to(tmp_path / "elsewhere")
+    assert faults(slot_device)
+    assert slot_device.apply(lab.bundle(1, 0)).changed
+    assert faults(slot_device) == set()
+    assert not classes.is_symlink()
 
 
 def test_a_repair_that_is_cut_short_can_be_repeated(lab, pinned, monkeypatch):
@@ -215,8 +231,20 @@ def test_a_store_that_an_older_kit_made_has_the_default_bound(slot_device):
     expected = read_config(path)
     for name in ("sha256", "max_seq_jump", "min_seq"):
         del document[name]
-    path.write_text(json.dumps(document))
-    assert read_config(path) == expected
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    for sealed in ({}, {"sha256": digest}):  # the first kit wrote none
+        path.write_text(json.dumps(document | sealed))
+        assert read_config(path) == expected
+
+
+def test_a_record_that_cannot_be_read_lowers_nothing_that_the_versions_prove(lab, device, monkeypatch):
+    device.apply(lab.bundle(2, 0, min_seq=2))
+
+    def unreadable(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("r1export.device.store.read_state", unreadable)
+    assert (device.store.state().seq, device.store.state().min_seq) == (2, 2)
 
 
 # --- time

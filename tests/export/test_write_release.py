@@ -16,9 +16,10 @@ from PIL import Image
 
 from r1export.errors import R1ExportError
 from r1export.export.graph import export_graphs
-from r1export.export.write_release import Golden, ReleaseContent, TaskClasses, write_release
+from r1export.export.write_release import ReleaseContent, TaskClasses, write_release
 from r1export.update.atomic_io import sha256_file, write_json
 from r1export.update.factors import Rows
+from r1export.update.golden_samples import GoldenSamples
 from r1export.update.release_layout import GRAPHS, UNLISTED
 from r1export.update.release_manifest import BaseModel, GoldenGate, MergedUpdate, ReleaseManifest, manifest_digest
 
@@ -49,7 +50,7 @@ def content_of(clip, **changes) -> ReleaseContent:
         "updates": (MergedUpdate("colours", "1" * 64),),
         "weights": clip.parameters(),
         "tasks": (TaskClasses("colours", ("red", "blue"), ("a {} dot",), texts, True),),
-        "golden": Golden(clip.preprocess.normalize(pixels).numpy(), images, tokens.numpy(), texts),
+        "golden": GoldenSamples(clip.preprocess.normalize(pixels).numpy(), images, tokens.numpy(), texts),
         "preprocess": clip.preprocess.to_json(),
         "tokenizer": clip.tokenizer,
         "graph_digests": dict.fromkeys(GRAPHS, "2" * 64),

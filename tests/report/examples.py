@@ -117,7 +117,7 @@ def run(*releases: ReleaseReport, **changes) -> RunReport:
         created="2026-03-14T09:26:53+00:00",
         environment=environment(),
         recipe={"train": {"iterations": 50}, "tasks": [{"name": "digits"}]},
-        contents=RunContents(tasks=passed(), releases=passed(4)),
+        contents=RunContents(**{field.name: passed() for field in fields(RunContents)}),
         releases=releases or (release(), release("04-oxford_pets")),
         accuracy=accuracy(),
         gaps=RunGaps(G1=2e-5, G2=0.004, G3=None, tasks={"digits": gaps()}),

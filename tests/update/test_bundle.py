@@ -19,8 +19,8 @@ from r1export.update.bundle import (
 )
 from r1export.update.envelope import SecretKey, sign
 from r1export.update.factors import ExpertUpdate
+from r1export.update.lab.publish import Step, Terms, make_bundle
 from r1export.update.manifest import Base, File, Health, Manifest, Part
-from r1export.update.publish import Step, Terms, make_bundle
 
 ZERO = "0" * 64
 

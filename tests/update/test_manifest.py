@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1export.errors import InputError, R1ExportError, Unsupported
+from r1export.update.lab.publish import Step, Terms, make_bundle
 from r1export.update.manifest import MAX_MANIFEST, Manifest
-from r1export.update.publish import Step, Terms, make_bundle
 
 HOSTILE_PATHS = [
     "../x",

@@ -15,8 +15,8 @@ from r1export.update.atomic_io import write_json
 from r1export.update.container import plan, read_tensors, write_layout, write_tensors
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 from r1export.update.release_manifest import ReleaseManifest
+from r1export.verify.client_files import ListedClasses
 from r1export.verify.contents import (
-    ClassList,
     check_class_embeddings,
     check_epsilons,
     check_files,
@@ -220,12 +220,12 @@ def classes(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def class_list(release: Path) -> ClassList:
+def class_list(release: Path) -> ListedClasses:
     listed = json.loads((release / "classes" / "t.json").read_text())
-    return ClassList("t", tuple(listed["classes"]), tuple(listed["templates"]))
+    return ListedClasses("t", tuple(listed["classes"]), tuple(listed["templates"]), False)
 
 
-def judged(release: Path, classes: ClassList, embed=embed) -> Check:
+def judged(release: Path, classes: ListedClasses, embed=embed) -> Check:
     return check_class_embeddings(release, [classes], embed, 1e-6)
 
 

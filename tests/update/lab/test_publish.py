@@ -10,7 +10,15 @@ from device import fleet
 from r1export.errors import CheckFailed, InputError
 from r1export.update.atomic_io import sha256_file
 from r1export.update.container import read_tensors, write_tensors
-from r1export.update.publish import Step, Terms, make_bundle, plan_delivery, read_factors, read_releases, sign_delivery
+from r1export.update.lab.publish import (
+    Step,
+    Terms,
+    make_bundle,
+    plan_delivery,
+    read_factors,
+    read_releases,
+    sign_delivery,
+)
 
 TERMS = Terms(1_800_000_000, "camera", "v1")
 

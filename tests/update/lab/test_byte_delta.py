@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1export.update.byte_delta import differences
+from r1export.update.lab.byte_delta import differences
 
 lines = st.lists(
     st.sampled_from(

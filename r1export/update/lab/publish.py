@@ -19,16 +19,16 @@ from pathlib import Path
 from r1export.errors import CheckFailed, InputError
 from r1export.update.atomic_io import sha256_bytes, sha256_file
 from r1export.update.bundle import MAX_BUNDLE, Bundle, assemble
-from r1export.update.byte_delta import differences
 from r1export.update.container import NAMES
 from r1export.update.envelope import SecretKey, sign
 from r1export.update.factors import ExpertUpdate
+from r1export.update.lab.byte_delta import differences
+from r1export.update.lab.without_task import Refresh, release_without
 from r1export.update.manifest import ALIGN, Base, Experts, File, Health, Manifest, Part, Update
 from r1export.update.rebuild import Rebuild
 from r1export.update.release_layout import MANIFEST, REPORTS
 from r1export.update.release_manifest import GoldenGate, MergedUpdate, Release, is_graph
 from r1export.update.run_layout import FACTORS, RunLayout
-from r1export.update.without_task import Refresh, release_without
 
 
 @dataclass(frozen=True)
