@@ -170,14 +170,20 @@ def _lines(answer: Answer) -> list[str]:
     lines = []
     for key, value in answer.items():
         if key == "findings":
-            lines += [f"{'FAIL' if item['fault'] else 'ok  '} {item['name']}{_because(item)}" for item in value]
+            lines += [f"{_mark(item)} {item['name']}{_because(item)}" for item in value]
         else:
             lines.append(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
     return lines
 
 
+def _mark(item: dict[str, str]) -> str:
+    return "FAIL" if item["fault"] else "-   " if item["note"] else "ok  "
+
+
 def _because(item: dict[str, str]) -> str:
-    return f": {item['fault']} ({item['remedy']})" if item["fault"] else ""
+    if item["fault"]:
+        return f": {item['fault']} ({item['remedy']})"
+    return f": {item['note']}" if item["note"] else ""
 
 
 if __name__ == "__main__":

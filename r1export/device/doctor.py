@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from r1export.device.arithmetic import known_answers_hold
+from r1export.device.client_files import unchecked_tokenizer
 from r1export.device.install import check_slot
 from r1export.device.policy import is_expired
 from r1export.device.state import CONFIG, STATE, read_state
 from r1export.device.store import BASE, Store
+from r1export.device.version import version_in
 from r1export.errors import CheckFailed, InputError, R1ExportError, refused
 from r1export.update.release_manifest import check_file
 
@@ -22,11 +25,15 @@ AGAIN = "apply the same update again, signed by keys that are trusted now: what 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `fault` is empty where it is as it should be, `remedy` says what repairs it."""
+    """One thing that was looked at. `fault` is empty where it is as it should be, `remedy` says what repairs it.
+
+    `note` says why it could not be looked at, which is no fault.
+    """
 
     name: str
     fault: str = ""
     remedy: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,8 @@ def doctor(store: Path) -> list[Finding]:
         if not (store / CONFIG).is_file():
             raise
         return [Finding(CONFIG, error.message, FRESH)]  # what the rest should be like stands there
-    return [Finding(CONFIG)] + [_look(name, remedy, check) for name, remedy, check in _checks(device)]
+    found = [_look(name, remedy, check) for name, remedy, check in _checks(device)]
+    return [Finding(CONFIG), *found, *_unchecked(device)]
 
 
 def _look(name: str, remedy: str, check: Callable[[], object]) -> Finding:
@@ -123,6 +131,14 @@ def _checks(device: Store) -> Iterator[tuple[str, str, Callable[[], object]]]:
         name = path.name.removesuffix(".safetensors")
         yield f"factors/{path.name}", "apply a newer update, made with --since 0", partial(check_file, path, name)
     yield "leftovers", "nothing: the next update removes them", lambda: _check_leftovers(device)
+
+
+def _unchecked(device: Store) -> Iterator[Finding]:
+    """What the health check of this device leaves out. Damage is found by the checks before."""
+    if device.config.health == "onnxruntime":
+        with suppress(R1ExportError, OSError):
+            if note := unchecked_tokenizer(version_in(device, device.current)):
+                yield Finding("tokenizer", note=note)
 
 
 def _check_keys(device: Store) -> None:

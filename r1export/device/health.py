@@ -1,4 +1,4 @@
-"""Does a version answer as it did in the lab? Golden inputs through onnxruntime, against the outputs that were signed.
+"""Does a version answer as it did in the lab? Golden samples through onnxruntime, against the outputs that were signed.
 
 Hashes prove that the bytes are right; this proves that the machine computes with them as it should.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from r1export.device.client_files import REMEDY, check_client_files
 from r1export.device.version import Version
 from r1export.errors import CheckFailed, R1ExportError, first_line
 from r1export.update.container import parse_tensors
@@ -18,7 +20,6 @@ from r1export.update.manifest import Health
 from r1export.update.release_layout import GOLDEN, TOWERS
 
 CEILING = Health(0.1, 0.97, 0.9)  # the gate of int8, the coarsest precision there is: no version may ask for less
-REMEDY = "see what differs from the lab: runtime, processor, or the release itself"
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ def limits_of(version: Version) -> Health:
 
 
 def check_health(version: Version, limits: Health) -> list[Agreement]:
-    """Run the golden inputs of every tower that the version has.
+    """Run the golden inputs of every tower that the version has, and what clients do before the towers.
 
     Raises:
         CheckFailed: a graph does not run, an answer is further off than `limits`, the version has no golden inputs at all,
-            or none of a tower that its updates change.
+            or none of a tower that its updates change; a picture or prompt becomes something else than in the lab.
         Unsupported: onnxruntime is not installed.
     """
     golden, classes = _tensors(version, GOLDEN), _class_embeds(version)
@@ -68,6 +69,7 @@ def check_health(version: Version, limits: Health) -> list[Agreement]:
         raise CheckFailed(f"version {version.name} has no golden inputs", "export the release again")
     for result in results:
         _judge(result, limits)
+    check_client_files(version, partial(_answer, version))
     return results
 
 

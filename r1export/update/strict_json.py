@@ -95,10 +95,7 @@ class Fields:
 
     def number(self, name: str, low: float, high: float) -> float:
         """A number in low..high."""
-        value = self.take(name)
-        if type(value) not in (int, float) or not low <= value <= high:
-            raise wrong(f"{self.location}.{name}", value, f"a number from {low:g} to {high:g}")
-        return float(value)
+        return number(self.take(name), f"{self.location}.{name}", low, high)
 
     def number_or_null(self, name: str, low: float, high: float) -> float | None:
         """A number in low..high, or None for null."""
@@ -169,6 +166,13 @@ def items(value: Any, location: str, limit: int) -> list[tuple[Any, str]]:
     if not isinstance(value, list) or len(value) > limit:
         raise wrong(location, value, f"an array of at most {limit}")
     return [(item, f"{location}[{index}]") for index, item in enumerate(value)]
+
+
+def number(value: Any, location: str, low: float, high: float) -> float:
+    """`value` if it is a number in low..high; True is not."""
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise wrong(location, value, f"a number from {low:g} to {high:g}")
+    return float(value)
 
 
 def whole(value: Any, location: str, low: int = 0, high: int = MAX_INTEGER) -> int:

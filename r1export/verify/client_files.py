@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from tokenizers import Tokenizer
 
 from r1export.errors import InputError, first_line
-from r1export.update.golden_samples import PICTURES, SAMPLES, GoldenSamples
+from r1export.update.golden_samples import BYTES, MEAN_BYTES, PICTURES, SAMPLES, GoldenSamples
 from r1export.update.release_layout import PREPROCESS, PREPROCESS_GRAPH, TOKENIZER
 from r1export.verify.results import Check
 from r1export.verify.runtime import open_session, runner
@@ -26,10 +26,6 @@ RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
 }
 EXACT = 1e-5  # of preprocess.json, in units of pixel_values: rounding of float32
-BYTES, MEAN_BYTES = (
-    1.5,
-    0.1,
-)  # of preprocess.onnx, which resizes in float32: docs/models.md says how often a byte differs
 BATCH = 64  # prompts encoded at a time
 FIRST_MERGE = 512  # CLIP's vocabulary: 256 bytes, 256 bytes that end a word, then one entry for each merge
 

@@ -1,17 +1,24 @@
 """A small real run: a two-tower model as ONNX files with weights beside them, three tasks, four releases."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
+from pydantic import TypeAdapter
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
+from r1export.export.preprocess import write_preprocess
 from r1export.update.atomic_io import sha256_file, write_json
 from r1export.update.container import NAMES, plan, read_layout, read_tensors, write_layout, write_tensors
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 from r1export.update.int8 import dequantize, quantize
+from r1export.verify.client_files import PreprocessConfig
 
 TASKS = ("digits", "shapes", "colours")
 SHAPES = {  # parameter: logical shape, file, whether it is stored as (in, out)
@@ -25,6 +32,11 @@ SHAPES = {  # parameter: logical shape, file, whether it is stored as (in, out)
 # 1.1 * 2^-53 below the middle of two float32, and only the wrong order keeps enough of that to round down.
 ORDER_WEIGHT = -1.25 * 2.0**-54
 ORDER_PRODUCTS = ((1 + 2.0**-23, 1.0), (2.0**-12 * (1 + 2.0**-15), 2.0**-12 * (1 - 2.0**-15)))
+PROMPTS = ("a photo of one", "größe", "a photo of three of two a photo", "two")
+CONFIG = {
+    "size": [8, 8], "mode": "RGB", "resize_mode": "shortest", "interpolation": "bicubic", "fill_color": 0,
+    "scale": 1 / 255, "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "layout": "NCHW",
+}  # fmt: skip
 QUANTISED = ("visual.proj.weight", "visual.head.weight", "text.head.weight")  # in the int8 run
 ADAPTED = (
     Rows("visual.proj.weight", 0, 8),
@@ -34,8 +46,8 @@ ADAPTED = (
 )
 
 
-def make_run(run: Path, precision: str = "fp32", factors: str = "float32") -> Path:
-    """Write RUN/tasks and RUN/releases as the pipeline does."""
+def make_run(run: Path, precision: str = "fp32", factors: str = "float32", *, clients: bool = False) -> Path:
+    """Write RUN/tasks and RUN/releases as the pipeline does; for `clients` with what they do before the towers."""
     rng = np.random.default_rng(7)
     dtype = np.float16 if precision == "fp16" else np.float32
     base = {name: (rng.standard_normal(shape) * 0.3).astype(dtype) for name, (shape, _, _) in SHAPES.items()}
@@ -44,6 +56,8 @@ def make_run(run: Path, precision: str = "fp32", factors: str = "float32") -> Pa
         "pixel_values": rng.standard_normal((6, 3, 8, 8)).astype(np.float32),
         "input_ids": rng.integers(0, 32, (4, 5)),
     }
+    if clients:
+        golden |= client_samples(golden["pixel_values"])
     updates: list[tuple[str, str, ExpertUpdate]] = []
     write_release(run / "releases" / "00-base", base, base, golden, updates, precision)
     for number, task in enumerate(TASKS, 1):
@@ -110,7 +124,10 @@ def write_release(folder: Path, base: dict, weights: dict, golden: dict, updates
     for task, _, _ in updates:
         write_json(folder / "classes" / f"{task}.json", {"classes": ["one", "two", "three"]})
     write_classes(folder)
-    write_json(folder / "preprocess.json", {"size": 8})
+    if "prompts" in golden:
+        write_client_files(folder)
+    else:
+        write_json(folder / "preprocess.json", {"size": 8})
     base_digest = hashlib.sha256(b"".join(base[name].tobytes() for name in SHAPES)).hexdigest()
     paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     manifest = {
@@ -130,6 +147,38 @@ def write_release(folder: Path, base: dict, weights: dict, golden: dict, updates
     }
     write_json(folder / "manifest.json", manifest)
     (folder / "README.md").write_text("a model card\n")
+
+
+def client_samples(pixel_values: np.ndarray) -> dict[str, np.ndarray]:
+    """Golden samples with three pictures and with prompts."""
+    config = TypeAdapter(PreprocessConfig).validate_json(json.dumps(CONFIG))
+    rng = np.random.default_rng(8)
+    pictures = [rng.integers(0, 256, (h, w, 3)).astype(np.uint8) for h, w in ((8, 8), (31, 20), (9, 40))]
+    ids = np.array([encoding.ids for encoding in tokenizer().encode_batch(list(PROMPTS))], np.int64)
+    return {
+        "pixel_values": np.concatenate([[config.apply(picture) for picture in pictures], pixel_values[3:]]),
+        "input_ids": ids,
+        "prompts": np.frombuffer(json.dumps(PROMPTS, ensure_ascii=False).encode(), np.uint8),
+        **{f"picture_{i}": picture for i, picture in enumerate(pictures)},
+    }
+
+
+def write_client_files(folder: Path) -> None:
+    """preprocess.json, preprocess.onnx and tokenizer/tokenizer.json."""
+    write_json(folder / "preprocess.json", CONFIG)
+    write_preprocess(CONFIG, folder / "preprocess.onnx", opset=19)
+    (folder / "tokenizer").mkdir()
+    tokenizer().save(str(folder / "tokenizer/tokenizer.json"))
+
+
+def tokenizer() -> Tokenizer:
+    """Words to ids below 32, always five."""
+    words = ("[UNK]", "[PAD]", "a", "photo", "of", "one", "two", "three", "größe")
+    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    made.enable_padding(pad_id=1, length=5)
+    made.enable_truncation(5)
+    return made
 
 
 def write_classes(folder: Path) -> None:

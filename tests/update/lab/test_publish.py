@@ -10,7 +10,15 @@ from device import fleet
 from r1export.errors import CheckFailed, InputError
 from r1export.update.atomic_io import sha256_file
 from r1export.update.container import read_tensors, write_tensors
-from r1export.update.lab.publish import Step, Terms, make_bundle, read_factors, read_releases
+from r1export.update.lab.publish import (
+    Step,
+    Terms,
+    make_bundle,
+    plan_delivery,
+    read_factors,
+    read_releases,
+    sign_delivery,
+)
 
 TERMS = Terms(1_800_000_000, "camera", "v1")
 
@@ -105,6 +113,16 @@ def changed_release(run, to, path, data):
     document["files"][path] = {"sha256": sha256_file(folder / path), "bytes": len(data)}
     (folder / "manifest.json").write_text(json.dumps(document))
     return to
+
+
+@pytest.mark.parametrize("path", ["classes/digits.json", "manifest.json"])
+def test_a_file_that_changes_after_it_was_planned_is_refused(run, key, tmp_path, path):
+    shutil.copytree(run, tmp_path / "run")
+    delivery = plan_delivery(tmp_path / "run", Step(1))
+    file = delivery.target.path / path
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(CheckFailed, match=rf"{path} is damaged"):
+        sign_delivery(delivery, TERMS, [key])
 
 
 @pytest.mark.parametrize("path", ["visual.onnx", "other.onnx"])

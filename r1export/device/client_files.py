@@ -1,0 +1,101 @@
+"""What clients do before the towers, tried on golden samples: pictures through preprocess.onnx, prompts through the tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from r1export.device.version import Version
+from r1export.errors import CheckFailed, R1ExportError, first_line
+from r1export.update.container import parse_tensors
+from r1export.update.golden_samples import BYTES, MEAN_BYTES, GoldenSamples
+from r1export.update.release_layout import GOLDEN, PREPROCESS, PREPROCESS_GRAPH, TOKENIZER, TOWERS, VISUAL
+from r1export.update.strict_json import number, parse_json, wrong
+
+TOKENIZER_FILE = f"{TOKENIZER}/tokenizer.json"
+MAX_CONFIG = 1 << 20  # bytes of preprocess.json
+REMEDY = "see what differs from the lab: runtime, processor, or the release itself"
+UNCHECKED = "not checked, because the package tokenizers is not installed"
+RunGraph = Callable[[str, str, np.ndarray], np.ndarray]  # (graph, output, value of its first input) -> the output
+
+
+def check_client_files(version: Version, run: RunGraph) -> None:
+    """Pictures become pixel_values, and prompts input_ids, as far as the version has both and this device can try it.
+
+    Releases of older versions of r1export have neither pictures nor prompts. Raises CheckFailed for a difference or a file
+    that cannot be used, InputError for a malformed one.
+    """
+    samples = _samples(version)
+    if samples is None:
+        return
+    if samples.pictures and PREPROCESS_GRAPH in version.paths:
+        _check_pictures(version, samples, run)
+    if has_tokenizers() and samples.prompts and TOKENIZER_FILE in version.paths:
+        _check_prompts(version, samples)
+
+
+def unchecked_tokenizer(version: Version) -> str:
+    """Why `check_client_files` leaves out the tokenizer here; empty if it does not, or there is none to be checked."""
+    samples = None if has_tokenizers() else _samples(version)
+    return UNCHECKED if samples and samples.prompts and TOKENIZER_FILE in version.paths else ""
+
+
+def has_tokenizers() -> bool:
+    """Whether the package tokenizers can be imported; it is not."""
+    return importlib.util.find_spec("tokenizers") is not None
+
+
+def _samples(version: Version) -> GoldenSamples | None:
+    """The golden samples, if they are those of both towers."""
+    tensors = parse_tensors(version.read(GOLDEN), Path(GOLDEN)) if GOLDEN in version.paths else {}
+    whole = all(name in tensors for tower in TOWERS for name in (tower.input, tower.output))
+    return GoldenSamples.from_tensors(tensors) if whole else None
+
+
+def _check_pictures(version: Version, samples: GoldenSamples, run: RunGraph) -> None:
+    """Every picture gives its row of pixel_values, but for rounding."""
+    byte = _byte(version)
+    if len(samples.pictures) > len(samples.pixel_values):
+        raise CheckFailed(f"{GOLDEN} has more pictures than {VISUAL.input}", "export the release again")
+    for index, picture in enumerate(samples.pictures):
+        found, expected = run(PREPROCESS_GRAPH, VISUAL.input, picture), samples.pixel_values[index : index + 1]
+        if found.shape != expected.shape:
+            raise CheckFailed(f"{PREPROCESS_GRAPH}: pixel_values {found.shape}, expected {expected.shape}", REMEDY)
+        steps = np.abs(found - expected) / byte
+        if not (steps.max() <= BYTES and steps.mean() <= MEAN_BYTES):  # NaN is not
+            raise CheckFailed(
+                f"health check of {PREPROCESS_GRAPH}: picture {index} differs by up to {steps.max():.3g} bytes, "
+                f"{steps.mean():.3g} on average; limits {BYTES:g} and {MEAN_BYTES:g}",
+                REMEDY,
+            )
+
+
+def _byte(version: Version) -> float:
+    """By how much pixel_values differ at most where a picture differs by one."""
+    fields = parse_json(version.read(PREPROCESS), PREPROCESS, MAX_CONFIG)
+    scale = fields.number("scale", 1e-6, 1)
+    stds = [number(value, location, 1e-6, 1e6) for value, location in fields.array("std", 3)]
+    if len(stds) != 3:
+        raise wrong(f"{PREPROCESS}.std", stds, "three numbers")
+    return scale / min(stds)
+
+
+def _check_prompts(version: Version, samples: GoldenSamples) -> None:
+    """Every prompt gives exactly its row of input_ids."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_buffer(version.read(TOKENIZER_FILE))
+        rows = [encoding.ids for encoding in tokenizer.encode_batch(list(samples.prompts))]
+    except (R1ExportError, OSError):
+        raise
+    except Exception as error:  # the library raises plain Exceptions
+        raise CheckFailed(f"{TOKENIZER_FILE} cannot be used: {first_line(error)}", REMEDY) from error
+    pairs = zip(rows, samples.input_ids.tolist(), strict=False)
+    other = [index for index, (row, expected) in enumerate(pairs) if row != expected]
+    if other or len(rows) != len(samples.input_ids):
+        first = samples.prompts[other[0]] if other else f"{len(rows)} of {len(samples.input_ids)} prompts"
+        raise CheckFailed(f"health check of {TOKENIZER_FILE}: other input_ids, first for {first[:60]!r}", REMEDY)
