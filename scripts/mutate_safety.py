@@ -278,6 +278,13 @@ def noticed(file: str, old: str, new: str, tests: Sequence[str] = TESTS) -> bool
         return done.returncode == 1
 
 
+def tests_of(file: str) -> tuple[str, ...]:
+    """The tests of a module, its own first: the run stops at the first that fails."""
+    own = Path("tests") / Path(file).parent / f"test_{Path(file).name}"
+    tests = VERIFY_TESTS if file.startswith(("verify/", "report/")) else TESTS
+    return (own.as_posix(), *tests) if (ROOT / own).exists() else tests
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rules whose file or text holds this")
@@ -285,8 +292,7 @@ def main() -> None:
     asked, missed = parser.parse_args(), 0
     rules = [rule for rule in (*VERIFY_RULES, *RULES) if asked.only in rule[0] + rule[1]]
     for file, old, new in rules:
-        tests = VERIFY_TESTS if file.startswith(("verify/", "report/")) else TESTS
-        result = noticed(file, old, new, asked.tests or tests)
+        result = noticed(file, old, new, asked.tests or tests_of(file))
         missed += not result
         print(
             f"{'noticed' if result else 'UNNOTICED'}: {file}: {old.strip()} -> {new.strip() or 'nothing'}", flush=True
