@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
 
 from faults.planting import (
     ALONE,
+    INSIDE_RUN,
     TASKS,
     Document,
     Fault,
@@ -85,9 +87,9 @@ def _copy_release(site: Site) -> None:
 def _shorter_recipe(site: Site) -> None:
     """The recipe names the first task alone, and the accuracies are those of one task."""
     recipe = site.run / "recipe.toml"
-    tables = recipe.read_text("utf-8").split("[[tasks]]")
-    rest = tables[2][tables[2].index("\n[") :]
-    recipe.write_text(f"{tables[0]}[[tasks]]{tables[1]}{rest}", encoding="utf-8")
+    parts = re.split(r"(?m)^(?=\[)", recipe.read_text("utf-8"))
+    gone = [part for part in parts if part.startswith("[[") and f'name = "{LAST}"' in part]
+    recipe.write_text("".join(part for part in parts if part not in gone), encoding="utf-8")
 
     def one_task(metrics: Document) -> None:
         metrics |= {"tasks": metrics["tasks"][:1], "zero_shot": metrics["zero_shot"][:1], "forgetting": [0.0]}

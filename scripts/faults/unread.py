@@ -12,6 +12,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from faults.planting import (
+    INSIDE_RUN,
     TASKS,
     Document,
     Fault,
