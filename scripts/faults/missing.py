@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 
 import numpy as np
@@ -87,9 +86,8 @@ def _copy_release(site: Site) -> None:
 def _shorter_recipe(site: Site) -> None:
     """The recipe names the first task alone, and the accuracies are those of one task."""
     recipe = site.run / "recipe.toml"
-    parts = re.split(r"(?m)^(?=\[)", recipe.read_text("utf-8"))
-    gone = [part for part in parts if part.startswith("[[") and f'name = "{LAST}"' in part]
-    recipe.write_text("".join(part for part in parts if part not in gone), encoding="utf-8")
+    lines = recipe.read_text("utf-8").splitlines(keepends=True)
+    recipe.write_text("".join(line for line in lines if f'name = "{LAST}"' not in line), encoding="utf-8")
 
     def one_task(metrics: Document) -> None:
         metrics |= {"tasks": metrics["tasks"][:1], "zero_shot": metrics["zero_shot"][:1], "forgetting": [0.0]}
