@@ -21,17 +21,9 @@ from r1export.verify.graph_digest import graph_digest, read_graph
 from r1export.verify.merge_diagnosis import diagnose
 from r1export.verify.results import Check
 
-UNREADABLE = (
-    R1ExportError,
-    OSError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    MemoryError,
-    RecursionError,
-)  # what reading a damaged release can raise
+UNREADABLE = (  # what reading a damaged release can raise
+    R1ExportError, OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, MemoryError, RecursionError,
+)  # fmt: skip
 NARROW = {"int8": "int8", "float16": "fp16"}  # the type that a tensor has in no finer precision
 Embed = Callable[[list[str]], np.ndarray]
 

@@ -110,7 +110,7 @@ FAULTS = (
     Fault("K1", "factors of all tasks deleted", _delete_factors(*TASKS), INSIDE_RUN),
     Fault("K1", "last task taken out of the recipe and of metrics.json", _shorter_recipe, INSIDE_RUN),
     Fault("K1", "last release folder deleted", lambda site: shutil.rmtree(site.base.parent / "01-digits"), INSIDE_RUN),
-    Fault("K1", "last release folder under another number", _rename_last, {}),
+    Fault("K1", "last release folder under another number", _rename_last, INSIDE_RUN),
     Fault("K1", "a release folder more than there are tasks", _copy_release, INSIDE_RUN),
     Fault("K1", "manifest: graphs = {}", in_manifest(lambda m: m.update(graphs={}))),
     Fault("K1", "manifest: no digest of classify.onnx", in_manifest(lambda m: m["graphs"].pop("classify.onnx"))),

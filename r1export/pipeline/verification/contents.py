@@ -167,7 +167,7 @@ def _check_golden(ref: ReleaseRef, manifest: ReleaseManifest) -> Check:
 
 def _byte(ref: ReleaseRef) -> float:
     """One of 256 steps of a colour, in units of pixel_values."""
-    return 1 / 255 / min(ref.context.clip.preprocess.to_json()["std"])
+    return 1 / 255 / float(min(ref.context.clip.preprocess.to_json()["std"]))
 
 
 def _check_preprocess(ref: ReleaseRef) -> Check:

@@ -167,7 +167,7 @@ def _expected_fields(manifest: ReleaseManifest, base: Neighbour | None) -> dict[
     """The fields that follow from the precision, and from the base release if that is sound."""
     expected: dict[str, object] = {"procedure": PROCEDURES.get(manifest.precision)}
     if base and base.manifest and base.sound:
-        expected |= {"base": base.manifest.base, "graphs": base.manifest.graphs}
+        expected["base"] = base.manifest.base
     return expected
 
 
