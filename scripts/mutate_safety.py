@@ -1,4 +1,4 @@
-"""Take out each safety rule of the field updates in turn: some test has to fail, or nothing holds the rule.
+"""Take out each safety rule of verification and of the field updates in turn: some test has to fail, or nothing holds the rule.
 
     python scripts/mutate_safety.py [--only TEXT] [--tests PATH ...]
 
@@ -22,6 +22,7 @@ TESTS = (
     "tests/bundles",
     "tests/device/test_policy.py",
     "tests/device/test_health.py",
+    "tests/device/test_client_files.py",
     "tests/device/test_install.py",
     "tests/device/test_interrupted.py",
     "tests/device/test_version.py",
@@ -31,6 +32,101 @@ TESTS = (
     "tests/device/test_ways_out.py",
     "tests/device/test_foreign.py",
 )  # tests/device/test_faults.py takes out each fsync itself
+VERIFY_TESTS = (
+    "tests/verify",
+    "tests/report/test_json_format.py",
+    "tests/test_compare.py",
+    "tests/pipeline/verification",
+    "tests/pipeline/test_bundle.py",
+    "tests/pipeline/test_signed_release.py",
+    "tests/test_faults.py",
+)
+# file, what stands there, what is put in its place
+VERIFY_RULES = [
+    ("verify/results.py", "if self.verdict is Verdict.PASS and not 0 < self.looked_at == self.of:", "if False:"),
+    ("verify/results.py", "if self.verdict is Verdict.PASS and not self._decided():", "if False:"),
+    ("verify/results.py", "        elif 0 < looked_at == of:", "        elif looked_at == of:"),
+    ("verify/results.py", "        if listed:\n            more", "        if False:\n            more"),
+    ("verify/results.py", "    if Verdict.FAIL in applicable:", "    if False:"),
+    ("verify/results.py", "Verdict.PASS if applicable == {Verdict.PASS}", "Verdict.PASS if Verdict.PASS in applicable"),
+    ("verify/results.py", "return bool(self.digest) and self.digest == self.expected", "return True"),
+    ("verify/results.py", "        return max_abs <= tolerance and min_cosine", "        return min_cosine"),
+    ("verify/parity.py", "            or control.verdict is not Verdict.PASS\n", ""),
+    ("verify/parity.py", "if not np.isfinite(differences).all():", "if False:"),
+    ("verify/parity.py", "any(candidate.shape != reference.shape for candidate in candidates)", "False"),
+    ("verify/parity.py", "elif not tower.max_abs <= gate.max_abs:", "elif False:"),
+    ("verify/parity.py", "elif not tower.min_cosine >= gate.min_cosine:", "elif False:"),
+    ("verify/parity.py", "if not flip.margin <= gate.flip_margin]", "if False]"),
+    ("verify/parity.py", "stated = max_abs if max_abs <= self.max_abs else self.max_abs", "stated = max_abs"),
+    ("verify/parity.py", "    if len(embeddings) != len(values):", "    if False:"),
+    (
+        "verify/proof.py",
+        'problems = [f"{name} is another program" for name, (left, right)',
+        'problems = ["" for name, (left, right) in () for name, (left, right)',
+    ),
+    (
+        "verify/proof.py",
+        "for name, path in base.items() if not path.is_file()]",
+        "for name, path in () if not path.is_file()]",
+    ),
+    ("verify/proof.py", "    if base.flops != release.flops:", "    if False:"),
+    ("verify/proof.py", "    if base.weight_bytes != release.weight_bytes:", "    if False:"),
+    ("verify/proof.py", "blind = [rung for rung, apart in told_apart.items() if not apart]", "blind = []"),
+    ("verify/graph_digest.py", "operands = [scope.find(name) for name in node.input]", "operands = len(node.input)"),
+    (
+        "verify/graph_digest.py",
+        "return [attribute.type, repr(value",
+        "return [attribute.type, str(type(value)) or repr(value",
+    ),
+    ("verify/paired_stats.py", "    if not noise.within(margin):", "    if False:"),
+    ("verify/paired_stats.py", "    if low > 1 + margin:", "    if False:"),
+    ("verify/contents.py", "if manifest.sha256 != manifest.digest():", "if False:"),
+    ("verify/contents.py", "for name in sorted(set(required) - set(manifest.files))]", "for name in ()]"),
+    ("verify/contents.py", "or sha256_file(path) != entry.sha256:", "or False:"),
+    ("verify/contents.py", "    if path.is_symlink() or not path.is_file():", "    if not path.is_file():"),
+    ("verify/contents.py", "        elif sha256_bytes(values", "        elif False and sha256_bytes(values"),
+    ("verify/contents.py", 'elif values.dtype.kind == "f" and not np.isfinite(values).all():', "elif False:"),
+    ("verify/contents.py", "!= np.ascontiguousarray(expected).tobytes():", "is None:"),
+    ("verify/contents.py", "    if not errors.max() <= tolerance:", "    if errors.max() > tolerance:"),
+    ("verify/contents.py", "    if len(stored) != len(classes.classes):", "    if False:"),
+    (
+        "verify/golden.py",
+        "GATES[manifest.precision].no_laxer_than(manifest.golden.max_abs, manifest.golden.min_cosine)",
+        "GATES[manifest.precision]",
+    ),
+    ("verify/golden.py", "        if not error <= allowed:", "        if error > allowed:"),
+    ("verify/client_files.py", "    if not (errors.max() <= most and errors.mean() <= mean):", "    if False:"),
+    ("verify/client_files.py", "        if not np.all(same):", "        if False:"),
+    ("verify/signature.py", "if bundle.manifest.name == name else", "if True else"),
+    ("verify/signature.py", "        elif sha256_file(path) != sha256:", "        elif False:"),
+    ("verify/signature.py", "        if not path.is_file():", "        if False:"),
+    ("verify/signature.py", " | evidence\n", "\n"),
+    ("verify/signature.py", "if not 1 <= threshold <= len(trusted):", "if False:"),
+    (
+        "pipeline/verification/release.py",
+        "replace(own_contents(path, manifest, limits), signature=signature)",
+        "own_contents(path, manifest, limits)",
+    ),
+    ("pipeline/verification/without_task.py", "        weights=attempt(weights, of=len(manifest.tensors)),\n", ""),
+    ("pipeline/bundle.py", "    known_answers_hold_in_fresh_process()\n", ""),
+    ("pipeline/bundle.py", "    if not path.is_file():", "    if False:"),
+    ("pipeline/bundle.py", " or report.release.manifest_sha256 != release.manifest_sha256", ""),
+    ("pipeline/bundle.py", "        check_fresh(report, release.path)\n", "        pass\n"),
+    (
+        "pipeline/bundle.py",
+        "if release.manifest.updates and Verdict.NOT_APPLICABLE",
+        "if False and Verdict.NOT_APPLICABLE",
+    ),
+    ("pipeline/bundle.py", "    if report.verdict is Verdict.FAIL:", "    if False:"),
+    ("pipeline/bundle.py", "    if not order.accept_inconclusive:", "    if False:"),
+    ("pipeline/bundle.py", "    if contents.verdict is not Verdict.PASS:", "    if False:"),
+    ("pipeline/bundle.py", "replace(planned, limits=limits)", "planned"),
+    ("verify/client_files.py", '_json(folder / "vocab.json") != vocab:', '_json(folder / "vocab.json") is None:'),
+    ("verify/client_files.py", "            if vocab.get(left + right) != i:", "            if False:"),
+    ("report/json_format.py", '    if document.get("verdict") != report.verdict:', "    if False:"),
+    ("report/freshness.py", "if not path.is_file() or sha256_file(path) != manifest_sha256:", "if False:"),
+    ("report/freshness.py", "or file.is_symlink() or sha256_file(file) != entry.sha256:", "or file.is_symlink():"),
+]
 # file, what stands there, what is put in its place
 RULES = [
     ("device/policy.py", "if installed.tries.get(digest, 0) >= MAX_TRIES:", "if False:"),
@@ -115,6 +211,14 @@ RULES = [
         "if golden.get(given, np.zeros(0)).size and answer in golden:",
         "if given in golden and answer in golden:",
     ),
+    ("device/health.py", "    check_client_files(version, partial(_answer, version))\n", ""),
+    ("device/client_files.py", "steps.max() <= BYTES and ", ""),
+    ("device/client_files.py", " and steps.mean() <= MEAN_BYTES", ""),
+    ("device/client_files.py", "if len(samples.pictures) > len(samples.pixel_values):", "if False:"),
+    ("device/client_files.py", "        if found.shape != expected.shape:", "        if False:"),
+    ("device/client_files.py", "    if len(stds) != 3:", "    if False:"),
+    ("device/client_files.py", "if row != expected]", "if False]"),
+    ("device/client_files.py", " or len(rows) != len(samples.input_ids):", ":"),
     ("device/version.py", "        check_digest(path, sha256_bytes(data), self._digests[path])\n", ""),
     ("device/version.py", "        check_digest(file.path, digest.hexdigest(), file.sha256)\n", ""),
     (
@@ -182,7 +286,7 @@ RULES = [
     ("device/install.py", " and not _rotten(device, offer)", ""),
     ("device/install.py", "if digest not in (forget, installed)}", "if digest != forget}"),
     ("update/lab/publish.py", "if is_graph(path) and old.get(path) != new.get(path):", "if False:"),
-    ("update/lab/publish.py", "if terms.expires and terms.created >= terms.expires:", "if False:"),
+    ("update/lab/publish.py", "if self.expires and self.created >= self.expires:", "if False:"),
     (
         "update/lab/publish.py",
         "if path in old_files and (path in rebuild.base.manifest.weights or ",
@@ -209,14 +313,21 @@ def noticed(file: str, old: str, new: str, tests: Sequence[str] = TESTS) -> bool
         return done.returncode == 1
 
 
+def tests_of(file: str) -> tuple[str, ...]:
+    """The tests of a module, its own first: the run stops at the first that fails."""
+    own = Path("tests") / Path(file).parent / f"test_{Path(file).name}"
+    tests = VERIFY_TESTS if file.startswith(("verify/", "report/")) else TESTS
+    return (own.as_posix(), *tests) if (ROOT / own).exists() else tests
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rules whose file or text holds this")
-    parser.add_argument("--tests", nargs="+", default=TESTS, help="run these instead of all that concern updates")
+    parser.add_argument("--tests", nargs="+", help="run these instead of all that concern the rule")
     asked, missed = parser.parse_args(), 0
-    rules = [rule for rule in RULES if asked.only in rule[0] + rule[1]]
+    rules = [rule for rule in (*VERIFY_RULES, *RULES) if asked.only in rule[0] + rule[1]]
     for file, old, new in rules:
-        result = noticed(file, old, new, asked.tests)
+        result = noticed(file, old, new, asked.tests or tests_of(file))
         missed += not result
         print(
             f"{'noticed' if result else 'UNNOTICED'}: {file}: {old.strip()} -> {new.strip() or 'nothing'}", flush=True

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -19,6 +18,7 @@ from r1export.update.release_layout import PREPROCESS, PREPROCESS_GRAPH, TOKENIZ
 from r1export.verify.results import Check
 from r1export.verify.runtime import open_session, runner
 
+T = TypeVar("T")
 REMEDY = "export the release again"
 RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -49,11 +49,7 @@ class PreprocessConfig:
     @classmethod
     def read(cls, release: Path) -> PreprocessConfig:
         """Raises InputError."""
-        path = release / PREPROCESS
-        try:
-            return TypeAdapter(cls).validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise InputError(f"{path}: {first_line(error)}", REMEDY) from error
+        return _read(cls, release / PREPROCESS)
 
     def apply(self, picture: np.ndarray) -> np.ndarray:
         """A picture, uint8 (h, w, 3), as float32 (3, H, W)."""
@@ -122,6 +118,22 @@ def _differences(name: str, values: np.ndarray, expected: np.ndarray, most: floa
         yield f"{name} differs by up to {errors.max():.2g}, {errors.mean():.2g} on average; allowed {most:.2g} and {mean:.2g}"
 
 
+@dataclass(frozen=True)
+class TokenizerModel:
+    """What tokenizer.json says of its vocabulary; unigram models list (token, score)."""
+
+    type: str
+    vocab: dict[str, int] | list[tuple[str, float]]
+    merges: tuple[str | tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """tokenizer.json, as far as it is compared with the files next to it."""
+
+    model: TokenizerModel
+
+
 class ClientTokenizer:
     """tokenizer/tokenizer.json in the `tokenizers` library, as clients use it."""
 
@@ -159,30 +171,31 @@ def check_tokenizer(release: Path, golden: GoldenSamples) -> Check:
 
 def _vocabulary_problems(folder: Path) -> Iterator[str]:
     """Differences of vocab.json and merges.txt, where they are, from tokenizer.json, and entries in another order than CLIP's."""
-    model = _json(folder / "tokenizer.json")["model"]
-    vocab, merges = model["vocab"], [_pair(merge) for merge in model["merges"]] if "merges" in model else []
-    if (folder / "vocab.json").exists() and _json(folder / "vocab.json") != vocab:
+    model = _read(TokenizerFile, folder / "tokenizer.json").model
+    vocab, merges = model.vocab, [_pair(merge) for merge in model.merges]
+    if (folder / "vocab.json").exists() and _read(dict[str, int], folder / "vocab.json") != vocab:
         yield "vocab.json is not the vocabulary of tokenizer.json"
     if (folder / "merges.txt").exists():
-        lines = (folder / "merges.txt").read_text("utf-8").splitlines()[1:]
+        lines = (folder / "merges.txt").read_text("utf-8", "replace").splitlines()[1:]
         if [_pair(line) for line in lines] != merges:
             yield "merges.txt does not list the merges of tokenizer.json"
-    if model["type"] == "BPE" and isinstance(vocab, dict) and len(vocab) == FIRST_MERGE + len(merges) + 2:
+    if model.type == "BPE" and isinstance(vocab, dict) and len(vocab) == FIRST_MERGE + len(merges) + 2:
         for i, (left, right) in enumerate(merges, FIRST_MERGE):
             if vocab.get(left + right) != i:
                 yield f"vocabulary entry {left + right!r} is {vocab.get(left + right)}, its merge says {i}"
                 return
 
 
-def _pair(merge: str | list[str]) -> tuple[str, str]:
+def _pair(merge: str | tuple[str, str]) -> tuple[str, str]:
     left, _, right = merge.partition(" ") if isinstance(merge, str) else (merge[0], " ", merge[1])
     return left, right
 
 
-def _json(path: Path) -> Any:
+def _read(kind: type[T], path: Path) -> T:
+    """The JSON in a file as a value of `kind`. Raises InputError."""
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
         raise InputError(f"{path}: {first_line(error)}", REMEDY) from error
 
 
@@ -205,10 +218,7 @@ class ListedClasses:
     @classmethod
     def read(cls, path: Path) -> ListedClasses:
         """Raises InputError."""
-        try:
-            return TypeAdapter(cls).validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise InputError(f"{path}: {first_line(error)}", REMEDY) from error
+        return _read(cls, path)
 
 
 def client_embed(release: Path) -> Callable[[list[str]], np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto, numpy_helper
 
-from r1export.errors import CheckFailed
+from r1export.errors import CheckFailed, first_line
 
 SMALL = 1024  # bytes; integers up to this size are shapes, axes and indices and belong to the structure
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
@@ -29,10 +29,14 @@ def graph_digest(graph: Path | onnx.ModelProto, *, structural: bool = False) -> 
     models with different weights are still the same program. Laws: renaming values, nodes, dimensions, or the weights'
     bytes changes nothing; another node, attribute, edge, dtype, shape, opset, or constant does.
 
-    Raises CheckFailed if the file is missing or no ONNX graph.
+    Raises CheckFailed if the file is missing or no sound ONNX graph.
     """
     model = graph if isinstance(graph, onnx.ModelProto) else read_graph(graph)
-    return hashlib.sha256(json.dumps(_Digest(structural).model(model), sort_keys=True).encode()).hexdigest()
+    try:
+        document = json.dumps(_Digest(structural).model(model), sort_keys=True)
+    except Exception as error:  # a foreign graph can break any rule of the format
+        raise CheckFailed(f"not a sound ONNX graph: {first_line(error)}", "export the graphs again") from error
+    return hashlib.sha256(document.encode()).hexdigest()
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
