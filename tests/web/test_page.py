@@ -16,6 +16,7 @@ from PIL import Image, PngImagePlugin
 from running import reseal
 
 from r1export.device import install
+from r1export.export.preprocess import write_preprocess
 from r1export.update.atomic_io import sha256_file
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.release_manifest import GoldenGate, ReleaseManifest, manifest_digest
@@ -81,6 +82,8 @@ def test_the_golden_test_passes_and_the_release_is_shown(browser, lab, serve) ->
     detail = browser.do("page.innerText", "#versions .detail")
     assert "8 stored samples" in detail
     assert "same top-1 in 8 of 8" in detail
+    assert "3 pictures through preprocess.onnx: up to " in detail
+    assert "Prompts: not checked, this page has no tokenizer." in detail
     text = browser.do("page.innerText", "#tasks") + browser.do("page.innerText", "#facts")
     for task in manifest["tasks"]:
         assert (
@@ -163,6 +166,40 @@ def test_a_release_that_answers_otherwise_than_its_golden_samples_fails(browser,
     assert settle(browser, serve(release)) == "Fail"
     assert "largest difference 2.0e\u20114" in browser.do("page.innerText", "#versions .detail")
     assert browser.do("page.isDisabled", "#file")
+
+
+def change_golden(release: Path, **tensors: np.ndarray | None) -> None:
+    """Replace golden tensors, or take them away."""
+    golden = read_tensors(release / "golden.safetensors") | tensors
+    write_tensors(release / "golden.safetensors", {name: value for name, value in golden.items() if value is not None})
+    reseal(release)
+
+
+def write_other_preprocess(release: Path, **changes: object) -> None:
+    config = json.loads((release / "preprocess.json").read_text())
+    write_preprocess(config | changes, release / "preprocess.onnx", opset=19)
+    reseal(release)
+
+
+@pytest.mark.parametrize("fault", ["picture", "mean", "size", "filter"])
+def test_a_release_that_prepares_pictures_otherwise_than_the_lab_fails(browser, release: Path, serve, fault) -> None:
+    if fault == "picture":
+        change_golden(release, picture_1=255 - read_tensors(release / "golden.safetensors")["picture_1"])
+    else:
+        changes = {"mean": [0.0, 0.5, 0.5], "size": [16, 16], "filter": "bilinear"}[fault]
+        write_other_preprocess(release, **{"interpolation" if fault == "filter" else fault: changes})
+    assert settle(browser, serve(release)) == "Fail"
+    detail = browser.do("page.innerText", "#versions .detail")
+    assert "largest difference" in detail
+    assert "3 pictures through preprocess.onnx: up to " in detail
+    assert browser.do("page.isDisabled", "#file")
+    assert browser.do("problems") == []
+
+
+def test_a_release_without_golden_pictures_says_that_none_were_tried(browser, release: Path, serve) -> None:
+    change_golden(release, picture_0=None, picture_1=None, picture_2=None, prompts=None)
+    assert settle(browser, serve(release)) == "Pass"
+    assert "Pictures: not checked, the release has none" in browser.do("page.innerText", "#versions .detail")
 
 
 @pytest.mark.parametrize("store", ["slot"], indirect=True)

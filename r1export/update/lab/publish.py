@@ -283,19 +283,18 @@ def _file(payload: _Payload, rebuild: Rebuild, target: Release, path: str) -> Fi
     """One file of the target, as cheaply as it can be said: the base's, the base's with merged tensors, or parts."""
     source, old_files = target.path / path, rebuild.base.manifest.files
     digest = target.manifest_sha256 if path == MANIFEST else target.manifest.files[path].sha256
-    nbytes = source.stat().st_size
-    _check_digest(source, sha256_file(source), digest)
     if path in old_files and (path in rebuild.base.manifest.weights or digest == old_files[path].sha256):
+        _check_digest(source, sha256_file(source), digest)
         derived = hashlib.sha256()
         for chunk in rebuild.chunks(path):
             derived.update(chunk)
         if derived.hexdigest() != digest:
             raise CheckFailed(f"{source} is not the base with the factors merged", "export the release again")
-        return File(path, nbytes, digest)
+        return File(path, source.stat().st_size, digest)
     new = source.read_bytes()
     _check_digest(source, sha256_bytes(new), digest)
     old = (rebuild.base.path / path).read_bytes() if path in old_files or path == MANIFEST else b""
-    return File(path, nbytes, digest, tuple(_parts(payload, old, new)))
+    return File(path, len(new), digest, tuple(_parts(payload, old, new)))
 
 
 def _check_digest(source: Path, found: str, expected: str) -> None:

@@ -6,6 +6,8 @@ import { readTensors } from "./safetensors.js";
 const VISUAL = "visual.onnx";
 const WEIGHTS = "visual.safetensors";
 const PREPROCESS = "preprocess.onnx";
+// How far pixels that preprocess.onnx makes of a golden picture may be off, as in update/golden_samples.py.
+const BYTES = { most: 1.5, mean: 0.1 };
 
 /** The image tower of one release, with its class lists and golden samples. */
 export class Clip {
@@ -15,6 +17,7 @@ export class Clip {
     const weights = await release.file(WEIGHTS);
     clip.visual = await open(await release.file(VISUAL), [{ path: WEIGHTS, data: weights }]);
     clip.preprocess = release.has(PREPROCESS) ? await open(await release.file(PREPROCESS), []) : null;
+    clip.byte = clip.preprocess && stepOfByte(await release.json("preprocess.json"));
     clip.scale = Math.exp(scalar(weights, release.manifest.tensors.logit_scale));
     clip.bias = scalar(weights, release.manifest.tensors.logit_bias) ?? 0;
     clip.golden = readTensors(await release.file("golden.safetensors"));
@@ -23,7 +26,7 @@ export class Clip {
   }
 
   /**
-   * Stored inputs one by one against the stored answers of torch: {maxAbs, minCosine, sameTop1, samples, testMs, passed}.
+   * Stored inputs one by one against the stored answers of torch: {maxAbs, minCosine, sameTop1, samples, pictures, testMs, passed}.
    * Top-1 is the same if it is in every class list. `testMs` says little of speed: the browser compiles meanwhile.
    */
   async test({ max_abs: maxAbs, min_cosine: minCosine }) {
@@ -39,8 +42,24 @@ export class Clip {
       found.minCosine = Math.min(found.minCosine, cosine(embedding, expected));
       found.sameTop1 += this.tasks.every((task) => top1(task, embedding) === top1(task, expected));
     }
-    const passed = samples > 0 && found.maxAbs <= maxAbs && found.minCosine >= minCosine; // NaN is neither
-    return { ...found, testMs: performance.now() - started, passed };
+    const pictures = await this.#testPictures();
+    const passed = samples > 0 && found.maxAbs <= maxAbs && found.minCosine >= minCosine && pictures.passed; // NaN is neither
+    return { ...found, pictures, testMs: performance.now() - started, passed };
+  }
+
+  /** Golden pictures through preprocess.onnx against their rows of pixel_values: {count, most, mean, limits, passed}, in bytes. */
+  async #testPictures() {
+    const { pixel_values: expected } = this.golden;
+    const length = expected.data.length / expected.shape[0];
+    const found = { count: 0, most: 0, mean: 0 };
+    for (let picture; this.preprocess && (picture = this.golden[`picture_${found.count}`]); found.count++) {
+      const [height, width] = picture.shape;
+      const { pixels } = await this.prepare({ data: picture.data, height, width });
+      const steps = pixels.data.map((value, i) => Math.abs(value - expected.data[found.count * length + i]) / this.byte);
+      found.most = Math.max(found.most, pixels.data.length === length ? largest(steps) : NaN);
+      found.mean = Math.max(found.mean, steps.reduce((sum, step) => sum + step, 0) / length);
+    }
+    return { ...found, limits: BYTES, passed: found.most <= BYTES.most && found.mean <= BYTES.mean };
   }
 
   /** Prepared pixels of a picture {data, height, width}, and how long that took. */
@@ -75,6 +94,9 @@ export class Clip {
 const open = (graph, externalData) =>
   ort.InferenceSession.create(graph, { executionProviders: ["wasm"], externalData, logSeverityLevel: 3 });
 
+/** By how much pixel_values differ at most where a picture differs by one byte. */
+const stepOfByte = ({ scale, std }) => scale / Math.min(...std);
+
 /** A float32 scalar where the manifest says that it lies; undefined without an entry. */
 function scalar(weights, stored) {
   if (!stored) return undefined;
@@ -102,6 +124,7 @@ function top1({ classes, embeds }, embedding) {
   return best;
 }
 
+const largest = (values) => values.reduce((most, value) => Math.max(most, value), 0); // NaN if one is
 const row = (data, i, width) => data.subarray(i * width, (i + 1) * width);
 const dot = (one, other) => one.reduce((sum, value, i) => sum + value * other[i], 0);
 const cosine = (one, other) => dot(one, other) / Math.sqrt(dot(one, one) * dot(other, other));

@@ -1,6 +1,6 @@
 // A safetensors file: u64 length | JSON header of that length | bytes. https://github.com/huggingface/safetensors
 
-const TYPES = { F32: Float32Array, I64: BigInt64Array };
+const TYPES = { F32: Float32Array, I64: BigInt64Array, U8: Uint8Array };
 
 /**
  * The tensors of a file by name, each {shape, data}; types that the page does not read are left out.

@@ -44,10 +44,17 @@ export function settle(line, word, detail) {
   line.querySelector(".detail").textContent = detail;
 }
 
-export function testDetail({ samples, sameTop1, maxAbs, minCosine, testMs, loadMs }, limits) {
+export function testDetail({ samples, sameTop1, maxAbs, minCosine, pictures, testMs, loadMs }, limits) {
   return `${samples} stored samples: largest difference ${power(maxAbs, 1)} (limit ${power(limits.max_abs)}), ` +
     `lowest cosine ${minCosine.toFixed(7)} (limit ${limits.min_cosine}), same top-1 in ${sameTop1} of ${samples}. ` +
+    `${pictureDetail(pictures)} Prompts: not checked, this page has no tokenizer. ` +
     `Loaded in ${seconds(loadMs)}, tested in ${milliseconds(testMs)}.`;
+}
+
+function pictureDetail({ count, most, mean, limits }) {
+  if (!count) return "Pictures: not checked, the release has none or no preprocess.onnx.";
+  return `${count} pictures through preprocess.onnx: up to ${most.toFixed(2)} bytes off (limit ${limits.most}), ` +
+    `${mean.toFixed(3)} on average (limit ${limits.mean}).`;
 }
 
 /** Name, tasks and digests of the release that `manifest` describes; `sha256` is the manifest's own. */

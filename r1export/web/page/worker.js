@@ -16,7 +16,7 @@ async function load(sha256) {
   postMessage({ manifest: release.manifest });
   clip = await Clip.load(release);
   const loadMs = performance.now() - started;
-  postMessage({ test: { ...(await clip.test(release.manifest.golden)), loadMs, pictures: Boolean(clip.preprocess) } });
+  postMessage({ test: { ...(await clip.test(release.manifest.golden)), loadMs } });
 }
 
 async function embed(file, number) {
