@@ -39,7 +39,7 @@ from r1export.verify.client_files import ListedClasses, check_preprocess, check_
 from r1export.verify.contents import Embed, attempt
 from r1export.verify.golden import check_classifier, check_golden, read_golden
 from r1export.verify.graph_digest import graph_digest
-from r1export.verify.results import SKIPPED, Check, Contents, Verdict, overall
+from r1export.verify.results import SKIPPED, UNSIGNED, Check, Contents, Verdict, overall
 from r1export.verify.runtime import open_session, runner
 
 BATCH = 64  # prompts embedded at a time
@@ -87,6 +87,7 @@ def check_contents(ref: ReleaseRef, manifest: ReleaseManifest) -> Contents:
     count, classes = len(parameters), sum(len(task.classes) for task in context.tasks)
     return Contents(
         **identity,
+        signature=UNSIGNED,
         base=contents.check_base(manifest, context.base_sha256, "the model that the run started from"),
         graphs=attempt(lambda: contents.check_epsilons(path, TOWER_GRAPHS, epsilons), of=len(epsilons)),
         tensors=attempt(lambda: _check_tensors(ref, manifest, parameters), of=count),
