@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from torch.nn import LayerNorm
 
 from r1export.export.preprocess import has_graph
-from r1export.export.tokenizer import write_tokenizer
 from r1export.export.write_release import model_card, rows_of
 from r1export.pipeline.context import RunContext
 from r1export.pipeline.golden import golden_inputs
@@ -186,9 +184,7 @@ def _check_preprocess(ref: ReleaseRef) -> Check:
 
 def _check_tokenizer(ref: ReleaseRef) -> Check:
     """The files are those that the run's tokenizer gives, and give the ids that it gives."""
-    with TemporaryDirectory() as folder:
-        write_tokenizer(ref.context.clip.tokenizer, Path(folder) / TOKENIZER)
-        written = {path.name: path.read_bytes() for path in (Path(folder) / TOKENIZER).iterdir()}
+    written = ref.context.tokenizer_files
     here = {path.name: path.read_bytes() for path in (ref.path / TOKENIZER).iterdir()}
     problems = [
         f"{TOKENIZER}/{name} is not that of the model" for name in sorted(written) if here.get(name) != written[name]
