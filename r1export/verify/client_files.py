@@ -66,7 +66,7 @@ class PreprocessConfig:
         try:
             return TypeAdapter(cls).validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            raise InputError(f"{path}: {first_line(error)}", REMEDY) from error
+            raise InputError(f"{path}: {_first_fault(error)}", REMEDY) from error
 
     def apply(self, picture: np.ndarray) -> np.ndarray:
         """A picture, uint8 (h, w, 3), as float32 (3, H, W)."""
@@ -90,6 +90,15 @@ class PreprocessConfig:
         fit = int if self.resize_mode == "shortest" and height == width else round
         sizes = fit(image.width / ratio), fit(image.height / ratio)
         return image.resize(sizes, RESAMPLING[self.interpolation])
+
+
+def _first_fault(error: OSError | ValidationError) -> str:
+    """The first member that is not what it has to be."""
+    if isinstance(error, OSError):
+        return first_line(error)
+    fault = error.errors()[0]
+    member = ".".join(map(str, fault["loc"]))
+    return f"{member}: {fault['msg']}" if member else fault["msg"]
 
 
 def _middle(length: int, target: int) -> int:
@@ -240,7 +249,7 @@ class ListedClasses:
         try:
             return TypeAdapter(cls).validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            raise InputError(f"{path}: {first_line(error)}", REMEDY) from error
+            raise InputError(f"{path}: {_first_fault(error)}", REMEDY) from error
 
 
 def client_embed(release: Path) -> Callable[[list[str]], np.ndarray]:
