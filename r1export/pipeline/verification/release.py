@@ -96,7 +96,7 @@ def verify_release(
     )
     if report.contents.golden.detail != SKIPPED:
         report = _measured(report, path, manifest, base, providers, budget)
-    if report.verdict is Verdict.FAIL:
+    if report.verdict is Verdict.FAIL or report.contents.verdict is not Verdict.PASS:
         remove_reports(path)
     return report
 
