@@ -316,7 +316,7 @@ def noticed(file: str, old: str, new: str, tests: Sequence[str] = TESTS) -> bool
 def tests_of(file: str) -> tuple[str, ...]:
     """The tests of a module, its own first: the run stops at the first that fails."""
     own = Path("tests") / Path(file).parent / f"test_{Path(file).name}"
-    tests = VERIFY_TESTS if file.startswith(("verify/", "report/")) else TESTS
+    tests = VERIFY_TESTS if file.startswith(("verify/", "report/", "pipeline/")) else TESTS
     return (own.as_posix(), *tests) if (ROOT / own).exists() else tests
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, ClassVar, Self
 
@@ -332,12 +332,12 @@ class Contents:
     golden: Check
     accuracy: Check
     card: Check
-    signature: Check = UNSIGNED
+    signature: Check
 
     @classmethod
     def only(cls, reason: str, **measured: Check) -> Contents:
         """The checks that were made; the others could not be, because of `reason`."""
-        return cls(**{f.name: Check.unmeasured(reason) for f in fields(cls) if f.default is MISSING} | measured)
+        return cls(**{f.name: Check.unmeasured(reason) for f in fields(cls)} | {"signature": UNSIGNED} | measured)
 
     @property
     def verdict(self) -> Verdict:
