@@ -320,7 +320,7 @@ def _fails(copy: Path, tests: Sequence[str], rule: str) -> bool:
 def batches_of(file: str) -> tuple[Sequence[str], Sequence[str]]:
     """The tests of a module itself, which are quick, and then all that concern it."""
     own = Path("tests") / Path(file).parent / f"test_{Path(file).name}"
-    tests = VERIFY_TESTS if file.startswith(("verify/", "report/")) else TESTS
+    tests = VERIFY_TESTS if file.startswith(("verify/", "report/", "pipeline/")) else TESTS
     return ((own.as_posix(),) if (ROOT / own).exists() else (), tests)
 
 

@@ -337,7 +337,7 @@ class Contents:
     @classmethod
     def only(cls, reason: str, **measured: Check) -> Contents:
         """The checks that were made; the others could not be, because of `reason`."""
-        return cls(**{f.name: Check.unmeasured(reason) for f in fields(cls)} | measured)
+        return cls(**{f.name: Check.unmeasured(reason) for f in fields(cls)} | {"signature": UNSIGNED} | measured)
 
     @property
     def verdict(self) -> Verdict:
