@@ -212,11 +212,15 @@ def page(tried: Sequence[Tried]) -> str:
 
 
 PAGE_TEXT = """
-`scripts/planted_faults.py` plants {count} faults in a small run, one at a time, makes every digest fit again and verifies. Faults that
-pass where they can be found: {wrong}. `verify RUN` finds all of them. K1: a set is missing, empty or sampled. K2: a limit is read
-from what it limits. K3: bytes that decide an answer, or that people read.
+This section is generated: `python scripts/planted_faults.py --write`. The script plants {count} faults in a small run of two tasks, one
+at a time, updates every digest, and verifies the last release alone, the same next to its base, and the whole run.
+Faults that pass although they could be found: {wrong}.
 
-What a release cannot know without its run, and why:
+- K1: a set is missing, empty or sampled.
+- K2: a limit is read from the release under test, or comes from a neighbour that nobody checked.
+- K3: bytes that decide a client's answer, or that people read.
+
+What `verify RELEASE` cannot know, and why; `verify RUN` finds all of it:
 
 {unknown}
 
@@ -224,7 +228,8 @@ What a release cannot know without its run, and why:
 |---|---|---|---|---|
 {rows}
 
-"fail" and "inconclusive" are verdicts (exit codes 1 and 4), "refused" is an error that names what is wrong (2). "-": the fault lies elsewhere.
+`fail` and `inconclusive` are verdicts (exit codes 1 and 4), `refused` is an input error (exit code 2), `-` means that the fault is not in
+that folder.
 """
 
 
