@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -92,9 +93,9 @@ class RunFolder(RunLayout):
         return load_recipe(self.recipe_file)
 
     def updates(self, recipe: Recipe) -> list[ExpertUpdate]:
-        """The factors of all tasks trained so far, in order."""
-        files = [self.task(i, task.name).factors for i, task in enumerate(recipe.stream, 1)]
-        return [ExpertUpdate.read(file) for file in files if file.exists()]
+        """The factors of all tasks trained so far, in order: those up to the first task that has none."""
+        files = (self.task(i, task.name).factors for i, task in enumerate(recipe.stream, 1))
+        return [ExpertUpdate.read(file) for file in takewhile(Path.exists, files)]
 
     def keep_gaps(self, number: int, name: str, gaps: Mapping[str, object]) -> None:
         """Put G1 to G3 of a task, which `verify` measures, into its metrics.json, next to what training wrote."""

@@ -296,8 +296,8 @@ RULES = [
 ]
 
 
-def noticed(file: str, old: str, new: str, tests: Sequence[str] = TESTS) -> bool:
-    """Whether a test fails once `old` is replaced. SystemExit if it is not there: the list is out of date."""
+def noticed(file: str, old: str, new: str, *batches: Sequence[str]) -> bool:
+    """Whether a test of any batch fails once `old` is replaced. SystemExit if it is not there: the list is out of date."""
     text = (ROOT / "r1export" / file).read_text(encoding="utf-8")
     if old not in text:
         sys.exit(f"{file} has no longer: {old.strip()}")
@@ -306,18 +306,22 @@ def noticed(file: str, old: str, new: str, tests: Sequence[str] = TESTS) -> bool
             shutil.copytree(ROOT / part, Path(name) / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", name)
         (Path(name) / "r1export" / file).write_text(text.replace(old, new, 1), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-        done = subprocess.run(command, cwd=name, env=os.environ | {"PYTHONPATH": name}, capture_output=True, text=True)
-        if done.returncode not in (0, 1):
-            sys.exit(f"{file}: {old.strip()}: the tests did not run\n{done.stdout[-2000:]}")
-        return done.returncode == 1
+        return any(_fails(Path(name), tests, f"{file}: {old.strip()}") for tests in batches if tests)
 
 
-def tests_of(file: str) -> tuple[str, ...]:
-    """The tests of a module, its own first: the run stops at the first that fails."""
+def _fails(copy: Path, tests: Sequence[str], rule: str) -> bool:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        sys.exit(f"{rule}: the tests did not run\n{done.stdout[-2000:]}")
+    return done.returncode == 1
+
+
+def batches_of(file: str) -> tuple[Sequence[str], Sequence[str]]:
+    """The tests of a module itself, which are quick, and then all that concern it."""
     own = Path("tests") / Path(file).parent / f"test_{Path(file).name}"
-    tests = VERIFY_TESTS if file.startswith(("verify/", "report/", "pipeline/")) else TESTS
-    return (own.as_posix(), *tests) if (ROOT / own).exists() else tests
+    tests = VERIFY_TESTS if file.startswith(("verify/", "report/")) else TESTS
+    return ((own.as_posix(),) if (ROOT / own).exists() else (), tests)
 
 
 def main() -> None:
@@ -327,7 +331,7 @@ def main() -> None:
     asked, missed = parser.parse_args(), 0
     rules = [rule for rule in (*VERIFY_RULES, *RULES) if asked.only in rule[0] + rule[1]]
     for file, old, new in rules:
-        result = noticed(file, old, new, asked.tests or tests_of(file))
+        result = noticed(file, old, new, *((asked.tests,) if asked.tests else batches_of(file)))
         missed += not result
         print(
             f"{'noticed' if result else 'UNNOTICED'}: {file}: {old.strip()} -> {new.strip() or 'nothing'}", flush=True

@@ -74,12 +74,7 @@ def write_preprocess(config: Mapping[str, Any], path: Path, *, opset: int, ir_ve
     """
     height, width = config["size"]
     resize_mode = config["resize_mode"]
-    faithful = (
-        config["mode"] == "RGB"
-        and config["interpolation"] in FILTERS
-        and (resize_mode == "squash" or (resize_mode == "shortest" and height == width))
-    )
-    if not faithful:
+    if not has_graph(config):
         raise Unsupported(
             f"no preprocess.onnx for {config['mode']} {resize_mode} {config['interpolation']} {height}x{width}",
             "preprocess as preprocess.json says, in the client",
@@ -93,6 +88,17 @@ def write_preprocess(config: Mapping[str, Any], path: Path, *, opset: int, ir_ve
     model = parser.parse_model(text)
     onnx.checker.check_model(model, full_check=True)
     write_file(path, model.SerializeToString(deterministic=True))
+
+
+def has_graph(config: Mapping[str, Any]) -> bool:
+    """Whether `write_preprocess` has a faithful graph for this preprocess.json."""
+    height, width = config["size"]
+    resize_mode = config["resize_mode"]
+    return (
+        config["mode"] == "RGB"
+        and config["interpolation"] in FILTERS
+        and (resize_mode == "squash" or (resize_mode == "shortest" and height == width))
+    )
 
 
 def _floats(values: list[float]) -> str:

@@ -6,7 +6,7 @@ The .onnx files are copied from the one export; only the weights and what follow
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -181,7 +181,7 @@ def _tensor_entries(
                 offset=specs[name].offset,
                 dtype=specs[name].dtype,
                 shape=specs[name].shape,
-                rows=_rows(name, content),
+                rows=rows_of(name, content.weights[name].shape, content.adapted),
                 transposed=placement.transposed,
                 sha256=sha256_bytes(tensors[file][name]),
                 scale=name + SCALE if placement.dtype == "I8" else "",
@@ -189,11 +189,13 @@ def _tensor_entries(
     return entries
 
 
-def _rows(parameter: str, content: ReleaseContent) -> tuple[tuple[int, int], ...]:
-    """(start, stop) of each adapted linear in a parameter (rows, in), a packed one has several; else all rows, none of a scalar."""
-    adapted = sorted((rows.start, rows.stop) for rows in content.adapted if rows.parameter == parameter)
-    shape = content.weights[parameter].shape  # not as it is stored, which may be transposed or have further axes
-    return tuple(adapted) or tuple((0, height) for height in shape[:1])
+def rows_of(parameter: str, shape: Sequence[int], adapted: Iterable[Rows]) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of each adapted linear in a parameter (rows, in), a packed one has several; else all rows, none of a scalar.
+
+    `shape` is that in the model, not as it is stored, which may be transposed or have further axes.
+    """
+    found = sorted((rows.start, rows.stop) for rows in adapted if rows.parameter == parameter)
+    return tuple(found) or tuple((0, height) for height in shape[:1])
 
 
 def model_card(manifest: ReleaseManifest) -> str:

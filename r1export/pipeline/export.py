@@ -7,8 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 
 from r1export import __version__
 from r1export.adapt.evaluate import all_classes, class_embeddings, top1_among
@@ -21,22 +19,16 @@ from r1export.export.preprocess import write_preprocess
 from r1export.export.write_release import ReleaseContent, TaskClasses, refused_writes, write_release
 from r1export.pipeline.context import RunContext
 from r1export.pipeline.environment import versions
+from r1export.pipeline.golden import golden_samples
 from r1export.pipeline.variant import Variant
 from r1export.pipeline.verification.inputs import BATCH, calibration
 from r1export.update.atomic_io import new_folder, sha256_file, write_json
 from r1export.update.factors import ExpertUpdate
-from r1export.update.golden_samples import PICTURES, SAMPLES, GoldenSamples
 from r1export.update.release_layout import GRAPHS, PREPROCESS_GRAPH, VISUAL
 from r1export.update.release_manifest import MergedUpdate
 from r1export.update.run_layout import FP32
 from r1export.verify.graph_digest import graph_digest
 from r1export.verify.runtime import open_session, runner
-
-ODD_PROMPTS = (  # what people type: other scripts, signs and capitals, and more than a tower takes
-    "ein Foto von einem Käfer auf 花卉 🐞",
-    "A PHOTO,  of “two” CATS & 3 dogs!",
-    "a very long prompt " * 40,
-)
 
 
 def export_releases(context: RunContext, *, overwrite: bool = False, audit: bool = False) -> list[Path]:
@@ -125,7 +117,7 @@ def _content(
         ),
         weights=merged if single else variant.tensors(updates[:number]),
         tasks=tasks,
-        golden=_golden(context),
+        golden=golden_samples(context),
         preprocess=clip.preprocess.to_json(),
         tokenizer=clip.tokenizer,
         graph_digests={graph: graph_digest(variant.exports.graphs / graph) for graph in GRAPHS},
@@ -147,40 +139,3 @@ def _accuracies(context: RunContext, folder: Path, tasks: tuple[TaskClasses, ...
         candidates = classes.embeddings if union is None else union
         accuracies[task.name] = top1_among(np.concatenate(embeds), task, candidates)
     return accuracies
-
-
-@torch.inference_mode()
-def _golden(context: RunContext) -> GoldenSamples:
-    """Test images of all tasks in turn, prompts of their classes and odd ones, and what torch makes of them."""
-    clip, tasks = context.clip, context.tasks
-    picks = [(tasks[i % len(tasks)], i // len(tasks)) for i in range(SAMPLES)]
-    pictures = tuple(
-        _picture(task.test.read(i % len(task.test)), turn) for turn, (task, i) in enumerate(picks[:PICTURES])
-    )
-    cropped = torch.from_numpy(np.stack([clip.preprocess.crop(Image.fromarray(picture)) for picture in pictures]))
-    rest = [context.tests[task.name].batch(np.array([i % len(task.test)])) for task, i in picks[PICTURES:]]
-    pixels = torch.cat([cropped, *rest])
-    named = [task.templates[0].format(task.classes[i % len(task.classes)]) for task, i in picks]
-    prompts = (*named[: SAMPLES - len(ODD_PROMPTS)], *ODD_PROMPTS)
-    tokens = clip.tokenize(list(prompts))
-    return GoldenSamples(
-        clip.preprocess.normalize(pixels).numpy(),
-        clip.encode_image(pixels).float().cpu().numpy(),
-        tokens.cpu().numpy(),
-        clip.encode_text(tokens).float().cpu().numpy(),
-        pictures,
-        prompts,
-    )
-
-
-def _picture(image: Image.Image, turn: int) -> np.ndarray:
-    """An image as a client may have it, uint8 (h, w, 3): as it is, as an enlarged landscape, and as the same held upright.
-
-    So that resizing and cropping are tried, whatever the sizes of the images of a task. The last is what a client sees of a
-    photograph once its EXIF orientation is applied.
-    """
-    if not turn:
-        return np.array(image, np.uint8)
-    side = max(image.size) * 5 // 3
-    landscape = image.resize((side, side), Image.Resampling.BICUBIC).crop((0, side // 6, side, side - side // 6))
-    return np.array(landscape if turn == 1 else landscape.transpose(Image.Transpose.ROTATE_90), np.uint8)

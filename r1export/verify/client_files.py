@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
 }
 EXACT = 1e-5  # of preprocess.json, in units of pixel_values: rounding of float32
+MAX_SIDE = 4096  # pixels
 BATCH = 64  # prompts encoded at a time
 FIRST_MERGE = 512  # CLIP's vocabulary: 256 bytes, 256 bytes that end a word, then one entry for each merge
 
@@ -45,6 +47,13 @@ class PreprocessConfig:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     layout: Literal["NCHW"]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no picture can be brought to."""
+        if not all(0 < side <= MAX_SIDE for side in self.size):
+            raise ValueError(f"size is {self.size}, expected 1 to {MAX_SIDE} pixels")
+        if not all(math.isfinite(value) and value > 0 for value in (self.scale, *self.std)):
+            raise ValueError(f"scale is {self.scale} and std {self.std}, expected positive numbers")
 
     @classmethod
     def read(cls, release: Path) -> PreprocessConfig:
@@ -82,7 +91,7 @@ def _middle(length: int, target: int) -> int:
     return round((length - target) / 2) if length >= target else -((target - length) // 2)
 
 
-def check_preprocess(release: Path, golden: GoldenSamples) -> Check:
+def check_preprocess(release: Path, golden: GoldenSamples, graph_required: bool) -> Check:
     """preprocess.json, and preprocess.onnx where there is one, turn every golden picture into its pixel_values.
 
     Counts are pictures, each in every way. Raises InputError, CheckFailed if a file cannot be used.
@@ -92,7 +101,7 @@ def check_preprocess(release: Path, golden: GoldenSamples) -> Check:
     ways: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float, float]] = {
         PREPROCESS: (config.apply, EXACT, EXACT)
     }
-    if (release / PREPROCESS_GRAPH).exists():
+    if graph_required or (release / PREPROCESS_GRAPH).exists():
         ways[PREPROCESS_GRAPH] = (_graph(release), BYTES * byte, MEAN_BYTES * byte)
     problems = [
         problem
@@ -159,6 +168,7 @@ def check_tokenizer(release: Path, golden: GoldenSamples) -> Check:
     Counts are prompts. Raises InputError if a file cannot be read.
     """
     problems = list(_vocabulary_problems(release / TOKENIZER))
+    problems += _config_problems(release / TOKENIZER, golden.input_ids)
     if golden.prompts:
         ids = ClientTokenizer(release)(list(golden.prompts))
         same = ids.shape == golden.input_ids.shape and (ids == golden.input_ids).all(1)
@@ -184,6 +194,26 @@ def _vocabulary_problems(folder: Path) -> Iterator[str]:
             if vocab.get(left + right) != i:
                 yield f"vocabulary entry {left + right!r} is {vocab.get(left + right)}, its merge says {i}"
                 return
+
+
+def _config_problems(folder: Path, input_ids: np.ndarray) -> Iterator[str]:
+    """What tokenizer_config.json, where it is, says otherwise than tokenizer.json or the golden `input_ids` (n, L) do."""
+    path, tokenizer = folder / "tokenizer_config.json", Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if not path.exists():
+        return
+    config, padding, truncation = _read(dict[str, object], path), tokenizer.padding or {}, tokenizer.truncation or {}
+    for name, actual in (
+        ("model_max_length", truncation.get("max_length")),
+        ("pad_token_id", padding.get("pad_id")),
+    ):
+        if actual is not None and config.get(name, actual) != actual:
+            yield f"tokenizer_config.json: {name} is {config[name]}, tokenizer.json has {actual}"
+    start, end = (tokenizer.token_to_id(str(config.get(name))) for name in ("bos_token", "eos_token"))
+    for row in input_ids:
+        marked = [list(row).index(token) for token in (start, end) if token is not None and token in row]
+        if marked != sorted(marked):
+            yield "tokenizer_config.json: its eos_token comes before its bos_token"
+            return
 
 
 def _pair(merge: str | tuple[str, str]) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from r1export.errors import R1ExportError
+from r1export.errors import R1ExportError, first_line
 from r1export.update.atomic_io import sha256_bytes, sha256_file
 from r1export.update.container import map_tensors, read_layout, read_tensors
 from r1export.update.factors import ExpertUpdate
@@ -21,7 +21,10 @@ from r1export.verify.graph_digest import graph_digest, read_graph
 from r1export.verify.merge_diagnosis import diagnose
 from r1export.verify.results import Check
 
-UNREADABLE = (R1ExportError, OSError, ValueError, KeyError)  # what reading a damaged release can raise
+UNREADABLE = (  # what reading a damaged release can raise
+    R1ExportError, OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, MemoryError, RecursionError,
+)  # fmt: skip
+NARROW = {"int8": "int8", "float16": "fp16"}  # the type that a tensor has in no finer precision
 Embed = Callable[[list[str]], np.ndarray]
 
 
@@ -30,12 +33,13 @@ def attempt(look: Callable[[], Check], *, of: int) -> Check:
     try:
         return look()
     except UNREADABLE as error:
-        return Check.failed(str(error), of=of)
+        reason = str(error) if isinstance(error, R1ExportError) else f"cannot be read: {first_line(error)}"
+        return Check.failed(reason, of=of)
 
 
 def check_manifest(manifest: ReleaseManifest, expected: Mapping[str, object]) -> Check:
-    """The manifest's digest of itself, and the fields that follow from the run."""
-    problems = []
+    """The manifest's digest of itself, what its fields say of each other, and the `expected` values of fields."""
+    problems = list(_contradictions(manifest))
     if manifest.sha256 != manifest.digest():
         problems.append("manifest.json was edited: its digest of itself does not fit")
     problems += [
@@ -44,8 +48,25 @@ def check_manifest(manifest: ReleaseManifest, expected: Mapping[str, object]) ->
         if getattr(manifest, name) != value
     ]
     agrees = f", and {', '.join(expected)} are what the run says" if expected else ""
-    count = 1 + len(expected)
+    count = 2 + len(expected)
     return Check.judge(problems, looked_at=count, of=count, detail=f"its digest of itself fits{agrees}")
+
+
+def _contradictions(manifest: ReleaseManifest) -> Iterator[str]:
+    """Fields that cannot all be true, whatever was trained."""
+    learned, merged = [t.name for t in manifest.tasks if t.learned], [update.task for update in manifest.updates]
+    if learned != merged:
+        yield f"manifest.json: learned tasks are {_short(learned)}, updates those of {_short(merged)}"
+    if len(merged) > manifest.sequence:
+        yield f"manifest.json: {len(merged)} updates in release number {manifest.sequence}"
+    if not manifest.name.startswith(f"{manifest.sequence:02d}-"):
+        yield f"manifest.json: {manifest.name} is number {manifest.sequence}"
+    if "r1export" not in manifest.versions:
+        yield "manifest.json: versions does not say which r1export made it"
+    stored = {entry.dtype.name for entry in manifest.tensors.values()}
+    precision = next((name for dtype, name in NARROW.items() if dtype in stored), "fp32")
+    if manifest.precision != precision:
+        yield f"manifest.json: precision is {manifest.precision}, that of its tensors is {precision}"
 
 
 def _short(value: object) -> str:
@@ -132,6 +153,8 @@ def check_tensor_map(release: Path, manifest: ReleaseManifest, files: Sequence[s
             problems.append(f"manifest.json: {wrong} of {name} is not that in {entry.file}")
         elif sha256_bytes(values := np.ascontiguousarray(tensors[entry.file][name])) != entry.sha256:
             problems.append(f"{name} in {entry.file} has another digest than the manifest says")
+        elif wrong := _rows_problem(entry):
+            problems.append(f"manifest.json: rows of {name} {wrong}")
         elif values.dtype.kind == "f" and not np.isfinite(values).all():
             problems.append(f"{name} in {entry.file} has NaN or Inf")
     stored = {(file, name) for file, specs in layouts.items() for name in specs}
@@ -145,6 +168,19 @@ def _misplaced(entry: TensorEntry, offset: int, dtype: np.dtype, shape: tuple[in
     """The first field of an entry that differs from what the weights file says; empty if none does."""
     actual = {"offset": offset, "dtype": dtype, "shape": tuple(shape)}
     return next((field for field, value in actual.items() if getattr(entry, field) != value), "")
+
+
+def _rows_problem(entry: TensorEntry) -> str:
+    """What is wrong with the rows of an entry: the linears in a parameter have one height, which divides its own."""
+    if not entry.rows:
+        return "are missing" if entry.shape and entry.dtype.kind == "f" and len(entry.shape) > 1 else ""
+    sides = entry.shape[::-1] if entry.transposed else entry.shape
+    height = next((side for side in sides if side != 1), 1)
+    block = entry.rows[0][1] - entry.rows[0][0]
+    starts = [start for start, _ in entry.rows]
+    fits = block > 0 and not height % block and max(stop for _, stop in entry.rows) <= height
+    even = all(stop - start == block and not start % block for start, stop in entry.rows) if fits else False
+    return "" if even and starts == sorted(set(starts)) else f"are {list(entry.rows)}, of {height}"
 
 
 def check_weights(
@@ -183,8 +219,11 @@ def check_class_embeddings(release: Path, lists: Iterable[ListedClasses], embed:
     lists = list(lists)
     for one in lists:
         try:
-            stored = read_tensors(release / "classes" / f"{one.task}.safetensors")["class_embeds"]
-            problems += _class_problems(one, stored, embed, tolerance)
+            tensors = read_tensors(release / "classes" / f"{one.task}.safetensors")
+            problems += [
+                f"classes/{one.task}.safetensors has a tensor {name}" for name in tensors if name != "class_embeds"
+            ]
+            problems += _class_problems(one, tensors["class_embeds"], embed, tolerance)
         except UNREADABLE as error:
             problems.append(f"classes/{one.task}: {error}")
     count = sum(len(one.classes) for one in lists)
@@ -194,6 +233,8 @@ def check_class_embeddings(release: Path, lists: Iterable[ListedClasses], embed:
 
 def _class_problems(classes: ListedClasses, stored: np.ndarray, embed: Embed, tolerance: float) -> Iterator[str]:
     file = f"classes/{classes.task}.safetensors"
+    if stored.dtype != np.float32:
+        yield f"{file} holds {stored.dtype}, expected float32"
     if len(stored) != len(classes.classes):
         yield f"{file} has {len(stored)} classes, expected {len(classes.classes)}"
         return
@@ -215,6 +256,17 @@ def check_base(manifest: ReleaseManifest, sha256: str, source: str) -> Check:
         [] if manifest.base.sha256 == sha256 else [f"manifest.json: base {manifest.base.sha256}, {source} has {sha256}"]
     )
     return Check.judge(problems, looked_at=1, of=1, detail=f"the base is {source}")
+
+
+def check_same_places(manifest: ReleaseManifest, base: ReleaseManifest) -> Check:
+    """Every tensor lies where that of the base lies, in the same form: their graphs are the same. Rows may be split otherwise."""
+    places, expected = (
+        {n: (e.file, e.offset, e.dtype, e.shape, e.transposed, e.scale) for n, e in one.tensors.items()}
+        for one in (manifest, base)
+    )
+    names = sorted(places.keys() | expected.keys())
+    problems = [f"{name} lies elsewhere than in the base" for name in names if places.get(name) != expected.get(name)]
+    return Check.judge(problems, looked_at=len(names), of=len(names), detail=f"{len(names)} tensors lie as in the base")
 
 
 def check_text(path: Path, expected: str) -> Check:

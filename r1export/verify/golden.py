@@ -74,9 +74,21 @@ def manifest_gate(manifest: ReleaseManifest) -> Gate:
 def check_golden(release: Path, manifest: ReleaseManifest) -> Check:
     """The stored samples are reproduced. Raises as `golden_parity`."""
     parity = golden_parity(release, manifest)
-    return Check(
+    reproduced = Check(
         verdict=parity.verdict, looked_at=parity.looked_at, of=parity.of, detail=f"golden.safetensors: {parity.detail}"
     )
+    return Check.joined([check_samples(read_tensors(release / GOLDEN)), reproduced])
+
+
+def check_samples(tensors: Mapping[str, np.ndarray]) -> Check:
+    """golden.safetensors holds samples and nothing else, and not one sample again and again. Counts are samples."""
+    samples = GoldenSamples.from_tensors(tensors)
+    problems = [f"{GOLDEN} has a tensor {name}" for name in sorted(tensors.keys() - samples.tensors().keys())]
+    for name, values in (("images", samples.pixel_values), ("prompts", samples.input_ids)):
+        if len(values) > 1 and (values == values[:1]).all():
+            problems.append(f"{GOLDEN}: all {name} are the same")
+    looked_at, of = len(samples.pixel_values) + len(samples.input_ids), 2 * SAMPLES
+    return Check.judge(problems, looked_at=looked_at, of=of, detail="its samples are different ones")
 
 
 def golden_sensitivity(release: Path, manifest: ReleaseManifest) -> Sensitivity:

@@ -18,6 +18,7 @@ from r1export.export.tokenizer import write_tokenizer
 from r1export.update.atomic_io import write_json
 from r1export.update.golden_samples import PICTURES, SAMPLES, GoldenSamples
 from r1export.verify.client_files import ListedClasses, PreprocessConfig, check_preprocess, check_tokenizer
+from r1export.verify.results import Check
 
 SIZES = ((41, 30), (30, 41), (64, 64))
 PROMPTS = ("a photo of a cat.", "ein Käfer 🐞 auf 花卉", "A “DOG”", "x " * 200, "three", "four", "five", "six")
@@ -42,6 +43,10 @@ def golden_of(lab: Preprocess) -> GoldenSamples:
     values = lab.normalize(torch.from_numpy(crops)).numpy()
     tokens = open_clip.get_tokenizer("ViT-B-32")(list(PROMPTS)).numpy()
     return GoldenSamples(values, np.zeros((3, 4)), tokens, np.zeros((SAMPLES, 4)), pictures, PROMPTS)
+
+
+def preprocessing(release: Path, golden: GoldenSamples, *, graph_required: bool = False) -> Check:
+    return check_preprocess(release, golden, graph_required)
 
 
 @pytest.fixture
@@ -73,13 +78,13 @@ def test_preprocess_json_alone_says_all_that_open_clip_does(lab: Preprocess, tmp
     config = PreprocessConfig.read(tmp_path)
     for one, expected in zip(golden.pictures, golden.pixel_values, strict=True):
         assert np.abs(config.apply(one) - expected).max() < 1e-5
-    check = check_preprocess(tmp_path, golden)
+    check = preprocessing(tmp_path, golden)
     assert (check.verdict, check.looked_at, check.of) == ("pass", PICTURES, PICTURES)
 
 
 def test_the_files_of_a_sound_release_pass(release: Path) -> None:
     golden = golden_of(preprocess())
-    assert (check_preprocess(release, golden).verdict, check_preprocess(release, golden).of) == ("pass", 2 * PICTURES)
+    assert (preprocessing(release, golden).verdict, preprocessing(release, golden).of) == ("pass", 2 * PICTURES)
     check = check_tokenizer(release, golden)
     assert (check.verdict, check.looked_at, check.of) == ("pass", SAMPLES, SAMPLES)
 
@@ -99,7 +104,7 @@ def test_the_files_of_a_sound_release_pass(release: Path) -> None:
 def test_another_value_in_preprocess_json_is_found(release: Path, field: str, value: object) -> None:
     document = json.loads((release / "preprocess.json").read_text())
     write_json(release / "preprocess.json", document | {field: value})
-    check = check_preprocess(release, golden_of(preprocess()))
+    check = preprocessing(release, golden_of(preprocess()))
     assert check.verdict == "fail"
     assert "preprocess.json" in check.detail
 
@@ -118,9 +123,16 @@ def test_a_preprocess_json_that_is_none_is_refused(release: Path, change: dict) 
 def test_another_preprocess_graph_is_found(release: Path) -> None:
     other = preprocess(mean=(0.0, 0.0, 0.0))
     write_preprocess(other.to_json(), release / "preprocess.onnx", opset=20)
-    check = check_preprocess(release, golden_of(preprocess()))
+    check = preprocessing(release, golden_of(preprocess()))
     assert check.verdict == "fail"
     assert "preprocess.onnx: picture 0 differs" in check.detail
+
+
+def test_a_preprocess_graph_that_has_to_be_there_and_is_not_is_found(release: Path) -> None:
+    (release / "preprocess.onnx").unlink()
+    golden = golden_of(preprocess())
+    assert preprocessing(release, golden).verdict == "pass"
+    assert preprocessing(release, golden, graph_required=True).verdict == "fail"
 
 
 def edit_vocabulary(folder: Path, change: Callable[[dict], dict], files: tuple[str, ...]) -> None:
@@ -157,7 +169,7 @@ def test_fewer_pictures_or_prompts_than_every_release_has_do_not_pass(release: P
     few = replace(
         golden, pictures=golden.pictures[:kept], prompts=golden.prompts[:kept], input_ids=golden.input_ids[:kept]
     )
-    assert check_preprocess(release, few).verdict == "inconclusive"
+    assert preprocessing(release, few).verdict == "inconclusive"
     assert check_tokenizer(release, few).verdict == "inconclusive"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,12 +10,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from torch.nn import LayerNorm
 
+from r1export.export.preprocess import has_graph
 from r1export.export.tokenizer import write_tokenizer
-from r1export.export.write_release import model_card
+from r1export.export.write_release import model_card, rows_of
 from r1export.pipeline.context import RunContext
+from r1export.pipeline.golden import golden_inputs
 from r1export.pipeline.variant import ReleaseRef
 from r1export.pipeline.verification.accuracy import check_accuracies
 from r1export.update.atomic_io import json_bytes, sha256_file
+from r1export.update.factors import ExpertUpdate
 from r1export.update.golden_samples import PICTURES, SAMPLES
 from r1export.update.release_layout import (
     GOLDEN,
@@ -52,10 +55,21 @@ def required_files(tasks: Sequence[str]) -> tuple[str, ...]:
 
 def check_manifest_and_files(release: Path, manifest: ReleaseManifest, tasks: Sequence[str], expected: dict[str, object]) -> dict[str, Check]:  # fmt: skip
     """Is it the release that was written? What fails here is not worth measuring."""
+    required = required_files(tasks)
+    files = contents.check_files(release, manifest, required, UNLISTED)
     return {
         "manifest": contents.check_manifest(manifest, expected),
-        "files": contents.check_files(release, manifest, required_files(tasks), UNLISTED),
+        "files": Check.joined([files, _check_known(manifest, required)]),
     }
+
+
+def _check_known(manifest: ReleaseManifest, required: Sequence[str]) -> Check:
+    """Each listed file has a use in a release: what no check reads, no release has."""
+    known = {*required, PREPROCESS_GRAPH}
+    foreign = [name for name in manifest.files if name not in known and not name.startswith(f"{TOKENIZER}/")]
+    problems = [f"{name} belongs to no release of {', '.join(t.name for t in manifest.tasks)}" for name in foreign]
+    count = len(manifest.files)
+    return Check.judge(problems, looked_at=count, of=max(count, len(required)), detail="each has its use")
 
 
 def check_contents(ref: ReleaseRef, manifest: ReleaseManifest) -> Contents:
@@ -75,13 +89,13 @@ def check_contents(ref: ReleaseRef, manifest: ReleaseManifest) -> Contents:
         **identity,
         base=contents.check_base(manifest, context.base_sha256, "the model that the run started from"),
         graphs=attempt(lambda: contents.check_epsilons(path, TOWER_GRAPHS, epsilons), of=len(epsilons)),
-        tensors=attempt(lambda: contents.check_tensor_map(path, manifest, WEIGHT_FILES), of=count),
+        tensors=attempt(lambda: _check_tensors(ref, manifest, parameters), of=count),
         weights=attempt(lambda: contents.check_weights(path, manifest, parameters, updates), of=count),
         preprocess=attempt(lambda: _check_preprocess(ref), of=PICTURES),
         tokenizer=attempt(lambda: _check_tokenizer(ref), of=SAMPLES),
         classes=attempt(lambda: _check_classes(ref), of=classes),
         classifier=attempt(lambda: check_classifier(path, tasks, parameters), of=len(tasks)),
-        golden=attempt(lambda: check_golden(path, manifest), of=SAMPLES),
+        golden=attempt(lambda: _check_golden(ref, manifest), of=SAMPLES),
         accuracy=attempt(lambda: check_accuracies(ref, manifest), of=len(tasks)),
         card=attempt(lambda: contents.check_text(path / MODEL_CARD, model_card(manifest)), of=1),
         signature=UNSIGNED,
@@ -114,6 +128,49 @@ def _expected_tasks(ref: ReleaseRef) -> tuple[TaskEntry, ...]:
     )
 
 
+def _check_tensors(ref: ReleaseRef, manifest: ReleaseManifest, parameters: Mapping[str, np.ndarray]) -> Check:
+    """The map fits the files, and its rows are those that the run's experts change, of all tasks that there were at export."""
+    context = ref.context
+    updates = context.run.updates(context.recipe)
+    adapted = [tuple(ExpertUpdate.stack(updates[:count]).factors) for count in range(ref.number, len(updates) + 1)]
+    problems = [
+        f"manifest.json: rows of {name} are {entry.rows}, the factors have other ones"
+        for name, entry in manifest.tensors.items()
+        if name in parameters and entry.rows not in {rows_of(name, parameters[name].shape, rows) for rows in adapted}
+    ]
+    count = len(manifest.tensors)
+    rows = Check.judge(problems, looked_at=count, of=count, detail="rows are those of the factors")
+    return Check.joined([contents.check_tensor_map(ref.path, manifest, WEIGHT_FILES), rows])
+
+
+def _check_golden(ref: ReleaseRef, manifest: ReleaseManifest) -> Check:
+    """The samples are those of the run's tasks, and the release reproduces them.
+
+    Pictures may differ by what decoders of JPEG differ by: a byte on average.
+    """
+    stored, expected = read_golden(ref.path), golden_inputs(ref.context)
+    pixels, byte = ref.context.clip.preprocess.normalize(expected.pixels).numpy(), _byte(ref)
+    problems = []
+    if stored.prompts != expected.prompts or not np.array_equal(stored.input_ids, expected.tokens.cpu().numpy()):
+        problems.append("the golden prompts are not those of the tasks")
+    if (
+        stored.pixel_values.shape != pixels.shape
+        or not np.abs(stored.pixel_values - pixels).mean((1, 2, 3)).max() <= byte
+    ):
+        problems.append("the golden images are not those of the tasks")
+    pairs = list(zip(stored.pictures, expected.pictures, strict=False))
+    if any(a.shape != b.shape or not np.abs(a.astype(float) - b).mean() <= 1 for a, b in pairs):
+        problems.append("the golden pictures are not those of the tasks")
+    count = len(pairs) + len(stored.prompts)
+    chosen = Check.judge(problems, looked_at=count, of=PICTURES + SAMPLES, detail="its samples are those of the tasks")
+    return Check.joined([chosen, check_golden(ref.path, manifest)])
+
+
+def _byte(ref: ReleaseRef) -> float:
+    """One of 256 steps of a colour, in units of pixel_values."""
+    return 1 / 255 / float(min(ref.context.clip.preprocess.to_json()["std"]))
+
+
 def _check_preprocess(ref: ReleaseRef) -> Check:
     """The files are those that the run's model gives, and do to pictures what the model's own preprocessing does."""
     expected = json_bytes(ref.context.clip.preprocess.to_json())
@@ -123,7 +180,8 @@ def _check_preprocess(ref: ReleaseRef) -> Check:
     if exported.exists() != here.exists() or (here.exists() and exported.read_bytes() != here.read_bytes()):
         problems.append(f"{PREPROCESS_GRAPH} is not the one that was exported")
     files = Check.judge(problems, looked_at=2, of=2, detail="the files are those of the model")
-    return Check.joined([files, check_preprocess(ref.path, read_golden(ref.path))])
+    graph = has_graph(ref.context.clip.preprocess.to_json())
+    return Check.joined([files, check_preprocess(ref.path, read_golden(ref.path), graph)])
 
 
 def _check_tokenizer(ref: ReleaseRef) -> Check:

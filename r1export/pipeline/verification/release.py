@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from r1export.adapt.clip import digest
-from r1export.errors import Unsupported
+from r1export.errors import R1ExportError, Unsupported
+from r1export.export.precision import PROCEDURES
+from r1export.export.preprocess import has_graph
 from r1export.export.write_release import model_card
 from r1export.pipeline.environment import environment, now
 from r1export.pipeline.verification.contents import WEIGHT_FILES, check_manifest_and_files
@@ -24,7 +26,13 @@ from r1export.update.release_layout import GRAPHS, MANIFEST, MODEL_CARD, VISUAL,
 from r1export.update.release_manifest import ReleaseManifest, TensorEntry
 from r1export.update.run_layout import FP32
 from r1export.verify import contents, latency, parity, proof
-from r1export.verify.client_files import ListedClasses, check_preprocess, check_tokenizer, client_embed
+from r1export.verify.client_files import (
+    ListedClasses,
+    PreprocessConfig,
+    check_preprocess,
+    check_tokenizer,
+    client_embed,
+)
 from r1export.verify.contents import UNREADABLE, attempt
 from r1export.verify.golden import check_classifier, check_golden, golden_parity, golden_sensitivity, read_golden
 from r1export.verify.latency import DEFAULT_BUDGET, Contenders, TimingBudget
@@ -50,6 +58,7 @@ from r1export.verify.signature import SignedUpdate, check_signature
 from r1export.verify.trial import Limits, limits_for, try_graphs
 
 NO_RUN = "a release alone does not know what it was trained from: verify its run"
+BAD_BASE = "the base release next to it does not pass by itself: verify it first"
 NO_BASE = "there is no base release next to it (../00-base) that it could be compared with"
 NO_CARD = "there is no README.md, as in the versions of a device"
 IS_BASE = "the base release is what the others are compared with"
@@ -75,27 +84,54 @@ def verify_release(
     for provider in providers:
         check_provider(provider)
     signature = check_signature(path, manifest.name, update) if update else UNSIGNED
+    base = _neighbour(path)
     report = ReleaseReport(
         created=now(),
         environment=environment(providers),
         release=_facts(path, manifest),
-        contents=replace(own_contents(path, manifest, limits), signature=signature),
+        contents=replace(own_contents(path, manifest, limits, base), signature=signature),
         parity=ParityStages.unmeasured(SKIPPED),
         proof=Proof.unmeasured(SKIPPED),
         latency=Latency.unmeasured(SKIPPED),
     )
     if report.contents.golden.detail != SKIPPED:
-        report = _measured(report, path, manifest, providers, budget)
+        report = _measured(report, path, manifest, base, providers, budget)
     if report.verdict is Verdict.FAIL:
         remove_reports(path)
     return report
 
 
+@dataclass(frozen=True)
+class Neighbour:
+    """The base release next to a release; `sound` if it passes by itself."""
+
+    path: Path
+    manifest: ReleaseManifest | None
+    sound: bool
+
+
+def _neighbour(path: Path) -> Neighbour | None:
+    """None for the base itself, and where there is none."""
+    base = path.parent / "00-base"
+    if not base.is_dir() or base.resolve() == path.resolve():
+        return None
+    try:
+        manifest = ReleaseManifest.read(base)
+    except R1ExportError:
+        return Neighbour(base, None, sound=False)
+    return Neighbour(base, manifest, sound=own_contents(base, manifest).verdict is Verdict.PASS)
+
+
 def _measured(
-    report: ReleaseReport, path: Path, manifest: ReleaseManifest, providers: Sequence[str], budget: TimingBudget | None
+    report: ReleaseReport,
+    path: Path,
+    manifest: ReleaseManifest,
+    base: Neighbour | None,
+    providers: Sequence[str],
+    budget: TimingBudget | None,
 ) -> ReleaseReport:
     """The report of a release whose graphs can be run."""
-    unknown, base = Parity.not_applicable(NO_RUN), _base_of(path)
+    unknown = Parity.not_applicable(NO_RUN)
     export = _export_parity(path, manifest, base, providers)
     report = replace(report, parity=ParityStages(merge=unknown, export=export, total=unknown))
     if Verdict.FAIL in (report.contents.verdict, export.verdict):
@@ -104,13 +140,15 @@ def _measured(
     if base is None:
         reason = NO_BASE if manifest.sequence else IS_BASE
         return replace(report, proof=Proof.not_applicable(reason), latency=Latency.not_applicable(reason))
-    return _compare_with_base(report, path, base, providers, budget)
+    return _compare_with_base(report, path, base.path, providers, budget)
 
 
-def own_contents(path: Path, manifest: ReleaseManifest, limits: Limits | None = None) -> Contents:
-    """What a release can be asked without its run."""
+def own_contents(
+    path: Path, manifest: ReleaseManifest, limits: Limits | None = None, base: Neighbour | None = None
+) -> Contents:
+    """What a release can be asked without its run, but with the `base` next to it."""
     tasks = [task.name for task in manifest.tasks]
-    identity = check_manifest_and_files(path, manifest, tasks, {})
+    identity = check_manifest_and_files(path, manifest, tasks, _expected_fields(manifest, base))
     if overall(check.verdict for check in identity.values()) is Verdict.FAIL:
         return Contents.only(SKIPPED, **identity)
     if problem := try_graphs(path, limits or limits_for(path)):
@@ -118,11 +156,11 @@ def own_contents(path: Path, manifest: ReleaseManifest, limits: Limits | None = 
     classes = sum(task.classes for task in manifest.tasks)
     return Contents(
         **identity,
-        base=attempt(lambda: _check_base(path, manifest), of=1),
+        base=attempt(lambda: _check_base(path, manifest, base), of=1),
         graphs=attempt(lambda: contents.check_programs(path, manifest, GRAPHS), of=len(GRAPHS)),
         tensors=attempt(lambda: contents.check_tensor_map(path, manifest, WEIGHT_FILES), of=len(manifest.tensors)),
         weights=Check.not_applicable(NO_RUN),
-        preprocess=attempt(lambda: check_preprocess(path, read_golden(path)), of=PICTURES),
+        preprocess=attempt(lambda: _check_preprocess(path), of=PICTURES),
         tokenizer=attempt(lambda: check_tokenizer(path, read_golden(path)), of=SAMPLES),
         classes=attempt(lambda: _check_classes(path, manifest), of=classes),
         classifier=attempt(lambda: check_classifier(path, tasks, map_tensors(path / VISUAL.weights)), of=len(tasks)),
@@ -139,11 +177,26 @@ def _check_card(path: Path, manifest: ReleaseManifest) -> Check:
     return contents.check_text(card, model_card(manifest)) if card.exists() else Check.not_applicable(NO_CARD)
 
 
-def _check_base(path: Path, manifest: ReleaseManifest) -> Check:
-    """The base release is the base that it names; another release names the base of the base release next to it."""
-    base = _base_of(path)
+def _expected_fields(manifest: ReleaseManifest, base: Neighbour | None) -> dict[str, object]:
+    """The fields that follow from the precision, and from the base release if that is sound."""
+    expected: dict[str, object] = {"procedure": PROCEDURES.get(manifest.precision)}
+    if base and base.manifest and base.sound:
+        expected["base"] = base.manifest.base
+    return expected
+
+
+def _check_preprocess(path: Path) -> Check:
+    """Pictures become what the tower was fed, by preprocess.json and by the graph that export writes where it can."""
+    return check_preprocess(path, read_golden(path), has_graph(asdict(PreprocessConfig.read(path))))
+
+
+def _check_base(path: Path, manifest: ReleaseManifest, base: Neighbour | None) -> Check:
+    """The base release is the base that it names. Another release has its tensors where the base next to it has them."""
     if base is not None:
-        return contents.check_base(manifest, ReleaseManifest.read(base).base.sha256, "the base release next to it")
+        if base.manifest is None or not base.sound:
+            return Check.unmeasured(BAD_BASE, of=1)
+        named = contents.check_base(manifest, base.manifest.base.sha256, "the base release next to it")
+        return Check.joined([named, contents.check_same_places(manifest, base.manifest)])
     if manifest.sequence or manifest.precision != FP32:
         return Check.not_applicable(NO_BASE)
     tensors = {name: value for file in WEIGHT_FILES for name, value in map_tensors(path / file).items()}
@@ -169,12 +222,6 @@ def _check_classes(path: Path, manifest: ReleaseManifest) -> Check:
         for task, one in zip(manifest.tasks, lists, strict=True)
         if (one.task, len(one.classes), one.learned) != (task.name, task.classes, task.learned)
     ]
-    learned = {update.task for update in manifest.updates}
-    problems += [
-        f"manifest.json: {t.name} is learned without an update"
-        for t in manifest.tasks
-        if t.learned and t.name not in learned
-    ]
     listed = Check.judge(problems, looked_at=len(lists), of=len(lists), detail="names and tasks agree")
     tolerance = 2 * GATES[manifest.precision].max_abs
     return Check.joined([listed, contents.check_class_embeddings(path, lists, client_embed(path), tolerance)])
@@ -191,13 +238,7 @@ def _facts(path: Path, manifest: ReleaseManifest) -> ReleaseFacts:
     )
 
 
-def _base_of(path: Path) -> Path | None:
-    """The base release next to a release; None for the base itself."""
-    base = path.parent / "00-base"
-    return base if base.is_dir() and base.resolve() != path.resolve() else None
-
-
-def _export_parity(path: Path, manifest: ReleaseManifest, base: Path | None, providers: Sequence[str]) -> Parity:
+def _export_parity(path: Path, manifest: ReleaseManifest, base: Neighbour | None, providers: Sequence[str]) -> Parity:
     """Golden samples on every provider. A sound base next to the release calibrates the gate."""
     try:
         control = _control(base, manifest, providers) if base else None
@@ -208,17 +249,13 @@ def _export_parity(path: Path, manifest: ReleaseManifest, base: Path | None, pro
         return Parity.failed(str(error))
 
 
-def _control(base: Path, manifest: ReleaseManifest, providers: Sequence[str]) -> Parity | None:
-    """The golden samples of the base, if it is the one that the release names and all its own checks pass."""
+def _control(base: Neighbour, manifest: ReleaseManifest, providers: Sequence[str]) -> Parity | None:
+    """The golden samples of the base, if it is the one that the release names and passes by itself."""
+    own = base.manifest
+    if own is None or not base.sound or own.base != manifest.base or own.precision != manifest.precision:
+        return None
     try:
-        own = ReleaseManifest.read(base)
-        if (
-            own.base != manifest.base
-            or own.precision != manifest.precision
-            or own_contents(base, own).verdict is not Verdict.PASS
-        ):
-            return None
-        return golden_parity(base, own, providers)
+        return golden_parity(base.path, own, providers)
     except UNREADABLE:
         return None
 

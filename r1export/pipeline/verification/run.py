@@ -7,6 +7,8 @@ from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
+
 from r1export.adapt.metrics import stream_metrics
 from r1export.errors import InputError, Unsupported
 from r1export.pipeline.context import RunContext
@@ -138,18 +140,19 @@ def _check_gates(context: RunContext) -> Check:
 def _check_metrics(metrics: RunMetrics) -> Check:
     """The summary of metrics.json follows from its matrix."""
     if len(metrics.accuracy) != len(metrics.tasks):
-        return Check.unmeasured(f"{len(metrics.accuracy)} of {len(metrics.tasks)} tasks have a row of accuracies", of=4)
+        return Check.unmeasured(f"{len(metrics.accuracy)} of {len(metrics.tasks)} tasks have a row of accuracies", of=5)
     summary = stream_metrics(metrics.accuracy)
-    stated = (metrics.transfer, metrics.avg, metrics.last, metrics.forgetting)
-    follows = (summary.transfer, summary.avg, summary.last, summary.forgetting)
-    names = ("transfer", "avg", "last", "forgetting")
+    zero_shot = float(np.mean(metrics.zero_shot))
+    stated = (metrics.zero_shot_avg, metrics.transfer, metrics.avg, metrics.last, metrics.forgetting)
+    follows = (zero_shot, summary.transfer, summary.avg, summary.last, summary.forgetting)
+    names = ("zero_shot_avg", "transfer", "avg", "last", "forgetting")
     problems = [
         f"metrics.json: {name} is {left}, its matrix says {right}"
         for name, left, right in zip(names, stated, follows, strict=True)
         if left != right
     ]
     return Check.judge(
-        problems, looked_at=4, of=4, detail="transfer, average, last and forgetting follow from the matrix"
+        problems, looked_at=5, of=5, detail="the averages, transfer and forgetting follow from the accuracies"
     )
 
 
@@ -161,7 +164,7 @@ def _check_tasks(context: RunContext, refs: Sequence[ReleaseRef]) -> Check:
         return Check.judge(
             [], looked_at=len(names), of=len(names), detail=f"all {len(names)} tasks of the recipe are learned"
         )
-    missing = [name for number, name in enumerate(names, 1) if number not in learned]
+    missing = [n for number, n in enumerate(names, 1) if not context.run.task(number, n).factors.exists()]
     detail = f"{len(learned)} of {len(names)} tasks: no factors of {', '.join(missing)}; train them with r1export run --resume"
     return Check(verdict=Verdict.INCONCLUSIVE, looked_at=len(learned), of=len(names), detail=detail)
 
