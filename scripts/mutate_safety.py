@@ -104,8 +104,8 @@ VERIFY_RULES = [
     ("verify/signature.py", "if not 1 <= threshold <= len(trusted):", "if False:"),
     (
         "pipeline/verification/release.py",
-        "replace(own_contents(path, manifest, limits), signature=signature)",
-        "own_contents(path, manifest, limits)",
+        "replace(own_contents(path, manifest, limits, base), signature=signature)",
+        "own_contents(path, manifest, limits, base)",
     ),
     ("pipeline/verification/without_task.py", "        weights=attempt(weights, of=len(manifest.tensors)),\n", ""),
     ("pipeline/bundle.py", "    known_answers_hold_in_fresh_process()\n", ""),
@@ -320,7 +320,7 @@ def _fails(copy: Path, tests: Sequence[str], rule: str) -> bool:
 def batches_of(file: str) -> tuple[Sequence[str], Sequence[str]]:
     """The tests of a module itself, which are quick, and then all that concern it."""
     own = Path("tests") / Path(file).parent / f"test_{Path(file).name}"
-    tests = VERIFY_TESTS if file.startswith(("verify/", "report/")) else TESTS
+    tests = VERIFY_TESTS if file.startswith(("verify/", "report/", "pipeline/")) else TESTS
     return ((own.as_posix(),) if (ROOT / own).exists() else (), tests)
 
 

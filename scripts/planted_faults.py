@@ -79,6 +79,7 @@ def main() -> int:
     wrong = sum(one.wrong(mode) for one in tried for mode in MODES)
     print(f"{len(tried)} faults, {wrong} wrong, {seconds:.0f} s")
     if asked.json:
+        tried = _with_earlier(asked.json, tried)
         asked.json.write_text(json.dumps([asdict(one) for one in tried], indent=2) + "\n", encoding="utf-8")
     if asked.write:
         _put(ROOT / PAGE, page(tried))
@@ -90,7 +91,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="faults whose kind and name contain this text")
     parser.add_argument("--jobs", type=int, default=2, help="processes; default 2")
     parser.add_argument("--run", type=Path, help="a run to copy instead of making one: of digits and arrows, verified")
-    parser.add_argument("--json", type=Path, help="write what was found here")
+    parser.add_argument("--json", type=Path, help="write what was found here; what it holds of other faults is kept")
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE}")
     return parser.parse_args()
 
@@ -182,6 +183,19 @@ def _shown(tried: Iterable[Tried]) -> Iterator[Tried]:
         cells = "  ".join(f"{one.outcomes[mode].verdict:12}" for mode in MODES)
         print(f"{one.kind}  {one.name:62} {cells} {'WRONG: ' + ', '.join(wrong) if wrong else ''}", flush=True)
         yield one
+
+
+def _with_earlier(path: Path, tried: Sequence[Tried]) -> list[Tried]:
+    """What was tried now, and what the file holds of other faults, in the order in which they are listed."""
+    earlier = json.loads(path.read_text("utf-8")) if path.exists() else []
+    known = {
+        one["name"]: Tried(
+            one["kind"], one["name"], {m: Outcome(**o) for m, o in one["outcomes"].items()}, one["unknowable"]
+        )
+        for one in earlier
+    }
+    known |= {one.name: one for one in tried}
+    return [known[fault.name] for fault in FAULTS if fault.name in known]
 
 
 def page(tried: Sequence[Tried]) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +23,7 @@ from r1export.data.sources import load_task
 from r1export.data.synthetic import BUILTIN_MODELS
 from r1export.data.task import Task, few_shot
 from r1export.errors import InputError, Unsupported
+from r1export.export.tokenizer import write_tokenizer
 from r1export.recipe import Pool, Recipe, TaskSource, Train
 from r1export.run_folder import RunFolder
 from r1export.update.factors import ExpertUpdate
@@ -72,6 +75,13 @@ class RunContext:
     def base_sha256(self) -> str:
         """Digest of the base model's parameters."""
         return digest(self.base)
+
+    @cached_property
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """What a release has in its tokenizer folder, by name."""
+        with TemporaryDirectory() as folder:
+            write_tokenizer(self.clip.tokenizer, Path(folder) / "tokenizer")
+            return {path.name: path.read_bytes() for path in (Path(folder) / "tokenizer").iterdir()}
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:

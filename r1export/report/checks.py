@@ -67,15 +67,15 @@ def lines(report: Report) -> list[Line]:
 
 
 def evidence(check: Check) -> str:
-    """What was looked at, and what was seen."""
+    """What was seen, and how much was looked at."""
     match check:
         case Parity(max_abs=float()):
             return _joined(_parity(check), check.detail if check.verdict is not Verdict.PASS else "")
         case Latency(ratio=float()):
             return _joined(*_latency(check), check.detail)
-        case Rung(digest=str(digest)) if digest:
-            return _joined(check.detail, _digests(check))
-    return check.detail
+    counts = f"({check.looked_at} of {check.of})" if check.of else ""
+    digests = _digests(check) if isinstance(check, Rung) and check.digest else ""
+    return _joined(check.detail, counts, digests)
 
 
 def _joined(*parts: str) -> str:

@@ -86,6 +86,15 @@ class PreprocessConfig:
         return image.resize(sizes, RESAMPLING["bicubic" if ignored else self.interpolation])
 
 
+def _first_fault(error: OSError | ValidationError) -> str:
+    """The first member that is not what it has to be."""
+    if isinstance(error, OSError):
+        return first_line(error)
+    fault = error.errors()[0]
+    member = ".".join(map(str, fault["loc"]))
+    return f"{member}: {fault['msg']}" if member else fault["msg"]
+
+
 def _middle(length: int, target: int) -> int:
     """Where a centred crop begins; negative where it is padded."""
     return round((length - target) / 2) if length >= target else -((target - length) // 2)
@@ -226,7 +235,7 @@ def _read(kind: type[T], path: Path) -> T:
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise InputError(f"{path}: {first_line(error)}", REMEDY) from error
+        raise InputError(f"{path}: {_first_fault(error)}", REMEDY) from error
 
 
 @dataclass(frozen=True)

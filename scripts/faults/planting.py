@@ -119,9 +119,11 @@ def _write(release: Path, document: Document) -> None:
     document["sha256"] = manifest_digest(document)
     (release / MANIFEST).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     try:
-        (release / MODEL_CARD).write_text(model_card(ReleaseManifest.read(release)), encoding="utf-8")
+        manifest = ReleaseManifest.read(release).sealed()
     except R1ExportError:  # no manifest that anybody reads: the card stays
         return
+    manifest.write(release)
+    (release / MODEL_CARD).write_text(model_card(manifest), encoding="utf-8")
 
 
 def in_manifest(change: Callable[[Document], object], every: bool = False) -> Plant:

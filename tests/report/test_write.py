@@ -86,6 +86,13 @@ def test_evidence_says_how_many_samples_were_compared() -> None:
     assert "512 of 512" in markdown_row(release(), "Samples")
 
 
+def test_every_check_says_how_much_it_looked_at_of_how_much() -> None:
+    share = Check.judge([], looked_at=3, of=1000, detail="")
+    report = release(contents=replace(release().contents, classes=share))
+    assert "looked at 3 of 1000, all are needed for a pass (3 of 1000)" in markdown_row(report, "Classes")
+    assert "all is well (3 of 3)" in markdown_row(report, "Files")
+
+
 def test_the_tower_that_was_timed_is_named() -> None:
     report = release(latency=replace(release().latency, tower="textual"))
     assert "pairs of the textual tower." in markdown_row(report, "L5 Time")

@@ -13,14 +13,16 @@ def manifest_of(release: Path, files: tuple[str, ...] = (), weights: tuple[str, 
     """The sealed manifest of a folder that lists `files` and the tensors of `weights` as they are now."""
     entries = {name: FileEntry(sha256_file(release / name), (release / name).stat().st_size) for name in files}
     tensors = {
-        spec.name: TensorEntry(file, spec.offset, spec.dtype, spec.shape, (), False, sha256_bytes(values[spec.name]))
+        spec.name: TensorEntry(
+            file, spec.offset, spec.dtype, spec.shape, ((0, spec.shape[0]),), False, sha256_bytes(values[spec.name])
+        )
         for file in weights
         for values in [read_tensors(release / file)]
         for spec in read_layout(release / file).specs
     }
     defaults = {
         "name": "01-digits", "sequence": 1, "procedure": "r1-f64-v1", "precision": "fp32", "base": BaseModel("tiny", "0" * 64, None),
-        "updates": (), "tasks": (), "graphs": {}, "golden": GoldenGate(5e-5, 1 - 1e-6), "files": entries, "tensors": tensors, "versions": {},
+        "updates": (), "tasks": (), "graphs": {}, "golden": GoldenGate(5e-5, 1 - 1e-6), "files": entries, "tensors": tensors, "versions": {"r1export": "0.1.0"},
         "sha256": "",
     }  # fmt: skip
     return ReleaseManifest(**defaults | fields).sealed()

@@ -12,7 +12,7 @@ from open_clip.transform import PreprocessCfg
 from PIL import Image
 
 from r1export.adapt.clip import Preprocess
-from r1export.errors import InputError
+from r1export.errors import CheckFailed, InputError
 from r1export.export.preprocess import write_preprocess
 from r1export.export.tokenizer import write_tokenizer
 from r1export.update.atomic_io import write_json
@@ -132,7 +132,8 @@ def test_a_preprocess_graph_that_has_to_be_there_and_is_not_is_found(release: Pa
     (release / "preprocess.onnx").unlink()
     golden = golden_of(preprocess())
     assert preprocessing(release, golden).verdict == "pass"
-    assert preprocessing(release, golden, graph_required=True).verdict == "fail"
+    with pytest.raises(CheckFailed, match=r"preprocess\.onnx"):
+        preprocessing(release, golden, graph_required=True)
 
 
 def edit_vocabulary(folder: Path, change: Callable[[dict], dict], files: tuple[str, ...]) -> None:

@@ -73,7 +73,7 @@ def release(tmp_path: Path) -> tuple[Path, ReleaseManifest]:
     layout = plan((name, value.dtype, value.shape) for name, value in stored.items())
     write_layout(tmp_path / "w.safetensors", layout, lambda spec: stored[spec.name])
     manifest = manifest_of(tmp_path, WEIGHTS, WEIGHTS)
-    return tmp_path, with_tensor(manifest, "fc.weight", transposed=True)
+    return tmp_path, with_tensor(manifest, "fc.weight", transposed=True, rows=((0, 5),))
 
 
 def with_tensor(manifest: ReleaseManifest, name: str, **fields) -> ReleaseManifest:
@@ -165,7 +165,7 @@ def test_a_difference_of_another_kind_is_not_explained_away() -> None:
 def test_a_manifest_is_compared_with_its_own_digest_and_with_the_run(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path)
     assert check_manifest(manifest, {"name": "01-digits"}).verdict == "pass"
-    edited = check_manifest(replace(manifest, sequence=2), {})
+    edited = check_manifest(replace(manifest, procedure="r2"), {})
     assert (edited.verdict, edited.detail) == ("fail", "manifest.json was edited: its digest of itself does not fit")
     assert check_manifest(manifest, {"name": "02"}).detail == "manifest.json: name is '01-digits', expected '02'"
 

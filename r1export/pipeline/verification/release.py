@@ -96,7 +96,7 @@ def verify_release(
     )
     if report.contents.golden.detail != SKIPPED:
         report = _measured(report, path, manifest, base, providers, budget)
-    if report.verdict is Verdict.FAIL:
+    if report.verdict is Verdict.FAIL or report.contents.verdict is not Verdict.PASS:
         remove_reports(path)
     return report
 
@@ -156,6 +156,7 @@ def own_contents(
     classes = sum(task.classes for task in manifest.tasks)
     return Contents(
         **identity,
+        signature=UNSIGNED,
         base=attempt(lambda: _check_base(path, manifest, base), of=1),
         graphs=attempt(lambda: contents.check_programs(path, manifest, GRAPHS), of=len(GRAPHS)),
         tensors=attempt(lambda: contents.check_tensor_map(path, manifest, WEIGHT_FILES), of=len(manifest.tensors)),
