@@ -96,7 +96,6 @@ def check_contents(ref: ReleaseRef, manifest: ReleaseManifest) -> Contents:
         golden=attempt(lambda: _check_golden(ref, manifest), of=SAMPLES),
         accuracy=attempt(lambda: check_accuracies(ref, manifest), of=len(tasks)),
         card=attempt(lambda: contents.check_text(path / MODEL_CARD, model_card(manifest)), of=1),
-        signature=UNSIGNED,
     )
 
 

@@ -167,7 +167,6 @@ def own_contents(
         golden=attempt(lambda: check_golden(path, manifest), of=SAMPLES),
         accuracy=Check.not_applicable(NO_RUN),
         card=attempt(lambda: _check_card(path, manifest), of=1),
-        signature=UNSIGNED,
     )
 
 
