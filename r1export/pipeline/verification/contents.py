@@ -85,7 +85,6 @@ def check_contents(ref: ReleaseRef, manifest: ReleaseManifest) -> Contents:
     count, classes = len(parameters), sum(len(task.classes) for task in context.tasks)
     return Contents(
         **identity,
-        signature=UNSIGNED,
         base=contents.check_base(manifest, context.base_sha256, "the model that the run started from"),
         graphs=attempt(lambda: contents.check_epsilons(path, TOWER_GRAPHS, epsilons), of=len(epsilons)),
         tensors=attempt(lambda: _check_tensors(ref, manifest, parameters), of=count),

@@ -156,7 +156,6 @@ def own_contents(
     classes = sum(task.classes for task in manifest.tasks)
     return Contents(
         **identity,
-        signature=UNSIGNED,
         base=attempt(lambda: _check_base(path, manifest, base), of=1),
         graphs=attempt(lambda: contents.check_programs(path, manifest, GRAPHS), of=len(GRAPHS)),
         tensors=attempt(lambda: contents.check_tensor_map(path, manifest, WEIGHT_FILES), of=len(manifest.tensors)),
