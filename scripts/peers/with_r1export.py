@@ -20,8 +20,8 @@ from r1export import __version__
 from r1export.adapt.inject import eject_experts_
 from r1export.adapt.pack import pack_experts, pool_tensors
 from r1export.pipeline.context import NoProgress, RunContext, inject_pools_
-from r1export.pipeline.export import export
-from r1export.pipeline.train import train
+from r1export.pipeline.export import export_releases
+from r1export.pipeline.train import train_tasks
 from r1export.recipe import Recipe
 from r1export.run_folder import RunFolder, open_run, read_json
 from r1export.update.atomic_io import write_file
@@ -52,10 +52,10 @@ def build(work: Path) -> Row:
     factors = run_folder.task(1, "digits").factors
     factors.rename(factors.with_suffix(".later"))
     with timed(seconds, "first"):
-        export(fresh(context))
+        export_releases(fresh(context))
     factors.with_suffix(".later").rename(factors)
     with timed(seconds, "later"):
-        export(fresh(context))
+        export_releases(fresh(context))
     with timed(seconds, "bundle"):
         write_file(folder / "update.r1u", make_bundle(run_folder.path, Step(1), [KEY], TERMS).to_bytes())
     base, release = run_folder.releases([task.name for task in recipe.stream])
@@ -95,7 +95,7 @@ def planted_run(work: Path, path: Path) -> RunContext:
     update = pack_experts(pools)
     eject_experts_(context.clip.model)
     update.write(folder.factors)
-    train(context)  # measures and records what a trained run has; there is nothing left to learn
+    train_tasks(context)  # measures and records what a trained run has; there is nothing left to learn
     return context
 
 
