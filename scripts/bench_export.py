@@ -97,7 +97,7 @@ def latency(name: str, graphs: dict[str, Path], batch: int, rounds: int) -> dict
     import open_clip
     import torch
 
-    from r1export.verify.runtime import open_session
+    from r1export.verify.runtimes.runtime import open_session
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

@@ -31,7 +31,7 @@ from r1export.update.factors import ExpertUpdate, Factors, Rows
 from r1export.verify import proof
 from r1export.verify.latency import time_rounds
 from r1export.verify.paired_stats import latency_verdict, paired_ratio
-from r1export.verify.runtime import job, open_session
+from r1export.verify.runtimes.runtime import job, open_session
 from r1export.verify.unmerged_graph import add_branches
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

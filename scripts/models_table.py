@@ -32,7 +32,7 @@ from r1export.export.towers import float_tensors
 from r1export.pipeline.context import pool_settings
 from r1export.recipe import Pool
 from r1export.update.container import write_layout
-from r1export.verify.runtime import open_session
+from r1export.verify.runtimes.runtime import open_session
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 FAMILIES = (

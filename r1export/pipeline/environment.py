@@ -13,9 +13,9 @@ import onnxruntime
 import torch
 
 from r1export import __version__
-from r1export.verify import openvino_runtime
 from r1export.verify.results import Environment
-from r1export.verify.runtime import PROVIDERS
+from r1export.verify.runtimes import openvino_runtime
+from r1export.verify.runtimes.runtime import PROVIDERS
 
 
 def versions() -> dict[str, str]:

@@ -28,7 +28,7 @@ from r1export.update.release_layout import GRAPHS, PREPROCESS_GRAPH, VISUAL
 from r1export.update.release_manifest import MergedUpdate
 from r1export.update.run_layout import FP32
 from r1export.verify.graph_digest import graph_digest
-from r1export.verify.runtime import open_session, runner
+from r1export.verify.runtimes.runtime import open_session, runner
 
 
 def export_releases(context: RunContext, *, overwrite: bool = False, audit: bool = False) -> list[Path]:

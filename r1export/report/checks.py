@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from r1export.report.format import cosine, interval, percent, ratio, scientific
 from r1export.verify.results import TITLES, Check, Latency, Parity, Report, Rung, Verdict
-from r1export.verify.runtime import PROVIDERS
+from r1export.verify.runtimes.runtime import PROVIDERS
 
 SHOWS = {
     "contents.manifest": "The manifest is the one that was written, and says what the run says.",

@@ -17,7 +17,7 @@ from r1export.errors import InputError, first_line
 from r1export.update.golden_samples import BYTES, MEAN_BYTES, PICTURES, SAMPLES, GoldenSamples
 from r1export.update.release_layout import PREPROCESS, PREPROCESS_GRAPH, TOKENIZER
 from r1export.verify.results import Check
-from r1export.verify.runtime import open_session, runner
+from r1export.verify.runtimes.runtime import open_session, runner
 
 T = TypeVar("T")
 REMEDY = "export the release again"

@@ -26,7 +26,7 @@ from r1export.verify.parity import (
     run_in_batches,
 )
 from r1export.verify.results import Check, Parity, Sensitivity
-from r1export.verify.runtime import onnx_model, open_session, runner
+from r1export.verify.runtimes.runtime import onnx_model, open_session, runner
 
 BATCHES = (1, 2, 5, 0)
 CLASSIFIED = 4  # golden images that are classified: each one meets the classes of every task

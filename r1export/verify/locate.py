@@ -19,7 +19,7 @@ from onnx import TensorProto, external_data_helper, numpy_helper
 
 from r1export.errors import CheckFailed
 from r1export.update.atomic_io import new_folder
-from r1export.verify.runtime import first_error_line, session_options
+from r1export.verify.runtimes.runtime import first_error_line, session_options
 
 NOISE = {
     "fp32": 2e-7,

@@ -19,11 +19,11 @@ import numpy as np
 
 from r1export.errors import CheckFailed, Unsupported
 from r1export.update.atomic_io import sha256_file
-from r1export.verify import openvino_program
 from r1export.verify.graph_digest import graph_digest
-from r1export.verify.ort_profile import Execution, execute
 from r1export.verify.results import Check, Proof, Rung
-from r1export.verify.runtime import PROVIDERS
+from r1export.verify.runtimes import openvino_program
+from r1export.verify.runtimes.ort_profile import Execution, execute
+from r1export.verify.runtimes.runtime import PROVIDERS
 
 PEAK_TOLERANCE = 0.01  # where threads take turns, the allocator's peak moves by a block
 Feeds = Mapping[str, np.ndarray]

@@ -56,7 +56,7 @@ def run_everything(release: Path) -> None:
     """Every graph on the golden samples, in the batch sizes of verification. Raises R1ExportError."""
     from r1export.update.release_manifest import ReleaseManifest
     from r1export.verify.golden import check_classifier, golden_parity, read_golden
-    from r1export.verify.runtime import open_session, runner
+    from r1export.verify.runtimes.runtime import open_session, runner
 
     golden, manifest = read_golden(release), ReleaseManifest.read(release)
     golden_parity(release, manifest)

@@ -22,7 +22,7 @@ import onnxruntime as ort
 from peers.workload import read_samples
 from r1export.verify.latency import Job, time_rounds
 from r1export.verify.paired_stats import Ratio, latency_verdict, paired_ratio
-from r1export.verify.runtime import open_session
+from r1export.verify.runtimes.runtime import open_session
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 MARGIN = 0.02

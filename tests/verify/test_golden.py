@@ -14,7 +14,7 @@ from r1export.update.release_manifest import GoldenGate, ReleaseManifest
 from r1export.verify.golden import check_classifier, check_golden, golden_parity, manifest_gate
 from r1export.verify.parity import GATES, Gate
 from r1export.verify.results import Check
-from r1export.verify.runtime import open_session, runner
+from r1export.verify.runtimes.runtime import open_session, runner
 
 ENTRIES = {"visual": "pixel_values", "textual": "input_ids"}
 

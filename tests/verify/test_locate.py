@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from r1export.errors import CheckFailed
 from r1export.verify.locate import Boundary, locate
-from r1export.verify.runtime import open_session, runner
+from r1export.verify.runtimes.runtime import open_session, runner
 
 
 def torch_side(x: np.ndarray, weights: dict[str, np.ndarray]) -> tuple[list[Boundary], np.ndarray]:

@@ -10,10 +10,10 @@ from verify.small import weights_of
 
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.update.factors import ExpertUpdate, Factors, Rows
-from r1export.verify.ort_profile import Execution, Kernel, execute
 from r1export.verify.proof import Executions, execute_graphs, joined_controls, prove, tell_apart
 from r1export.verify.results import Check, Proof
-from r1export.verify.runtime import job, open_session, runner
+from r1export.verify.runtimes.ort_profile import Execution, Kernel, execute
+from r1export.verify.runtimes.runtime import job, open_session, runner
 from r1export.verify.unmerged_graph import add_branches
 
 CAST = (helper.make_node("Cast", ["normed"], ["half"], to=10), helper.make_node("Cast", ["half"], ["embeds"], to=1))

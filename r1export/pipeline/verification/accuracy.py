@@ -14,7 +14,7 @@ from r1export.update.container import read_tensors
 from r1export.update.release_layout import CLASS_EMBEDS, VISUAL, class_embeddings_file
 from r1export.update.release_manifest import ReleaseManifest
 from r1export.verify.results import Check
-from r1export.verify.runtime import Run, open_session, runner
+from r1export.verify.runtimes.runtime import Run, open_session, runner
 
 SIGMAS = 3  # a true accuracy lies further off once in 370 times
 FLIPS = 2  # images whose answer may differ between runtimes

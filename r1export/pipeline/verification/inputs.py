@@ -12,7 +12,7 @@ from torch import Tensor, cat
 from r1export.data.task import Task
 from r1export.pipeline.context import RunContext
 from r1export.verify.parity import Inputs
-from r1export.verify.runtime import open_session, runner
+from r1export.verify.runtimes.runtime import open_session, runner
 
 BATCH = 32  # images embedded at a time
 SMALL = 30e6  # parameters of a model that is given all samples and images

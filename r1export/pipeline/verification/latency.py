@@ -17,7 +17,7 @@ from r1export.pipeline.verification.torch_models import TorchModels, encoders
 from r1export.verify import latency, parity
 from r1export.verify.latency import Contenders, Opener, TimingBudget
 from r1export.verify.results import Check, Latency, Ratio
-from r1export.verify.runtime import PROVIDERS, job, open_session
+from r1export.verify.runtimes.runtime import PROVIDERS, job, open_session
 
 
 def release_latency(

@@ -16,7 +16,7 @@ from r1export.verify import parity
 from r1export.verify.locate import locate
 from r1export.verify.parity import Embeddings, ExecutionConfig, Outputs
 from r1export.verify.results import Parity, ParityStages, Verdict
-from r1export.verify.runtime import PROVIDERS, onnx_model
+from r1export.verify.runtimes.runtime import PROVIDERS, onnx_model
 
 WHOLE = ExecutionConfig("torch", "eager", 0)
 

@@ -25,7 +25,7 @@ from r1export.update.factors import ExpertUpdate
 from r1export.verify.latency import DEFAULT_BUDGET, TimingBudget
 from r1export.verify.parity import GATES
 from r1export.verify.results import Accuracy, Check, ReleaseReport, RunContents, RunReport, Verdict
-from r1export.verify.runtime import check_provider
+from r1export.verify.runtimes.runtime import check_provider
 
 
 def default_providers() -> tuple[str, ...]:

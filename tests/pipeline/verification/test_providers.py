@@ -71,7 +71,7 @@ def test_golden_samples_of_torch_are_reproduced(run: Path, precision: str, provi
 
 
 def test_an_openvino_that_is_not_installed_is_named_before_anything_is_measured(run: Path, monkeypatch) -> None:
-    monkeypatch.setattr("r1export.verify.openvino_runtime.installed", lambda: False)
+    monkeypatch.setattr("r1export.verify.runtimes.openvino_runtime.installed", lambda: False)
     for path in (run, run / "releases" / "01-digits"):
         done = r1export("verify", path, "--provider", "openvino")
         assert done.returncode == 3

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from r1export.errors import CheckFailed
-from r1export.verify.runtime import PROVIDERS, open_session, runner
+from r1export.verify.runtimes.runtime import PROVIDERS, open_session, runner
 
 
 def test_the_specification_gives_what_onnxruntime_gives(write_graph, x) -> None:

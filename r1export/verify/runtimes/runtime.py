@@ -13,8 +13,8 @@ import onnxruntime as ort
 from onnx.reference import ReferenceEvaluator
 
 from r1export.errors import CheckFailed, InputError, Unsupported
-from r1export.verify import openvino_runtime
 from r1export.verify.parity import ENTRIES, TOWERS, Model
+from r1export.verify.runtimes import openvino_runtime
 
 LEVELS = {
     "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,

@@ -8,9 +8,9 @@ import pytest
 from verify.small import WIDTH, weights_of
 
 from r1export.errors import CheckFailed, Unsupported
-from r1export.verify import openvino_runtime
 from r1export.verify.latency import Contenders, TimingBudget, added_latency
-from r1export.verify.runtime import PROVIDERS, check_provider, job, open_session, runner
+from r1export.verify.runtimes import openvino_runtime
+from r1export.verify.runtimes.runtime import PROVIDERS, check_provider, job, open_session, runner
 
 QUIET = """
 import os, sys, time
@@ -20,7 +20,7 @@ def watch(event, arguments):
         os._exit(9)  # from whatever thread
 sys.addaudithook(watch)
 from pathlib import Path
-from r1export.verify.openvino_runtime import compile_graph
+from r1export.verify.runtimes.openvino_runtime import compile_graph
 compile_graph(Path(sys.argv[1]))
 time.sleep(0.3)
 """

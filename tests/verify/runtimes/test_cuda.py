@@ -10,7 +10,7 @@ from verify.small import weights_of
 from r1export.verify.latency import Contenders, TimingBudget, added_latency
 from r1export.verify.proof import execute_graphs, prove
 from r1export.verify.results import Check
-from r1export.verify.runtime import PROVIDERS, job, open_session, runner
+from r1export.verify.runtimes.runtime import PROVIDERS, job, open_session, runner
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),

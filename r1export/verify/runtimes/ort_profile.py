@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from r1export.verify.graph_digest import graph_digest
-from r1export.verify.runtime import runner, session_options, start
+from r1export.verify.runtimes.runtime import runner, session_options, start
 
 MOVES = {"Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "MemcpyFromHost", "MemcpyToHost", "ReorderInput", "ReorderOutput",
          "Reshape", "Shape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"}  # fmt: skip

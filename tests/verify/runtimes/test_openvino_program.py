@@ -6,9 +6,9 @@ from verify.small import weights_of
 
 from r1export.errors import CheckFailed
 from r1export.update.factors import ExpertUpdate
-from r1export.verify.openvino_program import execute
 from r1export.verify.proof import execute_graphs, prove
 from r1export.verify.results import Check
+from r1export.verify.runtimes.openvino_program import execute
 from r1export.verify.unmerged_graph import add_branches
 
 

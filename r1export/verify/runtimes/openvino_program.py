@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from r1export.errors import CheckFailed
-from r1export.verify.openvino_runtime import compile_graph
-from r1export.verify.ort_profile import Execution, Kernel, Shape
-from r1export.verify.runtime import check_provider, first_error_line
+from r1export.verify.runtimes.openvino_runtime import compile_graph
+from r1export.verify.runtimes.ort_profile import Execution, Kernel, Shape
+from r1export.verify.runtimes.runtime import check_provider, first_error_line
 
 if TYPE_CHECKING:
     import openvino
