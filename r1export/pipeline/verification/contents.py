@@ -38,7 +38,7 @@ from r1export.verify.contents import Embed, attempt
 from r1export.verify.golden import check_classifier, check_golden, read_golden
 from r1export.verify.graph_digest import graph_digest
 from r1export.verify.results import SKIPPED, UNSIGNED, Check, Contents, Verdict, overall
-from r1export.verify.runtime import open_session, runner
+from r1export.verify.runtimes.runtime import open_session, runner
 
 BATCH = 64  # prompts embedded at a time
 TOWER_GRAPHS = tuple(tower.graph for tower in TOWERS)
@@ -96,6 +96,7 @@ def check_contents(ref: ReleaseRef, manifest: ReleaseManifest) -> Contents:
         golden=attempt(lambda: _check_golden(ref, manifest), of=SAMPLES),
         accuracy=attempt(lambda: check_accuracies(ref, manifest), of=len(tasks)),
         card=attempt(lambda: contents.check_text(path / MODEL_CARD, model_card(manifest)), of=1),
+        signature=UNSIGNED,
     )
 
 

@@ -53,7 +53,7 @@ from r1export.verify.results import (
     Verdict,
     overall,
 )  # fmt: skip
-from r1export.verify.runtime import PROVIDERS, check_provider
+from r1export.verify.runtimes.runtime import PROVIDERS, check_provider
 from r1export.verify.signature import SignedUpdate, check_signature
 from r1export.verify.trial import Limits, limits_for, try_graphs
 
@@ -167,6 +167,7 @@ def own_contents(
         golden=attempt(lambda: check_golden(path, manifest), of=SAMPLES),
         accuracy=Check.not_applicable(NO_RUN),
         card=attempt(lambda: _check_card(path, manifest), of=1),
+        signature=UNSIGNED,
     )
 
 
