@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -28,6 +29,7 @@ RESAMPLING = {
 }
 EXACT = 1e-5  # of preprocess.json, in units of pixel_values: rounding of float32
 MAX_SIDE = 4096  # pixels
+SMALLEST = 1e-6  # of scale and std: what is divided by it stays finite
 BATCH = 64  # prompts encoded at a time
 FIRST_MERGE = 512  # CLIP's vocabulary: 256 bytes, 256 bytes that end a word, then one entry for each merge
 
@@ -52,8 +54,8 @@ class PreprocessConfig:
         """Raises ValueError for what no picture can be brought to."""
         if not all(0 < side <= MAX_SIDE for side in self.size):
             raise ValueError(f"size is {self.size}, expected 1 to {MAX_SIDE} pixels")
-        if not all(math.isfinite(value) and value > 0 for value in (self.scale, *self.std)):
-            raise ValueError(f"scale is {self.scale} and std {self.std}, expected positive numbers")
+        if not all(math.isfinite(value) and value >= SMALLEST for value in (self.scale, *self.std)):
+            raise ValueError(f"scale is {self.scale} and std {self.std}, expected {SMALLEST:g} or more")
 
     @classmethod
     def read(cls, release: Path) -> PreprocessConfig:
@@ -199,10 +201,19 @@ def _vocabulary_problems(folder: Path) -> Iterator[str]:
         if [_pair(line) for line in lines] != merges:
             yield "merges.txt does not list the merges of tokenizer.json"
     if model.type == "BPE" and isinstance(vocab, dict) and len(vocab) == FIRST_MERGE + len(merges) + 2:
-        for i, (left, right) in enumerate(merges, FIRST_MERGE):
-            if vocab.get(left + right) != i:
-                yield f"vocabulary entry {left + right!r} is {vocab.get(left + right)}, its merge says {i}"
-                return
+        letters = byte_letters()
+        order = [*letters, *(f"{letter}</w>" for letter in letters), *(left + right for left, right in merges)]
+        misplaced = (token for i, token in enumerate(order) if vocab.get(token) != i)
+        yield from (
+            f"vocabulary entry {token!r} is {vocab.get(token)}, not as CLIP orders them"
+            for token in islice(misplaced, 1)
+        )
+
+
+def byte_letters() -> list[str]:
+    """The 256 letters that stand for bytes in CLIP's vocabulary, in its order: printable ones first, as themselves."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
 
 
 def _config_problems(folder: Path, input_ids: np.ndarray) -> Iterator[str]:

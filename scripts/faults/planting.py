@@ -93,10 +93,19 @@ def seal(release: Path) -> None:
     document = json.loads((release / MANIFEST).read_bytes())
     there = [name for name in document["files"] if (release / name).is_file()]
     document["files"] = {name: _file_entry(release / name) for name in there}
-    document["graphs"] = {name: graph_digest(release / name) for name in document["graphs"] if name in there}
+    graphs = {name: digest for name, digest in document["graphs"].items() if name in there}
+    document["graphs"] = {name: _digest(release / name, digest) for name, digest in graphs.items()}
     for file in {entry["file"] for entry in document["tensors"].values()}:
         _seal_tensors(release / file, document["tensors"])
     _write(release, document)
+
+
+def _digest(graph: Path, old: str) -> str:
+    """The digest of the program, or the old one of a file that is no graph any more."""
+    try:
+        return graph_digest(graph)
+    except R1ExportError:
+        return old
 
 
 def _file_entry(path: Path) -> Document:
