@@ -42,9 +42,12 @@ def graph_digest(graph: Path | onnx.ModelProto, *, structural: bool = False) -> 
 def read_graph(path: Path) -> onnx.ModelProto:
     """The graph without its weights. Raises CheckFailed if the file is missing or no ONNX graph."""
     try:
-        return onnx.load(path, load_external_data=False)
+        model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError is not part of its public interface
         raise CheckFailed(f"{path} is no ONNX graph: {str(error)[:120]}", "export the graphs again") from error
+    if not model.graph.output:  # no bytes at all are a valid message
+        raise CheckFailed(f"{path} is no ONNX graph: it has no output", "export the graphs again")
+    return model
 
 
 class _Scope:

@@ -19,6 +19,7 @@ from onnx import TensorProto, external_data_helper, numpy_helper
 
 from r1export.errors import CheckFailed
 from r1export.update.atomic_io import new_folder
+from r1export.verify.graph_digest import read_graph
 from r1export.verify.runtimes.runtime import first_error_line, session_options
 
 NOISE = {
@@ -77,7 +78,7 @@ def locate(
     `expected` is torch's output. With `reproducer` (a folder that does not exist yet) a minimal graph, its inputs, the
     expected value and a three-line script are left there. Raises CheckFailed if the graph cannot be run.
     """
-    model = onnx.load(graph, load_external_data=False)
+    model = read_graph(graph)
     known = dict(_matched(model.graph, boundaries))
     known[model.graph.output[0].name] = Boundary("output", "out", expected)
     values = [name for node in model.graph.node for name in node.output if name in known]

@@ -65,7 +65,7 @@ FAULTS = (
     Fault("K2", "precision fp16, the weights right", _precision("fp16", "r1-f64-v1")),
     Fault("K2", "a precision that does not exist", _precision("fp64", "r1-f64-v1")),
     Fault("K2", "recipe: verify.max_abs = 0.5", _in_recipe("max_abs = 0.5"), INSIDE_RUN),
-    Fault("K2", "recipe: verify.min_cosine = 0", _in_recipe("min_cosine = 0.0"), INSIDE_RUN),
+    Fault("K2", "recipe: verify.min_cosine = 0.5", _in_recipe("min_cosine = 0.5"), INSIDE_RUN),
     Fault("K2", "a 00-base that does not reproduce its golden samples", _bad_base, {ALONE: ELSEWHERE}),
     Fault("K2", "a matrix x 1.05 beside such a base", _wrong_weights_beside_bad_base),
 )  # fmt: skip

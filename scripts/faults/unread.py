@@ -309,6 +309,7 @@ GRAPHS = (
     Fault("K3", "classify.onnx without the exponential of its scale", in_graph("classify.onnx", _without_exponential)),
     Fault("K3", "text tower without its causal mask", in_graph("textual.onnx", _without_mask)),
     Fault("K3", "visual.onnx: garbage", _add("visual.onnx", "garbage")),
+    Fault("K3", "visual.onnx: empty", _add("visual.onnx", "")),
     Fault("K3", "classify.onnx is visual.onnx", lambda s: shutil.copyfile(s.release / "visual.onnx", s.release / "classify.onnx")),
 )  # fmt: skip
 TEXTS = (

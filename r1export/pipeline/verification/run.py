@@ -126,7 +126,7 @@ def _check_gates(context: RunContext) -> Check:
     """A recipe may only make the gates stricter: with laxer ones nothing is said about what r1export stands for."""
     settings, gate = context.recipe.verify, GATES[REFERENCE]
     lax = [
-        f"verify.{name} = {stated:g} is laxer than {ours:g}"
+        f"verify.{name} = {abs(stated):g} is laxer than {abs(ours):g}"
         for name, stated, ours in (
             ("max_abs", settings.max_abs, gate.max_abs),
             ("min_cosine", -settings.min_cosine, -gate.min_cosine),
