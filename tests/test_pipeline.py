@@ -127,8 +127,8 @@ def test_an_accuracy_that_is_no_share_is_damage(recipe, tmp_path) -> None:
     train_tasks(context)
     for value, message in (
         ("NaN", "NaN is not JSON"),
-        ("1.5", "no accuracy of digits"),
-        ("-0.1", "no accuracy of digits"),
+        ("1.5", "digits: Input should be"),
+        ("-0.1", "digits: Input should be"),
         ('"0.5"', "digits: Input should be a valid number"),
     ):
         (context.run.path / "zero_shot.json").write_text(f'{{"digits": {value}, "arrows": 0.5}}')
