@@ -154,20 +154,30 @@ class TokenizerFile:
     model: TokenizerModel
 
 
+def _by_library(name: str, call: Callable[[], T]) -> T:
+    """What the `tokenizers` library answers. Raises InputError for all that it raises: plain Exceptions, and panics that are none."""
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise InputError(
+            f"{name}: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}", REMEDY
+        ) from error
+
+
 class ClientTokenizer:
     """tokenizer/tokenizer.json in the `tokenizers` library, as clients use it."""
 
     def __init__(self, release: Path) -> None:
         """Raises InputError if it cannot be read."""
-        path = release / TOKENIZER / "tokenizer.json"
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exceptions
-            raise InputError(f"{path}: {first_line(error)}", REMEDY) from error
+        path = str(release / TOKENIZER / "tokenizer.json")
+        self.tokenizer: Tokenizer = _by_library(path, lambda: Tokenizer.from_file(path))
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
-        """int64 (n, L). Raises InputError if it does not pad all prompts to one length."""
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(prompts)]
+        """int64 (n, L). Raises InputError if it cannot encode them, or does not pad all of them to one length."""
+        encodings = _by_library("tokenizer.json", lambda: self.tokenizer.encode_batch(prompts))
+        rows = [encoding.ids for encoding in encodings]
         if len({len(row) for row in rows}) > 1:
             raise InputError("tokenizer.json pads prompts to different lengths", REMEDY)
         return np.array(rows, np.int64)
@@ -179,9 +189,10 @@ def check_tokenizer(release: Path, golden: GoldenSamples) -> Check:
     Counts are prompts. Raises InputError if a file cannot be read.
     """
     problems = list(_vocabulary_problems(release / TOKENIZER))
-    problems += _config_problems(release / TOKENIZER, golden.input_ids)
+    client = ClientTokenizer(release)
+    problems += _config_problems(release / TOKENIZER, client.tokenizer, golden.input_ids)
     if golden.prompts:
-        ids = ClientTokenizer(release)(list(golden.prompts))
+        ids = client(list(golden.prompts))
         same = ids.shape == golden.input_ids.shape and (ids == golden.input_ids).all(1)
         if not np.all(same):
             first = golden.prompts[int(np.argmin(same))]
@@ -216,9 +227,9 @@ def byte_letters() -> list[str]:
     return [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
 
 
-def _config_problems(folder: Path, input_ids: np.ndarray) -> Iterator[str]:
+def _config_problems(folder: Path, tokenizer: Tokenizer, input_ids: np.ndarray) -> Iterator[str]:
     """What tokenizer_config.json, where it is, says otherwise than tokenizer.json or the golden `input_ids` (n, L) do."""
-    path, tokenizer = folder / "tokenizer_config.json", Tokenizer.from_file(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
     if not path.exists():
         return
     config, padding, truncation = _read(dict[str, object], path), tokenizer.padding or {}, tokenizer.truncation or {}
