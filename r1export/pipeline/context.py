@@ -145,7 +145,7 @@ def load_base(recipe: Recipe, device: str = "cpu") -> Clip:
         return load_clip(weights=BUILTIN_MODELS[name].weights, config=BUILTIN_MODELS[name].config, device=device)
     paths = {
         name: expand_path(value) if value else None
-        for name, value in (("weights", base.weights), ("config", base.config))
+        for name, value in (("weights", base.weights), ("config", base.config), ("tokenizer", base.tokenizer))
     }
     return load_clip(base.model, pretrained=base.pretrained, device=device, allow_pickle=base.allow_pickle, **paths)
 
