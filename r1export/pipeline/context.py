@@ -17,6 +17,7 @@ from r1export.adapt.clip import Clip, digest, load_clip
 from r1export.adapt.image_cache import Pixels
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pool import Pools, PoolSettings
+from r1export.adapt.preprocess_settings import OPENAI, PreprocessSettings
 from r1export.adapt.trainer import TrainSettings
 from r1export.data.request import Request, expand_path
 from r1export.data.sources import load_task
@@ -65,7 +66,10 @@ class RunContext:
     def clip(self) -> Clip:
         """The base model; steps that change its weights put them back."""
         self.progress.step("Loading the base model")
-        return load_base(self.recipe, self.device)
+        clip = load_base(self.recipe, self.device)
+        for note in clip.notes:
+            self.progress.step(f"Base model: {note}")
+        return clip
 
     @cached_property
     def base(self) -> dict[str, np.ndarray]:
@@ -142,12 +146,30 @@ def load_base(recipe: Recipe, device: str = "cpu") -> Clip:
         name = base.model.removeprefix("builtin:")
         if name not in BUILTIN_MODELS:
             raise InputError(f"base.model: no builtin model {name!r}", f"known: {', '.join(BUILTIN_MODELS)}")
-        return load_clip(weights=BUILTIN_MODELS[name].weights, config=BUILTIN_MODELS[name].config, device=device)
-    paths = {
-        name: expand_path(value) if value else None
-        for name, value in (("weights", base.weights), ("config", base.config), ("tokenizer", base.tokenizer))
-    }
-    return load_clip(base.model, pretrained=base.pretrained, device=device, allow_pickle=base.allow_pickle, **paths)
+        files = BUILTIN_MODELS[name]
+        return load_clip(weights=files.weights, config=files.config, preprocess=OPENAI, device=device)
+    return load_clip(
+        _expanded_model(base.model),
+        pretrained=base.pretrained,
+        weights=_optional_path(base.weights),
+        config=_optional_path(base.config),
+        tokenizer=_optional_path(base.tokenizer),
+        preprocess=PreprocessSettings(base.mean, base.std, base.interpolation, base.resize_mode),
+        image_size=base.image_size,
+        quick_gelu=base.quick_gelu,
+        device=device,
+        allow_pickle=base.allow_pickle,
+    )
+
+
+def _optional_path(value: str) -> Path | None:
+    return expand_path(value) if value else None
+
+
+def _expanded_model(model: str) -> str:
+    """With the home folder and variables of a `local-dir:` filled in."""
+    scheme, colon, folder = model.partition(":")
+    return f"{scheme}:{expand_path(folder)}" if colon and scheme == "local-dir" else model
 
 
 def choose_device(wanted: str) -> str:
