@@ -84,6 +84,10 @@ class Data(_Section):
     """Test images per task, drawn by seed; 0 takes all."""
     download: bool = False
     """Let torchvision or the Hugging Face Hub download a data set that is not there."""
+    decode: Literal["r1export", "open_clip"] = "r1export"
+    """`r1export` decodes pictures as clients show them (docs/inputs.md); `open_clip` leaves that to open_clip's transform."""
+    skip_broken: bool = False
+    """Leave out pictures that cannot be read, and list them in the report, instead of ending with an error."""
     candidates: Literal["task", "all"] = "task"
     """Classes among which a test image is classified: those of its task, or of all tasks together (X-TAIL)."""
 
