@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from r1export.verify.signature import SignedUpdate
 
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
+NOTES = 20  # lines about single pictures that `inspect` prints for people
 INTERRUPTED = 130  # as shells count a process that Ctrl-C ended
 
 app = typer.Typer(
@@ -357,21 +358,35 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE|DIR", help="A run, release, recipe, update, .onnx graph, factors or any safetensors file."
+            metavar="FILE|DIR|SOURCE",
+            help="A run, release, recipe, update, .onnx graph or safetensors file, or the pictures of a task as a recipe names them, for example folder:DIR.",
         ),
     ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Contact sheet of a task's pictures, in HTML.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a file or folder is and what it holds."""
+    """Describe a file, a folder, or the pictures of a task."""
     with _terminal(as_json) as terminal:
-        from r1export.inspection import describe
+        from r1export.inspection import describe, describe_source, is_source
 
-        title, facts, columns, rows = describe(path)
-        for name, value in facts.items():
+        if is_source(str(path)):
+            with terminal.track("Decoding images", 0) as advance:
+                found = describe_source(str(path), advance, out)
+        elif out is not None:
+            raise InputError(f"--out: {path} holds no pictures of a task", "give a source, for example folder:DIR")
+        else:
+            found = describe(path)
+        for name, value in found.facts.items():
             terminal.say(f"{name}: {value}")
-        if rows:
-            terminal.table(title, columns, rows)
-        terminal.document({"kind": title, **facts, "rows": [dict(zip(columns, row, strict=True)) for row in rows]})
+        if found.rows:
+            terminal.table(found.title, found.columns, found.rows)
+        for note in found.notes[:NOTES]:
+            terminal.say(f"  {note}")
+        if len(found.notes) > NOTES:
+            terminal.say(f"  and {len(found.notes) - NOTES} more; all of them with --json")
+        terminal.document(found.to_json())
 
 
 @app.command()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from r1export.data.task import ImageSet, Picture
 from r1export.errors import InputError, R1ExportError, first_line, refused
@@ -107,9 +107,12 @@ def decode(source: Path | bytes, location: str, decoding: Decoding = UPRIGHT_RGB
         raise
     except PermissionError as error:
         raise refused(error, location) from error
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{location}: cannot be read as an image (it is none of {', '.join(FORMATS)})", _REMEDY
+        ) from error
     except Exception as error:  # Pillow has no base error: each format raises what its parser meets in damaged bytes
-        reason = type(error).__name__ if "\n" in str(error) or "<" in str(error) else first_line(error, 80)
-        raise InputError(f"{location}: cannot be read as an image ({reason})", _REMEDY) from error
+        raise InputError(f"{location}: cannot be read as an image ({first_line(error, 80)})", _REMEDY) from error
     raise InputError(f"{location}: {size}, expected at most {MAX_PIXELS}", _REMEDY)
 
 

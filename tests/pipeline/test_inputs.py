@@ -106,3 +106,21 @@ def test_classes_with_the_same_tokens_are_refused_before_training(pets) -> None:
     assert result.returncode == 2
     assert "'Cat' and 'cat' are the same for the text tower" in result.stderr
     assert not (pets.parent / "run").exists()
+
+
+def test_inspect_describes_the_pictures_of_a_task_and_writes_a_contact_sheet(pets) -> None:
+    truncate(pets / "train/cat/1.png")
+    (pets / "test/dog/photo.heic").write_bytes(b"x")
+    sheet = pets.parent / "sheet.html"
+    result = r1export("inspect", f"folder:{pets}", "--out", sheet, "--json")
+    assert result.returncode == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["kind"], found["refused"], len(found["rows"])) == ("Pictures", 1, 2)
+    assert found["notes"][0] == "left out, picture in a format that is not read: test/dog/photo.heic"
+    assert sheet.read_text().count("<figure>") == 9
+
+
+def test_a_contact_sheet_of_something_else_is_refused(pets) -> None:
+    result = r1export("inspect", pets, "--out", pets / "sheet.html")
+    assert result.returncode == 2
+    assert "holds no pictures of a task (give a source, for example folder:DIR)" in result.stderr
