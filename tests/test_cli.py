@@ -415,7 +415,7 @@ def test_an_interrupted_command_says_so_to_machines_as_well(tmp_path, monkeypatc
 
     monkeypatch.setattr("r1export.inspection.describe", interrupt)
     result = r1export("inspect", tmp_path, "--json")
-    one_line_error(result, 130, "interrupted (go on with --resume)")
+    one_line_error(result, 130, "interrupted by SIGINT (a run goes on with --resume)")
     assert json.loads(result.stdout)["exit_code"] == 130
 
 
