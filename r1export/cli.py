@@ -6,7 +6,8 @@ Exit codes: 0 passed, 1 a check failed, 2 bad usage or bad input, 3 this environ
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -44,9 +45,9 @@ class Precision(StrEnum):
     int8 = "int8"
 
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe in TOML; see recipes/.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Folder for the run.")]
+RecipeFile = Annotated[Path, typer.Argument(readable=False, metavar="RECIPE", help="Recipe in TOML; see recipes/.")]
+Run = Annotated[Path, typer.Argument(readable=False, metavar="RUN", help="Folder of a run.")]
+Out = Annotated[Path, typer.Option("--out", "-o", readable=False, metavar="RUN", help="Folder for the run.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what is there and start anew.")]
 Where = Annotated[Device, typer.Option("--device", help="Where to train and to run torch.")]
@@ -76,8 +77,12 @@ Json = Annotated[
 TargetRelease = Annotated[
     int, typer.Option("--release", help="Number of the release that the device will have; 0 is the base.")
 ]
-Keys = Annotated[list[Path], typer.Option("--key", help="Secret key from keygen; give it once for each signature.")]
-UpdateFile = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The update, for example update.r1u.")]
+Keys = Annotated[
+    list[Path], typer.Option("--key", readable=False, help="Secret key from keygen; give it once for each signature.")
+]
+UpdateFile = Annotated[
+    Path, typer.Option("--out", "-o", readable=False, metavar="FILE", help="The update, for example update.r1u.")
+]
 Since = Annotated[int, typer.Option("--since", help="Number of the release that the device has.")]
 WhichPrecision = Annotated[
     Precision, typer.Option("--precision", help="Which releases: those of fp32 or of a variant of the recipe.")
@@ -103,6 +108,7 @@ AcceptInconclusive = Annotated[
 ]
 
 
+@contextmanager
 def _open(
     recipe_file: Path,
     out: Path,
@@ -112,7 +118,7 @@ def _open(
     overrides: list[str] | None,
     order: str | None,
     terminal: Terminal,
-) -> RunContext:
+) -> Iterator[RunContext]:
     from r1export.recipe import in_order, load_recipe
     from r1export.run_folder import check_run
 
@@ -121,16 +127,19 @@ def _open(
     check_run(out, recipe, resume=resume, overwrite=overwrite)  # before torch is loaded: an error is there at once
     from r1export.pipeline.run import open_run_context
 
-    return open_run_context(recipe, out, device=device, resume=resume, overwrite=overwrite, progress=terminal)
+    with open_run_context(recipe, out, device=device, resume=resume, overwrite=overwrite, progress=terminal) as context:
+        yield context
 
 
-def _reopen(path: Path, device: Device, terminal: Terminal) -> RunContext:
+@contextmanager
+def _reopen(path: Path, device: Device, terminal: Terminal) -> Iterator[RunContext]:
     from r1export.run_folder import RunFolder
 
     RunFolder(path).recipe()  # before torch is loaded
     from r1export.pipeline.run import reopen_run_context
 
-    return reopen_run_context(path, device=device, progress=terminal)
+    with reopen_run_context(path, device=device, progress=terminal) as context:
+        yield context
 
 
 def _read_report(folder: Path) -> Report:
@@ -188,8 +197,10 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Train a stream of tasks, merge and export after each, and verify every release."""
-    with open_terminal(as_json) as terminal:
-        context = _open(recipe, out, resume, overwrite, device, set, order, terminal)
+    with (
+        open_terminal(as_json) as terminal,
+        _open(recipe, out, resume, overwrite, device, set, order, terminal) as context,
+    ):
         from r1export.pipeline.run import run_steps
 
         report = run_steps(context)
@@ -211,8 +222,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a stream of tasks; writes factors, pools and metrics, exports nothing."""
-    with open_terminal(as_json) as terminal:
-        context = _open(recipe, out, resume, overwrite, device, set, order, terminal)
+    with (
+        open_terminal(as_json) as terminal,
+        _open(recipe, out, resume, overwrite, device, set, order, terminal) as context,
+    ):
         from r1export.pipeline.train import train_tasks
         from r1export.pipeline.verification.run import accuracy_of
 
@@ -233,8 +246,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export the graphs of a trained run once, and write a release for the base and for every task."""
-    with open_terminal(as_json) as terminal:
-        context = _reopen(run, device, terminal)
+    with open_terminal(as_json) as terminal, _reopen(run, device, terminal) as context:
         from r1export.pipeline.export import export_releases
 
         releases = export_releases(context, overwrite=overwrite, audit=audit)
@@ -245,18 +257,20 @@ def export(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="RUN|RELEASE", help="A run, or one release folder.")],
+    path: Annotated[Path, typer.Argument(readable=False, metavar="RUN|RELEASE", help="A run, or one release folder.")],
     provider: Providers = None,
     no_latency: Annotated[
         bool, typer.Option("--no-latency", help="Time nothing; the verdict is that of all other checks.")
     ] = False,
     bundle: Annotated[
         Path | None,
-        typer.Option("--bundle", metavar="FILE", help="A signed update that says what the release has to be."),
+        typer.Option(
+            "--bundle", readable=False, metavar="FILE", help="A signed update that says what the release has to be."
+        ),
     ] = None,
     trust: Annotated[
         list[Path] | None,
-        typer.Option("--trust", metavar="KEY", help="Public key that may sign the update; repeatable."),
+        typer.Option("--trust", readable=False, metavar="KEY", help="Public key that may sign the update; repeatable."),
     ] = None,
     threshold: Annotated[
         int, typer.Option("--threshold", help="How many of the trusted keys have to sign the update.")
@@ -277,16 +291,17 @@ def verify(
         elif update:
             raise InputError(f"{path} is no release", "--bundle needs one release: a folder of RUN/releases")
         else:
-            context = _reopen(path, device, terminal)
-            from r1export.pipeline.verification.run import verify_run
+            with _reopen(path, device, terminal) as context:
+                from r1export.pipeline.verification.run import verify_run
 
-            _show(terminal, verify_run(context, provider or (), budget))
+                _show(terminal, verify_run(context, provider or (), budget))
 
 
 @app.command()
 def report(
     path: Annotated[
-        Path, typer.Argument(metavar="RUN|RELEASE", help="A verified run, or one verified release folder.")
+        Path,
+        typer.Argument(readable=False, metavar="RUN|RELEASE", help="A verified run, or one verified release folder."),
     ],
     as_json: Json = False,
 ) -> None:
@@ -308,11 +323,15 @@ def report(
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Folders of verified runs of the same tasks in the same order."),
+        typer.Argument(
+            readable=False, metavar="RUN...", help="Folders of verified runs of the same tasks in the same order."
+        ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Write comparison.html and comparison.json there."),
+        typer.Option(
+            "--out", "-o", readable=False, metavar="DIR", help="Write comparison.html and comparison.json there."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -335,12 +354,16 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
+            readable=False,
             metavar="FILE|DIR|SOURCE",
             help="A run, release, recipe, update, .onnx graph or safetensors file, or the pictures of a task as a recipe names them, for example folder:DIR.",
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Contact sheet of a task's pictures, in HTML.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", readable=False, metavar="FILE", help="Contact sheet of a task's pictures, in HTML."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -382,7 +405,10 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def keygen(
     prefix: Annotated[
-        Path, typer.Argument(metavar="PREFIX", help="Writes PREFIX.key, readable by its owner only, and PREFIX.pub.")
+        Path,
+        typer.Argument(
+            readable=False, metavar="PREFIX", help="Writes PREFIX.key, readable by its owner only, and PREFIX.pub."
+        ),
     ],
     as_json: Json = False,
 ) -> None:
@@ -421,10 +447,10 @@ def bundle(
         keys = tuple(SecretKey.read(path) for path in key)
         step = Step(release, since, tuple(drop or ()), seq, precision)
         terms = Terms(int(time.time()), product, device_class, min_seq, expires)
-        context = _reopen(run, Device.auto, terminal)
-        from r1export.pipeline.bundle import Order, write_bundle
+        with _reopen(run, Device.auto, terminal) as context:
+            from r1export.pipeline.bundle import Order, write_bundle
 
-        published = write_bundle(context, Order(step, terms, keys, accept_inconclusive), out, overwrite=overwrite)
+            published = write_bundle(context, Order(step, terms, keys, accept_inconclusive), out, overwrite=overwrite)
         size = out.stat().st_size
         for reason in published.accepted:
             terminal.say(f"Accepted: {reason}")
@@ -435,7 +461,9 @@ def bundle(
 
 @app.command("device-kit")
 def device_kit(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The kit, for example r1device.pyz.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", readable=False, metavar="FILE", help="The kit, for example r1device.pyz.")
+    ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -463,7 +491,9 @@ def device(context: typer.Context) -> None:
 def serve(
     path: Annotated[
         Path,
-        typer.Argument(metavar="RELEASE|STORE", help="A release folder, or a device's store: its current version."),
+        typer.Argument(
+            readable=False, metavar="RELEASE|STORE", help="A release folder, or a device's store: its current version."
+        ),
     ],
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")

@@ -103,7 +103,7 @@ def decode(source: Path | bytes, location: str, decoding: Decoding = UPRIGHT_RGB
             size = f"{image.width} x {image.height} pixels"
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         size = str(error)
-    except R1ExportError:
+    except (R1ExportError, MemoryError):
         raise
     except PermissionError as error:
         raise refused(error, location) from error
