@@ -5,12 +5,8 @@ Exit codes: 0 passed, 1 a check failed, 2 bad usage or bad input, 3 this environ
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from r1export.errors import InputError, R1ExportError, refused
+from r1export.command import Commands, open_terminal, run_command
+from r1export.errors import InputError
 
 if TYPE_CHECKING:
     from r1export.console import Terminal
@@ -27,10 +24,10 @@ if TYPE_CHECKING:
     from r1export.verify.signature import SignedUpdate
 
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
-INTERRUPTED = 130  # as shells count a process that Ctrl-C ended
+NOTES = 20  # lines about single pictures that `inspect` prints for people
 
 app = typer.Typer(
-    name="r1export", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="r1export", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Teach CLIP one task after another with rank-1 experts, merge them, and export ONNX models that are proven to cost nothing extra.",
 )  # fmt: skip
 
@@ -104,25 +101,6 @@ Expires = Annotated[
 AcceptInconclusive = Annotated[
     bool, typer.Option("--accept-inconclusive", help="Sign a release whose verification did not decide everything.")
 ]
-
-
-@contextmanager
-def _terminal(as_json: bool) -> Iterator[Terminal]:
-    """The terminal; what r1export or the operating system refuses becomes one line and an exit code."""
-    from r1export.console import Terminal
-
-    terminal = Terminal(as_json=as_json, quiet=os.environ.get("RANK", "0") != "0")  # torchrun's other processes
-    try:
-        yield terminal
-    except BrokenPipeError:
-        raise
-    except (R1ExportError, OSError) as caught:
-        error = refused(caught) if isinstance(caught, OSError) else caught
-        terminal.error(error, error.exit_code)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        terminal.error(R1ExportError("interrupted", "go on with --resume"), INTERRUPTED)
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _open(
@@ -210,7 +188,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Train a stream of tasks, merge and export after each, and verify every release."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         context = _open(recipe, out, resume, overwrite, device, set, order, terminal)
         from r1export.pipeline.run import run_steps
 
@@ -233,7 +211,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a stream of tasks; writes factors, pools and metrics, exports nothing."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         context = _open(recipe, out, resume, overwrite, device, set, order, terminal)
         from r1export.pipeline.train import train_tasks
         from r1export.pipeline.verification.run import accuracy_of
@@ -255,7 +233,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export the graphs of a trained run once, and write a release for the base and for every task."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         context = _reopen(run, device, terminal)
         from r1export.pipeline.export import export_releases
 
@@ -287,7 +265,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Verify all releases of a run against the unmerged model, or one release by its own golden samples."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.verify.latency import DEFAULT_BUDGET
 
         budget = None if no_latency else DEFAULT_BUDGET
@@ -313,7 +291,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Show the report of a verified run or release and write its pages again; ends with the exit code of its verdict."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.report.freshness import check_fresh
         from r1export.report.write import write_report
         from r1export.verify.results import RunReport
@@ -340,7 +318,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare verified runs, for example a method with its baselines, in one table and picture."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.report import compare_runs
 
         comparison = compare_runs.compare_runs([(run.resolve().name, _read_run_report(run)) for run in runs])
@@ -357,27 +335,41 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE|DIR", help="A run, release, recipe, update, .onnx graph, factors or any safetensors file."
+            metavar="FILE|DIR|SOURCE",
+            help="A run, release, recipe, update, .onnx graph or safetensors file, or the pictures of a task as a recipe names them, for example folder:DIR.",
         ),
     ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Contact sheet of a task's pictures, in HTML.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a file or folder is and what it holds."""
-    with _terminal(as_json) as terminal:
-        from r1export.inspection import describe
+    """Describe a file, a folder, or the pictures of a task."""
+    with open_terminal(as_json) as terminal:
+        from r1export.inspection import describe, describe_source, is_source
 
-        title, facts, columns, rows = describe(path)
-        for name, value in facts.items():
+        if is_source(str(path)):
+            with terminal.track("Decoding images", 0) as advance:
+                found = describe_source(str(path), advance, out)
+        elif out is not None:
+            raise InputError(f"--out: {path} holds no pictures of a task", "give a source, for example folder:DIR")
+        else:
+            found = describe(path)
+        for name, value in found.facts.items():
             terminal.say(f"{name}: {value}")
-        if rows:
-            terminal.table(title, columns, rows)
-        terminal.document({"kind": title, **facts, "rows": [dict(zip(columns, row, strict=True)) for row in rows]})
+        if found.rows:
+            terminal.table(found.title, found.columns, found.rows)
+        for note in found.notes[:NOTES]:
+            terminal.say(f"  {note}")
+        if len(found.notes) > NOTES:
+            terminal.say(f"  and {len(found.notes) - NOTES} more; all of them with --json")
+        terminal.document(found.to_json())
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check this environment: versions, providers, devices, and that a tiny graph runs."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.inspection import examine_environment
 
         findings = examine_environment()
@@ -395,7 +387,7 @@ def keygen(
     as_json: Json = False,
 ) -> None:
     """Make an Ed25519 key pair that signs field updates."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.update.envelope import keygen as make_keys
 
         public = make_keys(prefix)
@@ -422,7 +414,7 @@ def bundle(
     as_json: Json = False,
 ) -> None:
     """Write what a device lacks to run a verified release, signed: the factors of the tasks since its own release."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.update.envelope import SecretKey
         from r1export.update.lab.publish import Step, Terms
 
@@ -448,7 +440,7 @@ def device_kit(
     as_json: Json = False,
 ) -> None:
     """Write the one file that a device needs to install updates, with numpy and nothing else."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.device.kit import device_kit as write_kit
 
         path = write_kit(out, overwrite=overwrite)
@@ -479,7 +471,7 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve a page on this machine that tests a release in the browser and classifies pictures with it."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.web.server import Server
         from r1export.web.source import open_source
 
@@ -499,12 +491,5 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def main() -> None:
-    """Entry point. A defect of r1export itself ends with code 70 and a traceback, apart from checks that fail (code 1)."""
-    try:
-        app()
-    except BrokenPipeError:  # a reader that stopped early: r1export ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(70)
+    """Entry point of the command `r1export`."""
+    run_command(app)

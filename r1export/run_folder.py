@@ -21,7 +21,7 @@ from r1export.update.factors import ExpertUpdate
 from r1export.update.release_manifest import BaseModel
 from r1export.update.run_layout import RunLayout
 from r1export.update.strict_json import parse_json
-from r1export.verify.results import Probe
+from r1export.verify.results import Probe, TaskInputs
 
 MAX_JSON = 64 << 20  # bytes
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -80,6 +80,19 @@ class RunRecord:
 
 
 @dataclass(frozen=True)
+class RunInputs:
+    """inputs.json: the pictures of every task, the probe last."""
+
+    __pydantic_config__ = _STRICT
+
+    tasks: tuple[TaskInputs, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document, its members in the order of the file."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class RunFolder(RunLayout):
     """A run on disk."""
 
@@ -111,6 +124,12 @@ class RunFolder(RunLayout):
     def metrics(self) -> RunMetrics:
         """Raises InputError if the run has not been trained, or metrics.json is damaged."""
         return read_value(RunMetrics, self.metrics_file, "train the run first: r1export train")
+
+    def inputs(self) -> tuple[TaskInputs, ...]:
+        """What training noted of the pictures; nothing for runs of older versions. Raises InputError if inputs.json is damaged."""
+        if not self.inputs_file.exists():
+            return ()
+        return read_value(RunInputs, self.inputs_file, "delete the file, and run again with --resume").tasks
 
 
 def read_value(kind: type[T], path: Path, remedy: str) -> T:

@@ -53,6 +53,13 @@ class Preprocess:
         size = self.config.size
         return (size, size) if isinstance(size, int) else tuple(size)
 
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """The color (red, green, blue) under transparency and around images that are padded."""
+        color = self.config.fill_color
+        red, green, blue = (color, color, color) if isinstance(color, int) else color
+        return red, green, blue
+
     def crop(self, image: Image.Image) -> np.ndarray:
         """Resize and crop as open_clip does: uint8 (3, height, width)."""
         return np.array(self._crop(image), np.uint8).transpose(2, 0, 1)

@@ -24,12 +24,12 @@ from r1export.adapt.trainer import TrainingTask, TrainStep, reset_pools_, train_
 from r1export.data.task import Task
 from r1export.errors import InputError
 from r1export.export.write_release import refused_writes
-from r1export.pipeline.context import RunContext, inject_pools_, train_settings
+from r1export.pipeline.context import RunContext, inject_pools_, inputs_of, train_settings
 from r1export.pipeline.environment import now, versions
 from r1export.pipeline.golden import golden_inputs
 from r1export.pipeline.tensorboard import log_accuracies, step_log
 from r1export.recipe import Recipe
-from r1export.run_folder import RunMetrics, RunRecord, Share, read_value
+from r1export.run_folder import RunInputs, RunMetrics, RunRecord, Share, read_value
 from r1export.update.atomic_io import write_json
 from r1export.update.container import write_tensors
 from r1export.update.factors import ExpertUpdate
@@ -60,6 +60,7 @@ def train_tasks(context: RunContext) -> RunMetrics:
             log_accuracies(context, number, rows[-1])
         metrics = _metrics(recipe, zero_shot, rows)
         if distributed.is_first():
+            write_json(run.inputs_file, RunInputs(inputs_of(context)).to_json())
             write_json(run.metrics_file, metrics.to_json())
     return metrics
 

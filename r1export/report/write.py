@@ -150,6 +150,7 @@ def _page(report: Report, pictures: bool) -> dict[str, object]:
         "run_checks": tables.check_table(lines(run), "Check") if run else None,
         "releases": tables.releases(run) if run else None,
         "variants": tables.variants(parts),
+        "inputs": tables.inputs(run) if run else None,
         "sections": [_section(part, f"r{n}", pictures) for n, part in enumerate(parts)],
         "accuracy": tables.accuracies(report.accuracy),
         "summary": tables.accuracy_summary(report),
