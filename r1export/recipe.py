@@ -147,10 +147,11 @@ class Pool(_Section):
     """Weights of merged experts: 1, or trained and made sparse (CoDyRA; no router then)."""
     towers: tuple[Literal["visual", "textual"], ...] = ("visual", "textual")
     """Towers that get experts."""
-    targets: tuple[Literal["q", "k", "v", "out", "fc", "proj"], ...] = ("q", "k", "v", "out", "fc", "proj")
-    """Linears of a block that get experts: attention q, k, v, out and the two of the MLP."""
+    targets: tuple[Literal["q", "k", "v", "out", "fc", "proj", "conv"], ...] = ("q", "k", "v", "out", "fc", "proj")
+    """Layers of a block that get experts: attention q, k, v, out; fc and proj, the linears of an MLP or the pointwise
+    convolutions (the last is proj); conv, convolutions with larger kernels. Depthwise and grouped ones never do."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Blocks of each tower that get experts, counted from 0; empty takes all."""
+    """Blocks of each tower that get experts, counted from 0 over all stages; empty takes all."""
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:

@@ -79,7 +79,7 @@ class RunRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The document, its members in the order of the file."""
-        return asdict(self)
+        return asdict(self) | {"base": self.base.to_json()}
 
 
 @dataclass(frozen=True)

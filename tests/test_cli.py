@@ -332,7 +332,7 @@ def test_a_corrupt_image_is_named(recipe, tmp_path) -> None:
     one_line_error(result, 2, "1.png")
 
 
-def test_a_tower_that_is_no_vit_is_unsupported(recipe, tmp_path) -> None:
+def test_a_tower_without_the_blocks_that_are_named_is_unsupported(recipe, tmp_path) -> None:
     config = {
         "embed_dim": 8,
         "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
@@ -352,9 +352,11 @@ def test_a_tower_that_is_no_vit_is_unsupported(recipe, tmp_path) -> None:
         f"base.weights={tmp_path}/w.safetensors",
         "--set",
         f"base.config={tmp_path}/resnet.json",
+        "--set",
+        "pool.layers=[9]",
         *FAST,
     )
-    one_line_error(result, 3, "visual tower (ModifiedResNet)")
+    one_line_error(result, 3, "the visual tower has 5 blocks, pool.layers names 9")
     assert not (tmp_path / "out").exists()
 
 

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from r1export.adapt.deployed_form import DEPLOYED_FORM, deploy_
 from r1export.adapt.model_config import read_model_config
 from r1export.errors import InputError, R1ExportError, Unsupported, first_line
 
@@ -81,12 +82,16 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Clip:
-    """A frozen CLIP in eval mode with the two functions that feed it."""
+    """A frozen CLIP in eval mode with the two functions that feed it.
+
+    `deployed_form` is the number of the procedure that its image tower went through, 0 if there was nothing to do.
+    """
 
     name: str
     model: ClipModel
     preprocess: Preprocess
     tokenizer: Callable[[list[str]], Tensor]
+    deployed_form: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -150,10 +155,12 @@ def load_clip(
     config: Path | None = None,
     device: str = "cpu",
     allow_pickle: bool = False,
+    deployed: bool = True,
 ) -> Clip:
     """Load an open_clip model with a pretrained tag, or local weights with, if need be, their config.
 
-    `allow_pickle` lets torch read a tag's weights where none are published as safetensors.
+    `allow_pickle` lets torch read a tag's weights where none are published as safetensors; `deployed` brings the image
+    tower into its deployed form (deployed_form.py).
 
     Raises:
         InputError: open_clip does not know the model or the tag; a file is missing, malformed, not safetensors
@@ -179,7 +186,8 @@ def load_clip(
         _load_weights_(module, weights)
     module.eval().requires_grad_(False)
     preprocess = Preprocess(PreprocessCfg(**open_clip.get_model_preprocess_cfg(module)))
-    return Clip(f"{name}/{pretrained}" if pretrained else name, module, preprocess, tokenizer)
+    form = DEPLOYED_FORM if deployed and deploy_(module.visual, preprocess.size) else 0
+    return Clip(f"{name}/{pretrained}" if pretrained else name, module, preprocess, tokenizer, form)
 
 
 def _check_name(model: str, pretrained: str) -> None:

@@ -71,6 +71,10 @@ class RunContext:
         self.progress.step("Loading the base model")
         return load_base(self.recipe, self.device)
 
+    def original(self) -> Clip:
+        """The base model as it was before its image tower was brought into its deployed form."""
+        return load_base(self.recipe, self.device, deployed=False)
+
     @cached_property
     def base(self) -> dict[str, np.ndarray]:
         return self.clip.parameters()
@@ -153,19 +157,27 @@ class RunContext:
         return task
 
 
-def load_base(recipe: Recipe, device: str = "cpu") -> Clip:
-    """The base model that a recipe names."""
+def load_base(recipe: Recipe, device: str = "cpu", *, deployed: bool = True) -> Clip:
+    """The base model that a recipe names, its image tower in the form in which it is `deployed` or as it is stored."""
     base = recipe.base
     if base.model.startswith("builtin:"):
         name = base.model.removeprefix("builtin:")
         if name not in BUILTIN_MODELS:
             raise InputError(f"base.model: no builtin model {name!r}", f"known: {', '.join(BUILTIN_MODELS)}")
-        return load_clip(weights=BUILTIN_MODELS[name].weights, config=BUILTIN_MODELS[name].config, device=device)
+        builtin = BUILTIN_MODELS[name]
+        return load_clip(weights=builtin.weights, config=builtin.config, device=device, deployed=deployed)
     paths = {
         name: expand_path(value) if value else None
         for name, value in (("weights", base.weights), ("config", base.config))
     }
-    return load_clip(base.model, pretrained=base.pretrained, device=device, allow_pickle=base.allow_pickle, **paths)
+    return load_clip(
+        base.model,
+        pretrained=base.pretrained,
+        device=device,
+        allow_pickle=base.allow_pickle,
+        deployed=deployed,
+        **paths,
+    )
 
 
 def choose_device(wanted: str) -> str:
