@@ -74,6 +74,8 @@ class Base(_Section):
     """Local `.safetensors` file instead of a tag."""
     config: str = ""
     """open_clip config JSON for `weights`, where `model` is not one of open_clip's own names."""
+    tokenizer: str = ""
+    """Local `tokenizer.json`, or a folder with one, in place of the tokenizer that the model's config names."""
 
     allow_pickle: bool = False
     """Read weights of a tag that are published only as a pickle (`.pt`, `.bin`), which can run code: for sources that you trust."""

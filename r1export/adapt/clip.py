@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from r1export.adapt.deployed_form import DEPLOYED_FORM, deploy_
+from r1export.adapt.hub_tokenizer import make_tokenizer
 from r1export.adapt.model_config import read_model_config
 from r1export.errors import InputError, R1ExportError, Unsupported, first_line
 
@@ -153,6 +154,7 @@ def load_clip(
     pretrained: str = "",
     weights: Path | None = None,
     config: Path | None = None,
+    tokenizer: Path | None = None,
     device: str = "cpu",
     allow_pickle: bool = False,
     deployed: bool = True,
@@ -174,11 +176,14 @@ def load_clip(
     _check_name(name, pretrained)
     try:
         with _quiet():
+            origin, values = (
+                (name, open_clip.get_model_config(name)) if custom is None else (str(config), custom.values)
+            )
+            words = make_tokenizer(origin, values["text_cfg"], tokenizer, may_fetch=custom is None)
             if custom is not None:
                 _check_shapes(name, weights)
             module = _create(name, pretrained, device, allow_pickle)
-            tokenizer = open_clip.get_tokenizer(name) if custom is None else custom.tokenizer()
-    except InputError:
+    except R1ExportError:
         raise
     except Exception as error:  # open_clip and torch raise whatever an impossible config or a hub makes them meet
         raise _not_built(error, name, pretrained, config) from error
@@ -187,7 +192,7 @@ def load_clip(
     module.eval().requires_grad_(False)
     preprocess = Preprocess(PreprocessCfg(**open_clip.get_model_preprocess_cfg(module)))
     form = DEPLOYED_FORM if deployed and deploy_(module.visual, preprocess.size) else 0
-    return Clip(f"{name}/{pretrained}" if pretrained else name, module, preprocess, tokenizer, form)
+    return Clip(f"{name}/{pretrained}" if pretrained else name, module, preprocess, words, form)
 
 
 def _check_name(model: str, pretrained: str) -> None:

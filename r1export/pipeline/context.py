@@ -168,7 +168,7 @@ def load_base(recipe: Recipe, device: str = "cpu", *, deployed: bool = True) -> 
         return load_clip(weights=builtin.weights, config=builtin.config, device=device, deployed=deployed)
     paths = {
         name: expand_path(value) if value else None
-        for name, value in (("weights", base.weights), ("config", base.config))
+        for name, value in (("weights", base.weights), ("config", base.config), ("tokenizer", base.tokenizer))
     }
     return load_clip(
         base.model,
