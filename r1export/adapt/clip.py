@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from r1export.adapt.checkpoint import SUFFIX, check_header, load_weights_
+from r1export.adapt.deployed_form import DEPLOYED_FORM, deploy_
 from r1export.adapt.hub_tokenizer import make_tokenizer
 from r1export.adapt.model_config import ModelConfig
 from r1export.adapt.model_source import Source, find_source
@@ -54,6 +55,13 @@ class Preprocess:
         size = self.config.size
         return (size, size) if isinstance(size, int) else tuple(size)
 
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """The color (red, green, blue) under transparency and around images that are padded."""
+        color = self.config.fill_color
+        red, green, blue = (color, color, color) if isinstance(color, int) else color
+        return red, green, blue
+
     def crop(self, image: Image.Image) -> np.ndarray:
         """Resize and crop as open_clip does: uint8 (3, height, width)."""
         return np.array(self._crop(image), np.uint8).transpose(2, 0, 1)
@@ -76,12 +84,16 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Clip:
-    """A frozen CLIP in eval mode with the two functions that feed it; `notes` say what loading it decided."""
+    """A frozen CLIP in eval mode with the two functions that feed it; `notes` say what loading it decided.
+
+    `deployed_form` is the number of the procedure that its image tower went through, 0 if there was nothing to do.
+    """
 
     name: str
     model: ClipModel
     preprocess: Preprocess
     tokenizer: Callable[[list[str]], Tensor]
+    deployed_form: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -150,12 +162,13 @@ def load_clip(
     quick_gelu: bool | None = None,
     device: str = "cpu",
     allow_pickle: bool = False,
+    deployed: bool = True,
 ) -> Clip:
     """Load an open_clip model: a name with a pretrained tag, or `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, or local weights with a name or a config.
 
     `tokenizer` is a tokenizer.json, or a folder with one, in place of what the model's own config names. `preprocess`,
     `image_size` (pixels) and `quick_gelu` come before what the config or the tag says. `allow_pickle` lets torch read
-    weights that are not safetensors.
+    weights that are not safetensors; `deployed` brings the image tower into its deployed form (deployed_form.py).
 
     Raises:
         InputError: open_clip does not know the model or the tag; a file is missing, malformed, not safetensors
@@ -179,7 +192,8 @@ def load_clip(
         raise _not_built(error, source) from error
     module.eval().requires_grad_(False)
     cropped = Preprocess(PreprocessCfg(**prepared.values | {"size": module.visual.image_size}))
-    return Clip(source.name, module, cropped, words, tuple(filter(None, (prepared.note, *notes))))
+    form = DEPLOYED_FORM if deployed and deploy_(module.visual, cropped.size) else 0
+    return Clip(source.name, module, cropped, words, form, tuple(filter(None, (prepared.note, *notes))))
 
 
 def _loaded(config: ModelConfig, source: Source, device: str, allow_pickle: bool) -> tuple[ClipModel, list[str]]:
