@@ -5,10 +5,7 @@ Exit codes: 0 passed, 1 a check failed, 2 bad usage or bad input, 3 this environ
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -18,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from r1export.errors import InputError, R1ExportError, refused
+from r1export.command import Commands, open_terminal, run_command
+from r1export.errors import InputError
 
 if TYPE_CHECKING:
     from r1export.console import Terminal
@@ -27,10 +25,10 @@ if TYPE_CHECKING:
     from r1export.verify.signature import SignedUpdate
 
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
-INTERRUPTED = 130  # as shells count a process that Ctrl-C ended
+NOTES = 20  # lines about single pictures that `inspect` prints for people
 
 app = typer.Typer(
-    name="r1export", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="r1export", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Teach CLIP one task after another with rank-1 experts, merge them, and export ONNX models that are proven to cost nothing extra.",
 )  # fmt: skip
 
@@ -47,9 +45,9 @@ class Precision(StrEnum):
     int8 = "int8"
 
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe in TOML; see recipes/.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Folder for the run.")]
+RecipeFile = Annotated[Path, typer.Argument(readable=False, metavar="RECIPE", help="Recipe in TOML; see recipes/.")]
+Run = Annotated[Path, typer.Argument(readable=False, metavar="RUN", help="Folder of a run.")]
+Out = Annotated[Path, typer.Option("--out", "-o", readable=False, metavar="RUN", help="Folder for the run.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what is there and start anew.")]
 Where = Annotated[Device, typer.Option("--device", help="Where to train and to run torch.")]
@@ -79,8 +77,12 @@ Json = Annotated[
 TargetRelease = Annotated[
     int, typer.Option("--release", help="Number of the release that the device will have; 0 is the base.")
 ]
-Keys = Annotated[list[Path], typer.Option("--key", help="Secret key from keygen; give it once for each signature.")]
-UpdateFile = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The update, for example update.r1u.")]
+Keys = Annotated[
+    list[Path], typer.Option("--key", readable=False, help="Secret key from keygen; give it once for each signature.")
+]
+UpdateFile = Annotated[
+    Path, typer.Option("--out", "-o", readable=False, metavar="FILE", help="The update, for example update.r1u.")
+]
 Since = Annotated[int, typer.Option("--since", help="Number of the release that the device has.")]
 WhichPrecision = Annotated[
     Precision, typer.Option("--precision", help="Which releases: those of fp32 or of a variant of the recipe.")
@@ -107,24 +109,6 @@ AcceptInconclusive = Annotated[
 
 
 @contextmanager
-def _terminal(as_json: bool) -> Iterator[Terminal]:
-    """The terminal; what r1export or the operating system refuses becomes one line and an exit code."""
-    from r1export.console import Terminal
-
-    terminal = Terminal(as_json=as_json, quiet=os.environ.get("RANK", "0") != "0")  # torchrun's other processes
-    try:
-        yield terminal
-    except BrokenPipeError:
-        raise
-    except (R1ExportError, OSError) as caught:
-        error = refused(caught) if isinstance(caught, OSError) else caught
-        terminal.error(error, error.exit_code)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        terminal.error(R1ExportError("interrupted", "go on with --resume"), INTERRUPTED)
-        raise typer.Exit(INTERRUPTED) from None
-
-
 def _open(
     recipe_file: Path,
     out: Path,
@@ -134,7 +118,7 @@ def _open(
     overrides: list[str] | None,
     order: str | None,
     terminal: Terminal,
-) -> RunContext:
+) -> Iterator[RunContext]:
     from r1export.recipe import in_order, load_recipe
     from r1export.run_folder import check_run
 
@@ -143,16 +127,19 @@ def _open(
     check_run(out, recipe, resume=resume, overwrite=overwrite)  # before torch is loaded: an error is there at once
     from r1export.pipeline.run import open_run_context
 
-    return open_run_context(recipe, out, device=device, resume=resume, overwrite=overwrite, progress=terminal)
+    with open_run_context(recipe, out, device=device, resume=resume, overwrite=overwrite, progress=terminal) as context:
+        yield context
 
 
-def _reopen(path: Path, device: Device, terminal: Terminal) -> RunContext:
+@contextmanager
+def _reopen(path: Path, device: Device, terminal: Terminal) -> Iterator[RunContext]:
     from r1export.run_folder import RunFolder
 
     RunFolder(path).recipe()  # before torch is loaded
     from r1export.pipeline.run import reopen_run_context
 
-    return reopen_run_context(path, device=device, progress=terminal)
+    with reopen_run_context(path, device=device, progress=terminal) as context:
+        yield context
 
 
 def _read_report(folder: Path) -> Report:
@@ -210,8 +197,10 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Train a stream of tasks, merge and export after each, and verify every release."""
-    with _terminal(as_json) as terminal:
-        context = _open(recipe, out, resume, overwrite, device, set, order, terminal)
+    with (
+        open_terminal(as_json) as terminal,
+        _open(recipe, out, resume, overwrite, device, set, order, terminal) as context,
+    ):
         from r1export.pipeline.run import run_steps
 
         report = run_steps(context)
@@ -233,8 +222,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a stream of tasks; writes factors, pools and metrics, exports nothing."""
-    with _terminal(as_json) as terminal:
-        context = _open(recipe, out, resume, overwrite, device, set, order, terminal)
+    with (
+        open_terminal(as_json) as terminal,
+        _open(recipe, out, resume, overwrite, device, set, order, terminal) as context,
+    ):
         from r1export.pipeline.train import train_tasks
         from r1export.pipeline.verification.run import accuracy_of
 
@@ -255,8 +246,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export the graphs of a trained run once, and write a release for the base and for every task."""
-    with _terminal(as_json) as terminal:
-        context = _reopen(run, device, terminal)
+    with open_terminal(as_json) as terminal, _reopen(run, device, terminal) as context:
         from r1export.pipeline.export import export_releases
 
         releases = export_releases(context, overwrite=overwrite, audit=audit)
@@ -267,18 +257,20 @@ def export(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="RUN|RELEASE", help="A run, or one release folder.")],
+    path: Annotated[Path, typer.Argument(readable=False, metavar="RUN|RELEASE", help="A run, or one release folder.")],
     provider: Providers = None,
     no_latency: Annotated[
         bool, typer.Option("--no-latency", help="Time nothing; the verdict is that of all other checks.")
     ] = False,
     bundle: Annotated[
         Path | None,
-        typer.Option("--bundle", metavar="FILE", help="A signed update that says what the release has to be."),
+        typer.Option(
+            "--bundle", readable=False, metavar="FILE", help="A signed update that says what the release has to be."
+        ),
     ] = None,
     trust: Annotated[
         list[Path] | None,
-        typer.Option("--trust", metavar="KEY", help="Public key that may sign the update; repeatable."),
+        typer.Option("--trust", readable=False, metavar="KEY", help="Public key that may sign the update; repeatable."),
     ] = None,
     threshold: Annotated[
         int, typer.Option("--threshold", help="How many of the trusted keys have to sign the update.")
@@ -287,7 +279,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Verify all releases of a run against the unmerged model, or one release by its own golden samples."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.verify.latency import DEFAULT_BUDGET
 
         budget = None if no_latency else DEFAULT_BUDGET
@@ -299,21 +291,22 @@ def verify(
         elif update:
             raise InputError(f"{path} is no release", "--bundle needs one release: a folder of RUN/releases")
         else:
-            context = _reopen(path, device, terminal)
-            from r1export.pipeline.verification.run import verify_run
+            with _reopen(path, device, terminal) as context:
+                from r1export.pipeline.verification.run import verify_run
 
-            _show(terminal, verify_run(context, provider or (), budget))
+                _show(terminal, verify_run(context, provider or (), budget))
 
 
 @app.command()
 def report(
     path: Annotated[
-        Path, typer.Argument(metavar="RUN|RELEASE", help="A verified run, or one verified release folder.")
+        Path,
+        typer.Argument(readable=False, metavar="RUN|RELEASE", help="A verified run, or one verified release folder."),
     ],
     as_json: Json = False,
 ) -> None:
     """Show the report of a verified run or release and write its pages again; ends with the exit code of its verdict."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.report.freshness import check_fresh
         from r1export.report.write import write_report
         from r1export.verify.results import RunReport
@@ -330,17 +323,21 @@ def report(
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Folders of verified runs of the same tasks in the same order."),
+        typer.Argument(
+            readable=False, metavar="RUN...", help="Folders of verified runs of the same tasks in the same order."
+        ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Write comparison.html and comparison.json there."),
+        typer.Option(
+            "--out", "-o", readable=False, metavar="DIR", help="Write comparison.html and comparison.json there."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Compare verified runs, for example a method with its baselines, in one table and picture."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.report import compare_runs
 
         comparison = compare_runs.compare_runs([(run.resolve().name, _read_run_report(run)) for run in runs])
@@ -357,27 +354,45 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE|DIR", help="A run, release, recipe, update, .onnx graph, factors or any safetensors file."
+            readable=False,
+            metavar="FILE|DIR|SOURCE",
+            help="A run, release, recipe, update, .onnx graph or safetensors file, or the pictures of a task as a recipe names them, for example folder:DIR.",
         ),
     ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", readable=False, metavar="FILE", help="Contact sheet of a task's pictures, in HTML."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a file or folder is and what it holds."""
-    with _terminal(as_json) as terminal:
-        from r1export.inspection import describe
+    """Describe a file, a folder, or the pictures of a task."""
+    with open_terminal(as_json) as terminal:
+        from r1export.inspection import describe, describe_source, is_source
 
-        title, facts, columns, rows = describe(path)
-        for name, value in facts.items():
+        if is_source(str(path)):
+            with terminal.track("Decoding images", 0) as advance:
+                found = describe_source(str(path), advance, out)
+        elif out is not None:
+            raise InputError(f"--out: {path} holds no pictures of a task", "give a source, for example folder:DIR")
+        else:
+            found = describe(path)
+        for name, value in found.facts.items():
             terminal.say(f"{name}: {value}")
-        if rows:
-            terminal.table(title, columns, rows)
-        terminal.document({"kind": title, **facts, "rows": [dict(zip(columns, row, strict=True)) for row in rows]})
+        if found.rows:
+            terminal.table(found.title, found.columns, found.rows)
+        for note in found.notes[:NOTES]:
+            terminal.say(f"  {note}")
+        if len(found.notes) > NOTES:
+            terminal.say(f"  and {len(found.notes) - NOTES} more; all of them with --json")
+        terminal.document(found.to_json())
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check this environment: versions, providers, devices, and that a tiny graph runs."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.inspection import examine_environment
 
         findings = examine_environment()
@@ -390,12 +405,15 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def keygen(
     prefix: Annotated[
-        Path, typer.Argument(metavar="PREFIX", help="Writes PREFIX.key, readable by its owner only, and PREFIX.pub.")
+        Path,
+        typer.Argument(
+            readable=False, metavar="PREFIX", help="Writes PREFIX.key, readable by its owner only, and PREFIX.pub."
+        ),
     ],
     as_json: Json = False,
 ) -> None:
     """Make an Ed25519 key pair that signs field updates."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.update.envelope import keygen as make_keys
 
         public = make_keys(prefix)
@@ -422,17 +440,17 @@ def bundle(
     as_json: Json = False,
 ) -> None:
     """Write what a device lacks to run a verified release, signed: the factors of the tasks since its own release."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.update.envelope import SecretKey
         from r1export.update.lab.publish import Step, Terms
 
         keys = tuple(SecretKey.read(path) for path in key)
         step = Step(release, since, tuple(drop or ()), seq, precision)
         terms = Terms(int(time.time()), product, device_class, min_seq, expires)
-        context = _reopen(run, Device.auto, terminal)
-        from r1export.pipeline.bundle import Order, write_bundle
+        with _reopen(run, Device.auto, terminal) as context:
+            from r1export.pipeline.bundle import Order, write_bundle
 
-        published = write_bundle(context, Order(step, terms, keys, accept_inconclusive), out, overwrite=overwrite)
+            published = write_bundle(context, Order(step, terms, keys, accept_inconclusive), out, overwrite=overwrite)
         size = out.stat().st_size
         for reason in published.accepted:
             terminal.say(f"Accepted: {reason}")
@@ -443,12 +461,14 @@ def bundle(
 
 @app.command("device-kit")
 def device_kit(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The kit, for example r1device.pyz.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", readable=False, metavar="FILE", help="The kit, for example r1device.pyz.")
+    ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write the one file that a device needs to install updates, with numpy and nothing else."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.device.kit import device_kit as write_kit
 
         path = write_kit(out, overwrite=overwrite)
@@ -471,7 +491,9 @@ def device(context: typer.Context) -> None:
 def serve(
     path: Annotated[
         Path,
-        typer.Argument(metavar="RELEASE|STORE", help="A release folder, or a device's store: its current version."),
+        typer.Argument(
+            readable=False, metavar="RELEASE|STORE", help="A release folder, or a device's store: its current version."
+        ),
     ],
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")
@@ -479,7 +501,7 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve a page on this machine that tests a release in the browser and classifies pictures with it."""
-    with _terminal(as_json) as terminal:
+    with open_terminal(as_json) as terminal:
         from r1export.web.server import Server
         from r1export.web.source import open_source
 
@@ -499,12 +521,5 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def main() -> None:
-    """Entry point. A defect of r1export itself ends with code 70 and a traceback, apart from checks that fail (code 1)."""
-    try:
-        app()
-    except BrokenPipeError:  # a reader that stopped early: r1export ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(70)
+    """Entry point of the command `r1export`."""
+    run_command(app)

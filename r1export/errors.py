@@ -52,6 +52,16 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
 
 
+_ALLOCATION = ("can't allocate memory", "not enough memory", "failed to allocate memory", "bad allocation", "bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, in Python, torch or onnxruntime, which have no common error for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _ALLOCATION)
+
+
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 
 

@@ -11,7 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from r1export.data.request import Request
+from r1export.data.sources import READERS, read_task
+from r1export.data.survey import survey
 from r1export.errors import InputError, first_line
+from r1export.report.contact_sheet import class_table, write_contact_sheet
 from r1export.report.format import size
 from r1export.run_folder import RunFolder
 from r1export.update.container import NAMES, TensorSpec, read_layout
@@ -21,12 +25,18 @@ from r1export.update.release_manifest import ReleaseManifest
 
 
 class Description(NamedTuple):
-    """What `inspect` prints: a title, facts, and a table."""
+    """What `inspect` prints: a title, facts, a table, and lines about single things in it."""
 
     title: str
     facts: dict[str, object]
     columns: list[str]
     rows: list[list[str]]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """The document of `inspect --json`."""
+        rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+        return {"kind": self.title, **self.facts, "rows": rows, **({"notes": self.notes} if self.notes else {})}
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,34 @@ PACKAGES = (
     "cryptography",
 )
 EXTRAS = ("openvino",)  # what is missing here is measured less, not worse
+
+
+def is_source(text: str) -> bool:
+    """Whether `text` names the pictures of a task as a recipe does, for example folder:DIR."""
+    return text.partition(":")[0] in READERS and ":" in text
+
+
+def describe_source(source: str, advance: Callable[[], None], sheet: Path | None) -> Description:
+    """Describe the pictures of a task, all of which are decoded, and write a contact sheet if a file is given for it."""
+    task = read_task(Request(source, Path(), skip_broken=True))
+    found = survey(task, advance)
+    if sheet is not None:
+        write_contact_sheet(found, sheet)
+    table = class_table(found)
+    facts: dict[str, object] = {
+        "task": found.task,
+        "classes": len(found.classes),
+        "images": f"{len(task.train)} to train, {len(task.test)} to test",
+        "refused": found.refused,
+        "twins": f"{len(found.twins)} test images have the pixels of a training image",
+    }
+    lines = (*found.notes, *(line for each in found.classes for line in each.refused), *map(_twins, found.twins))
+    columns, rows = [column.lower() for column in table.columns], [list(row) for row in table.rows]
+    return Description("Pictures", facts, columns, rows, lines)
+
+
+def _twins(pair: tuple[str, str]) -> str:
+    return f"same pixels: {pair[0]} and {pair[1]}"
 
 
 def describe(path: Path) -> Description:

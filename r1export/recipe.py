@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
-from r1export.errors import InputError
+from r1export.errors import InputError, refused
+from r1export.recipe_paths import resolve_fields, resolve_sources, sources
+from r1export.update.names import is_special
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,19 @@ TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    """A table of a recipe. Types are strict: true is no number, and "20" is none either."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, strict=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _arrays(cls, values: Any) -> Any:
+        """TOML's arrays as tuples, which is what strict types expect."""
+        if not isinstance(values, dict):
+            return values
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 class Base(_Section):
@@ -60,6 +74,8 @@ class Base(_Section):
     """Local `.safetensors` file instead of a tag."""
     config: str = ""
     """open_clip config JSON for `weights`, where `model` is not one of open_clip's own names."""
+    tokenizer: str = ""
+    """Local `tokenizer.json`, or a folder with one, in place of the tokenizer that the model's config names."""
 
     allow_pickle: bool = False
     """Read weights of a tag that are published only as a pickle (`.pt`, `.bin`), which can run code: for sources that you trust."""
@@ -77,13 +93,17 @@ class Data(_Section):
     """Where images come from."""
 
     root: str = ""
-    """Folder to which relative paths in sources refer; torchvision keeps its data sets there."""
+    """Folder to which relative paths in sources refer, by default that of the recipe; torchvision keeps its data sets there."""
     shots: int = Field(0, ge=0)
     """Training images per class; 0 takes all."""
     test_limit: int = Field(0, ge=0)
     """Test images per task, drawn by seed; 0 takes all."""
     download: bool = False
     """Let torchvision or the Hugging Face Hub download a data set that is not there."""
+    decode: Literal["r1export", "open_clip"] = "r1export"
+    """`r1export` decodes pictures as clients show them (docs/inputs.md); `open_clip` leaves that to open_clip's transform."""
+    skip_broken: bool = False
+    """Leave out pictures that cannot be read, and list them in the report, instead of ending with an error."""
     candidates: Literal["task", "all"] = "task"
     """Classes among which a test image is classified: those of its task, or of all tasks together (X-TAIL)."""
 
@@ -92,10 +112,18 @@ class TaskSource(_Section):
     """One task of the sequence."""
 
     name: TaskName
+    """Name of the task, of letters, digits, `_`, `.` and `-`; releases, updates and files are named after it."""
     source: str
     """`torchvision:NAME`, `folder:DIR`, `npz:FILE`, `hf:NAME` (Hugging Face; `hf:NAME:CONFIG`) or `builtin:NAME`."""
     templates: tuple[str, ...] = ()
     """Prompts with one `{}` for the class name; empty takes those of the source."""
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if is_special(name):
+            raise ValueError("Windows or a device treats files of this name specially: choose another name")
+        return name
 
 
 class Pool(_Section):
@@ -121,10 +149,11 @@ class Pool(_Section):
     """Weights of merged experts: 1, or trained and made sparse (CoDyRA; no router then)."""
     towers: tuple[Literal["visual", "textual"], ...] = ("visual", "textual")
     """Towers that get experts."""
-    targets: tuple[Literal["q", "k", "v", "out", "fc", "proj"], ...] = ("q", "k", "v", "out", "fc", "proj")
-    """Linears of a block that get experts: attention q, k, v, out and the two of the MLP."""
+    targets: tuple[Literal["q", "k", "v", "out", "fc", "proj", "conv"], ...] = ("q", "k", "v", "out", "fc", "proj")
+    """Layers of a block that get experts: attention q, k, v, out; fc and proj, the linears of an MLP or the pointwise
+    convolutions (the last is proj); conv, convolutions with larger kernels. Depthwise and grouped ones never do."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Blocks of each tower that get experts, counted from 0; empty takes all."""
+    """Blocks of each tower that get experts, counted from 0 over all stages; empty takes all."""
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
@@ -277,10 +306,12 @@ def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        values = _read(path)
+        values, folders = _read(path)
         for override in overrides:
             _set(values, override)
             _refuse_retired(values, f"--set {override}")
+        resolve_fields(values, Path.cwd())
+        resolve_sources(values, folders)
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{path}: {_describe(error)}", "see the field list in docs/recipe.md") from None
@@ -288,20 +319,27 @@ def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
         raise InputError(f"{path}: nested too deeply", "a recipe has tables of fields, no deeper") from None
 
 
-def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The tables of a recipe and of those that it extends."""
+def _read(path: Path, extended: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The tables of a recipe and of those that it extends, and the folder that each of its sources is written in."""
     if path.resolve() in extended:
         raise InputError(f"{path}: extends itself", "remove the cycle in extends")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin a file with a mark
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe", "see recipes/ for examples") from None
+    except PermissionError as error:
+        raise refused(error, str(path)) from error
     except (OSError, ValueError) as error:  # also for a number of thousands of digits
         raise InputError(f"{path}: not a readable TOML file: {error}", "fix the TOML syntax") from error
     _refuse_retired(values, str(path))
     if not isinstance(parent := values.pop("extends", ""), str):
         raise InputError(f"{path}: extends is {parent!r}", "give the name of one recipe")
-    return _over(_read(path.parent / parent, (*extended, path.resolve())), values) if parent else values
+    folder = path.resolve().parent
+    resolve_fields(values, folder)
+    if not parent:
+        return values, sources(values, folder)
+    inherited, folders = _read(path.parent / parent, (*extended, path.resolve()))
+    return _over(inherited, values), folders | sources(values, folder)
 
 
 def _refuse_retired(values: Mapping[str, Any], location: str) -> None:

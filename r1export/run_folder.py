@@ -6,24 +6,27 @@ Whether a step is done is read from the files themselves, which appear whole or 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from r1export.errors import InputError, refused
 from r1export.recipe import Recipe, load_recipe
-from r1export.update.atomic_io import read_regular, write_file, write_json
+from r1export.update.atomic_io import PARTIAL, read_regular, remove, write_file, write_json
 from r1export.update.factors import ExpertUpdate
 from r1export.update.release_manifest import BaseModel
 from r1export.update.run_layout import RunLayout
 from r1export.update.strict_json import parse_json
-from r1export.verify.results import Probe
+from r1export.verify.results import Probe, TaskInputs
 
 MAX_JSON = 64 << 20  # bytes
+LOCK = ".lock"  # held by the command that works on the run
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 T = TypeVar("T")
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -76,6 +79,19 @@ class RunRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The document, its members in the order of the file."""
+        return asdict(self) | {"base": self.base.to_json()}
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """inputs.json: the pictures of every task, the probe last."""
+
+    __pydantic_config__ = _STRICT
+
+    tasks: tuple[TaskInputs, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document, its members in the order of the file."""
         return asdict(self)
 
 
@@ -91,6 +107,27 @@ class RunFolder(RunLayout):
                 "give the --out folder of r1export run, or a release folder",
             )
         return load_recipe(self.recipe_file)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Within it no other command works on the run; what a killed one left half-written is removed first.
+
+        Raises InputError if another command works on the run.
+        """
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise InputError(
+                f"{self.path}: another r1export command is working on this run",
+                "wait for its end, or choose another --out",
+            ) from None
+        try:
+            for path in self.path.rglob(f".*{PARTIAL}*"):
+                remove(path)
+            yield
+        finally:
+            lock.release()
 
     def updates(self, recipe: Recipe) -> list[ExpertUpdate]:
         """The factors of all tasks trained so far, in order: those up to the first task that has none."""
@@ -111,6 +148,12 @@ class RunFolder(RunLayout):
     def metrics(self) -> RunMetrics:
         """Raises InputError if the run has not been trained, or metrics.json is damaged."""
         return read_value(RunMetrics, self.metrics_file, "train the run first: r1export train")
+
+    def inputs(self) -> tuple[TaskInputs, ...]:
+        """What training noted of the pictures; nothing for runs of older versions. Raises InputError if inputs.json is damaged."""
+        if not self.inputs_file.exists():
+            return ()
+        return read_value(RunInputs, self.inputs_file, "delete the file, and run again with --resume").tasks
 
 
 def read_value(kind: type[T], path: Path, remedy: str) -> T:
@@ -172,7 +215,8 @@ def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Ru
     run = RunFolder(path)
     try:
         if overwrite and run.recipe_file.exists():
-            shutil.rmtree(path)
+            with run.lock():
+                shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
         if not run.recipe_file.exists():
             write_file(run.recipe_file, recipe.dumps().encode())

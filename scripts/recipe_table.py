@@ -24,9 +24,7 @@ def table(title: str, section: type) -> str:
     rows = []
     for name, field in section.model_fields.items():
         default = "required" if field.is_required() else f"`{field.default!r}`"
-        rows.append(
-            f"| `{name}` | {default} | {field.description or 'Name of the task, of letters, digits, `_`, `.` and `-`.'} |"
-        )
+        rows.append(f"| `{name}` | {default} | {field.description} |")
     return f"\n## {title}\n\n| field | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 

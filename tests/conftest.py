@@ -60,7 +60,7 @@ def stripes():
         return Image.fromarray(np.repeat(plane[:, :, None], 3, 2))
 
     def images(start: int, count: int) -> ImageSet:
-        return ImageSet(np.arange(start, start + count) % 2, lambda i: draw(start + i))
+        return ImageSet.drawn(np.arange(start, start + count) % 2, lambda i: draw(start + i))
 
     return Task(
         "stripes", ("horizontal stripes", "vertical stripes"), ("a photo of {}.", "{}"), images(0, 24), images(1000, 16)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from pictures import dotted
 from running import Result, r1export
 
 from r1export.update.atomic_io import sha256_file
@@ -297,7 +297,7 @@ def photos(folder: Path, classes: dict[str, int]) -> Path:
         for name, count in classes.items():
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(np.full((20, 20, 3), 40 * i, np.uint8)).save(folder / split / name / f"{i}.png")
+                dotted((40 * i, 40 * i, 40 * i), (20, 20)).save(folder / split / name / f"{i}.png")
     return folder
 
 
@@ -332,7 +332,7 @@ def test_a_corrupt_image_is_named(recipe, tmp_path) -> None:
     one_line_error(result, 2, "1.png")
 
 
-def test_a_tower_that_is_no_vit_is_unsupported(recipe, tmp_path) -> None:
+def test_a_tower_without_the_blocks_that_are_named_is_unsupported(recipe, tmp_path) -> None:
     config = {
         "embed_dim": 8,
         "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
@@ -352,9 +352,11 @@ def test_a_tower_that_is_no_vit_is_unsupported(recipe, tmp_path) -> None:
         f"base.weights={tmp_path}/w.safetensors",
         "--set",
         f"base.config={tmp_path}/resnet.json",
+        "--set",
+        "pool.layers=[9]",
         *FAST,
     )
-    one_line_error(result, 3, "visual tower (ModifiedResNet)")
+    one_line_error(result, 3, "the visual tower has 5 blocks, pool.layers names 9")
     assert not (tmp_path / "out").exists()
 
 
@@ -415,7 +417,7 @@ def test_an_interrupted_command_says_so_to_machines_as_well(tmp_path, monkeypatc
 
     monkeypatch.setattr("r1export.inspection.describe", interrupt)
     result = r1export("inspect", tmp_path, "--json")
-    one_line_error(result, 130, "interrupted (go on with --resume)")
+    one_line_error(result, 130, "interrupted by SIGINT (a run goes on with --resume)")
     assert json.loads(result.stdout)["exit_code"] == 130
 
 

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from running import r1export
 
 from r1export.errors import InputError
-from r1export.recipe import RETIRED, Export, Recipe, Retired, in_order, load_recipe
+from r1export.recipe import RETIRED, Export, Recipe, Retired, TaskSource, in_order, load_recipe
 from r1export.run_folder import RunFolder
+from r1export.update.names import NAME, PATH, check_paths
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
@@ -324,3 +325,46 @@ def test_order_changes_the_stream_and_not_the_tasks(tmp_path) -> None:
     recipe = load_recipe(write(tmp_path, text))
     assert [task.name for task in recipe.stream] == ["b", "a"]
     assert [task.name for task in recipe.tasks] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.iterations=true", "integer"),
+        ('train.iterations="20"', "integer"),
+        ("train.iterations=20.0", "integer"),
+        ("train.learning_rate=true", "number"),
+        ('train.learning_rate="1e-3"', "number"),
+        ("train.tensorboard=1", "boolean"),
+        ("pool.layers=[1, true]", "integer"),
+        ("base.model=3", "string"),
+        ("tasks.0.source=1979-05-27", "string"),
+    ],
+)
+def test_types_are_strict(tmp_path, override, expected) -> None:
+    with pytest.raises(InputError, match=rf"{override.partition('=')[0]}.*valid {expected}"):
+        load_recipe(write(tmp_path, MINIMAL), (override,))
+
+
+def test_a_whole_number_is_a_number(tmp_path) -> None:
+    assert load_recipe(write(tmp_path, MINIMAL), ("train.learning_rate=1",)).train.learning_rate == 1.0
+
+
+@given(st.from_regex(r"[A-Za-z0-9_.-]{1,64}", fullmatch=True) | st.sampled_from(["aux", "Con.x", "nul", "a.", "lpt1"]))
+def test_a_task_that_a_recipe_accepts_can_be_released_and_bundled(name: str) -> None:
+    with suppress(ValidationError):
+        accepted = TaskSource(name=name, source="builtin:digits").name
+        check_paths([f"classes/{accepted}.json", f"classes/{accepted}.safetensors"], "manifest")
+        assert NAME.fullmatch(accepted)
+        assert PATH.fullmatch(f"classes/{accepted}.safetensors")
+
+
+@pytest.mark.parametrize("name", ["aux", "AUX", "con.fusion", "nul", "com1", "pets."])
+def test_a_name_that_could_never_be_bundled_is_refused_at_once(tmp_path, name) -> None:
+    with pytest.raises(InputError, match=r"tasks.0.name: .*choose another name"):
+        load_recipe(write(tmp_path, MINIMAL.replace('"a"', f'"{name}"')))
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path) -> None:
+    (tmp_path / "r.toml").write_bytes(b"\xef\xbb\xbf" + MINIMAL.replace("\n", "\r\n").encode())
+    assert load_recipe(tmp_path / "r.toml").tasks[0].name == "a"

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,10 @@ METRICS = RunMetrics(
     probe=Probe(name="photos", values=(0.5, 0.5, 0.25)),
 )
 RECORD = RunRecord("0.1.0", 7, BaseModel("tiny", "0" * 64, None), {"torch": "2.9"}, "2026-01-01T00:00:00+00:00")
+FOLDED = replace(RECORD, base=BaseModel("tiny", "0" * 64, None, 1, "1" * 64, 2e-7))
 
 
-@pytest.mark.parametrize("value", [METRICS, RECORD])
+@pytest.mark.parametrize("value", [METRICS, RECORD, FOLDED])
 def test_what_was_written_is_read(value, tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", value.to_json())
     assert read_value(type(value), tmp_path / "x.json", "") == value

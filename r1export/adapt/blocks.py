@@ -1,35 +1,42 @@
-"""The parts of a CLIP that can get experts: towers, their residual blocks, the linears of an MLP, the token that votes.
+"""The parts of a CLIP that can get experts: towers, their blocks, the layers of a block, the token that votes.
 
 Families of models are recognized by their parts, not by their names or versions.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeGuard
 
+from timm.layers import Conv2dSame, EffectiveSEModule, SEModule
 from torch import nn
 
-from r1export.adapt.pool import PoolSettings, RoutingToken, Tower
+from r1export.adapt.pool import PoolSettings, RoutingToken, Target, Tower
 from r1export.adapt.text_truncation import pool_type
 from r1export.errors import Unsupported
 
 AnyModule = Any  # an nn.Module of open_clip or timm whose parts are found by name: families have no type in common
+Layer = nn.Linear | nn.Conv2d
+
+ASIDE = {"stem", "downsample", "shortcut", "head"}  # parts of a tower between its blocks, or around one
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "c_proj"}  # of the attention pool of open_clip's ResNets
 
 
 class Block(NamedTuple):
-    """A residual block, a module with an attention `attn` and an MLP `mlp`, and its name in the model."""
+    """A residual block, or whatever else a tower repeats, and its name in the model."""
 
     name: str
     module: AnyModule
 
 
-class MlpLinear(NamedTuple):
-    """A linear of an MLP: `parent.name` is `linear`, and `path` leads to it from the MLP."""
+class BlockLayer(NamedTuple):
+    """A linear or convolution of a block: `parent.name` is `layer`, and `path` leads to it from the block."""
 
     parent: nn.Module
     name: str
     path: str
-    linear: nn.Linear
+    layer: Layer
+    target: Target
 
 
 def tower_of(model: AnyModule, tower: Tower) -> tuple[str, AnyModule]:
@@ -42,7 +49,7 @@ def tower_of(model: AnyModule, tower: Tower) -> tuple[str, AnyModule]:
 def chosen_blocks(model: AnyModule, tower: Tower, settings: PoolSettings) -> list[Block]:
     """The blocks of a tower that `settings.layers` names, or all of them.
 
-    Raises Unsupported where a tower has no blocks or not that many, or where its attention sees windows instead of the image.
+    Raises Unsupported where a tower has no blocks or not that many.
     """
     blocks, layers = _blocks(model, tower), settings.layers
     if layers and max(layers) >= len(blocks):
@@ -54,39 +61,112 @@ def chosen_blocks(model: AnyModule, tower: Tower, settings: PoolSettings) -> lis
 
 def _blocks(model: AnyModule, tower: Tower) -> list[Block]:
     prefix, module = tower_of(model, tower)
-    blocks = [
-        Block(prefix + name, block)
-        for name, block in module.named_modules()
-        if hasattr(block, "attn")
-        and hasattr(block, "mlp")
-        and len(mlp_linears(block.mlp)) > 1
-        and not (prefix == "" and name.startswith("visual."))
+    parts = [
+        (name, child)
+        for name, child in module.named_children()
+        if name not in ASIDE and not (prefix == "" and name == "visual")
     ]
-    kind = type(getattr(module, "trunk", getattr(module, "transformer", module))).__name__
-    if not blocks:
+    for repeats in (_is_list, _is_stage):
+        blocks = [
+            Block(f"{prefix}{name}.{block.name}".rstrip("."), block.module)
+            for name, child in parts
+            for block in _blocks_in(child, repeats, repeated=False)
+        ]
+        if blocks:
+            break
+    else:
+        kind = type(getattr(module, "trunk", getattr(module, "transformer", module))).__name__
         raise Unsupported(
-            f"the {tower} tower ({kind}) has no transformer blocks", "use a ViT, or leave the tower out of pool.towers"
-        )
-    if any(_sees_windows(block.module) for block in blocks):
-        raise Unsupported(
-            f"the {tower} tower ({kind}) attends within windows, so no token stands for the image",
+            f"the {tower} tower ({kind}) has no blocks with linears or convolutions that experts could adapt",
             "leave the tower out of pool.towers",
         )
     return blocks
 
 
-def _sees_windows(block: AnyModule) -> bool:
-    return hasattr(block, "window_size") or hasattr(block.attn, "relative_position_bias_table")
-
-
-def mlp_linears(mlp: nn.Module) -> list[MlpLinear]:
-    """All linears of an MLP, in order; the last projects back, those before go forth."""
-    return [
-        MlpLinear(parent, name, f"{path}.{name}".lstrip("."), child)
-        for path, parent in mlp.named_modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Linear)
+def _blocks_in(module: nn.Module, repeats: Callable[[nn.Module], bool], *, repeated: bool) -> list[Block]:
+    """The innermost children of what `repeats` that have layers to adapt, and an attention pool, named from `module`."""
+    inner = [
+        Block(f"{name}.{block.name}".rstrip("."), block.module)
+        for name, child in module.named_children()
+        if name not in ASIDE
+        for block in _blocks_in(child, repeats, repeated=repeats(module))
     ]
+    whole = is_attention_pool(module) or (repeated and _is_composed(module) and any(_layers_in(module)))
+    return inner or ([Block("", module)] if whole else [])
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential | nn.ModuleList)
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether all children are of one kind: a stage that calls its blocks by name, as RegNet's do."""
+    return len({type(child) for child in module.children()}) == 1
+
+
+def _is_composed(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def is_attention_pool(module: nn.Module) -> bool:
+    """Whether it is the attention that makes one embedding of a feature map in open_clip's ResNets."""
+    return {name for name, _ in module.named_children()} == PROJECTIONS and hasattr(module, "positional_embedding")
+
+
+def is_attention(module: AnyModule) -> bool:
+    """Whether q, k and v are computed by linears of its own, packed or one for each."""
+    if getattr(module, "in_proj_weight", None) is not None or isinstance(getattr(module, "qkv", None), nn.Linear):
+        return True
+    return all(isinstance(getattr(module, f"{name}_proj", None), nn.Linear) for name in "qkv")
+
+
+def attentions(block: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """(parent, name of the child, path from the block) of every attention in a block."""
+    for path, parent in block.named_modules():
+        for name, child in parent.named_children():
+            if is_attention(child):
+                yield parent, name, f"{path}.{name}".lstrip(".")
+
+
+def block_layers(block: nn.Module) -> list[BlockLayer]:
+    """The layers of a block outside of its attentions, in order, with the target that names each.
+
+    The last linear or pointwise convolution is "proj", those before it are "fc", larger kernels are "conv".
+    """
+    layers = list(_layers_in(block))
+    pointwise = [found for found in layers if _is_pointwise(found[-1])]
+    targets: dict[nn.Module, Target] = {layer: "conv" for *_, layer in layers}
+    targets |= {layer: "fc" for *_, layer in pointwise[:-1]}
+    targets |= {layer: "proj" for *_, layer in pointwise[-1:]}
+    return [BlockLayer(*found, targets[found[-1]]) for found in layers]
+
+
+def _layers_in(module: nn.Module, path: str = "") -> Iterator[tuple[nn.Module, str, str, Layer]]:
+    """Everything in a block that can be adapted, outside of attentions, shortcuts and squeeze-excitation."""
+    for name, child in module.named_children():
+        where = f"{path}.{name}".lstrip(".")
+        if _is_layer(child):
+            yield module, name, where, child
+        elif name not in ASIDE and not _is_squeeze_excite(child) and not is_attention(child):
+            yield from _layers_in(child, where)
+
+
+def _is_layer(module: nn.Module) -> TypeGuard[Layer]:
+    """A linear, or a convolution of one group that multiplies by its weight as it is: no standardized weights."""
+    if isinstance(module, nn.Linear):
+        return True
+    plain = isinstance(module, nn.Conv2d) and type(module) in (nn.Conv2d, Conv2dSame)
+    return plain and bool(module.groups == 1) and module.padding_mode == "zeros"
+
+
+def _is_squeeze_excite(module: nn.Module) -> bool:
+    """Its layers see one value per channel and image."""
+    parts = {name for name, _ in module.named_children()}
+    return isinstance(module, SEModule | EffectiveSEModule) or parts >= {"conv_reduce", "conv_expand"}
+
+
+def _is_pointwise(layer: Layer) -> bool:
+    return isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1)
 
 
 def routing_token(model: AnyModule, tower: Tower, settings: PoolSettings) -> RoutingToken:

@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from r1export.adapt.deployed_form import DEPLOYED_FORM, deploy_
+from r1export.adapt.hub_tokenizer import make_tokenizer
 from r1export.adapt.model_config import read_model_config
 from r1export.errors import InputError, R1ExportError, Unsupported, first_line
 
@@ -52,6 +54,13 @@ class Preprocess:
         size = self.config.size
         return (size, size) if isinstance(size, int) else tuple(size)
 
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """The color (red, green, blue) under transparency and around images that are padded."""
+        color = self.config.fill_color
+        red, green, blue = (color, color, color) if isinstance(color, int) else color
+        return red, green, blue
+
     def crop(self, image: Image.Image) -> np.ndarray:
         """Resize and crop as open_clip does: uint8 (3, height, width)."""
         return np.array(self._crop(image), np.uint8).transpose(2, 0, 1)
@@ -74,12 +83,16 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Clip:
-    """A frozen CLIP in eval mode with the two functions that feed it."""
+    """A frozen CLIP in eval mode with the two functions that feed it.
+
+    `deployed_form` is the number of the procedure that its image tower went through, 0 if there was nothing to do.
+    """
 
     name: str
     model: ClipModel
     preprocess: Preprocess
     tokenizer: Callable[[list[str]], Tensor]
+    deployed_form: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -141,12 +154,15 @@ def load_clip(
     pretrained: str = "",
     weights: Path | None = None,
     config: Path | None = None,
+    tokenizer: Path | None = None,
     device: str = "cpu",
     allow_pickle: bool = False,
+    deployed: bool = True,
 ) -> Clip:
     """Load an open_clip model with a pretrained tag, or local weights with, if need be, their config.
 
-    `allow_pickle` lets torch read a tag's weights where none are published as safetensors.
+    `allow_pickle` lets torch read a tag's weights where none are published as safetensors; `deployed` brings the image
+    tower into its deployed form (deployed_form.py).
 
     Raises:
         InputError: open_clip does not know the model or the tag; a file is missing, malformed, not safetensors
@@ -160,11 +176,14 @@ def load_clip(
     _check_name(name, pretrained)
     try:
         with _quiet():
+            origin, values = (
+                (name, open_clip.get_model_config(name)) if custom is None else (str(config), custom.values)
+            )
+            words = make_tokenizer(origin, values["text_cfg"], tokenizer, may_fetch=custom is None)
             if custom is not None:
                 _check_shapes(name, weights)
             module = _create(name, pretrained, device, allow_pickle)
-            tokenizer = open_clip.get_tokenizer(name) if custom is None else custom.tokenizer()
-    except InputError:
+    except R1ExportError:
         raise
     except Exception as error:  # open_clip and torch raise whatever an impossible config or a hub makes them meet
         raise _not_built(error, name, pretrained, config) from error
@@ -172,7 +191,8 @@ def load_clip(
         _load_weights_(module, weights)
     module.eval().requires_grad_(False)
     preprocess = Preprocess(PreprocessCfg(**open_clip.get_model_preprocess_cfg(module)))
-    return Clip(f"{name}/{pretrained}" if pretrained else name, module, preprocess, tokenizer)
+    form = DEPLOYED_FORM if deployed and deploy_(module.visual, preprocess.size) else 0
+    return Clip(f"{name}/{pretrained}" if pretrained else name, module, preprocess, words, form)
 
 
 def _check_name(model: str, pretrained: str) -> None:

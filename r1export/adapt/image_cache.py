@@ -18,7 +18,10 @@ THREADS = max(1, os.cpu_count() or 1)  # PIL decodes and resizes outside the int
 
 
 class Pixels:
-    """The images of a set as uint8 batches. Memory is touched only for images that were asked for."""
+    """The images of a set as uint8 batches. Memory is touched only for images that were asked for.
+
+    `changes` are those that decoding made to each image (see `Picture`), by its index, for the images decoded so far.
+    """
 
     def __init__(self, images: ImageSet, preprocess: Preprocess, *, budget: int = BUDGET) -> None:
         self.images, self.preprocess = images, preprocess
@@ -26,6 +29,7 @@ class Pixels:
         keep = int(np.prod(shape, dtype=np.int64)) <= budget
         self._kept = np.empty(shape, np.uint8) if keep else None
         self._done = np.zeros(len(images), bool)
+        self.changes: dict[int, tuple[str, ...]] = {}
 
     @property
     def kept(self) -> bool:
@@ -52,4 +56,9 @@ class Pixels:
 
     def _decode(self, indices: np.ndarray) -> list[np.ndarray]:
         with ThreadPoolExecutor(THREADS) as threads:
-            return list(threads.map(lambda i: self.preprocess.crop(self.images.read(int(i))), indices))
+            return list(threads.map(self._crop, indices.tolist()))
+
+    def _crop(self, i: int) -> np.ndarray:
+        picture = self.images.picture(i)
+        self.changes[i] = picture.changes
+        return self.preprocess.crop(picture.image)

@@ -1,6 +1,6 @@
-"""Add pools of rank-1 experts to the linears of a CLIP, and remove them again.
+"""Add pools of rank-1 experts to the linears and convolutions of a CLIP, and remove them again.
 
-    Y = X W^T + bias + pool(X)        for q, k, v, out of every attention and fc, proj of every MLP
+    Y = X W^T + bias + pool(X)        for q, k, v, out of every attention, fc, proj and, if asked, larger kernels of every block
 
 A packed `in_proj_weight` or `qkv.weight` (3d, d) is three adapted linears: its rows 0:d, d:2d, 2d:3d.
 """
@@ -11,30 +11,47 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from r1export.adapt.blocks import AnyModule, Block, chosen_blocks, mlp_linears, routing_token, tower_of
-from r1export.adapt.lora_layers import RankOneAttention, RankOneLinear, RankOnePacked
-from r1export.adapt.pool import EndOfText, ExpertPool, Pools, PoolSettings, RoutingToken
+from r1export.adapt.blocks import (
+    AnyModule,
+    Block,
+    Layer,
+    attentions,
+    block_layers,
+    chosen_blocks,
+    is_attention_pool,
+    routing_token,
+    tower_of,
+)
+from r1export.adapt.lora_layers import RankOneAttention, RankOneAttentionPool, RankOneLayer, RankOnePacked
+from r1export.adapt.pool import ConvolutionPool, ExpertPool, Pools, PoolSettings, RoutingToken, Tower, TowerInputs
 from r1export.adapt.text_truncation import text_ends
 from r1export.errors import Unsupported
 from r1export.update.factors import Rows
 
+WRAPPERS = (RankOneLayer, RankOnePacked, RankOneAttention, RankOneAttentionPool)
+
 
 def inject_experts_(model: nn.Module, settings: PoolSettings) -> Pools:
-    """Wrap the linears of `model` that `settings` targets, in place; the new pools add nothing until they are trained.
+    """Wrap the layers of `model` that `settings` targets, in place; the new pools add nothing until they are trained.
 
     Returns the pools by the rows of the parameter that they adapt, sorted.
 
     Raises:
-        Unsupported: a tower has no transformer blocks, or its attention is none that is known; the model is as it was.
+        Unsupported: a tower has no blocks, its attention is none that is known, or nothing in it is targeted; the model
+            is as it was.
     """
     pools: Pools = {}
     try:
         for tower in settings.towers:
-            token = routing_token(model, tower, settings)
-            ends = _watch_ends_(model) if token == "end" else None
-            injector = _Injector(settings, token, ends, pools)
+            token, before = routing_token(model, tower, settings), len(pools)
+            injector = _Injector(model, settings, token, _watch_inputs_(model, tower, token), pools)
             for block in chosen_blocks(model, tower, settings):
                 injector.inject_(block)
+            if len(pools) == before:
+                raise Unsupported(
+                    f"the {tower} tower has nothing that pool.targets names: {', '.join(settings.targets)}",
+                    "add fc and proj (pointwise layers) or conv (larger kernels), or leave the tower out of pool.towers",
+                )
     except Unsupported:
         eject_experts_(model)
         raise
@@ -43,63 +60,74 @@ def inject_experts_(model: nn.Module, settings: PoolSettings) -> Pools:
     return dict(sorted(pools.items()))
 
 
-def _watch_ends_(model: AnyModule) -> EndOfText:
-    """Note where each text ends whenever tokens enter the text tower."""
-    ends, tower = EndOfText(), tower_of(model, "textual")[1]
+def _watch_inputs_(model: AnyModule, tower: Tower, token: RoutingToken) -> TowerInputs:
+    """Note where each text ends whenever tokens enter the text tower, or how many images enter the other."""
+    inputs, module = TowerInputs(), tower_of(model, tower)[1]
+    if token == "end":
+        watched = module.token_embedding
 
-    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        ends.positions = text_ends(tower, inputs[0])
+        def note(_: nn.Module, entering: tuple[Tensor, ...]) -> None:
+            inputs.ends = text_ends(module, entering[0])
+    elif tower == "visual" and token == "mean":
+        watched = module
 
-    embedding = tower.token_embedding
-    embedding.end_of_text = embedding.register_forward_pre_hook(note)
-    return ends
+        def note(_: nn.Module, entering: tuple[Tensor, ...]) -> None:
+            inputs.images = len(entering[0])
+    else:
+        return inputs
+    watched.noting_inputs = watched.register_forward_pre_hook(note)
+    return inputs
 
 
 @dataclass(frozen=True)
 class _Injector:
-    """Wraps the linears of the blocks of one tower and collects their pools."""
+    """Wraps the layers of the blocks of one tower and collects their pools."""
 
+    model: nn.Module
     settings: PoolSettings
     route_on: RoutingToken
-    ends: EndOfText | None
+    inputs: TowerInputs
     pools: Pools
 
     def inject_(self, block: Block) -> None:
-        """Pools for the targeted linears of a block."""
-        self._attention_(block.module, f"{block.name}.attn")
-        self._mlp_(block.module.mlp, f"{block.name}.mlp")
-
-    def _mlp_(self, mlp: nn.Module, name: str) -> None:
-        *forth, back = mlp_linears(mlp)
-        for target, linears in (("fc", forth), ("proj", [back])):
+        """Pools for the targeted layers of a block."""
+        if is_attention_pool(block.module):
+            self._attention_pool_(block)
+            return
+        layers, attending = block_layers(block.module), list(attentions(block.module))
+        for parent, child, path in attending:
+            self._attention_(parent, child, f"{block.name}.{path}")
+        for parent, child, path, layer, target in layers:
             if target in self.settings.targets:
-                for parent, child, path, linear in linears:
-                    setattr(parent, child, self._linear(linear, f"{name}.{path}.weight"))
+                setattr(parent, child, self._layer(layer, f"{block.name}.{path}.weight"))
 
-    def _attention_(self, block: AnyModule, name: str) -> None:
-        attention = block.attn
+    def _attention_pool_(self, block: Block) -> None:
+        """All of it is wrapped, since it computes its projections in its forward. At position 0 stands the mean."""
+        pool = block.module
+        pools: dict[str, ExpertPool] = {
+            target: self._pool(pool.get_submodule(child).weight, f"{block.name}.{child}.weight", route_on="first")
+            for target, child in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "c_proj"))
+            if target in self.settings.targets
+        }
+        if pools:
+            self.model.set_submodule(block.name, RankOneAttentionPool(pool, pools))
+
+    def _attention_(self, parent: nn.Module, child: str, name: str) -> None:
+        attention: AnyModule = getattr(parent, child)
         if getattr(attention, "in_proj_weight", None) is not None:
-            self._packed_attention_(block, name)
-        elif isinstance(getattr(attention, "qkv", None), nn.Linear):
+            _refuse_unknown(attention, name)
+            setattr(parent, child, self._packed_attention(attention, name))
+            return
+        if isinstance(getattr(attention, "qkv", None), nn.Linear):
             self._qkv_(attention, name)
-            self._projections_(attention, name)
-        elif all(isinstance(getattr(attention, f"{target}_proj", None), nn.Linear) for target in "qkv"):
-            self._projections_(attention, name)
-        else:
-            raise Unsupported(
-                f"{name} ({type(attention).__name__}) has no q, k and v that experts could adapt",
-                "leave the tower out of pool.towers",
-            )
+        self._projections_(attention, name)
 
-    def _packed_attention_(self, block: AnyModule, name: str) -> None:
+    def _packed_attention(self, attention: AnyModule, name: str) -> nn.Module:
         """nn.MultiheadAttention or open_clip's own: its projections are computed in its forward, so all of it is wrapped."""
-        attention = block.attn
-        _refuse_unknown(attention, name)
         pools = self._thirds(attention.in_proj_weight, f"{name}.in_proj_weight")
         if "out" in self.settings.targets:
             pools["out"] = self._pool(attention.out_proj.weight, f"{name}.out_proj.weight")
-        if pools:
-            block.attn = RankOneAttention(attention, pools)
+        return RankOneAttention(attention, pools) if pools else attention
 
     def _qkv_(self, attention: AnyModule, name: str) -> None:
         """timm's attention: one linear gives q, k and v."""
@@ -116,7 +144,7 @@ class _Injector:
         for target, child in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "proj")):
             linear = getattr(attention, child, None)
             if target in self.settings.targets and isinstance(linear, nn.Linear):
-                setattr(attention, child, self._linear(linear, f"{name}.{child}.weight"))
+                setattr(attention, child, self._layer(linear, f"{name}.{child}.weight"))
 
     def _thirds(self, weight: Tensor, name: str) -> dict[str, ExpertPool]:
         """A pool for each targeted third of the rows of a packed projection (3d, in)."""
@@ -127,12 +155,16 @@ class _Injector:
             if target in targets
         }
 
-    def _linear(self, linear: nn.Linear, name: str) -> RankOneLinear:
-        return RankOneLinear(linear, self._pool(linear.weight, name))
+    def _layer(self, layer: Layer, name: str) -> RankOneLayer:
+        if isinstance(layer, nn.Linear):
+            return RankOneLayer(layer, self._pool(layer.weight, name))
+        pool = ConvolutionPool(layer, self.settings)
+        self.pools[Rows(name, 0, len(layer.weight))] = pool
+        return RankOneLayer(layer, pool)
 
-    def _pool(self, weight: Tensor, name: str, start: int = 0) -> ExpertPool:
+    def _pool(self, weight: Tensor, name: str, start: int = 0, *, route_on: RoutingToken | None = None) -> ExpertPool:
         """The pool of `weight`, which are the rows of parameter `name` from `start` on."""
-        pool = ExpertPool(weight, self.settings, route_on=self.route_on, ends=self.ends)
+        pool = ExpertPool(weight, self.settings, route_on=route_on or self.route_on, inputs=self.inputs)
         self.pools[Rows(name, start, start + len(weight))] = pool
         return pool
 
@@ -148,10 +180,10 @@ def eject_experts_(model: AnyModule) -> None:
     """Inverse of `inject_experts_`: the model is the plain open_clip model again, its weights untouched."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, RankOneLinear | RankOnePacked | RankOneAttention):
+            if isinstance(child, WRAPPERS):
                 setattr(module, name, child.base)
             if hasattr(child, "separate"):
                 module.qkv_bias_separate = child.separate
-            if hasattr(child, "end_of_text"):
-                child.end_of_text.remove()
-                del child.end_of_text
+        if hasattr(module, "noting_inputs"):
+            module.noting_inputs.remove()
+            del module.noting_inputs

@@ -1,4 +1,4 @@
-"""The layers of a CLIP whose linears have experts: Y = X W^T + bias + pool(X)."""
+"""The layers of a CLIP whose linears and convolutions have experts: Y = X W^T + bias + pool(X)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from r1export.adapt.blocks import AnyModule
 from r1export.adapt.pool import ExpertPool
 
 
-class RankOneLinear(nn.Module):
-    """A frozen linear with a pool of rank-1 experts."""
+class RankOneLayer(nn.Module):
+    """A frozen linear or convolution with a pool of rank-1 experts."""
 
-    def __init__(self, base: nn.Linear, pool: ExpertPool) -> None:
+    def __init__(self, base: nn.Linear | nn.Conv2d, pool: ExpertPool) -> None:
         super().__init__()
         self.base, self.pool = base, pool
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight (out, in): open_clip asks the MLP for its dtype."""
+        """The frozen weight (out, in, ...): open_clip asks the MLP for its dtype."""
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,3 +79,30 @@ class RankOneAttention(nn.Module):
         out = base.out_proj(mixed)
         out = out + self.pools["out"](mixed) if "out" in self.pools else out
         return out if of_open_clip else (out, None)
+
+
+class RankOneAttentionPool(nn.Module):
+    """The frozen attention pool of open_clip's ResNets with pools for q, k, v and out.
+
+    The query is the mean of a feature map, which stands at position 0 before its positions.
+    """
+
+    def __init__(self, base: AnyModule, pools: dict[str, ExpertPool]) -> None:
+        super().__init__()
+        self.base, self.pools = base, nn.ModuleDict(pools)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, channels, h, w) -> (n, out)."""
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + self.base.positional_embedding
+        query = self._project("q", tokens[:, :1])
+        q, k, v = (
+            part.unflatten(-1, (self.base.num_heads, -1)).transpose(1, 2)
+            for part in (query, self._project("k", tokens), self._project("v", tokens))
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self._project("out", mixed)[:, 0]
+
+    def _project(self, target: str, x: Tensor) -> Tensor:
+        y: Tensor = self.base.get_submodule("c_proj" if target == "out" else f"{target}_proj")(x)
+        return y + self.pools[target](x) if target in self.pools else y

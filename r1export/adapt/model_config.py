@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
-from open_clip.tokenizer import SimpleTokenizer
 
 from r1export.errors import InputError
 
 REQUIRED = frozenset({"embed_dim", "vision_cfg", "text_cfg"})
-TOKENIZER_ARGUMENTS = {"clean": ("lower",)}  # what the tokenizer that is written for clients does as well
+HUB_ARGUMENTS = {"clean": ("lower", "whitespace", "canonicalize"), "strip_sep_token": (True, False)}  # tokenizer_kwargs
+OWN_ARGUMENTS = {"clean": ("lower",)}  # of CLIP's own tokenizer, for which clients get the same
 LIMITS = {"layers": 1000, "context_length": 4096, "image_size": 4096}  # far above any published model
-CONTEXT_LENGTH = 77  # open_clip's default
 _TIMM_NAME = re.compile(r"[A-Za-z0-9_.]+")  # without the schemes that timm fetches from, such as hf-hub:
 _REMEDY = (
     "correct or remove it: base.config describes a model with CLIP's own tokenizer, base.model takes open_clip's names"
@@ -42,20 +41,6 @@ class ModelConfig:
             copy.write_text(json.dumps(self.values), encoding="ascii")
             open_clip.add_model_config(copy)
 
-    def tokenizer(self) -> SimpleTokenizer:
-        """CLIP's byte-pair encoding. Raises InputError if the model has fewer token rows than it gives tokens."""
-        text = self.values["text_cfg"]
-        tokenizer = SimpleTokenizer(
-            context_length=text.get("context_length", CONTEXT_LENGTH), **(text.get("tokenizer_kwargs") or {})
-        )
-        rows = text.get("vocab_size", tokenizer.vocab_size)
-        if rows < tokenizer.vocab_size:
-            raise InputError(
-                f"{self.path}: text_cfg.vocab_size is {rows}, expected {tokenizer.vocab_size} or more",
-                "use a model with CLIP's vocabulary",
-            )
-        return tokenizer
-
 
 def read_model_config(path: Path) -> ModelConfig:
     """Read and check a config.
@@ -69,8 +54,11 @@ def read_model_config(path: Path) -> ModelConfig:
     values = _read(path)
     if missing := REQUIRED - values.keys():
         raise InputError(f"{path}: no {', '.join(sorted(missing))}", "give an open_clip model config")
+    text = values["text_cfg"]
+    hub = isinstance(text, dict) and bool(text.get("hf_tokenizer_name"))
     for section, key, value in _entries(values):
-        if problem := _problem(key, value):
+        judged_by_its_reader = section == "text_cfg." and key == "hf_tokenizer_name"
+        if not judged_by_its_reader and (problem := _problem(key, value, HUB_ARGUMENTS if hub else OWN_ARGUMENTS)):
             raise InputError(f"{path}: {section}{key}: {problem}", _REMEDY)
     return ModelConfig(path, path.stem, values)
 
@@ -97,7 +85,7 @@ def _entries(values: Json, section: str = "") -> Iterator[tuple[str, str, Any]]:
             yield from _entries(value, f"{section}{key}.")
 
 
-def _problem(key: str, value: Any) -> str:
+def _problem(key: str, value: Any, tokenizer_arguments: Mapping[str, tuple[Any, ...]]) -> str:
     """What is wrong with one entry; empty if nothing is."""
     if key.startswith("hf_") and value:
         return "loads a tokenizer or a text tower from the Hugging Face Hub"
@@ -105,8 +93,10 @@ def _problem(key: str, value: Any) -> str:
         return "loads weights from a hub"
     if key == "timm_model_name" and value and not (isinstance(value, str) and _TIMM_NAME.fullmatch(value)):
         return f"found {value!r:.80}, expected the name of one of timm's own models"
-    if key == "tokenizer_kwargs" and value and not _allowed(value):
-        allowed = ", ".join(f"{name} ({' or '.join(options)})" for name, options in TOKENIZER_ARGUMENTS.items())
+    if key == "tokenizer_kwargs" and value and not _allowed(value, tokenizer_arguments):
+        allowed = ", ".join(
+            f"{name} ({' or '.join(map(str, options))})" for name, options in tokenizer_arguments.items()
+        )
         return f"found {value!r:.80}, allowed: {allowed}"
     if key in LIMITS and _largest(value) > LIMITS[key]:
         return f"found {value!r:.80}, expected at most {LIMITS[key]}"
@@ -119,7 +109,5 @@ def _largest(value: Any) -> float:
     return max((size for size in sizes if isinstance(size, int | float)), default=0)
 
 
-def _allowed(arguments: Any) -> bool:
-    return isinstance(arguments, dict) and all(
-        value in TOKENIZER_ARGUMENTS.get(name, ()) for name, value in arguments.items()
-    )
+def _allowed(arguments: Any, known: Mapping[str, tuple[Any, ...]]) -> bool:
+    return isinstance(arguments, dict) and all(value in known.get(name, ()) for name, value in arguments.items())

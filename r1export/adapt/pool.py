@@ -1,17 +1,21 @@
-"""A pool of rank-1 experts for one linear: which of them act, and what they add.
+"""A pool of rank-1 experts for one linear or convolution: which of them act, and what they add.
 
     Batch, PerSample  s ((X~ A^T) * g) B^T    g = 1_S, S = top-k_train of the votes of all samples, or of each; X~ = dropout(X)
     Frozen            s ((X  A^T) * g) B^T    g constant: the experts that will be merged; no router, no dropout
+    of a convolution  s B * (g * conv(X, A))  the same with A (r, in, kh, kw), moved as the weight is, and B as 1 x 1
+
+A convolution's weight (out, in, kh, kw) is the matrix (out, in*kh*kw), so its experts are merged as those of a linear.
 
 Each sample votes with the top-k_train of softmax(R z + bias), z = its routing token: position 0 of the linear's input,
-the end of the text, or the mean over positions in a tower that has neither.
+the end of the text, or the mean over positions in a tower that has neither. An image whose windows are computed as
+samples of their own votes once.
 In the text tower each text of a step votes once, however many images share it, and so do the texts of a distillation loss.
 Probabilities only choose; the sum over experts is unweighted. Source: arXiv 2601.22828.
 
 Two variations of g, both of which merge as well: the router learns through g + p - stopgrad(p), p the mean of the batch's
 probabilities ("straight-through"); and g = w is trained itself and made sparse by soft thresholds ("sparse"), after
 CoDyRA (arXiv 2412.01004).
-Shapes: X (n, tokens, in), A (r, in), B (out, r), R (r, in).
+Shapes: X (n, tokens, in) or (n, in, h, w), A (r, in) or (r, in*kh*kw), B (out, r), R (r, in).
 """
 
 from __future__ import annotations
@@ -24,11 +28,13 @@ from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame
+from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
 from r1export.update.factors import Rows
 
-Target = Literal["q", "k", "v", "out", "fc", "proj"]
+Target = Literal["q", "k", "v", "out", "fc", "proj", "conv"]
 Tower = Literal["visual", "textual"]
 RoutingToken = Literal["first", "end", "mean"]
 
@@ -115,16 +121,20 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, float]:
     return x * kept, 1 - below / 2**16
 
 
-class EndOfText:
-    """Where the texts that run through a tower end: set when they enter it, read by its pools."""
+class TowerInputs:
+    """What runs through a tower: set when it enters, read by the tower's pools."""
 
-    positions: Tensor | None = None
+    ends: Tensor | None = None
+    """Where each text ends, int64 (n,)."""
+    images: int | None = None
+    """How many images there are; their windows may be computed as samples of their own, one image after the other."""
 
 
 class ExpertPool(nn.Module):
     """The experts of one adapted linear. `forward(x)` is what they add to its output, chosen by `routing`.
 
-    `route_on` is the token that votes; "end" reads `ends`. `past` (out, m) holds the merged columns of B of all earlier tasks.
+    `route_on` is the token that votes; "end" and "mean" read `inputs`. `past` (out, m) holds the merged columns of B of
+    all earlier tasks.
     """
 
     counts: Tensor
@@ -136,15 +146,15 @@ class ExpertPool(nn.Module):
         settings: PoolSettings,
         *,
         route_on: RoutingToken = "first",
-        ends: EndOfText | None = None,
+        inputs: TowerInputs | None = None,
     ) -> None:
-        """A pool for the rows `base` (out, in) of a weight, on its device and in its dtype; only the shape is used."""
+        """A pool for the rows `base` (out, in, ...) of a weight, on its device and in its dtype; only the shape is used."""
         super().__init__()
-        rows, columns = base.shape
-        self.settings, self.route_on, self._ends = settings, route_on, ends or EndOfText()
+        rows, columns = base.flatten(1).shape
+        self.settings, self.route_on, self._inputs = settings, route_on, inputs or TowerInputs()
         self.lora_A = nn.Parameter(base.new_zeros(settings.rank, columns))
         self.lora_B = nn.Parameter(base.new_zeros(rows, settings.rank))
-        self.router = nn.Linear(columns, settings.rank, device=base.device, dtype=base.dtype)
+        self.router = nn.Linear(base.shape[1], settings.rank, device=base.device, dtype=base.dtype)
         if settings.gate == "sparse":
             self.importance = nn.Parameter(base.new_ones(settings.rank))
         self.register_buffer("counts", base.new_zeros(settings.rank, dtype=torch.int64))
@@ -169,9 +179,10 @@ class ExpertPool(nn.Module):
 
     def reset_(self, generator: torch.Generator) -> None:
         """Fresh experts for a task: A and router from `generator`, B and counts zero. Bounds are nn.Linear's defaults."""
-        bound = 1 / math.sqrt(self.lora_A.shape[1])  # kaiming_uniform(a=sqrt 5) is uniform within 1 / sqrt(fan_in)
         with torch.no_grad():
             for tensor in (self.lora_A, self.router.weight, self.router.bias):
+                fan_in = (self.lora_A if tensor is self.lora_A else self.router.weight).shape[1]
+                bound = 1 / math.sqrt(fan_in)  # kaiming_uniform(a=sqrt 5) is uniform within 1 / sqrt(fan_in)
                 tensor.copy_(torch.empty(tensor.shape, dtype=tensor.dtype).uniform_(-bound, bound, generator=generator))
             self.lora_B.zero_()
             self.counts.zero_()
@@ -180,22 +191,33 @@ class ExpertPool(nn.Module):
         self._routing = Batch()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, tokens, in) -> (n, tokens, out)."""
+        """(n, tokens, in) -> (n, tokens, out); there may be more axes of positions than one."""
         if isinstance(self._routing, Frozen):
-            gate, kept = self._routing.gate, 1.0
-        else:
-            x, kept = drop(x, self.settings.dropout if self.training else 0.0)
-            gate = self.gate(self.token(x) / kept, self._routing)
-        return F.linear(F.linear(x, self.lora_A) * (gate * (self.settings.scaling / kept)), self.lora_B)
+            return self.add(x, self._routing.gate * self.settings.scaling)
+        x, kept = drop(x, self.settings.dropout if self.training else 0.0)
+        gate = self.gate(self.token(x) / kept, self._routing)
+        return self.add(x, gate * (self.settings.scaling / kept))
+
+    def add(self, x: Tensor, weights: Tensor) -> Tensor:
+        """What the experts add with these weights, (r,) or (samples, 1, r), scaling included."""
+        low = F.linear(x, self.lora_A)
+        if weights.ndim > 1:
+            return F.linear((self._by_sample(low) * weights).view(low.shape), self.lora_B)
+        return F.linear(low * weights, self.lora_B)
 
     def token(self, x: Tensor) -> Tensor:
-        """The routing token (n, in) of each sample."""
+        """The routing token (samples, in) of each sample."""
         if self.route_on == "mean":
-            return x.mean(1)
+            return self._by_sample(x).mean(1)
         if self.route_on == "first":
             return x[:, 0]
-        assert self._ends.positions is not None, "no text has entered the tower"
-        return x[torch.arange(len(x)), self._ends.positions]
+        assert self._inputs.ends is not None, "no text has entered the tower"
+        return x[torch.arange(len(x)), self._inputs.ends]
+
+    def _by_sample(self, x: Tensor) -> Tensor:
+        """(samples, positions, channels): all positions of an image together, also if each window is a row of the batch."""
+        samples = len(x) if self._inputs.images is None else self._inputs.images
+        return x.reshape(samples, -1, x.shape[-1])
 
     def gate(self, token: Tensor, routing: Batch | PerSample) -> Tensor:
         """The weights of the experts for samples with these routing tokens (n, in): (r,) for all, or (n, 1, r) one by one.
@@ -258,6 +280,30 @@ class ExpertPool(nn.Module):
         return torch.zeros(self.settings.rank, device=self.lora_A.device, dtype=self.lora_A.dtype).index_fill_(
             0, experts, 1
         )
+
+
+class ConvolutionPool(ExpertPool):
+    """The experts of one adapted convolution: they see the positions that it sees, and each image votes with its mean."""
+
+    def __init__(self, base: nn.Conv2d, settings: PoolSettings) -> None:
+        """A pool for a convolution of one group, which pads with zeros if at all."""
+        super().__init__(base.weight, settings, route_on="mean")
+        self._kernel, self._stride = base.kernel_size, base.stride
+        self._padding, self._dilation = base.padding, base.dilation
+        self._pads_to_input = isinstance(base, Conv2dSame)
+
+    def add(self, x: Tensor, weights: Tensor) -> Tensor:
+        """(n, in, h, w) -> (n, out, h', w')."""
+        kernels = self.lora_A.view(len(self.lora_A), -1, *self._kernel)
+        if self._pads_to_input:
+            x = pad_same(x, list(self._kernel), list(self._stride), list(self._dilation))
+        padding = 0 if self._pads_to_input else self._padding
+        low = F.conv2d(x, kernels, None, self._stride, padding, self._dilation)
+        return F.conv2d(low * weights.view(-1, weights.shape[-1], 1, 1), self.lora_B[:, :, None, None])
+
+    def token(self, x: Tensor) -> Tensor:
+        """The mean of each image over its positions, (n, in)."""
+        return x.mean((2, 3))
 
 
 Pools = dict[Rows, ExpertPool]  # by the rows of the parameter that they adapt, sorted

@@ -1,83 +1,236 @@
-"""A task from images in folders by class, as torchvision's ImageFolder has them.
+"""A task from pictures in folders by class, as torchvision's ImageFolder has them.
 
-DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg    the split is given
+DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg    the split is given; also Train/, TEST/, and val/ or validation/ for test/
 DIR/CLASS/*.jpg                                   a fifth of each class is held out for the test
+DIR/classes.json or DIR/classes.txt               names of the classes by folder: {"n01440764": "tench"}, or lines "n01440764 tench"
+
+Pictures in sub-folders of a class belong to it. What is no picture, and what is hidden, is left out and noted.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from r1export.data.images import SUFFIXES, images_from_files
+from r1export.data.images import FOREIGN_SUFFIXES, SUFFIXES, UPRIGHT_RGB, Decoding, images_from_files
 from r1export.data.request import Request
 from r1export.data.task import DEFAULT_TEMPLATES, ImageSet, Task, held_out
-from r1export.errors import InputError
+from r1export.errors import InputError, Unsupported
+from r1export.update.atomic_io import read_regular
+from r1export.update.names import PRINTABLE
+from r1export.update.strict_json import parse_json
+
+TESTS = ("test", "val", "valid", "validation")  # the first that is there is the test
+MAX_NAMES = 16 << 20  # bytes of classes.json or classes.txt
+NAMED = 3  # files that a note names; the rest are counted
 
 Files = dict[str, list[Path]]  # by name of the class folder
 
 
 def read(request: Request) -> Task:
     """The reader of `folder:DIR`."""
-    return read_folder(request.path, request.seed, test_only=request.test_only)
-
-
-def read_folder(folder: Path, seed: int, *, test_only: bool = False) -> Task:
-    """The images under `folder`; a class is named after its folder, with spaces for underscores.
-
-    `seed` splits a folder that has no train and test. With `test_only`, such a folder is all test, and train may be missing.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder", "give a folder with one sub-folder of images per class")
-    train, test = _given_split(folder, test_only) or _own_split(folder, seed, test_only)
-    names = sorted(train | test)
-    if not names:
-        raise InputError(
-            f"{folder}: no folders in it", "put the images of each class into a folder named after the class"
-        )
-    classes = tuple(name.replace("_", " ") for name in names)
-    return Task(folder.resolve().name, classes, DEFAULT_TEMPLATES, _images(train, names), _images(test, names))
-
-
-def _given_split(folder: Path, test_only: bool) -> tuple[Files, Files] | None:
-    """None unless train or test holds folders: one that holds images is a class of that name."""
-    train, test = _by_class(folder / "train"), _by_class(folder / "test")
-    if not train and not test:
-        return None
-    if not test or not (train or test_only):
-        present, missing = ("train", "test") if train else ("test", "train")
-        raise InputError(
-            f"{folder}: has {present}/ but no {missing}/ with a folder per class",
-            f"add {missing}/, or move the class folders up",
-        )
-    return train, test
-
-
-def _own_split(folder: Path, seed: int, test_only: bool) -> tuple[Files, Files]:
-    files = _by_class(folder)
-    if test_only:
-        return {}, files
-    test_indices = {name: held_out(len(images), seed) for name, images in files.items()}
-    train = {
-        name: [file for i, file in enumerate(images) if i not in test_indices[name]] for name, images in files.items()
-    }
-    test = {name: [file for i, file in enumerate(images) if i in test_indices[name]] for name, images in files.items()}
-    return train, test
-
-
-def _by_class(folder: Path) -> Files:
-    if not folder.is_dir():
-        return {}
-    return {
-        sub.name: _image_files(sub) for sub in sorted(folder.iterdir()) if sub.is_dir() and not sub.name.startswith(".")
-    }
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+    return _Reader(request.path, request.decoding, skip_broken=request.skip_broken).task(
+        request.seed, test_only=request.test_only
     )
 
 
-def _images(files: Files, names: list[str]) -> ImageSet:
-    pairs = [(file, label) for label, name in enumerate(names) for file in files.get(name, [])]
-    return images_from_files([file for file, _ in pairs], [label for _, label in pairs])
+def read_folder(folder: Path, seed: int, *, test_only: bool = False) -> Task:
+    """The pictures under `folder`; a class is named after its folder, with spaces for underscores, or by classes.json or classes.txt.
+
+    `seed` splits a folder that has no train and test. With `test_only`, such a folder is all test, and train may be missing.
+
+    Raises:
+        InputError: no class folders, half a split, a picture in a format that is not read, a name that is no Unicode, or names of
+            classes that do not fit the folders.
+        Unsupported: a folder that may not be read.
+    """
+    return _Reader(folder, UPRIGHT_RGB).task(seed, test_only=test_only)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads one folder and collects what it leaves out, by kind."""
+
+    folder: Path
+    decoding: Decoding
+    skip_broken: bool = False
+    left_out: dict[str, set[str]] = field(default_factory=dict)
+
+    def task(self, seed: int, *, test_only: bool) -> Task:
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder}: no such folder", "give a folder with one sub-folder of images per class")
+        train, test = self._given_split(test_only) or self._own_split(seed, test_only)
+        names = sorted(train | test)
+        if not names:
+            raise InputError(
+                f"{self.folder}: no folders in it", "put the images of each class into a folder named after the class"
+            )
+        classes = self._class_names(names)
+        self._refuse_foreign()
+        return Task(
+            self.folder.resolve().name,
+            classes,
+            DEFAULT_TEMPLATES,
+            self._images(train, names),
+            self._images(test, names),
+            tuple(self._notes()),
+        )
+
+    def _given_split(self, test_only: bool) -> tuple[Files, Files] | None:
+        """None unless a folder of a split holds folders: one that holds images is a class of that name."""
+        splits = {name: self._by_class(path) for name, path in self._splits().items()}
+        present = [name for name, files in splits.items() if files]
+        if not present:
+            return None
+        tests = [name for name in TESTS if name in present]
+        if not tests or not ("train" in present or test_only):
+            missing = "test" if "train" in present else "train"
+            raise InputError(
+                f"{self.folder}: has {present[0]}/ but no {missing}/ with a folder per class",
+                f"add {missing}/, or move the class folders up",
+            )
+        used = {"train", tests[0]}
+        for sub in self._entries(self.folder):
+            if sub.is_dir() and sub.name.lower() not in used:
+                self._leave_out("folder that belongs to no split", sub)
+        return splits.get("train", {}), splits[tests[0]]
+
+    def _splits(self) -> dict[str, Path]:
+        """The folders named train, test or val, whatever their case."""
+        splits: dict[str, Path] = {}
+        for sub in _listed(self.folder):
+            if sub.is_dir() and (name := sub.name.lower()) in ("train", *TESTS):
+                if name in splits:
+                    raise InputError(f"{self.folder}: both {splits[name].name}/ and {sub.name}/", "merge the two")
+                splits[name] = sub
+        return splits
+
+    def _own_split(self, seed: int, test_only: bool) -> tuple[Files, Files]:
+        files = self._by_class(self.folder)
+        if test_only:
+            return {}, files
+        train, test = {}, {}
+        for name, images in files.items():
+            indices = held_out(len(images), seed)
+            train[name] = [file for i, file in enumerate(images) if i not in indices]
+            test[name] = [file for i, file in enumerate(images) if i in indices]
+        return train, test
+
+    def _by_class(self, folder: Path) -> Files:
+        files: Files = {}
+        for path in self._entries(folder):
+            if path.is_dir():
+                files[_unicode(path).name] = list(self._pictures(path))
+            elif path.suffix.lower() in SUFFIXES | FOREIGN_SUFFIXES:
+                self._leave_out("picture outside of a class folder", path)
+        return files
+
+    def _pictures(self, folder: Path) -> Iterator[Path]:
+        """The files of a class that are pictures, sub-folders after the folder itself."""
+        subs = []
+        for path in self._entries(folder):
+            if path.is_dir():
+                subs.append(path)
+            elif path.suffix.lower() in SUFFIXES:
+                yield path
+            elif path.suffix.lower() in FOREIGN_SUFFIXES:
+                self._leave_out("picture in a format that is not read", path)
+            else:
+                self._leave_out("file that is no picture", path)
+        for sub in subs:
+            yield from self._pictures(sub)
+
+    def _entries(self, folder: Path) -> Iterator[Path]:
+        """What is in a folder, sorted; hidden entries are left out."""
+        for path in _listed(folder):
+            if path.name.startswith("."):
+                self._leave_out("hidden entry", path)
+            else:
+                yield path
+
+    def _leave_out(self, kind: str, path: Path) -> None:
+        self.left_out.setdefault(kind, set()).add(path.relative_to(self.folder).as_posix())
+
+    def _refuse_foreign(self) -> None:
+        foreign = self.left_out.get("picture in a format that is not read", set())
+        if foreign and not self.skip_broken:
+            raise InputError(
+                f"{self.folder}: {_some(foreign)}: not in a format that r1export reads",
+                "convert to JPEG or PNG, or set data.skip_broken = true",
+            )
+
+    def _notes(self) -> Iterator[str]:
+        for kind, names in self.left_out.items():
+            yield f"left out, {kind}: {_some(names)}"
+
+    def _class_names(self, folders: list[str]) -> tuple[str, ...]:
+        """The names of classes in the order of their folders."""
+        given = self._given_names()
+        if given is None:
+            return tuple(name.replace("_", " ") for name in folders)
+        if missing := [name for name in folders if name not in given]:
+            raise InputError(
+                f"{self.folder}: the class names have none for the folder {_some(missing)}",
+                "add a line for each folder",
+            )
+        if unknown := sorted(set(given) - set(folders)):
+            self.left_out["class name without a folder"] = set(unknown)
+        return tuple(given[name] for name in folders)
+
+    def _given_names(self) -> Mapping[str, str] | None:
+        """The content of classes.json or classes.txt, None if there is neither."""
+        files = [self.folder / name for name in ("classes.json", "classes.txt") if (self.folder / name).exists()]
+        if len(files) > 1:
+            raise InputError(f"{self.folder}: both classes.json and classes.txt", "keep one of them")
+        return _read_names(files[0]) if files else None
+
+    def _images(self, files: Files, names: list[str]) -> ImageSet:
+        pairs = [(file, label) for label, name in enumerate(names) for file in files.get(name, [])]
+        return images_from_files([file for file, _ in pairs], [label for _, label in pairs], self.decoding)
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except PermissionError:
+        raise Unsupported(f"{folder}: permission denied", "let your user read the folder") from None
+
+
+def _unicode(path: Path) -> Path:
+    """Refuses a name that no prompt can hold."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        name = os.fsencode(path.name).decode("ascii", "backslashreplace")
+        raise InputError(f"{path.parent}: the folder {name!r} has a name that is not UTF-8", "rename it") from None
+    return path
+
+
+def _read_names(file: Path) -> dict[str, str]:
+    remedy = 'write {"FOLDER": "class name"}' if file.suffix == ".json" else "write lines of FOLDER and class name"
+    data = read_regular(file, MAX_NAMES)
+    if file.suffix == ".json":
+        try:
+            fields = parse_json(data, str(file), MAX_NAMES)
+            return {folder: fields.text(folder, PRINTABLE) for folder in list(fields)}
+        except InputError as error:
+            raise InputError(error.message, remedy) from None
+    try:
+        lines = [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 ({error.reason})", remedy) from None
+    named = {}
+    for line in lines:
+        folder, _, name = line.strip().partition("\t" if "\t" in line else " ")
+        if not name.strip() or folder in named:
+            problem = "names a folder twice" if folder in named else "has no class name"
+            raise InputError(f"{file}: the line {line.strip()[:60]!r} {problem}", remedy)
+        named[folder] = name.strip()
+    return named
+
+
+def _some(names: Collection[str]) -> str:
+    more = f" (and {len(names) - NAMED} more)" if len(names) > NAMED else ""
+    return ", ".join(sorted(names)[:NAMED]) + more

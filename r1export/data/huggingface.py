@@ -10,15 +10,15 @@ a fifth of each class. No code of the data set is run: `datasets` knows no loadi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from r1export.data.images import decode
+from r1export.data.images import Decoding, decode
 from r1export.data.request import Request, expand_path
-from r1export.data.task import DEFAULT_TEMPLATES, ImageSet, Task, held_out
+from r1export.data.task import DEFAULT_TEMPLATES, ImageSet, Picture, Task, held_out
 from r1export.errors import InputError, Unsupported
 
 
@@ -32,8 +32,9 @@ def read(request: Request) -> Task:
     name, _, config = request.address.partition(":")
     splits = _splits(name, expand_path(name, request.root), config, request.download)
     image, label, classes = _columns(name, next(iter(splits.values())))
-    train = _images(name, splits, "train", image, label)
-    test = next((_images(name, splits, key, image, label) for key in ("test", "validation") if key in splits), None)
+    columns = _Columns(name, image, label, request.decoding)
+    train = columns.images(splits, "train")
+    test = next((columns.images(splits, key) for key in ("test", "validation") if key in splits), None)
     if test is None and request.test_only:
         train, test = train.subset(np.arange(0)), train
     elif test is None:
@@ -83,26 +84,38 @@ def _columns(name: str, split: Any) -> tuple[str, str, tuple[str, ...]]:
     return images[0], labels[0], tuple(each.replace("_", " ") for each in split.features[labels[0]].names)
 
 
-def _images(name: str, splits: dict[str, Any], split: str, image: str, label: str) -> ImageSet:
-    if split not in splits:
-        return ImageSet(np.zeros(0, np.int64), _nothing)
-    import datasets
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of images and labels of the data set `name`."""
 
-    rows = splits[split].select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    name: str
+    image: str
+    label: str
+    decoding: Decoding
 
-    def read(i: int) -> Image.Image:
-        location, stored = f"hf:{name}: image {i} of {split}", rows[i][image]
-        if stored is None:
-            raise InputError(f"{location} is missing", "remove the row")
-        return decode(Path(stored["path"] or "") if stored["bytes"] is None else stored["bytes"], location)
+    def images(self, splits: dict[str, Any], split: str) -> ImageSet:
+        """The images of a split, none if there is no such split."""
+        if split not in splits:
+            return ImageSet(np.zeros(0, np.int64), _nothing)
+        import datasets
 
-    labels = splits[split][label][:]
-    if None in labels:
-        raise InputError(f"hf:{name}: row {labels.index(None)} of {split} has no label", "label it or remove the row")
-    return ImageSet(np.asarray(labels, np.int64), read)
+        rows = splits[split].select_columns([self.image]).cast_column(self.image, datasets.Image(decode=False))
+
+        def read(i: int) -> Picture:
+            location, stored = f"hf:{self.name}: image {i} of {split}", rows[i][self.image]
+            if stored is None:
+                raise InputError(f"{location} is missing", "remove the row")
+            source = Path(stored["path"] or "") if stored["bytes"] is None else stored["bytes"]
+            return decode(source, location, self.decoding)
+
+        labels = splits[split][self.label][:]
+        if None in labels:
+            row = labels.index(None)
+            raise InputError(f"hf:{self.name}: row {row} of {split} has no label", "label it or remove the row")
+        return ImageSet(np.asarray(labels, np.int64), read)
 
 
-def _nothing(i: int) -> Image.Image:
+def _nothing(i: int) -> Picture:
     raise IndexError(i)
 
 

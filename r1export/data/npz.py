@@ -14,11 +14,10 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from r1export.data.images import decode
+from r1export.data.images import UPRIGHT_RGB, Decoding, decode
 from r1export.data.request import Request
-from r1export.data.task import DEFAULT_TEMPLATES, ImageSet, Task
+from r1export.data.task import DEFAULT_TEMPLATES, ImageSet, Picture, Task
 from r1export.errors import InputError
 
 TRAIN, TEST = 0, 2
@@ -29,10 +28,10 @@ _KINDS = {"blob": "u", "off": "iu", "label": "iu", "split": "iu", "names": "U"} 
 
 def read(request: Request) -> Task:
     """The reader of `npz:FILE`."""
-    return read_pack(request.path)
+    return read_pack(request.path, request.decoding)
 
 
-def read_pack(file: Path) -> Task:
+def read_pack(file: Path, decoding: Decoding = UPRIGHT_RGB) -> Task:
     """The images in `file`. The compressed bytes stay in memory, images are decoded when they are read.
 
     Raises:
@@ -42,8 +41,8 @@ def read_pack(file: Path) -> Task:
     _check_layout(pack, file)
     blob, off = pack["blob"], pack["off"].astype(np.int64)
 
-    def read(i: int) -> Image.Image:
-        return decode(blob[off[i] : off[i + 1]].tobytes(), f"{file}: image {i}")
+    def read(i: int) -> Picture:
+        return decode(blob[off[i] : off[i + 1]].tobytes(), f"{file}: image {i}", decoding)
 
     images = ImageSet(pack["label"].astype(np.int64), read)
     classes = tuple(str(name).split(",")[0].replace("_", " ").strip() for name in pack["names"])

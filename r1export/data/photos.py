@@ -40,5 +40,7 @@ def _piece(split: str, index: int) -> Image.Image:
 
 def load_photos() -> Task:
     """The task `builtin:photos`."""
-    sets = {split: ImageSet(np.arange(count) % len(NAMES), partial(_piece, split)) for split, count in COUNTS.items()}
+    sets = {
+        split: ImageSet.drawn(np.arange(count) % len(NAMES), partial(_piece, split)) for split, count in COUNTS.items()
+    }
     return Task("photos", tuple(NAMES), ("a photo of a {}.",), sets["train"], sets["test"])

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from r1export.data.images import UPRIGHT_RGB, Decoding
 from r1export.errors import InputError
 
 
@@ -15,7 +16,8 @@ class Request:
     """One source of a recipe, `SCHEME:ADDRESS`.
 
     `root` is where relative paths start and torchvision keeps its data sets. `seed` splits what has no train and test.
-    With `test_only` no training images are needed, and what has no split is all test.
+    With `test_only` no training images are needed, and what has no split is all test. With `skip_broken` pictures that cannot
+    be read are left out and noted.
     """
 
     source: str
@@ -23,6 +25,8 @@ class Request:
     seed: int = 42
     download: bool = False
     test_only: bool = False
+    skip_broken: bool = False
+    decoding: Decoding = UPRIGHT_RGB
 
     @property
     def scheme(self) -> str:

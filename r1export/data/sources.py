@@ -26,6 +26,16 @@ READERS: dict[str, Callable[[Request], Task]] = {
 }
 
 
+def read_task(request: Request) -> Task:
+    """The task that `request` names as its reader gives it, unchecked. Raises as `load_task` does, but for what `check_task` finds."""
+    if request.scheme not in READERS or not request.address:
+        raise InputError(
+            f"source {request.source!r} is unknown",
+            "write folder:DIR, npz:FILE, torchvision:NAME, hf:NAME or builtin:NAME",
+        )
+    return READERS[request.scheme](request)
+
+
 def load_task(request: Request, *, name: str = "", templates: tuple[str, ...] = ()) -> Task:
     """The task that `request` names, checked (see `check_task`); images are decoded only when they are read.
 
@@ -35,12 +45,7 @@ def load_task(request: Request, *, name: str = "", templates: tuple[str, ...] = 
         InputError: unknown source, missing file, folder or environment variable, or data that cannot be used.
         Unsupported: a package that the reader needs is not installed.
     """
-    if request.scheme not in READERS or not request.address:
-        raise InputError(
-            f"source {request.source!r} is unknown",
-            "write folder:DIR, npz:FILE, torchvision:NAME, hf:NAME or builtin:NAME",
-        )
-    task = READERS[request.scheme](request)
+    task = read_task(request)
     task = replace(task, name=name or task.name, templates=templates or task.templates)
     check_task(task, request.source, test_only=request.test_only)
     return task

@@ -225,13 +225,13 @@ def _drawn(task: str, split: str, classes: tuple[str, ...], draw: Draw, count: i
     def read(index: int) -> Image.Image:
         return draw(classes[index % len(classes)], image_rng(task, split, index))
 
-    return ImageSet(np.arange(count) % len(classes), read)
+    return ImageSet.drawn(np.arange(count) % len(classes), read)
 
 
 def _drawn_task(name: str, classes: tuple[str, ...], template: str, draw: Draw, train: int, test: int) -> Task:
     """`train` and `test` are images per class."""
-    sets = (_drawn(name, split, classes, draw, n * len(classes)) for split, n in (("train", train), ("test", test)))
-    return Task(name, classes, (template,), *sets)
+    sets = [_drawn(name, split, classes, draw, n * len(classes)) for split, n in (("train", train), ("test", test))]
+    return Task(name, classes, (template,), train=sets[0], test=sets[1])
 
 
 @cache
@@ -252,7 +252,10 @@ def _digits() -> Task:
     """The scans lie in the order of their writers: the last 360 are kept for the test, so most of its hands are new."""
     labels, cut = _scans()[1], 1437
     words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-    train, test = ImageSet(labels[:cut], partial(_read_scan, 0)), ImageSet(labels[cut:], partial(_read_scan, cut))
+    train, test = (
+        ImageSet.drawn(labels[:cut], partial(_read_scan, 0)),
+        ImageSet.drawn(labels[cut:], partial(_read_scan, cut)),
+    )
     return Task("digits", words, ("the digit {}.",), train, test)
 
 

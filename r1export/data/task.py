@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -13,22 +15,44 @@ from r1export.errors import InputError
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
+class Picture(NamedTuple):
+    """A decoded image, where it comes from, the (width, height) and mode it is stored in, and what was done to it.
+
+    `changes` are those that open_clip's own transform would not have made.
+    """
+
+    image: Image.Image
+    location: str = ""
+    size: tuple[int, int] = (0, 0)
+    mode: str = "RGB"
+    changes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Images that are decoded one at a time, when asked for.
 
-    `labels` is int64 of shape (n,); `read(i)` returns image i as RGB and raises `InputError` if it cannot be decoded.
+    `labels` is int64 of shape (n,); `picture(i)` returns image i and raises `InputError` if it cannot be decoded.
     """
 
     labels: np.ndarray
-    read: Callable[[int], Image.Image]
+    picture: Callable[[int], Picture]
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @classmethod
+    def drawn(cls, labels: np.ndarray, draw: Callable[[int], Image.Image]) -> ImageSet:
+        """Images that are made in memory: nothing was stored, so nothing was changed."""
+        return cls(labels, lambda i: Picture(draw(i)))
+
+    def read(self, i: int) -> Image.Image:
+        """Image i."""
+        return self.picture(i).image
+
     def subset(self, indices: np.ndarray) -> ImageSet:
         """The images at `indices`, in that order."""
-        return ImageSet(self.labels[indices], lambda i: self.read(int(indices[i])))
+        return ImageSet(self.labels[indices], lambda i: self.picture(int(indices[i])))
 
 
 @dataclass(frozen=True)
@@ -40,6 +64,8 @@ class Task:
     templates: tuple[str, ...]
     train: ImageSet
     test: ImageSet
+    notes: tuple[str, ...] = ()
+    """What a reader left out, for people."""
 
 
 def few_shot(images: ImageSet, shots: int, seed: int) -> ImageSet:
@@ -55,6 +81,25 @@ def few_shot(images: ImageSet, shots: int, seed: int) -> ImageSet:
     shuffled = images.labels[order]
     kept = [np.flatnonzero(shuffled == label)[:shots] for label in np.unique(shuffled)]
     return images.subset(order[np.sort(np.concatenate(kept))])
+
+
+def readable(images: ImageSet, advance: Callable[[], None]) -> tuple[ImageSet, tuple[str, ...]]:
+    """The images that can be read, and a line about each of the others. All are decoded, in threads; `advance` is called once for each."""
+
+    def problem(i: int) -> str:
+        try:
+            images.picture(i)
+        except InputError as error:
+            return f"left out, {error.message}"
+        return ""
+
+    problems = []
+    with ThreadPoolExecutor() as threads:
+        for each in threads.map(problem, range(len(images))):
+            problems.append(each)
+            advance()
+    kept = np.flatnonzero([not each for each in problems])
+    return images.subset(kept), tuple(filter(None, problems))
 
 
 def held_out(count: int, seed: int) -> set[int]:

@@ -19,13 +19,14 @@ from pathlib import Path
 from r1export.device import worker
 from r1export.device.policy import check_not_revoked, check_offer, check_repair, counts_as_try
 from r1export.device.state import State
-from r1export.device.store import BASE, BUNDLE, Store, remove, retire, write_new
+from r1export.device.store import BASE, BUNDLE, Store, retire, write_new
 from r1export.device.worker import Run
 from r1export.errors import CheckFailed, InputError, R1ExportError, Unsupported
 from r1export.update.atomic_io import (
     inside,
     make_folder,
     read_chunks,
+    remove,
     sha256_bytes,
     sha256_file,
     sync_folder,

@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator
@@ -27,7 +26,7 @@ from r1export.device import state as state_files
 from r1export.device.policy import Installed
 from r1export.device.state import CONFIG, STATE, Config, State, read_config, read_state
 from r1export.errors import InputError, R1ExportError, Unsupported
-from r1export.update.atomic_io import FILE_MODE, inside, sync_folder
+from r1export.update.atomic_io import FILE_MODE, inside, remove, sync_folder
 from r1export.update.bundle import Bundle, read_bundle, split
 from r1export.update.envelope import PublicKey
 from r1export.update.factors import ExpertUpdate
@@ -231,14 +230,6 @@ def retire(path: Path) -> None:
     path.rename(hidden)
     sync_folder(path.parent)
     remove(hidden)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all it holds, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> None:

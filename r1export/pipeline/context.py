@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,20 +14,23 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from r1export.adapt.class_prompts import check_prompts
 from r1export.adapt.clip import Clip, digest, load_clip
 from r1export.adapt.image_cache import Pixels
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pool import Pools, PoolSettings
 from r1export.adapt.trainer import TrainSettings
+from r1export.data.images import Decoding
 from r1export.data.request import Request, expand_path
 from r1export.data.sources import load_task
 from r1export.data.synthetic import BUILTIN_MODELS
-from r1export.data.task import Task, few_shot
+from r1export.data.task import Task, check_task, few_shot, readable
 from r1export.errors import InputError, Unsupported
 from r1export.export.tokenizer import write_tokenizer
 from r1export.recipe import Pool, Recipe, TaskSource, Train
 from r1export.run_folder import RunFolder
 from r1export.update.factors import ExpertUpdate
+from r1export.verify.results import TaskInputs
 
 Track = Callable[..., None]
 
@@ -66,6 +70,10 @@ class RunContext:
         """The base model; steps that change its weights put them back."""
         self.progress.step("Loading the base model")
         return load_base(self.recipe, self.device)
+
+    def original(self) -> Clip:
+        """The base model as it was before its image tower was brought into its deployed form."""
+        return load_base(self.recipe, self.device, deployed=False)
 
     @cached_property
     def base(self) -> dict[str, np.ndarray]:
@@ -126,28 +134,50 @@ class RunContext:
             expand_path(data.root) if data.root else None,
             download=data.download,
             test_only=test_only,
+            skip_broken=data.skip_broken,
+            decoding=Decoding(data.decode, self.clip.preprocess.fill),
         )
         task = load_task(request, name=source.name, templates=source.templates)
+        if data.skip_broken:
+            task = self._without_broken(task, request)
         train = task.train if test_only else few_shot(task.train, data.shots, seed)
         test = task.test
         if data.test_limit and len(test) > data.test_limit:
             test = test.subset(np.sort(np.random.default_rng(seed).permutation(len(test))[: data.test_limit]))
-        return Task(task.name, task.classes, task.templates, train, test)
+        return replace(task, train=train, test=test)
+
+    def _without_broken(self, task: Task, request: Request) -> Task:
+        """The task without the pictures that cannot be read, which are noted. All of them are decoded once for that."""
+        with self.progress.track(
+            f"{task.name}: looking for broken images", len(task.train) + len(task.test)
+        ) as advance:
+            (train, bad_train), (test, bad_test) = (readable(images, advance) for images in (task.train, task.test))
+        task = replace(task, train=train, test=test, notes=(*task.notes, *bad_train, *bad_test))
+        check_task(task, request.source, test_only=request.test_only)
+        return task
 
 
-def load_base(recipe: Recipe, device: str = "cpu") -> Clip:
-    """The base model that a recipe names."""
+def load_base(recipe: Recipe, device: str = "cpu", *, deployed: bool = True) -> Clip:
+    """The base model that a recipe names, its image tower in the form in which it is `deployed` or as it is stored."""
     base = recipe.base
     if base.model.startswith("builtin:"):
         name = base.model.removeprefix("builtin:")
         if name not in BUILTIN_MODELS:
             raise InputError(f"base.model: no builtin model {name!r}", f"known: {', '.join(BUILTIN_MODELS)}")
-        return load_clip(weights=BUILTIN_MODELS[name].weights, config=BUILTIN_MODELS[name].config, device=device)
+        builtin = BUILTIN_MODELS[name]
+        return load_clip(weights=builtin.weights, config=builtin.config, device=device, deployed=deployed)
     paths = {
         name: expand_path(value) if value else None
-        for name, value in (("weights", base.weights), ("config", base.config))
+        for name, value in (("weights", base.weights), ("config", base.config), ("tokenizer", base.tokenizer))
     }
-    return load_clip(base.model, pretrained=base.pretrained, device=device, allow_pickle=base.allow_pickle, **paths)
+    return load_clip(
+        base.model,
+        pretrained=base.pretrained,
+        device=device,
+        allow_pickle=base.allow_pickle,
+        deployed=deployed,
+        **paths,
+    )
 
 
 def choose_device(wanted: str) -> str:
@@ -164,12 +194,39 @@ def check_inputs(context: RunContext) -> None:
     """
     inject_pools_(context.clip, context.recipe)
     eject_experts_(context.clip.model)
+    for task in (*context.tasks, *((context.probe,) if context.probe else ())):
+        check_prompts(context.clip, task)
+    if context.recipe.data.candidates == "all":
+        names = dict.fromkeys(name for task in context.tasks for name in task.classes)
+        check_prompts(context.clip, replace(context.tasks[0], name="all tasks together", classes=tuple(names)))
     sets = [pixels for pixels in (*context.trains.values(), *context.tests.values()) if pixels.kept]
     with context.progress.track("Decoding images", len(sets)) as advance:
         for pixels in sets:
             for _ in pixels.batches(256):
                 pass
             advance(f"{len(pixels)} images")
+    for found in inputs_of(context):
+        for line in (*(f"{count} images: {change}" for change, count in found.changes.items()), *found.notes):
+            context.progress.step(f"{found.task}: {line}")
+
+
+def inputs_of(context: RunContext) -> tuple[TaskInputs, ...]:
+    """What is known of the pictures of every task, the probe last, from those decoded so far."""
+    return tuple(
+        _inputs(task, [sets[task.name] for sets in (context.trains, context.tests) if task.name in sets])
+        for task in (*context.tasks, *((context.probe,) if context.probe else ()))
+    )
+
+
+def _inputs(task: Task, sets: Sequence[Pixels]) -> TaskInputs:
+    changes = Counter(change for pixels in sets for each in pixels.changes.values() for change in each)
+    return TaskInputs(
+        task=task.name,
+        images=sum(map(len, sets)),
+        decoded=sum(len(pixels.changes) for pixels in sets),
+        changes=dict(sorted(changes.items())),
+        notes=task.notes,
+    )
 
 
 def inject_pools_(clip: Clip, recipe: Recipe) -> Pools:

@@ -63,8 +63,9 @@ def _picture(image: Image.Image, turn: int) -> np.ndarray:
     So that resizing and cropping are tried, whatever the sizes of the images of a task. The last is what a client sees of a
     photograph once its EXIF orientation is applied.
     """
+    rgb = image.convert("RGB")  # with data.decode = "open_clip" images come as they are stored
     if not turn:
-        return np.array(image, np.uint8)
+        return np.array(rgb, np.uint8)
     side = max(image.size) * 5 // 3
-    landscape = image.resize((side, side), Image.Resampling.BICUBIC).crop((0, side // 6, side, side - side // 6))
+    landscape = rgb.resize((side, side), Image.Resampling.BICUBIC).crop((0, side // 6, side, side - side // 6))
     return np.array(landscape if turn == 1 else landscape.transpose(Image.Transpose.ROTATE_90), np.uint8)

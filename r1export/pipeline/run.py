@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from r1export.adapt import distributed
@@ -34,9 +36,10 @@ def run(
         InputError: bad input, found before anything is written.
         Unsupported: this environment lacks what the recipe needs.
     """
-    return run_steps(
-        open_run_context(recipe, Path(out), device=device, resume=resume, overwrite=overwrite, progress=progress)
-    )
+    with open_run_context(
+        recipe, Path(out), device=device, resume=resume, overwrite=overwrite, progress=progress
+    ) as context:
+        return run_steps(context)
 
 
 def run_steps(context: RunContext) -> RunReport | None:
@@ -53,6 +56,7 @@ def run_steps(context: RunContext) -> RunReport | None:
     return verify_run(context)
 
 
+@contextmanager
 def open_run_context(
     recipe: Recipe,
     out: Path,
@@ -61,8 +65,11 @@ def open_run_context(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> RunContext:
-    """A run in `out`, new or resumed, with its input loaded and looked at. Raises as `run` does."""
+) -> Iterator[RunContext]:
+    """A run in `out`, new or resumed, with its input loaded and looked at; no other command works on it meanwhile.
+
+    Raises as `run` does.
+    """
     check_run(out, recipe, resume=resume, overwrite=overwrite)
     context = RunContext(RunFolder(out), recipe, choose_device(device), progress or NoProgress())
     distributed.start(
@@ -72,10 +79,14 @@ def open_run_context(
     if distributed.is_first():
         open_run(out, recipe, resume=resume, overwrite=overwrite)
     distributed.wait()
-    return context
+    with context.run.lock() if distributed.is_first() else nullcontext():
+        yield context
 
 
-def reopen_run_context(path: Path, *, device: str = "auto", progress: Progress | None = None) -> RunContext:
-    """The run in the folder `path`. Raises InputError if there is none."""
+@contextmanager
+def reopen_run_context(path: Path, *, device: str = "auto", progress: Progress | None = None) -> Iterator[RunContext]:
+    """The run in the folder `path`; no other command works on it meanwhile. Raises InputError if there is none, or another does."""
     run = RunFolder(path)
-    return RunContext(run, run.recipe(), choose_device(device), progress or NoProgress())
+    recipe = run.recipe()
+    with run.lock():
+        yield RunContext(run, recipe, choose_device(device), progress or NoProgress())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from r1export import __version__
 from r1export.adapt import distributed
@@ -23,11 +24,12 @@ from r1export.adapt.trainer import TrainingTask, TrainStep, reset_pools_, train_
 from r1export.data.task import Task
 from r1export.errors import InputError
 from r1export.export.write_release import refused_writes
-from r1export.pipeline.context import RunContext, inject_pools_, train_settings
+from r1export.pipeline.context import RunContext, inject_pools_, inputs_of, train_settings
 from r1export.pipeline.environment import now, versions
+from r1export.pipeline.golden import golden_inputs
 from r1export.pipeline.tensorboard import log_accuracies, step_log
 from r1export.recipe import Recipe
-from r1export.run_folder import RunMetrics, RunRecord, Share, read_value
+from r1export.run_folder import RunInputs, RunMetrics, RunRecord, Share, read_value
 from r1export.update.atomic_io import write_json
 from r1export.update.container import write_tensors
 from r1export.update.factors import ExpertUpdate
@@ -58,6 +60,7 @@ def train_tasks(context: RunContext) -> RunMetrics:
             log_accuracies(context, number, rows[-1])
         metrics = _metrics(recipe, zero_shot, rows)
         if distributed.is_first():
+            write_json(run.inputs_file, RunInputs(inputs_of(context)).to_json())
             write_json(run.metrics_file, metrics.to_json())
     return metrics
 
@@ -80,14 +83,35 @@ def _write_run_json(context: RunContext) -> None:
     source = context.recipe.base
     terms = "Apache-2.0" if source.model.startswith("builtin:") else licence(source.pretrained)
     base = BaseModel(source.model or context.clip.name, digest(context.base), terms)
-    if path.exists() and context.run.base() != base:
-        raise InputError(
-            f"{path}: the run was started from another base model",
-            "give back the weights it was started with, or --overwrite",
-        )
-    if not path.exists() and distributed.is_first():
-        record = RunRecord(__version__, context.recipe.train.seed, base, versions(), now())
+    if path.exists():
+        stored = context.run.base()
+        if (stored.name, stored.sha256, stored.licence) != (base.name, base.sha256, base.licence):
+            raise InputError(
+                f"{path}: the run was started from another base model",
+                "give back the weights it was started with, or --overwrite",
+            )
+    elif distributed.is_first():
+        record = RunRecord(__version__, context.recipe.train.seed, _with_form(base, context), versions(), now())
         write_json(path, record.to_json())
+
+
+def _with_form(base: BaseModel, context: RunContext) -> BaseModel:
+    """`base` with what its deployed form changed: the difference is that of the embeddings of test images of all tasks."""
+    clip = context.clip
+    if not clip.deployed_form:
+        return base
+    original, pixels = context.original(), golden_inputs(context).pixels
+    with torch.inference_mode():
+        difference = float((original.encode_image(pixels) - clip.encode_image(pixels)).abs().max())
+    context.progress.step(
+        f"Folded the image tower into its deployed form: embeddings differ by at most {difference:.1e}"
+    )
+    return replace(
+        base,
+        deployed_form=clip.deployed_form,
+        original_sha256=digest(original.parameters()),
+        deployed_difference=difference,
+    )
 
 
 def _evaluate(context: RunContext, title: str) -> dict[str, float]:

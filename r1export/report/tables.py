@@ -318,6 +318,16 @@ def releases(run: RunReport) -> Table:
     return Table(["Release", "Verdict", "Max. difference", "Same program", "Latency vs. base", "Update"], rows)
 
 
+def inputs(run: RunReport) -> Table | None:
+    """What was done to the pictures of every task, None if nothing that open_clip's transform would not have done."""
+    rows = []
+    for found in run.inputs:
+        counted = f"{found.images}" if found.decoded == found.images else f"{found.images} ({found.decoded} looked at)"
+        changes = [f"{count} {change}" for change, count in found.changes.items()]
+        rows.append([found.task, counted, "; ".join((*changes, *found.notes))])
+    return Table(("Task", "Images", "Changed or left out"), rows) if any(row[2] for row in rows) else None
+
+
 def variants(reports: Sequence[ReleaseReport]) -> Table | None:
     """One row per release in a coarser precision: what it saves and what it costs against the same release in fp32."""
     rows = [[report.name, *_variant_cells(report.variant)] for report in reports if report.variant]

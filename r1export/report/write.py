@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from r1export.report import tables
 from r1export.report.checks import Line, lines
 from r1export.report.json_format import to_json
+from r1export.update.atomic_io import PARTIAL
 from r1export.update.plain_text import printable
 from r1export.update.release_layout import REPORTS
 from r1export.verify.results import Accuracy, ReleaseReport, Report, RunReport, Verdict
@@ -39,7 +40,7 @@ def write_report(report: Report, folder: Path) -> None:
     texts = dict(
         zip(REPORTS, (render_html(report), render_markdown(report), render_junit(report), document), strict=True)
     )
-    temporary = {name: folder / f".{name}.{os.getpid()}" for name in texts}
+    temporary = {name: folder / f".{name}.{os.getpid()}{PARTIAL}" for name in texts}
     try:
         for name, text in texts.items():
             temporary[name].write_text(text, encoding="utf-8", newline="\n")
@@ -150,6 +151,7 @@ def _page(report: Report, pictures: bool) -> dict[str, object]:
         "run_checks": tables.check_table(lines(run), "Check") if run else None,
         "releases": tables.releases(run) if run else None,
         "variants": tables.variants(parts),
+        "inputs": tables.inputs(run) if run else None,
         "sections": [_section(part, f"r{n}", pictures) for n, part in enumerate(parts)],
         "accuracy": tables.accuracies(report.accuracy),
         "summary": tables.accuracy_summary(report),

@@ -20,6 +20,7 @@ from r1export.errors import InputError
 
 CHUNK = 1 << 20  # bytes read at a time: large enough to hash at full speed, small next to any model
 FILE_MODE, FOLDER_MODE = 0o644, 0o755
+PARTIAL = ".partial"  # how the hidden names of what is being written end
 
 
 def inside(root: Path, name: str) -> Path:
@@ -90,7 +91,7 @@ def write_file(path: Path, chunks: bytes | Iterable[bytes | memoryview], mode: i
     Raises:
         OSError: no space, no permission. The temporary file is removed first, whatever `chunks` raises too.
     """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
@@ -124,6 +125,14 @@ def make_folder(path: Path) -> None:
     path.chmod(FOLDER_MODE)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all it holds, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -140,7 +149,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     The block works in a hidden folder next to `path`, which is removed if it fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent))
     try:
         partial.chmod(FOLDER_MODE)
         yield partial

@@ -23,6 +23,11 @@ _RESERVED = re.compile(r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\.[^/]*)?")  # n
 _REMEDY = "fetch the file again, or have it made again"
 
 
+def is_special(name: str) -> bool:
+    """Whether an operating system or an updater treats a file of this name specially."""
+    return bool(_RESERVED.fullmatch(name)) or name.endswith(".")
+
+
 def check_paths(paths: Iterable[str], location: str) -> None:
     """Check the names of all files of one folder, each of which matches PATH; `location` names the list in errors.
 
@@ -36,6 +41,5 @@ def check_paths(paths: Iterable[str], location: str) -> None:
     for name in names:
         segments = name.split("/")
         parents = {"/".join(segments[:depth]) for depth in range(1, len(segments))}
-        special = any(_RESERVED.fullmatch(segment) or segment.endswith(".") for segment in segments)
-        if parents & taken or name in OWN_FILES or special:
+        if parents & taken or name in OWN_FILES or any(map(is_special, segments)):
             raise InputError(f"{location}: {name} is not allowed or stands in the way of another", _REMEDY)

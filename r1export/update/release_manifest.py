@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,25 @@ MAX_ITEMS = 100_000  # of one list
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model that all updates start from; `sha256` is that of its parameters, `licence` is None where nobody said."""
+    """The model that all updates start from; `sha256` is that of its parameters, `licence` is None where nobody said.
+
+    `deployed_form` is the number of the procedure that folded BatchNorms and branches of its image tower into convolutions,
+    0 where there was nothing to fold. Otherwise `original_sha256` is the digest of the parameters before that, and
+    `deployed_difference` the largest difference it made to the unit-norm embeddings of real images.
+    """
 
     name: str
     sha256: str
     licence: str | None = None
+    deployed_form: int = 0
+    original_sha256: str = ""
+    deployed_difference: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The members in the order of the file; those of the deployed form only if the model has one."""
+        members = asdict(self)
+        form = {"deployed_form", "original_sha256", "deployed_difference"}
+        return {name: value for name, value in members.items() if self.deployed_form or name not in form}
 
 
 @dataclass(frozen=True)
@@ -162,14 +176,14 @@ class ReleaseManifest:
 
     def to_json(self) -> dict[str, Any]:
         """The document, its members in the order of the file."""
-        base, tasks = self.base, self.tasks
+        tasks = self.tasks
         document = {
             "format": FORMAT,
             "name": self.name,
             "sequence": self.sequence,
             "procedure": self.procedure,
             "precision": self.precision,
-            "base": {"name": base.name, "sha256": base.sha256, "licence": base.licence},
+            "base": self.base.to_json(),
             "updates": [{"task": update.task, "sha256": update.sha256} for update in self.updates],
             "tasks": [
                 {"name": t.name, "classes": t.classes, "learned": t.learned, "accuracy": t.accuracy} for t in tasks
@@ -255,6 +269,13 @@ def _base(fields: Fields) -> BaseModel:
     if licence is not None and licence != "" and not (isinstance(licence, str) and PRINTABLE.fullmatch(licence)):
         raise wrong(f"{fields.location}.licence", licence, "text or null")
     base = BaseModel(fields.text("name", PRINTABLE), fields.digest("sha256"), licence)
+    if "deployed_form" in fields:
+        base = replace(
+            base,
+            deployed_form=fields.integer("deployed_form", low=1),
+            original_sha256=fields.digest("original_sha256"),
+            deployed_difference=fields.number("deployed_difference", 0, 2),
+        )
     fields.done(extensions=False)
     return base
 

@@ -95,6 +95,11 @@ class RunLayout:
         return self.path / "metrics.json"
 
     @property
+    def inputs_file(self) -> Path:
+        """The pictures of every task: how many, what decoding changed, what was left out."""
+        return self.path / "inputs.json"
+
+    @property
     def zero_shot(self) -> Path:
         """Accuracies of the base model."""
         return self.path / "zero_shot.json"

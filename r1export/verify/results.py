@@ -536,6 +536,20 @@ class RunContents:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskInputs:
+    """The pictures of a task: how many were used and decoded, how many were changed in ways that open_clip's transform does not,
+
+    by change, and what was left out.
+    """
+
+    task: str
+    images: int
+    decoded: int
+    changes: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunReport:
     """The evidence for a run: all of its releases in every precision."""
 
@@ -547,6 +561,7 @@ class RunReport:
     releases: tuple[ReleaseReport, ...]
     accuracy: Accuracy
     gaps: RunGaps | None = None
+    inputs: tuple[TaskInputs, ...] = ()
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ def counting(stripes, reads: list[int]) -> ImageSet:
         reads.append(i)
         return stripes.train.read(i)
 
-    return ImageSet(stripes.train.labels, read)
+    return ImageSet.drawn(stripes.train.labels, read)
 
 
 def test_an_image_that_is_kept_is_decoded_once(tiny_clip, stripes) -> None:
@@ -48,4 +48,4 @@ def test_an_image_that_cannot_be_decoded_is_named(tiny_clip) -> None:
         raise InputError(f"photo {i}.jpg cannot be decoded", "remove it")
 
     with pytest.raises(InputError, match=r"photo 4\.jpg"):
-        Pixels(ImageSet(np.zeros(9, np.int64), read), tiny_clip.preprocess).batch(np.array([4]))
+        Pixels(ImageSet.drawn(np.zeros(9, np.int64), read), tiny_clip.preprocess).batch(np.array([4]))

@@ -3,13 +3,11 @@
 from dataclasses import replace
 
 import open_clip
-import pytest
 import torch
 from adapt.random_experts import encode, train_at_random_
 from settings import POOL
 
 from r1export.adapt.inject import eject_experts_, inject_experts_
-from r1export.errors import Unsupported
 from r1export.update.factors import Rows
 
 
@@ -55,17 +53,6 @@ def test_vit_b16_has_144_pools_and_4978368_trainable_parameters() -> None:
     assert len(pools) == 144
     assert sum(p.numel() for pool in pools.values() for p in pool.parameters()) == 4_978_368
     assert sum(p.numel() for pool in pools.values() for p in (pool.lora_A, pool.lora_B)) == 3_317_760
-
-
-def test_a_convolutional_tower_is_refused_by_name() -> None:
-    config = {
-        "embed_dim": 8,
-        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
-        "text_cfg": {"context_length": 8, "vocab_size": 32, "width": 8, "heads": 1, "layers": 1},
-    }
-    model = open_clip.CLIP(**config)
-    with pytest.raises(Unsupported, match=r"visual tower \(ModifiedResNet\)"):
-        inject_experts_(model, POOL)
 
 
 def test_rows_are_the_keys_of_the_pools(tiny_clip) -> None:

@@ -1,4 +1,4 @@
-"""Experts beside the linears of every family of ViT that open_clip knows, found by structure."""
+"""Experts in the linears and convolutions of every family of towers that open_clip knows, found by structure."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import pytest
 import timm
 import torch
 from settings import POOL
+from timm.layers import Conv2dSame, to_2tuple
+from timm.models.fastvit import FastVit
 from torch import nn
 
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pack import pack_experts
-from r1export.adapt.pool import Batch, ExpertPool
+from r1export.adapt.pool import Batch, ConvolutionPool, ExpertPool, PerSample, routed
 from r1export.errors import Unsupported
+from r1export.update.factors import Rows
 
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
 VIT = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
@@ -33,10 +36,32 @@ class Tower(nn.Module):
 
 
 def with_trunk(name: str, **options: object) -> nn.Module:
+    return with_convolutions(name, img_size=32, **options)
+
+
+def with_convolutions(trunk: str | nn.Module, **options: object) -> nn.Module:
     model = open_clip.CustomTextCLIP(24, VIT, TEXT)
-    model.visual = Tower(timm.create_model(name, img_size=32, num_classes=24, **options))
+    model.visual = Tower(timm.create_model(trunk, num_classes=24, **options) if isinstance(trunk, str) else trunk)
     return model
 
+
+def resnet() -> nn.Module:
+    """With its last BatchNorm of every block switched on, which open_clip starts at zero."""
+    model = open_clip.CLIP(24, RESNET, TEXT)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bn3.weight"):
+            nn.init.ones_(parameter)
+    return model
+
+
+def fastvit() -> nn.Module:
+    mixers = ("repmixer", "repmixer", "repmixer", "attention")
+    return FastVit(layers=(1, 1, 1, 1), token_mixers=mixers, embed_dims=(16, 16, 32, 32), mlp_ratios=(2,) * 4,
+        num_classes=24, layer_scale_init_value=0.5)  # fmt: skip
+
+
+RESNET = VIT | {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
+CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (16, 16, 24, 32), "ls_init_value": 0.5}
 
 FAMILIES = {
     "plain": lambda: open_clip.CLIP(24, VIT, TEXT),
@@ -61,6 +86,16 @@ FAMILIES = {
     "EVA, gated MLP": lambda: with_trunk(
         "eva02_tiny_patch14_224", depth=1, embed_dim=32, num_heads=2, patch_size=8, qkv_fused=False
     ),
+    "Swin": lambda: with_trunk(
+        "swin_tiny_patch4_window7_224", window_size=4, depths=(2, 1), num_heads=(2, 4), embed_dim=16
+    ),
+    "ResNet": resnet,
+    "EfficientNet": lambda: with_convolutions("tf_efficientnet_lite0"),
+    "MobileNetV4": lambda: with_convolutions("mobilenetv4_conv_small_035"),
+    "FastViT": lambda: with_convolutions(fastvit()),
+    "ConvNeXt": lambda: with_convolutions("convnext_atto", **CONVNEXT),
+    "ConvNeXt, linears": lambda: with_convolutions("convnext_atto", conv_mlp=False, **CONVNEXT),
+    "ViTamin": lambda: with_trunk("vitamin_small_224"),
 }
 
 
@@ -75,7 +110,7 @@ def encode(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = torch.rand(
         3,
         3,
-        *(model.visual.image_size if isinstance(model.visual.image_size, tuple) else (16, 16)),
+        *to_2tuple(model.visual.image_size),
         generator=generator,
     )
     tokens = torch.randint(1, 50, (3, 8), generator=generator)
@@ -156,16 +191,11 @@ def test_the_decoder_of_coca_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("visual", "reason"),
     [
-        (lambda: timm.create_model("resnet10t", num_classes=24), "has no transformer blocks"),
-        (
-            lambda: timm.create_model(
-                "swin_tiny_patch4_window7_224", img_size=56, num_classes=24, depths=(1,), num_heads=(3,)
-            ),
-            "attends within windows",
-        ),
+        (lambda: timm.create_model("resnet10t", num_classes=24), "has nothing that pool.targets names"),
+        (lambda: timm.create_model("test_nfnet", num_classes=24), "has no blocks"),
     ],
 )
-def test_a_tower_that_is_no_vit_is_refused_with_the_reason_and_left_as_it_was(visual, reason) -> None:
+def test_a_tower_that_cannot_be_adapted_is_refused_with_the_reason_and_left_as_it_was(visual, reason) -> None:
     model = open_clip.CustomTextCLIP(24, VIT, TEXT)
     model.visual = Tower(visual())
     names = list(model.state_dict())
@@ -173,6 +203,62 @@ def test_a_tower_that_is_no_vit_is_refused_with_the_reason_and_left_as_it_was(vi
         inject_experts_(model, replace(POOL, towers=("textual", "visual")))
     assert list(model.state_dict()) == names
     assert inject_experts_(model, replace(POOL, towers=("textual",)))
+
+
+def adapted(model: nn.Module, **settings: object) -> list[str]:
+    pools = inject_experts_(model, replace(POOL, towers=("visual",), **settings))
+    return [rows.parameter.removeprefix("visual.").removeprefix("trunk.").removesuffix(".weight") for rows in pools]
+
+
+def test_of_an_inverted_bottleneck_the_pointwise_convolutions_are_adapted_and_no_others() -> None:
+    assert adapted(FAMILIES["EfficientNet"](), layers=(0, 5)) == [
+        "blocks.0.0.conv_pw", "blocks.3.0.conv_pw", "blocks.3.0.conv_pwl",
+    ]  # fmt: skip
+    assert adapted(FAMILIES["EfficientNet"](), layers=(0, 5), targets=("fc",)) == ["blocks.3.0.conv_pw"]
+
+
+def test_squeeze_and_excitation_is_left_alone() -> None:
+    assert not [name for name in adapted(with_convolutions("efficientnet_b0")) if ".se." in name]
+
+
+def test_blocks_are_counted_over_all_stages() -> None:
+    assert len(adapted(FAMILIES["EfficientNet"](), layers=tuple(range(5, 16)))) == 2 * 11
+    with pytest.raises(Unsupported, match=r"has 16 blocks, pool\.layers names 16"):
+        adapted(FAMILIES["EfficientNet"](), layers=(16,))
+
+
+def test_larger_kernels_are_adapted_by_target() -> None:
+    block = "layer1.0"
+    found = adapted(FAMILIES["ResNet"](), targets=("out", "fc", "proj", "conv"))
+    assert found[:4] == ["attnpool.c_proj", f"{block}.conv1", f"{block}.conv2", f"{block}.conv3"]
+    assert adapted(FAMILIES["ResNet"](), targets=("q", "k")) == ["attnpool.k_proj", "attnpool.q_proj"]
+
+
+@pytest.mark.parametrize("convolution", [
+    nn.Conv2d(6, 4, 3, stride=2, padding=2, dilation=2), Conv2dSame(6, 4, 3, stride=2), nn.Conv2d(6, 4, 1, stride=2),
+], ids=["dilated", "padded to its input", "pointwise"])  # fmt: skip
+def test_a_convolution_with_experts_is_the_convolution_by_the_merged_weight(convolution) -> None:
+    pool = ConvolutionPool(convolution, replace(POOL, rank=3, k_train=3, k_merge=3))
+    pool.reset_(torch.Generator().manual_seed(0))
+    pool.lora_B.data.normal_(generator=torch.Generator().manual_seed(1))
+    pool.freeze_()
+    x = torch.rand(2, 6, 7, 7, generator=torch.Generator().manual_seed(2))
+    unmerged = convolution(x) + pool(x)
+    rows = Rows("weight", 0, 4)
+    merged = pack_experts({rows: pool}).apply({"weight": convolution.weight.detach().numpy()})
+    convolution.weight.data.copy_(torch.from_numpy(merged["weight"]))
+    torch.testing.assert_close(convolution(x), unmerged, atol=1e-5, rtol=1e-5)
+
+
+def test_an_image_whose_windows_are_rows_of_the_batch_votes_once_with_its_own_mean() -> None:
+    model = FAMILIES["Swin"]().eval()
+    pools = inject_experts_(model, replace(POOL, towers=("visual",), rank=4, k_train=2, k_merge=2))
+    train_at_random_(pools)
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad(), routed(pools.values(), lambda pool: PerSample()):
+        together = model.encode_image(pixels)
+        for i in range(3):
+            torch.testing.assert_close(model.encode_image(pixels[i : i + 1])[0], together[i], atol=1e-4, rtol=1e-4)
 
 
 def test_scaled_cosine_attention_is_refused() -> None:

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from r1export.adapt import clip
 from r1export.adapt.clip import load_clip
+from r1export.adapt.hub_tokenizer import make_tokenizer
 from r1export.adapt.model_config import read_model_config
 from r1export.errors import InputError
 
@@ -214,9 +215,13 @@ def test_every_config_is_refused_or_names_no_place_to_load_from(embed_dim, visio
     except InputError:
         return
     sections = (values["vision_cfg"], values["text_cfg"])
-    assert not any(section.get(key) for section in sections for key in ("hf_model_name", "hf_tokenizer_name"))
+    assert not any(section.get("hf_model_name") for section in sections)
+    assert not values["vision_cfg"].get("hf_tokenizer_name")
+    if values["text_cfg"].get("hf_tokenizer_name"):
+        with pytest.raises(InputError, match="hf_tokenizer_name"):
+            make_tokenizer("any.json", values["text_cfg"], None, may_fetch=False)
     assert not any(section.get("timm_model_pretrained") for section in sections)
-    assert all((section.get("tokenizer_kwargs") or {}) in ({}, {"clean": "lower"}) for section in sections)
+    assert all(set(section.get("tokenizer_kwargs") or {}) <= {"clean", "strip_sep_token"} for section in sections)
     assert not any(":" in str(section.get("timm_model_name") or "") for section in sections)
 
 

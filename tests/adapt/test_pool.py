@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from settings import POOL
 
-from r1export.adapt.pool import Batch, EndOfText, ExpertPool, Frozen, PerSample, drop, routed, top_experts
+from r1export.adapt.pool import Batch, ExpertPool, Frozen, PerSample, TowerInputs, drop, routed, top_experts
 
 
 def make_pool(**changes) -> ExpertPool:
@@ -178,10 +178,10 @@ def test_a_straight_through_gate_is_the_same_choice_in_the_forward_pass() -> Non
 
 
 def test_the_end_of_the_text_votes_where_it_is_asked_to() -> None:
-    ends = EndOfText()
-    pool = ExpertPool(torch.empty(5, 6), POOL, route_on="end", ends=ends)
+    inputs = TowerInputs()
+    pool = ExpertPool(torch.empty(5, 6), POOL, route_on="end", inputs=inputs)
     x = torch.randn(2, 5, 6)
-    ends.positions = torch.tensor([1, 4])
+    inputs.ends = torch.tensor([1, 4])
     assert torch.equal(pool.token(x), torch.stack([x[0, 1], x[1, 4]]))
 
 

@@ -1,10 +1,13 @@
 """Images in folders by class, with a given split and with our own."""
 
+import os
+
 import numpy as np
 import pytest
-from PIL import Image
+from pictures import dotted
 
-from r1export.data.folder import read_folder
+from r1export.data.folder import read, read_folder
+from r1export.data.request import Request
 from r1export.errors import InputError
 
 
@@ -12,7 +15,7 @@ def put(folder, *names: str, shade: int = 0) -> None:
     """Small images; the n-th has the red level `shade + n`."""
     folder.mkdir(parents=True, exist_ok=True)
     for n, name in enumerate(names):
-        Image.new("RGB", (2, 2), (shade + n, 0, 0)).save(folder / name)
+        dotted((shade + n, 0, 0)).save(folder / name)
 
 
 def reds(images) -> list[int]:
@@ -82,13 +85,105 @@ def test_a_class_without_images_is_kept_so_that_it_can_be_refused(given):
     assert 2 not in task.train.labels
 
 
-def test_files_that_are_not_images_and_hidden_ones_are_passed_over(flat):
+def test_what_is_no_picture_or_hidden_is_left_out_and_noted(flat):
     (flat / "ant" / "notes.txt").write_text("x")
     (flat / "ant" / "._01.png").write_bytes(b"x")
     put(flat / ".cache", "1.png")
+    put(flat, "stray.png")
     task = read_folder(flat, seed=42)
     assert task.classes == ("ant", "bee")
     assert len(task.train) + len(task.test) == 40
+    assert sorted(task.notes) == [
+        "left out, file that is no picture: ant/notes.txt",
+        "left out, hidden entry: .cache, ant/._01.png",
+        "left out, picture outside of a class folder: stray.png",
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JPG", ".apng", ".avif", ".mpo", ".pgm"])
+def test_suffixes_of_the_promised_formats_are_read(tmp_path, suffix):
+    put(tmp_path / "ant", "1.png", "2.png")
+    put(tmp_path / "bee", "1.png")
+    (tmp_path / "ant" / "2.png").rename(tmp_path / "ant" / f"2{suffix}")
+    task = read_folder(tmp_path, seed=42, test_only=True)
+    assert (len(task.test), task.notes) == (3, ())
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".HEIF", ".jp2", ".svg", ".dng"])
+def test_a_picture_in_a_format_that_is_not_read_is_refused_or_left_out_by_name(tmp_path, suffix):
+    put(tmp_path / "ant", "1.png")
+    put(tmp_path / "bee", "1.png")
+    (tmp_path / "bee" / f"photo{suffix}").write_bytes(b"x")
+    with pytest.raises(InputError, match=rf"bee/photo{suffix}: not in a format .*skip_broken"):
+        read_folder(tmp_path, seed=42, test_only=True)
+    request = Request(f"folder:{tmp_path}", test_only=True, skip_broken=True)
+    assert read(request).notes == (f"left out, picture in a format that is not read: bee/photo{suffix}",)
+
+
+def test_pictures_in_sub_folders_belong_to_the_class(flat):
+    put(flat / "ant" / "2024" / "june", "1.png", "2.png")
+    assert np.bincount(read_folder(flat, seed=42, test_only=True).test.labels).tolist() == [22, 20]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("Train", "TEST"), ("TRAIN", "val"), ("train", "Validation"), ("train", "valid")]
+)
+def test_splits_are_known_in_any_case_and_by_their_other_names(given, train, test):
+    (given / "train").rename(given / train)
+    (given / "test").rename(given / test)
+    task = read_folder(given, seed=42)
+    assert (reds(task.train), reds(task.test)) == ([10, 20, 21], [30, 40])
+
+
+def test_a_second_test_split_is_left_out_and_noted(given):
+    put(given / "val" / "a_cat", "1.png")
+    put(given / "extra" / "a_cat", "1.png")
+    assert read_folder(given, seed=42).notes == ("left out, folder that belongs to no split: extra, val",)
+
+
+def test_two_folders_of_one_split_are_refused(given):
+    put(given / "Train" / "a_cat", "1.png")
+    if not (given / "train").samefile(given / "Train"):
+        with pytest.raises(InputError, match=r"both (Train|train)/ and (Train|train)/"):
+            read_folder(given, seed=42)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("classes.json", '{"ant": "fire ant", "bee": "honey_bee", "cow": "cow"}'),
+        ("classes.txt", "\ufeffant fire ant\r\n\r\nbee\thoney_bee\ncow cow\n"),
+    ],
+)
+def test_names_of_classes_may_stand_beside_the_folders(flat, file, content):
+    (flat / file).write_text(content, encoding="utf-8")
+    task = read_folder(flat, seed=42)
+    assert task.classes == ("fire ant", "honey_bee")
+    assert task.notes == ("left out, class name without a folder: cow",)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("classes.json", b'{"ant": "fire ant"}', "have none for the folder bee"),
+        ("classes.json", b'{"ant": 3, "bee": "x"}', "ant: found 3"),
+        ("classes.json", b"[1]", "expected an object"),
+        ("classes.json", b'{"ant": "a", "ant": "b"}', "occurs twice"),
+        ("classes.txt", b"ant\nbee bee\n", "'ant' has no class name"),
+        ("classes.txt", b"ant a\nant b\nbee c\n", "names a folder twice"),
+        ("classes.txt", b"ant \xff\n", "not UTF-8"),
+    ],
+)
+def test_names_that_do_not_fit_the_folders_are_refused(flat, file, content, message):
+    (flat / file).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_folder(flat, seed=42)
+
+
+def test_a_folder_whose_name_is_no_unicode_is_refused(flat):
+    os.mkdir(os.fsencode(flat) + b"/caf\xe9")
+    with pytest.raises(InputError, match=r"caf.*xe9.*not UTF-8.*rename"):
+        read_folder(flat, seed=42)
 
 
 def test_a_probe_takes_a_folder_without_a_split_as_test(flat):

@@ -4,6 +4,7 @@ import sys
 from io import BytesIO
 
 import pytest
+from pictures import dotted
 from PIL import Image
 
 from r1export.data.request import Request
@@ -23,7 +24,7 @@ def _quiet_and_apart(tmp_path, monkeypatch):
 
 def rows(reds, labels, **columns):
     """Images of one red level each, beside a column that is neither image nor label."""
-    pictures = [Image.new("RGB", (4, 4), (red, 0, 0)) for red in reds]
+    pictures = [dotted((red, 0, 0)) for red in reds]
     features = {"id": datasets.Value("int64"), "image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)}
     values = {"id": list(range(len(reds))), "image": pictures, "label": labels} | columns
     return datasets.Dataset.from_dict(values, features=datasets.Features(features))

@@ -7,24 +7,131 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import EpsImagePlugin, Image
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 from running import RECIPE, r1export
 
-from r1export.data.images import FORMATS, MAX_PIXELS, decode, images_from_files
+from r1export.adapt.clip import Preprocess
+from r1export.data.images import FORMATS, MAX_PIXELS, UPRIGHT_RGB, Decoding, decode, images_from_files
 from r1export.data.request import Request
 from r1export.data.sources import load_task
+from r1export.data.task import Picture
 from r1export.errors import InputError
 
 
-def test_images_of_every_mode_are_read_as_rgb(tmp_path):
-    Image.new("L", (3, 2), 7).save(tmp_path / "grey.png")
-    Image.new("RGBA", (3, 2), (1, 2, 3, 255)).save(tmp_path / "alpha.png")
-    images = images_from_files([tmp_path / "grey.png", tmp_path / "alpha.png"], [0, 1])
-    assert [images.read(i).mode for i in range(2)] == ["RGB", "RGB"]
-    assert images.read(0).getpixel((0, 0)) == (7, 7, 7)
-    assert images.labels.dtype == np.int64
+def levels(mode: str = "RGB") -> Image.Image:
+    """A ramp, three rows of four pixels, in any mode that Pillow can convert to."""
+    ramp = Image.fromarray(np.linspace(0, 255, 12).astype(np.uint8).reshape(3, 4))
+    return ramp.convert("RGB").quantize(12) if mode == "P" else ramp.convert(mode)
+
+
+def read_back(image: Image.Image, format: str = "PNG", decoding: Decoding = UPRIGHT_RGB, **options) -> Picture:
+    file = BytesIO()
+    image.save(file, format, **options)
+    return decode(file.getvalue(), "here", decoding)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA"])
+def test_a_picture_of_every_common_mode_has_the_colors_that_pillow_shows(mode) -> None:
+    picture = read_back(levels(mode))
+    assert picture.image.mode == "RGB"
+    assert np.array_equal(picture.image, levels(mode).convert("RGB"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_exif_is_applied(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture = read_back(levels(), exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(BytesIO(tagged(levels(), exif))))
+    assert np.array_equal(picture.image, upright)
+    assert picture.image.size == ((3, 4) if orientation > 4 else (4, 3))
+    assert picture.changes == (() if orientation == 1 else ("turned as EXIF says",))
+
+
+def tagged(image: Image.Image, exif: Image.Exif) -> bytes:
+    file = BytesIO()
+    image.save(file, "PNG", exif=exif)
+    return file.getvalue()
+
+
+def test_transparency_shows_the_fill_color_and_not_what_is_stored_under_it() -> None:
+    image = Image.new("RGBA", (2, 1), (200, 100, 50, 255))
+    image.putpixel((1, 0), (255, 255, 255, 0))
+    picture = read_back(image, decoding=Decoding(fill=(1, 2, 3)))
+    assert [picture.image.getpixel((x, 0)) for x in range(2)] == [(200, 100, 50), (1, 2, 3)]
+    assert picture.changes == ("transparency composited",)
+
+
+def test_a_palette_with_a_transparent_entry_is_composited_too() -> None:
+    image = levels("RGB").quantize(4)
+    picture = read_back(image, transparency=image.getpixel((0, 0)), decoding=Decoding(fill=(9, 9, 9)))
+    assert picture.image.getpixel((0, 0)) == (9, 9, 9)
+    assert picture.changes == ("transparency composited",)
+
+
+def test_gray_of_16_bits_is_scaled_by_its_range_and_not_clipped() -> None:
+    image = Image.fromarray(np.array([[0, 257, 40_000, 65_535]], np.uint16))
+    picture = read_back(image)
+    assert [picture.image.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 156, 255]
+    assert picture.changes == ("gray of 16 bits scaled by its range",)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_gray_of_32_bits_is_scaled_from_its_least_to_its_largest_value(dtype) -> None:
+    picture = read_back(Image.fromarray(np.array([[-1000, 0, 3000]], dtype)), "TIFF")
+    assert [picture.image.getpixel((x, 0))[0] for x in range(3)] == [0, 64, 255]
+    assert picture.changes == ("gray of 32 bits scaled by its range",)
+
+
+def test_cmyk_is_converted_by_pillows_formula_without_a_profile() -> None:
+    image = Image.merge("CMYK", [levels("L")] * 3 + [Image.new("L", (4, 3), 10)])
+    picture = read_back(image, "TIFF")
+    assert np.array_equal(picture.image, image.convert("RGB"))
+    assert picture.changes == ("CMYK converted",)
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_an_animation_the_first_frame_is_read(format: str) -> None:
+    first, second = levels(), ImageOps.mirror(levels())
+    options = {"lossless": True} if format == "WEBP" else {}
+    picture = read_back(first, format, save_all=True, append_images=[second], **options)
+    assert np.abs(np.asarray(picture.image, int) - np.asarray(first, int)).max() <= 1
+    assert "first frame of several" in picture.changes
+
+
+def test_an_mpo_of_a_camera_is_the_photograph_without_its_previews() -> None:
+    picture = read_back(levels(), "MPO", save_all=True, append_images=[levels()], quality=100)
+    assert (picture.image.size, picture.changes) == ((4, 3), ())
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "I;16"])
+def test_a_picture_of_a_single_value_is_refused_in_any_mode(mode: str) -> None:
+    with pytest.raises(InputError, match=r"here: every pixel has the same value .*skip_broken"):
+        read_back(Image.new(mode, (5, 5), 7))
+
+
+def test_damaged_exif_turns_nothing() -> None:
+    picture = read_back(levels(), exif=b"Exif\0\0MM\0*\0\0\xff\xff\0\1")
+    assert np.array_equal(picture.image, levels())
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "LA", "1"])
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
+def test_open_clips_decoding_is_that_of_its_transform_bit_for_bit(mode: str, resize_mode: str, tmp_path) -> None:
+    noise = Image.effect_noise((40, 23), 80).convert("RGB")
+    noise = noise.quantize(50) if mode == "P" else noise.convert(mode)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    noise.save(tmp_path / "a.png", exif=exif)
+    config = PreprocessCfg(size=16, resize_mode=resize_mode)
+    expected = image_transform_v2(config, is_train=False)(Image.open(tmp_path / "a.png"))
+    preprocess = Preprocess(config)
+    pixels = preprocess.crop(decode(tmp_path / "a.png", "a", Decoding("open_clip")).image)
+    assert torch.equal(preprocess.normalize(torch.from_numpy(pixels)[None])[0], expected)
 
 
 def test_a_damaged_image_file_is_named(tmp_path):
@@ -55,7 +162,7 @@ ENCODED = {format: encoded(format) for format in FORMATS}
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_promised_format_is_read_whatever_its_name(format: str, tmp_path) -> None:
     (tmp_path / "x.jpg").write_bytes(ENCODED[format])
-    assert decode(tmp_path / "x.jpg", "x").size == decode(ENCODED[format], "x").size == (24, 24)
+    assert decode(tmp_path / "x.jpg", "x").image.size == decode(ENCODED[format], "x").size == (24, 24)
 
 
 @settings(max_examples=300, deadline=None)
@@ -69,7 +176,7 @@ def test_damaged_bytes_of_every_format_are_an_image_or_bad_input(format: str, ch
     for position, value in changes:
         data[position % len(data)] = value
     try:
-        outcome = decode(bytes(data[: len(data) - cut % len(data)]), "here").mode
+        outcome = decode(bytes(data[: len(data) - cut % len(data)]), "here").image.mode
     except InputError as error:
         outcome = str(error).partition(": ")[0]
     assert outcome in ("RGB", "here")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from pictures import dotted
 from running import RECIPE, r1export
 
 from r1export.data.npz import read_pack
@@ -21,7 +21,7 @@ DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 def webp(red: int) -> bytes:
     file = BytesIO()
-    Image.new("RGB", (4, 4), (red, 0, 0)).save(file, "WEBP", lossless=True)
+    dotted((red, 0, 0)).save(file, "WEBP", lossless=True)
     return file.getvalue()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from pictures import dotted
 
 from r1export.data.request import Request, expand_path
 from r1export.data.sources import READERS, load_task
@@ -21,7 +21,7 @@ def pets(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for n in range(5):
-            Image.new("RGB", (2, 2), (n, 0, 0)).save(tmp_path / "pets" / name / f"{n}.png")
+            dotted((n, 0, 0)).save(tmp_path / "pets" / name / f"{n}.png")
     return tmp_path
 
 

@@ -14,7 +14,7 @@ from r1export.errors import InputError
 
 def numbered(labels) -> ImageSet:
     """Image i has the grey level i, so that a test can see which image it got."""
-    return ImageSet(np.asarray(labels, np.int64), lambda i: Image.new("RGB", (1, 1), (i, i, i)))
+    return ImageSet.drawn(np.asarray(labels, np.int64), lambda i: Image.new("RGB", (1, 1), (i, i, i)))
 
 
 def numbers(images: ImageSet) -> list[int]:

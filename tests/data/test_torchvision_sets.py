@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from PIL import Image
+from pictures import dotted
 from torchvision import datasets
 
 from r1export.data import torchvision_sets
@@ -68,7 +68,7 @@ EUROSAT = (
 
 def put(file: Path, red: int = 0) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), (red, 0, 0)).save(file, quality=100)
+    dotted((red, 0, 0), (16, 16)).save(file, quality=100)
     return file
 
 

@@ -48,6 +48,16 @@ DIGEST = st.text("0123456789abcdef", min_size=64, max_size=64)
 SHARE = st.floats(0, 1)
 
 
+def test_only_a_model_in_its_deployed_form_says_so() -> None:
+    deployed = BaseModel("tiny", "0" * 64, None, 1, "1" * 64, 2e-7)
+    assert "deployed_form" not in EXAMPLE.to_json()["base"]
+    assert list(deployed.to_json())[3:] == ["deployed_form", "original_sha256", "deployed_difference"]
+    document = replace(EXAMPLE, base=deployed).to_json()
+    del document["base"]["original_sha256"]
+    with pytest.raises(InputError, match="original_sha256"):
+        ReleaseManifest.parse(json.dumps(document).encode(), "m")
+
+
 def texts(pattern):
     return st.from_regex(pattern, fullmatch=True)
 
@@ -68,7 +78,8 @@ def manifests(draw) -> ReleaseManifest:
     digests = st.dictionaries(texts(PATH), DIGEST, max_size=3)
     manifest = ReleaseManifest(
         draw(texts(NAME)), draw(st.integers(0, 2**53 - 1)), draw(texts(NAME)), draw(texts(NAME)),
-        draw(st.builds(BaseModel, texts(PRINTABLE), DIGEST, st.none() | texts(PRINTABLE))),
+        draw(st.builds(BaseModel, texts(PRINTABLE), DIGEST, st.none() | texts(PRINTABLE)) | st.builds(
+            BaseModel, texts(PRINTABLE), DIGEST, st.none(), st.integers(1, 9), DIGEST, st.floats(0, 2))),
         tuple(draw(st.lists(st.builds(MergedUpdate, texts(NAME), DIGEST), max_size=3))),
         tuple(draw(st.lists(st.builds(TaskEntry, texts(NAME), st.integers(0, 9999), st.booleans(), st.none() | SHARE), max_size=3))),
         draw(digests), draw(st.builds(GoldenGate, st.floats(0, 10), st.floats(-1, 1))), files,

@@ -175,7 +175,7 @@ def test_a_changed_a_missing_a_linked_and_an_added_file_are_named(tmp_path: Path
         (tmp_path / name).write_text(name)
     manifest = manifest_of(tmp_path, ("a", "b", "c"))
     assert check_files(tmp_path, manifest, ("a", "b"), ()).verdict == "pass"
-    (tmp_path / "a").write_text("other")
+    (tmp_path / "a").write_text("z")  # as long as it was
     (tmp_path / "b").unlink()
     (tmp_path / "c").rename(tmp_path / "more.txt")
     (tmp_path / "c").symlink_to(tmp_path / "more.txt")

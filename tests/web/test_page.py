@@ -12,9 +12,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from device.steps import in_this_process
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 from running import reseal
 
+from r1export.data.images import decode
 from r1export.device import install
 from r1export.export.preprocess import write_preprocess
 from r1export.update.atomic_io import sha256_file
@@ -46,7 +47,7 @@ def answer_of_onnxruntime(release: Path, picture: Path, task: str) -> tuple[np.n
     def run(graph: str, **feeds: np.ndarray) -> np.ndarray:
         return ort.InferenceSession(release / graph, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
 
-    pixels = run("preprocess.onnx", image=np.asarray(Image.open(picture).convert("RGB")))
+    pixels = run("preprocess.onnx", image=np.asarray(decode(picture, str(picture)).image))
     embeds = read_tensors(release / "classes" / f"{task}.safetensors")["class_embeds"]
     logits = run("classify.onnx", pixel_values=pixels, class_embeds=embeds)[0]
     classes = json.loads((release / "classes" / f"{task}.json").read_text())["classes"]
@@ -116,6 +117,25 @@ def test_a_picture_is_classified_as_by_onnxruntime(browser, lab, serve, picture:
         assert best.split("\n") == [found["scores"][0]["name"], f"{100 * found['scores'][0]['share']:.1f} %"]
     assert "161 × 120 pixels: decoded in" in browser.do("page.innerText", "#times")
     assert browser.do("problems") == []
+
+
+@pytest.mark.parametrize("kind", ["turned by EXIF", "transparent", "a palette with a transparent entry"])
+def test_a_picture_is_decoded_as_for_training(browser, lab, serve, picture: Path, tmp_path: Path, kind: str) -> None:
+    image, exif, path = Image.open(picture), Image.Exif(), tmp_path / "odd.png"
+    if kind == "turned by EXIF":
+        exif[ExifTags.Base.Orientation] = 8
+        image.save(path, exif=exif)
+    elif kind == "transparent":
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save(path)
+    else:
+        image.quantize(8).save(path, transparency=2)
+    settle(browser, serve(lab.release(2)))
+    classify(browser, path)
+    embedding, _ = answer_of_onnxruntime(lab.release(2), path, "digits")
+    error = np.abs(np.array(saved(browser)["embedding"]) - embedding).max()
+    plain, _ = answer_of_onnxruntime(lab.release(2), picture, "digits")
+    assert error < 0.01 < np.abs(plain - embedding).max()  # levels differ by one where browsers premultiply
 
 
 @pytest.mark.parametrize("file", ["visual.safetensors", "manifest.json"])

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from r1export.data.images import images_from_files
+from r1export.data.images import UPRIGHT_RGB, Decoding, images_from_files
 from r1export.data.request import Request, expand_path
 from r1export.data.task import ImageSet, Task
 from r1export.errors import InputError
@@ -34,10 +34,10 @@ def read(request: Request) -> Task:
     """The reader of `torchvision:NAME`."""
     if request.root is None:
         raise InputError(f"{request.source}: no folder to look for the data set in", "give data.root")
-    return load(request.address, expand_path(request.root), download=request.download)
+    return load(request.address, expand_path(request.root), download=request.download, decoding=request.decoding)
 
 
-def load(name: str, root: Path, *, download: bool = False) -> Task:
+def load(name: str, root: Path, *, download: bool = False, decoding: Decoding = UPRIGHT_RGB) -> Task:
     """The data set that torchvision calls `name` (in any case), below `root`.
 
     The CIFAR sets are pickles; torchvision opens them only if their MD5 is the published one.
@@ -53,7 +53,8 @@ def load(name: str, root: Path, *, download: bool = False) -> Task:
     entry = _SETS[key]
     parts = [_open(entry, root, split, download) for split in entry.splits]
     classes = _name_classes(key, _own_names(parts[0]), root)
-    train, test = map(entry.images, parts) if len(parts) == 2 else _random_split(entry.images(parts[0]))
+    sets = [entry.images(part, decoding) for part in parts]
+    train, test = sets if len(sets) == 2 else _random_split(sets[0])
     return Task(key, classes, templates(key), train, test)
 
 
@@ -138,33 +139,34 @@ def _open(entry: _Set, root: Path, split: dict[str, Any], download: bool) -> Any
         raise InputError(f"{root}: cannot open {entry.torchvision}: {error}", remedy) from error
 
 
-def _files(dataset: Any) -> ImageSet:
+def _files(dataset: Any, decoding: Decoding) -> ImageSet:
     """Opened with `loader=Path`, a data set yields paths, and no image is decoded to learn its label."""
-    return _by_path([dataset[i] for i in range(len(dataset))])
+    return _by_path([dataset[i] for i in range(len(dataset))], decoding)
 
 
-def _caltech_files(dataset: Any) -> ImageSet:
+def _caltech_files(dataset: Any, decoding: Decoding) -> ImageSet:
     folder = Path(dataset.root) / "101_ObjectCategories"
     names = (f"image_{number:04d}.jpg" for number in dataset.index)
     return _by_path(
-        [(folder / dataset.categories[label] / name, label) for name, label in zip(names, dataset.y, strict=True)]
+        [(folder / dataset.categories[label] / name, label) for name, label in zip(names, dataset.y, strict=True)],
+        decoding,
     )
 
 
-def _pet_files(dataset: Any) -> ImageSet:
+def _pet_files(dataset: Any, decoding: Decoding) -> ImageSet:
     # Private, but the only way to the labels without decoding every image.
-    return _by_path(list(zip(dataset._images, dataset._labels, strict=True)))
+    return _by_path(list(zip(dataset._images, dataset._labels, strict=True)), decoding)
 
 
-def _by_path(pairs: list[tuple[Path, int]]) -> ImageSet:
+def _by_path(pairs: list[tuple[Path, int]], decoding: Decoding) -> ImageSet:
     """Sorted, because SUN397 lists its files as the file system does: a split has to be the same on every machine."""
     pairs = sorted(pairs)
-    return images_from_files([path for path, _ in pairs], [int(label) for _, label in pairs])
+    return images_from_files([path for path, _ in pairs], [int(label) for _, label in pairs], decoding)
 
 
-def _pixels(dataset: Any) -> ImageSet:
+def _pixels(dataset: Any, _: Decoding) -> ImageSet:
     pixels = np.asarray(dataset.data)  # uint8, (n, 32, 32, 3) or (n, 28, 28)
-    return ImageSet(np.asarray(dataset.targets, np.int64), lambda i: Image.fromarray(pixels[i]).convert("RGB"))
+    return ImageSet.drawn(np.asarray(dataset.targets, np.int64), lambda i: Image.fromarray(pixels[i]).convert("RGB"))
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class _Set:
     """How torchvision's class is opened, once for train and once for test, or once if it has no split, and read."""
 
     torchvision: str
-    images: Callable[[Any], ImageSet]
+    images: Callable[[Any, Decoding], ImageSet]
     splits: tuple[dict[str, Any], ...]
 
 

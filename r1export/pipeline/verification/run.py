@@ -119,6 +119,7 @@ def _run_report(
         releases=tuple(by_variant),
         accuracy=accuracy_of(context.run.metrics()),
         gaps=summarize(gaps),
+        inputs=context.run.inputs(),
     )
 
 

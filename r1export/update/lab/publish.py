@@ -46,11 +46,14 @@ class Step:
     precision: str = "fp32"
 
 
+MAX_EXPIRES = 100_000_000_000  # seconds since 1970; what is larger are milliseconds
+
+
 @dataclass(frozen=True)
 class Terms:
     """What the fleet's owner decides about an update. Times are seconds since 1970 UTC; `expires` 0 means never.
 
-    Raises InputError for an update that would expire before it is made.
+    Raises InputError for an update that would expire before it is made, or in thousands of years.
     """
 
     created: int
@@ -61,6 +64,11 @@ class Terms:
     min_agreement: float = 0.9
 
     def __post_init__(self) -> None:
+        if self.expires > MAX_EXPIRES:
+            raise InputError(
+                f"--expires {self.expires} is after the year 5000, as seconds since 1970",
+                "give seconds, not milliseconds",
+            )
         if self.expires and self.created >= self.expires:
             raise InputError(
                 f"the update would expire at {self.expires}, it is made at {self.created} (seconds since 1970)",

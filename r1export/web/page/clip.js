@@ -17,7 +17,10 @@ export class Clip {
     const weights = await release.file(WEIGHTS);
     clip.visual = await open(await release.file(VISUAL), [{ path: WEIGHTS, data: weights }]);
     clip.preprocess = release.has(PREPROCESS) ? await open(await release.file(PREPROCESS), []) : null;
-    clip.byte = clip.preprocess && stepOfByte(await release.json("preprocess.json"));
+    const preprocessing = await release.json("preprocess.json");
+    clip.byte = stepOfByte(preprocessing);
+    clip.fill = [preprocessing.fill_color].flat();
+    if (clip.fill.length === 1) clip.fill = Array(3).fill(clip.fill[0]);
     clip.scale = Math.exp(scalar(weights, release.manifest.tensors.logit_scale));
     clip.bias = scalar(weights, release.manifest.tensors.logit_bias) ?? 0;
     clip.golden = readTensors(await release.file("golden.safetensors"));

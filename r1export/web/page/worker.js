@@ -21,7 +21,7 @@ async function load(sha256) {
 
 async function embed(file, number) {
   const started = performance.now();
-  const picture = await decode(file);
+  const picture = await decode(file, clip.fill);
   const decodeMs = performance.now() - started;
   const { pixels, ms: prepareMs } = await clip.prepare(picture);
   const { embedding, ms: towerMs } = await clip.embed(pixels);

@@ -56,6 +56,11 @@ def test_unknown_releases_and_tasks_and_a_key_given_twice_are_refused(run, key):
         make_bundle(run, Step(1), [key, key], TERMS)
 
 
+def test_milliseconds_are_not_taken_for_seconds():
+    with pytest.raises(InputError, match="give seconds, not milliseconds"):
+        dataclasses.replace(TERMS, expires=1_900_000_000_000)
+
+
 def test_an_update_that_expired_before_it_was_made_is_refused(run, key):
     for expires in (TERMS.created, TERMS.created - 1, 1):
         with pytest.raises(InputError, match="check this machine's clock"):

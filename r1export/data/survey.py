@@ -1,0 +1,123 @@
+"""What the pictures of a task are, looked at one by one: sizes, modes, what decoding changes, what cannot be read, and twins."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from PIL import Image
+
+from r1export.data.task import ImageSet, Task
+from r1export.errors import InputError
+
+THUMBNAILS = 12  # pictures of a class that a contact sheet shows
+SIDE = 96  # pixels of the longer side of a thumbnail
+Advance = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small copy of a decoded picture, where it comes from, and what decoding changed."""
+
+    image: Image.Image
+    location: str
+    changes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClassSurvey:
+    """The pictures of one class. `sizes` are (width, height) of the smallest and the largest; None if none could be read."""
+
+    name: str
+    train: int
+    test: int
+    sizes: tuple[tuple[int, int], tuple[int, int]] | None
+    modes: Mapping[str, int]
+    changes: Mapping[str, int]
+    refused: tuple[str, ...]
+    thumbnails: tuple[Thumbnail, ...]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A task as its pictures are. `twins` are locations of pictures with the same pixels in train and test: (train, test)."""
+
+    task: str
+    classes: tuple[ClassSurvey, ...]
+    twins: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+    @property
+    def refused(self) -> int:
+        return sum(len(each.refused) for each in self.classes)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One picture: its class and split, and either the reason why it was refused or what it is."""
+
+    label: int
+    split: str
+    refused: str = ""
+    location: str = ""
+    size: tuple[int, int] = (0, 0)
+    mode: str = ""
+    changes: tuple[str, ...] = ()
+    pixels: bytes = b""
+    thumbnail: Image.Image | None = None
+
+
+def survey(task: Task, advance: Advance = lambda: None) -> Survey:
+    """Decode every picture of `task` once, in threads; `advance` is called for each. Memory holds thumbnails, not pictures."""
+    looks = [*_looks(task.train, "train", advance), *_looks(task.test, "test", advance)]
+    classes = (
+        _of_class(name, [look for look in looks if look.label == label]) for label, name in enumerate(task.classes)
+    )
+    return Survey(task.name, tuple(classes), tuple(_twins(looks)), task.notes)
+
+
+def _looks(images: ImageSet, split: str, advance: Advance) -> Iterator[_Look]:
+    def look(i: int) -> _Look:
+        label = int(images.labels[i])
+        try:
+            picture = images.picture(i)
+        except InputError as error:
+            return _Look(label, split, refused=error.message)
+        small = picture.image.convert("RGB")
+        digest = hashlib.sha256(f"{small.size}".encode() + small.tobytes()).digest()
+        small.thumbnail((SIDE, SIDE))
+        size = picture.size if picture.location else picture.image.size
+        return _Look(
+            label, split, "", picture.location or f"image {i}", size, picture.mode, picture.changes, digest, small
+        )
+
+    with ThreadPoolExecutor() as threads:
+        for found in threads.map(look, range(len(images))):
+            advance()
+            yield found
+
+
+def _of_class(name: str, looks: list[_Look]) -> ClassSurvey:
+    sound = sorted((look for look in looks if not look.refused), key=lambda look: look.size[0] * look.size[1])
+    first = [look for look in looks if look.thumbnail][:THUMBNAILS]
+    return ClassSurvey(
+        name,
+        train=sum(look.split == "train" for look in looks),
+        test=sum(look.split == "test" for look in looks),
+        sizes=(sound[0].size, sound[-1].size) if sound else None,
+        modes=Counter(look.mode for look in sound),
+        changes=Counter(change for look in sound for change in look.changes),
+        refused=tuple(look.refused for look in looks if look.refused),
+        thumbnails=tuple(Thumbnail(look.thumbnail, look.location, look.changes) for look in first if look.thumbnail),
+    )
+
+
+def _twins(looks: list[_Look]) -> Iterator[tuple[str, str]]:
+    """Pictures of the test with the same pixels as one of the training, whatever their files are called."""
+    trained = {look.pixels: look.location for look in reversed(looks) if look.split == "train" and look.pixels}
+    for look in looks:
+        if look.split == "test" and look.pixels in trained:
+            yield trained[look.pixels], look.location

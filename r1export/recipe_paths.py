@@ -1,0 +1,62 @@
+"""Relative paths in a recipe: they refer to the folder of the file that they are written in, on the command line to the current folder.
+
+A source with a relative path refers to `data.root` instead, if the recipe has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+FIELDS = (("base", "weights"), ("base", "config"), ("base", "tokenizer"), ("data", "root"))
+MODEL_FOLDER = "local-dir"  # the scheme of a base.model that is a folder
+SOURCES = ("folder", "npz", "hf")  # schemes of sources whose address is a path; that of hf may be a name instead
+Tables = dict[str, Any]  # a recipe as TOML has it, not yet checked
+
+
+def resolve_fields(values: Tables, folder: Path) -> None:
+    """Make the paths of `base` and `data` absolute, in place: those that are relative are below `folder`."""
+    for section, name in FIELDS:
+        table = values.get(section)
+        if isinstance(table, dict) and isinstance(value := table.get(name), str) and value:
+            table[name] = _absolute(value, folder)
+    base = values.get("base")
+    if isinstance(base, dict) and isinstance(base.get("model"), str):
+        base["model"] = _resolve_address(base["model"], (MODEL_FOLDER,), folder)
+
+
+def resolve_sources(values: Tables, folders: Mapping[str, Path]) -> None:
+    """Make the paths in sources absolute, in place, unless there is a `data.root`; `folders` has one for each source as written."""
+    data = values.get("data")
+    if isinstance(data, dict) and data.get("root"):
+        return
+    for table in tasks(values):
+        source = table.get("source")
+        if isinstance(source, str):
+            table["source"] = _resolve_address(source, SOURCES, folders.get(source, Path.cwd()))
+
+
+def tasks(values: Mapping[str, Any]) -> Iterator[Tables]:
+    """The tables of the tasks and of the probe."""
+    listed = values.get("tasks")
+    for table in (*(listed if isinstance(listed, list) else ()), values.get("probe")):
+        if isinstance(table, dict):
+            yield table
+
+
+def sources(values: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+    """The folder that the relative paths of each source refer to, where all of them are written in the same file."""
+    return {str(table.get("source")): folder for table in tasks(values)}
+
+
+def _resolve_address(text: str, schemes: tuple[str, ...], folder: Path) -> str:
+    scheme, colon, address = text.partition(":")
+    if scheme not in schemes or not address or (scheme == "hf" and not (folder / address.partition(":")[0]).is_dir()):
+        return text
+    return f"{scheme}{colon}{_absolute(address, folder)}"
+
+
+def _absolute(path: str, folder: Path) -> str:
+    """`path` below `folder`; one that starts with a home folder or a variable stays as it is, since it may be another tomorrow."""
+    return path if path.startswith(("~", "$")) else str(folder / path)

@@ -1,0 +1,95 @@
+"""Relative paths in a recipe refer to the folder of the file they are written in, wherever the command runs."""
+
+from pathlib import Path
+
+import pytest
+from running import RECIPE, r1export
+
+from r1export.recipe import Recipe, load_recipe
+
+BASE = '[base]\nmodel = "tiny"\nweights = "w.safetensors"\nconfig = "/abs/c.json"\n'
+TASKS = '[[tasks]]\nname = "a"\nsource = "folder:photos"\n[[tasks]]\nname = "b"\nsource = "npz:packs/b.npz"\n'
+PROBE = '[probe]\nsource = "folder:probe"\n'
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch) -> Path:
+    """A folder with recipes in it; the command runs elsewhere."""
+    (tmp_path / "lab" / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "lab"
+
+
+def load(file: Path, text: str, *overrides: str) -> Recipe:
+    file.write_text(text)
+    return load_recipe(file, overrides)
+
+
+def all_sources(recipe: Recipe) -> list[str]:
+    return [task.source for task in (*recipe.tasks, *((recipe.probe,) if recipe.probe else ()))]
+
+
+def test_weights_config_and_sources_are_found_next_to_the_recipe(lab) -> None:
+    recipe = load(lab / "r.toml", BASE + TASKS + PROBE)
+    assert (recipe.base.weights, recipe.base.config) == (f"{lab}/w.safetensors", "/abs/c.json")
+    assert all_sources(recipe) == [f"folder:{lab}/photos", f"npz:{lab}/packs/b.npz", f"folder:{lab}/probe"]
+
+
+def test_what_a_parent_says_refers_to_the_folder_of_the_parent(lab) -> None:
+    (lab / "parent.toml").write_text(BASE + TASKS)
+    recipe = load(lab / "sub" / "r.toml", 'extends = "../parent.toml"\n' + PROBE)
+    assert recipe.base.weights == f"{lab}/w.safetensors"
+    assert all_sources(recipe) == [f"folder:{lab}/photos", f"npz:{lab}/packs/b.npz", f"folder:{lab}/sub/probe"]
+
+
+def test_with_a_root_sources_stay_relative_to_it(lab) -> None:
+    for recipe in (
+        load(lab / "r.toml", BASE + TASKS + '[data]\nroot = "data"\n'),
+        load(lab / "r.toml", BASE + TASKS, f"data.root={lab}/data"),
+    ):
+        assert recipe.data.root == f"{lab}/data"
+        assert all_sources(recipe) == ["folder:photos", "npz:packs/b.npz"]
+
+
+def test_on_the_command_line_paths_refer_to_the_current_folder(lab) -> None:
+    recipe = load(lab / "r.toml", BASE + TASKS, "base.weights=x.safetensors", "tasks.1.source=npz:y.npz")
+    here = Path.cwd()
+    assert recipe.base.weights == f"{here}/x.safetensors"
+    assert all_sources(recipe) == [f"folder:{lab}/photos", f"npz:{here}/y.npz"]
+
+
+@pytest.mark.parametrize(
+    "source", ["folder:~/photos", "npz:${DATA}/b.npz", "folder:/abs", "builtin:digits", "torchvision:MNIST", "hf:o/n"]
+)
+def test_what_is_no_relative_path_stays_as_it_is(lab, source) -> None:
+    recipe = load(lab / "r.toml", BASE + f'[[tasks]]\nname = "a"\nsource = "{source}"\n')
+    assert all_sources(recipe) == [source]
+
+
+def test_a_data_set_of_the_hub_that_is_a_folder_here_is_that_folder(lab) -> None:
+    (lab / "pets").mkdir()
+    recipe = load(lab / "r.toml", BASE + '[[tasks]]\nname = "a"\nsource = "hf:pets:small"\n')
+    assert all_sources(recipe) == [f"hf:{lab}/pets:small"]
+
+
+def test_the_recipe_of_a_run_says_the_same_from_any_folder(lab) -> None:
+    recipe = load(lab / "r.toml", BASE + TASKS + PROBE)
+    assert load(lab / "sub" / "recipe.toml", recipe.dumps()) == recipe
+
+
+def test_a_run_that_was_started_with_relative_paths_goes_on_in_another_folder(lab, monkeypatch) -> None:
+    from pictures import dotted
+
+    for name in ("cat", "dog"):
+        (lab / "photos" / name).mkdir(parents=True)
+        for i in range(3):
+            dotted((60 * i, 80, 99), (20, 20)).save(lab / "photos" / name / f"{i}.png")
+    text = RECIPE.replace("builtin:digits", "folder:photos")
+    (lab / "r.toml").write_text(text)
+    sets = ["--set", "train.iterations=2", "--set", "train.batch_size=2"]
+    monkeypatch.chdir(lab)
+    assert r1export("train", "r.toml", "--out", "run", *sets).returncode == 0
+    monkeypatch.chdir("/")
+    result = r1export("export", lab / "run")
+    assert result.returncode == 0, result.output
