@@ -406,7 +406,7 @@ def main() -> None:
         "--packages", type=Path, required=True, help="folder with the two wheels and the unpacked WordNet"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the config")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
