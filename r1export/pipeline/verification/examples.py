@@ -56,7 +56,8 @@ def _probabilities(clip: Clip, task: Task, pixels: Tensor) -> Tensor:
     """Of each class for uint8 images (n, 3, h, w): float (n, C)."""
     classes = torch.from_numpy(class_embeddings(clip, task)).to(clip.device)
     logits = clip.model.logit_scale.exp() * clip.encode_image(pixels) @ classes.T
-    return logits.softmax(-1)
+    shares: Tensor = logits.softmax(-1)
+    return shares
 
 
 def _webp(image: Image.Image) -> str:
