@@ -67,7 +67,7 @@ class Base(_Section):
     """The CLIP model that is fine-tuned: an open_clip name with a pretrained tag, local weights, or `builtin:NAME`."""
 
     model: str = ""
-    """open_clip model name, or `builtin:world` for the small model that comes with r1export."""
+    """open_clip model name, or `builtin:photo` or `builtin:world` for the small models that come with r1export: one knows photographs, one drawn shapes."""
     pretrained: str = ""
     """Pretrained tag of open_clip for `model`."""
     weights: str = ""
