@@ -70,7 +70,8 @@ class Base(_Section):
     """The CLIP model that is fine-tuned: an open_clip name with a pretrained tag, a folder or repository, local weights, or `builtin:NAME`."""
 
     model: str = ""
-    """open_clip model name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME` (as open_clip saves them), or `builtin:world`, which comes with r1export."""
+    """open_clip model name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME` (as open_clip saves them), or a model that comes with r1export: `builtin:photo`
+    knows photographs, `builtin:world` drawn shapes."""
     pretrained: str = ""
     """Pretrained tag of open_clip for `model`."""
     weights: str = ""
