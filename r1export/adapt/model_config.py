@@ -12,7 +12,7 @@ from typing import Any
 
 import open_clip
 
-from r1export.errors import InputError
+from r1export.errors import InputError, refused
 
 REQUIRED = frozenset({"embed_dim", "vision_cfg", "text_cfg"})
 HUB_ARGUMENTS = {"clean": ("lower", "whitespace", "canonicalize"), "strip_sep_token": (True, False)}  # tokenizer_kwargs
@@ -112,6 +112,8 @@ def _read(path: Path) -> Json:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(values, ensure_ascii=False).encode()  # lone surrogates, which no file or terminal takes
+    except PermissionError as error:
+        raise refused(error) from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: not a readable open_clip config: {error}",
