@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -63,3 +65,18 @@ def stripes():
     return Task(
         "stripes", ("horizontal stripes", "vertical stripes"), ("a photo of {}.", "{}"), images(0, 24), images(1000, 16)
     )
+
+
+@pytest.fixture(scope="session")
+def family_run(tmp_path_factory) -> Callable[[str], Path]:
+    """Name of a family in families.py -> the folder of a run of it, trained and exported; made once."""
+
+    @cache
+    def run(name: str) -> Path:
+        from families import family_recipe, write_family
+        from running import trained_run
+
+        folder = tmp_path_factory.mktemp(name)
+        return trained_run(folder, family_recipe(write_family(name, folder / "base")))
+
+    return run

@@ -17,6 +17,7 @@ import numpy as np
 
 from r1export.errors import refused
 from r1export.export.int8 import SCALE
+from r1export.export.model_card import model_card
 from r1export.export.precision import PROCEDURES
 from r1export.export.tokenizer import write_tokenizer
 from r1export.export.weight_map import WeightMap
@@ -196,66 +197,3 @@ def rows_of(parameter: str, shape: Sequence[int], adapted: Iterable[Rows]) -> tu
     """
     found = sorted((rows.start, rows.stop) for rows in adapted if rows.parameter == parameter)
     return tuple(found) or tuple((0, height) for height in shape[:1])
-
-
-def model_card(manifest: ReleaseManifest) -> str:
-    """README.md of the release."""
-    rows = "\n".join(
-        f"| {t.name} | {t.classes} | {_percent(t.accuracy)} | {'yes' if t.learned else 'no'} |" for t in manifest.tasks
-    )
-    digests = "\n".join(
-        f"    {entry.sha256}  {name}"
-        for name, entry in manifest.files.items()
-        if name.endswith((".onnx", ".safetensors"))
-    )
-    return CARD.format(
-        name=manifest.name,
-        base=manifest.base.name,
-        base_sha256=manifest.base.sha256,
-        licence=manifest.base.licence or "not known to r1export; ask where they come from",
-        precision=manifest.precision,
-        count=sum(task.learned for task in manifest.tasks),
-        rows=rows,
-        digests=digests,
-        version=manifest.versions.get("r1export", "?"),
-    )
-
-
-def _percent(value: float | None) -> str:
-    return "not measured" if value is None else f"{100 * value:.1f} %"
-
-
-CARD = """# {name}
-
-CLIP as ONNX in {precision}, made by r1export {version} from base model `{base}`, with {count} learned task(s) merged into its weights.
-The graphs are those of the base model, byte for byte; only the weights differ.
-Licence of the base weights: {licence}. Their SHA-256: `{base_sha256}`.
-
-| task | classes | top-1 | learned |
-|---|---|---|---|
-{rows}
-
-## Use
-
-```python
-import json, numpy as np, onnxruntime as ort
-from pathlib import Path
-from safetensors.numpy import load_file
-from PIL import Image
-p = json.loads(Path("preprocess.json").read_text())
-image = Image.open("image.png").convert("RGB").resize(p["size"][::-1], Image.BICUBIC)  # or resize the short side and crop
-pixels = (np.asarray(image, np.float32) / 255 - p["mean"]) / p["std"]
-classes = load_file("classes/TASK.safetensors")["class_embeds"]
-session = ort.InferenceSession("classify.onnx", providers=["CPUExecutionProvider"])
-logits = session.run(None, {{"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32), "class_embeds": classes}})[0]
-print(json.loads(Path("classes/TASK.json").read_text())["classes"][logits.argmax()])
-```
-
-`preprocess.onnx`, where it is there, turns an image of any size (uint8, height x width x 3) into pixel_values.
-`visual.onnx` and `textual.onnx` give L2-normalised embeddings; `golden.safetensors` holds inputs and expected outputs
-for a self-test; `manifest.json` lists every file's SHA-256 and where each parameter lies.
-
-## Digests
-
-{digests}
-"""

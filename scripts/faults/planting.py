@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from r1export.errors import R1ExportError
-from r1export.export.write_release import model_card
+from r1export.export.model_card import model_card
 from r1export.update.atomic_io import sha256_bytes, sha256_file
 from r1export.update.container import NAMES, read_layout, read_tensors, write_tensors
 from r1export.update.release_layout import GOLDEN, MANIFEST, MODEL_CARD, VISUAL, class_embeddings_file, class_names_file

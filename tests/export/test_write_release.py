@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from PIL import Image
 
 from r1export.errors import R1ExportError
 from r1export.export.graph import export_graphs
@@ -124,28 +122,6 @@ def test_other_weights_change_the_weights_and_what_follows_and_no_graph(release,
     write_release(content_of(clip, weights=weights), graphs, tmp_path / "other")
     one, other = (ReleaseManifest.read(path).files for path in (release, tmp_path / "other"))
     assert {name for name in one if one[name] != other[name]} == {"visual.safetensors"}
-
-
-def test_the_ten_lines_of_the_model_card_classify_an_image(release, clip, tmp_path, monkeypatch, capsys) -> None:
-    code = re.search(r"```python\n(.*?)```", (release / "README.md").read_text(encoding="utf-8"), re.S)[1]
-    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (16, 16, 3), np.uint8))
-    image.save(tmp_path / "image.png")
-    monkeypatch.chdir(release)
-    exec(
-        compile(
-            code.replace("TASK", "colours").replace('"image.png"', repr(str(tmp_path / "image.png"))),
-            "README.md",
-            "exec",
-        ),
-        {},
-    )
-    with torch.no_grad():
-        scores = (
-            clip.encode_image(torch.from_numpy(clip.preprocess.crop(image))[None])
-            @ clip.encode_text(clip.tokenize(["red", "blue"])).T
-        )
-    assert capsys.readouterr().out.strip() == ("red", "blue")[scores.argmax()]
-    assert len(code.strip().splitlines()) <= 12
 
 
 def test_the_model_card_shows_an_accuracy_of_exactly_zero(release) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from running import Result, r1export
 
-from r1export.export.write_release import model_card
+from r1export.export.model_card import model_card
 from r1export.update.release_manifest import ReleaseManifest
 
 Verify = Callable[..., Result]

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from device.steps import in_this_process
+from families import FAMILIES
 from PIL import ExifTags, Image, PngImagePlugin
 from running import reseal
 
@@ -136,6 +137,18 @@ def test_a_picture_is_decoded_as_for_training(browser, lab, serve, picture: Path
     error = np.abs(np.array(saved(browser)["embedding"]) - embedding).max()
     plain, _ = answer_of_onnxruntime(lab.release(2), picture, "digits")
     assert error < 0.01 < np.abs(plain - embedding).max()  # levels differ by one where browsers premultiply
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_release_of_another_family_answers_as_onnxruntime_does(
+    family: str, browser, family_run, serve, picture
+) -> None:
+    release = family_run(family) / "releases" / "01-digits"
+    assert settle(browser, serve(release)) == "Pass"
+    classify(browser, picture)
+    found, (embedding, logits) = saved(browser), answer_of_onnxruntime(release, picture, "digits")
+    assert np.abs(np.array(found["embedding"]) - embedding).max() < CLOSE
+    assert {score["name"]: score["logit"] for score in found["scores"]} == pytest.approx(logits, abs=100 * CLOSE)
 
 
 @pytest.mark.parametrize("file", ["visual.safetensors", "manifest.json"])

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from torch.nn import LayerNorm
 
+from r1export.export.model_card import model_card
 from r1export.export.preprocess import has_graph
-from r1export.export.write_release import model_card, rows_of
+from r1export.export.write_release import rows_of
 from r1export.pipeline.context import RunContext
 from r1export.pipeline.golden import golden_inputs
 from r1export.pipeline.variant import ReleaseRef

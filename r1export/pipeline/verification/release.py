@@ -10,9 +10,9 @@ import numpy as np
 
 from r1export.adapt.clip import digest
 from r1export.errors import R1ExportError, Unsupported
+from r1export.export.model_card import model_card
 from r1export.export.precision import PROCEDURES
 from r1export.export.preprocess import has_graph
-from r1export.export.write_release import model_card
 from r1export.pipeline.environment import environment, now
 from r1export.pipeline.verification.contents import WEIGHT_FILES, check_manifest_and_files
 from r1export.pipeline.verification.latency import opener, timeable
