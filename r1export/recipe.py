@@ -70,7 +70,8 @@ class Base(_Section):
     """The CLIP model that is fine-tuned: an open_clip name with a pretrained tag, a folder or repository, local weights, or `builtin:NAME`."""
 
     model: str = ""
-    """open_clip model name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME` (as open_clip saves them), or `builtin:world`, which comes with r1export."""
+    """open_clip model name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME` (as open_clip saves them), or a model that comes with r1export: `builtin:photo`
+    knows photographs, `builtin:world` drawn shapes."""
     pretrained: str = ""
     """Pretrained tag of open_clip for `model`."""
     weights: str = ""
@@ -250,7 +251,7 @@ class Verify(_Section):
     margin: float = Field(0.02, gt=0, lt=1)
     """Merged and base latency count as equal within this share."""
     pairs: int = Field(400, ge=20)
-    """Interleaved base/merged pairs of the latency check; fewer where they would take more than 40 seconds."""
+    """Interleaved base/merged pairs of the latency check, at least: it goes on until the interval is narrow; fewer if they take over 40 s."""
     images: int = Field(0, ge=0)
     """Test images of each task on which the freezing and shrink gaps (G2, G3) and the embedding drift are measured; 0 takes 200, fewer for large models."""
 

@@ -24,7 +24,7 @@ def table(title: str, section: type) -> str:
     rows = []
     for name, field in section.model_fields.items():
         default = "required" if field.is_required() else f"`{field.default!r}`"
-        rows.append(f"| `{name}` | {default} | {field.description} |")
+        rows.append(f"| `{name}` | {default} | {' '.join(field.description.split())} |")
     return f"\n## {title}\n\n| field | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 

@@ -7,7 +7,7 @@ from running import RECIPE, r1export
 
 from r1export.recipe import Recipe, load_recipe
 
-BASE = '[base]\nmodel = "tiny"\nweights = "w.safetensors"\nconfig = "/abs/c.json"\n'
+BASE = '[base]\nweights = "w.safetensors"\nconfig = "/abs/c.json"\n'
 TASKS = '[[tasks]]\nname = "a"\nsource = "folder:photos"\n[[tasks]]\nname = "b"\nsource = "npz:packs/b.npz"\n'
 PROBE = '[probe]\nsource = "folder:probe"\n'
 

@@ -190,6 +190,7 @@ def _reading(weights: Path) -> Iterator[None]:
         problem = "not a file" if weights.exists() else "no such file"
         raise InputError(f"{weights}: {problem}", f"give the path of a {SUFFIX} file as base.weights")
     try:
+        weights.open("rb").close()  # safetensors says that a file is missing where it may not be read
         yield
     except InputError:
         raise

@@ -20,7 +20,7 @@ from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, SimpleTokenizer, get_cle
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from r1export.errors import InputError, Unsupported, first_line
+from r1export.errors import InputError, Unsupported, first_line, refused
 
 Json = dict[str, Any]  # tokenizer.json and the files beside it, which other programs define
 CleanName = Literal["lower", "whitespace", "canonicalize"]
@@ -277,6 +277,8 @@ def _object(path: Path) -> Json:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_BYTES}", _REMEDY)
         value = json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError as error:
+        raise refused(error) from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a readable JSON file: {first_line(error)}", _REMEDY) from error
     if not isinstance(value, dict):

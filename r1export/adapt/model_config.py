@@ -16,7 +16,7 @@ from typing import Any
 import open_clip
 from open_clip.hf_configs import arch_dict
 
-from r1export.errors import InputError, Unsupported
+from r1export.errors import InputError, Unsupported, refused
 
 REQUIRED = frozenset({"embed_dim", "vision_cfg", "text_cfg"})
 HUB_ARGUMENTS = {"clean": ("lower", "whitespace", "canonicalize"), "strip_sep_token": (True, False)}  # tokenizer_kwargs
@@ -189,6 +189,8 @@ def _read(path: Path) -> Json:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(values, ensure_ascii=False).encode()  # lone surrogates, which no file or terminal takes
+    except PermissionError as error:
+        raise refused(error) from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: not a readable open_clip config: {error}",

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from r1export.data.packed import PACKS, load_packed
 from r1export.data.photos import load_photos
 from r1export.data.request import Request
 from r1export.data.task import ImageSet, Task
@@ -39,7 +40,10 @@ class ModelFiles(NamedTuple):
 
 
 _HERE = Path(__file__).parent / "builtin"
-BUILTIN_MODELS = {"world": ModelFiles(_HERE / "world-s32.safetensors", _HERE / "world-s32.json")}
+BUILTIN_MODELS = {
+    name: ModelFiles(_HERE / f"{file}.safetensors", _HERE / f"{file}.json")
+    for name, file in (("world", "world-s32"), ("photo", "photo-lite0-128"))
+}
 
 # Hue range in degrees, saturation range, value range.
 COLOURS = {
@@ -265,6 +269,7 @@ _TASKS: dict[str, Callable[[], Task]] = {
     "arrows": lambda: _drawn_task("arrows", _DIRECTIONS, "an arrow pointing {}.", _draw_arrow, 100, 40),
     "digits": _digits,
     "photos": load_photos,
+    **{name: partial(load_packed, name) for name in PACKS},
 }
 
 

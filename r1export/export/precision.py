@@ -15,7 +15,7 @@ import numpy as np
 
 from r1export.errors import Unsupported
 from r1export.export.fp16 import half_graphs
-from r1export.export.int8 import INPUT_SCALE, INPUT_ZERO, SCALE, Ranges, input_scale, quantized_graphs
+from r1export.export.int8 import SCALE, STEP, ZERO, Ranges, input_scale, quantized_graphs, range_of
 from r1export.export.weight_map import WeightMap
 from r1export.update.factors import PROCEDURE, ExpertUpdate
 from r1export.update.int8 import PROCEDURE_INT8, dequantize, quantize
@@ -49,12 +49,14 @@ def rounded_base(base: Mapping[str, np.ndarray], weights: WeightMap) -> dict[str
 
 
 def stored_tensors(parameters: Mapping[str, np.ndarray], weights: WeightMap, ranges: Ranges) -> dict[str, np.ndarray]:
-    """Merged parameters as the files hold them: int8 weights as integers, with the scales of their rows and inputs."""
+    """Merged parameters as the files hold them: int8 weights as integers, with the scales of their rows and of quantised values."""
     tensors: dict[str, np.ndarray] = {}
     for name, (_, placement) in weights.placements().items():
         if placement.dtype == "I8":
             tensors[name], tensors[name + SCALE] = quantize(parameters[name])
-            tensors[name + INPUT_SCALE], tensors[name + INPUT_ZERO] = input_scale(*ranges[name])
+        elif name.endswith(ZERO):
+            value = name.removesuffix(ZERO)
+            tensors[value + STEP], tensors[name] = input_scale(*ranges[range_of(value)])
         elif name in parameters:
             tensors[name] = parameters[name]
     return tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from r1export.report.json_format import to_json
 from r1export.update.atomic_io import PARTIAL
 from r1export.update.plain_text import printable
 from r1export.update.release_layout import REPORTS
-from r1export.verify.results import Accuracy, ReleaseReport, Report, RunReport, Verdict
+from r1export.verify.results import Accuracy, Example, ReleaseReport, Report, RunReport, Verdict
 
 WORDS = {
     Verdict.PASS: "Passed",
@@ -152,6 +153,7 @@ def _page(report: Report, pictures: bool) -> dict[str, object]:
         "releases": tables.releases(run) if run else None,
         "variants": tables.variants(parts),
         "inputs": tables.inputs(run) if run else None,
+        "examples": _by_task(run.examples) if run else {},
         "sections": [_section(part, f"r{n}", pictures) for n, part in enumerate(parts)],
         "accuracy": tables.accuracies(report.accuracy),
         "summary": tables.accuracy_summary(report),
@@ -159,6 +161,11 @@ def _page(report: Report, pictures: bool) -> dict[str, object]:
         "environment": list(tables.settings(to_json(report)["environment"])),
         "recipe": list(tables.settings(run.recipe)) if run else [],
     }
+
+
+def _by_task(examples: Sequence[Example]) -> dict[str, list[Example]]:
+    tasks = dict.fromkeys(example.task for example in examples)
+    return {task: [example for example in examples if example.task == task] for task in tasks}
 
 
 def _origin(report: Report) -> str:

@@ -20,14 +20,16 @@ from r1export.errors import CheckFailed, first_line
 
 SMALL = 1024  # bytes; integers up to this size are shapes, axes and indices and belong to the structure
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
+QUANTIZED = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32}  # weights, zeros and biases of integer kernels
 
 
 def graph_digest(graph: Path | onnx.ModelProto, *, structural: bool = False) -> str:
     """SHA-256 over what `graph` computes.
 
-    `structural` knows no inline float by its value: the optimiser of onnxruntime folds and inlines weights, and two
-    models with different weights are still the same program. Laws: renaming values, nodes, dimensions, or the weights'
-    bytes changes nothing; another node, attribute, edge, dtype, shape, opset, or constant does.
+    `structural` knows no inline float by its value, and no integer that a quantised kernel computes with: the optimiser of
+    onnxruntime folds and inlines weights, and two models with different weights are still the same program. Laws: renaming
+    values, nodes, dimensions, or the weights' bytes changes nothing; another node, attribute, edge, dtype, shape, opset, or
+    constant does.
 
     Raises CheckFailed if the file is missing or no sound ONNX graph.
     """
@@ -145,7 +147,7 @@ class _Digest:
         if isinstance(tensor, onnx.SparseTensorProto):
             return ["sparse", list(tensor.dims), self._tensor(tensor.values), self._tensor(tensor.indices)]
         known = [tensor.data_type, list(tensor.dims)]
-        if tensor.data_location == TensorProto.EXTERNAL or (self.structural and tensor.data_type in FLOATS):
+        if tensor.data_location == TensorProto.EXTERNAL or (self.structural and tensor.data_type in FLOATS | QUANTIZED):
             return [*known, None]
         if tensor.data_type == TensorProto.STRING:
             return [*known, [text.hex() for text in tensor.string_data]]

@@ -550,6 +550,25 @@ class TaskInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The class that a model names, and its probability among the classes of the task."""
+
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A test picture, and what the base model and the last release say of it. `picture` is a small WebP file in base64."""
+
+    task: str
+    name: str
+    picture: str
+    before: Answer
+    after: Answer
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunReport:
     """The evidence for a run: all of its releases in every precision."""
 
@@ -562,6 +581,7 @@ class RunReport:
     accuracy: Accuracy
     gaps: RunGaps | None = None
     inputs: tuple[TaskInputs, ...] = ()
+    examples: tuple[Example, ...] = ()
 
     @property
     def name(self) -> str:

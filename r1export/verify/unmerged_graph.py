@@ -1,6 +1,7 @@
-"""The positive control: the base graph with its low-rank branches beside the linears, as a runtime adapter would run it.
+"""The positive control: the base graph with its low-rank branches beside the layers, as a runtime adapter would run it.
 
     Y = X W^T + bias + (X V^T) U^T      beside every linear that the update touches, U with zeros in rows without experts
+    Y = conv(X, W) + bias + U * conv(X, V)      beside every convolution, V with W's kernel, stride and padding, U as 1 x 1
 
 Built from the exported graph itself, so the branches are the only difference. A proof that cannot tell it from the base
 model would not notice an export that forgot to merge.
@@ -24,7 +25,7 @@ def add_branches(graph: Path, update: ExpertUpdate, out: Path) -> Path:
 
     Parameters of the update that are not in this graph are passed over.
 
-    Raises Unsupported: no parameter of the update is a linear of this graph.
+    Raises Unsupported: no parameter of the update is a linear or convolution of this graph.
     """
     model = onnx.load(graph, load_external_data=False)
     groups: dict[str, list[tuple[Rows, Factors]]] = {}
@@ -36,14 +37,14 @@ def add_branches(graph: Path, update: ExpertUpdate, out: Path) -> Path:
     dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     for node in model.graph.node:
         parameter = next((name for name in node.input[1:2] if name in groups), None)
-        if node.op_type not in ("MatMul", "Gemm") or parameter is None:
+        if node.op_type not in ("MatMul", "Gemm", "Conv") or parameter is None:
             nodes.append(node)
             continue
         touched.add(parameter)
-        nodes += _branched(node, parameter, _height(node, dims[parameter]), groups[parameter], tensors)
+        nodes += _branched(node, dims[parameter], groups[parameter], tensors)
     if not touched:
         raise Unsupported(
-            f"{graph.name} has no linear that the update changes", "the control needs a tower with experts"
+            f"{graph.name} has no layer that the update changes", "the control needs a tower with experts"
         )
     del model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -53,27 +54,49 @@ def add_branches(graph: Path, update: ExpertUpdate, out: Path) -> Path:
 
 
 def _branched(
-    node: NodeProto, parameter: str, height: int, groups: Sequence[tuple[Rows, Factors]], tensors: list[TensorProto]
+    node: NodeProto, dims: Sequence[int], groups: Sequence[tuple[Rows, Factors]], tensors: list[TensorProto]
 ) -> list[NodeProto]:
-    """The linear, its branches, and the sum under the linear's old name. `height` is the number of its outputs."""
-    name, found = node.output[0], NodeProto()
+    """The layer, its branches, and the sum under the layer's old name. `dims` are those of its weight."""
+    name, found, axis = node.output[0], NodeProto(), 1 if node.op_type == "Conv" else -1
     found.CopyFrom(node)
     found.output[0] = f"{name}.base"
     parts, branches = [], []
-    for i, (u, v) in enumerate(_side_by_side(groups, height)):
-        low, high = f"{name}.branch{i}.v", f"{name}.branch{i}.u"
-        for edge, value in ((low, v), (high, u)):
-            tensors.append(numpy_helper.from_array(np.ascontiguousarray(value.T.astype(np.float32)), f"{edge}.weight"))
-        branches += [
-            helper.make_node("MatMul", [node.input[0], f"{low}.weight"], [low], name=low),
-            helper.make_node("MatMul", [low, f"{high}.weight"], [high], name=high),
-        ]
-        parts.append(high)
+    for i, (u, v) in enumerate(_side_by_side(groups, _height(node, dims))):
+        branch = f"{name}.branch{i}"
+        branches += (
+            _convolved(node, branch, u, v, dims, tensors) if axis == 1 else _multiplied(node, branch, u, v, tensors)
+        )
+        parts.append(branches[-1].output[0])
     side = parts[0]
     if len(parts) > 1:
         side = f"{name}.side"
-        branches.append(helper.make_node("Concat", parts, [side], name=side, axis=-1))
+        branches.append(helper.make_node("Concat", parts, [side], name=side, axis=axis))
     return [found, *branches, helper.make_node("Add", [f"{name}.base", side], [name], name=f"{name}.sum")]
+
+
+def _multiplied(
+    node: NodeProto, branch: str, u: np.ndarray, v: np.ndarray, tensors: list[TensorProto]
+) -> list[NodeProto]:
+    low, high = f"{branch}.v", f"{branch}.u"
+    tensors += [_tensor(f"{low}.weight", v.T), _tensor(f"{high}.weight", u.T)]
+    return [
+        helper.make_node("MatMul", [node.input[0], f"{low}.weight"], [low], name=low),
+        helper.make_node("MatMul", [low, f"{high}.weight"], [high], name=high),
+    ]
+
+
+def _convolved(
+    node: NodeProto, branch: str, u: np.ndarray, v: np.ndarray, dims: Sequence[int], tensors: list[TensorProto]
+) -> list[NodeProto]:
+    low, high = f"{branch}.v", f"{branch}.u"
+    tensors += [_tensor(f"{low}.weight", v.reshape(len(v), *dims[1:])), _tensor(f"{high}.weight", u[:, :, None, None])]
+    moved = helper.make_node("Conv", [node.input[0], f"{low}.weight"], [low], name=low)
+    moved.attribute.extend(node.attribute)
+    return [moved, helper.make_node("Conv", [low, f"{high}.weight"], [high], name=high)]
+
+
+def _tensor(name: str, value: np.ndarray) -> TensorProto:
+    return numpy_helper.from_array(np.ascontiguousarray(value.astype(np.float32)), name)
 
 
 def _side_by_side(groups: Sequence[tuple[Rows, Factors]], height: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -85,6 +108,6 @@ def _side_by_side(groups: Sequence[tuple[Rows, Factors]], height: int) -> Iterat
 
 
 def _height(node: NodeProto, dims: Sequence[int]) -> int:
-    """How many outputs a linear has: its weight is (in, out), of a Gemm with transB (out, in)."""
+    """How many outputs a layer has: the weight of a linear is (in, out), of a Gemm with transB or a Conv (out, in, ...)."""
     turned = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-    return dims[0] if turned else dims[1]
+    return dims[0] if turned or node.op_type == "Conv" else dims[1]

@@ -10,7 +10,20 @@ import pytest
 from report.examples import release, run, stage
 
 from r1export.report.write import remove_reports, render_html, render_junit, render_markdown, write_report
-from r1export.verify.results import TITLES, Check, Flip, Latency, Parity, ParityStages, Proof, Report, Rung, Verdict
+from r1export.verify.results import (
+    TITLES,
+    Answer,
+    Check,
+    Example,
+    Flip,
+    Latency,
+    Parity,
+    ParityStages,
+    Proof,
+    Report,
+    Rung,
+    Verdict,
+)
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=y> ]]> & | `a` *b* [c](http://d) $\\frac{1}{2}$ 花卉 \x00\x1b\u202e\ud800 url(#x)"
 
@@ -49,6 +62,15 @@ def with_total(**changes) -> ParityStages:
 def test_a_passed_report_says_so_first() -> None:
     assert render_markdown(release()).startswith("# Release 03-flowers-17: Passed\n")
     assert f"{len(list(release().checks()))} checks: {len(list(release().checks()))} passed." in render_html(release())
+
+
+def test_a_page_shows_examples_with_the_answers_before_and_after() -> None:
+    right, wrong = Answer(name="glass", probability=0.914), Answer(name="metal & co", probability=0.5)
+    report = run(examples=(Example(task="trash", name="glass", picture="UklGRg==", before=wrong, after=right),))
+    html = render_html(report)
+    assert ("img", {"src": "data:image/webp;base64,UklGRg==", "alt": "glass"}) in Page(html).tags
+    assert html.index("\N{MULTIPLICATION X} metal &amp; co, 50 %") < html.index("\N{CHECK MARK} glass, 91 %")
+    assert "Examples" not in render_html(run())
 
 
 def test_a_failed_report_gives_its_reason_before_anything_else() -> None:

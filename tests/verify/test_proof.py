@@ -235,7 +235,7 @@ def test_a_control_for_a_graph_that_the_update_does_not_touch_is_refused(
     other = ExpertUpdate(
         {type(rows)("elsewhere.weight", rows.start, rows.stop): pair for rows, pair in update.factors.items()}
     )
-    with pytest.raises(Unsupported, match="no linear that the update changes"):
+    with pytest.raises(Unsupported, match="no layer that the update changes"):
         add_branches(write_graph("base"), other, tmp_path / "out.onnx")
 
 

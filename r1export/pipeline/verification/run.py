@@ -14,6 +14,7 @@ from r1export.errors import InputError, Unsupported
 from r1export.pipeline.context import RunContext
 from r1export.pipeline.environment import absent, environment, now
 from r1export.pipeline.variant import REFERENCE, ReleaseRef, Variant
+from r1export.pipeline.verification.examples import examples
 from r1export.pipeline.verification.freezing_gaps import summarize
 from r1export.pipeline.verification.inputs import gallery
 from r1export.pipeline.verification.parity import TorchRun
@@ -56,7 +57,7 @@ def verify_run(
         remove_reports(ref.path)
     remove_reports(context.run.path)
     reports = list(_verify_releases(context, updates, conditions))
-    report = _run_report(context, releases, reports, conditions)
+    report = _run_report(context, updates, releases, reports, conditions)
     write_report(report, context.run.path)
     return report
 
@@ -100,7 +101,11 @@ def _written(report: ReleaseReport, ref: ReleaseRef) -> ReleaseReport:
 
 
 def _run_report(
-    context: RunContext, refs: Sequence[ReleaseRef], reports: Sequence[ReleaseReport], conditions: Conditions
+    context: RunContext,
+    updates: Sequence[ExpertUpdate],
+    refs: Sequence[ReleaseRef],
+    reports: Sequence[ReleaseReport],
+    conditions: Conditions,
 ) -> RunReport:
     by_variant = sorted(
         reports, key=lambda report: [v.precision for v in Variant.all_of(context)].index(report.release.precision)
@@ -120,6 +125,7 @@ def _run_report(
         accuracy=accuracy_of(context.run.metrics()),
         gaps=summarize(gaps),
         inputs=context.run.inputs(),
+        examples=examples(context, updates),
     )
 
 

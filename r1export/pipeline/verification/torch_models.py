@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ def torch_models(context: RunContext, number: int, updates: list[ExpertUpdate]) 
     Unmerged is what was trained: the weights before the task, with the selected experts added.
     """
     clip = context.clip
-    merged = Clip(clip.name, copy.deepcopy(clip.model), clip.preprocess, clip.tokenizer)
+    merged = replace(clip, model=copy.deepcopy(clip.model))
     try:
         merged.load_(context.merged(updates))
         if not number:
@@ -123,4 +123,5 @@ def _attention_hook(name: str, boundaries: list[Boundary]) -> Callable[..., None
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().float().cpu().numpy()
+    """A copy: activations of convolutional towers write over what they get."""
+    return tensor.detach().float().cpu().numpy().copy()

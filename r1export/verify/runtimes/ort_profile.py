@@ -38,8 +38,10 @@ class Kernel:
         if self.op in MOVES or not self.outputs:
             return 0
         out, shapes = prod(self.outputs[0][1]), [shape for _, shape in self.inputs]
-        if "Conv" in self.op and len(shapes) > 1:
-            return 2 * out * prod(shapes[1]) // shapes[1][0]
+        if "Conv" in self.op:
+            # The weight is the one input of as many axes; where it was packed when the session was opened, none is shown.
+            weight = next((shape for shape in shapes[1:] if len(shape) == len(shapes[0]) > 1), None)
+            return 2 * out * prod(weight[1:]) if weight else out
         if "Attention" in self.op and len(shapes) > 1 and len(shapes[1]) > 2:
             return 4 * prod(shapes[0]) * shapes[1][-2]  # Q K^T and P V
         if "MatMul" in self.op or "Gemm" in self.op:
