@@ -67,7 +67,7 @@ def write_model(folder: Path, family: Family) -> None:
 
     vision = {"timm_model_name": family.trunk, "timm_pool": "avg", "timm_proj": "linear", "image_size": family.size}
     config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": TEXT}
-    (folder / "tiny.json").write_text(json.dumps(config))
+    (folder / "tiny.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     torch.manual_seed(0)
     model = open_clip.CLIP(**config)
     for module in model.modules():
