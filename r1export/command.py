@@ -121,6 +121,6 @@ def run_command(commands: typer.Typer) -> NoReturn:
         commands()
     except Exception:
         traceback.print_exc()
-        print("This is an internal error of r1export: please report it.", file=sys.stderr)
+        sys.stderr.write("This is an internal error of r1export: please report it.\n")
         sys.exit(INTERNAL_ERROR)
     sys.exit(0)

@@ -7,7 +7,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,16 +50,17 @@ class Finding:
     verdict: str
 
 
-PACKAGES = (
+MODULES = (
     "torch",
     "torchvision",
-    "open_clip_torch",
+    "open_clip",
     "onnx",
     "onnxscript",
-    "onnx-ir",
-    "onnxruntime-gpu",
+    "onnx_ir",
+    "onnxruntime",
     "numpy",
     "safetensors",
+    "tokenizers",
     "cryptography",
 )
 EXTRAS = ("openvino",)  # what is missing here is measured less, not worse
@@ -210,9 +213,10 @@ def _update(update: Mapping[str, Any]) -> str:
 
 
 def examine_environment() -> list[Finding]:
-    """One finding per package, device and trial."""
+    """One finding per module, device and trial."""
     findings = [Finding("python", platform.python_version(), "pass")]
-    findings += [_package(package) for package in (*PACKAGES, *EXTRAS)]
+    packages = packages_distributions()
+    findings += [_module(name, packages) for name in (*MODULES, *EXTRAS)]
     for name, trial in (
         ("torch and torchvision", _try_torch),
         ("onnxruntime runs a graph", _try_onnxruntime),
@@ -227,11 +231,30 @@ def examine_environment() -> list[Finding]:
     return findings
 
 
-def _package(name: str) -> Finding:
+def _module(name: str, packages: Mapping[str, list[str]]) -> Finding:
+    """A module as Python finds it, whichever package it comes from: several have an onnxruntime."""
+    if find_spec(name) is None:
+        return Finding(name, "not installed", "fail" if name in MODULES else "not measured")
+    owners = sorted(set(packages.get(name, [])))
+    found = ", ".join(
+        version(owner) if _plain(owner) == _plain(name) else f"{owner} {version(owner)}" for owner in owners
+    )
+    if len(owners) > 1:
+        found += f"; Python gets {_origin(name)}: they overwrite each other, so uninstall all of them and install one"
+    return Finding(name, found or "from an unknown package", "pass")
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def _origin(name: str) -> str:
+    """The package that wrote the files that Python imports, as onnxruntime's own build says; else where they lie."""
+    module = import_module(name)
     try:
-        return Finding(name, version(name), "pass")
-    except PackageNotFoundError:
-        return Finding(name, "not installed", "fail" if name in PACKAGES else "not measured")
+        return str(import_module(f"{name}.capi.build_and_package_info").package_name)
+    except (ImportError, AttributeError):
+        return str(module.__file__)
 
 
 def _try_torch() -> str:

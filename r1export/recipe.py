@@ -63,29 +63,58 @@ class _Section(BaseModel):
         return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
+Colour = tuple[float, float, float]
+
+
 class Base(_Section):
-    """The CLIP model that is fine-tuned: an open_clip name with a pretrained tag, local weights, or `builtin:NAME`."""
+    """The CLIP model that is fine-tuned: an open_clip name with a pretrained tag, a folder or repository, local weights, or `builtin:NAME`."""
 
     model: str = ""
-    """open_clip model name, or `builtin:photo` or `builtin:world` for the small models that come with r1export: one knows photographs, one drawn shapes."""
+    """open_clip model name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME` (as open_clip saves them), or one that comes with r1export:
+    `builtin:photo` knows photographs, `builtin:world` drawn shapes."""
     pretrained: str = ""
     """Pretrained tag of open_clip for `model`."""
     weights: str = ""
     """Local `.safetensors` file instead of a tag."""
     config: str = ""
-    """open_clip config JSON for `weights`, where `model` is not one of open_clip's own names."""
+    """open_clip config JSON for `weights`, with or without `preprocess_cfg`, where `model` is not one of open_clip's own names."""
     tokenizer: str = ""
     """Local `tokenizer.json`, or a folder with one, in place of the tokenizer that the model's config names."""
-
+    image_size: int | None = Field(None, ge=1, le=4096)
+    """Side of the images in pixels, where it is not that of the config: position embeddings are resized."""
+    mean: Colour | None = None
+    """Mean of red, green and blue as shares of 1; unset takes that of the config, the tag, or all tags of the model."""
+    std: Colour | None = None
+    """Standard deviation of red, green and blue, likewise."""
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    """Filter with which images are resized, likewise."""
+    resize_mode: Literal["shortest", "longest", "squash"] | None = None
+    """Whether the shortest side is resized and the rest cropped, the longest and the rest filled, or both sides, likewise."""
+    quick_gelu: bool | None = None
+    """Whether the model computes with QuickGELU, as OpenAI's do; unset takes that of the config or the tag."""
     allow_pickle: bool = False
-    """Read weights of a tag that are published only as a pickle (`.pt`, `.bin`), which can run code: for sources that you trust."""
+    """Read weights that are a pickle (`.pt`, `.bin`), which can run code: for sources that you trust."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if bool(self.pretrained) == bool(self.weights) and not self.model.startswith("builtin:"):
+        if self.model.startswith("builtin:"):
+            return self
+        if self.model.startswith(("local-dir:", "hf-hub:")):
+            if self.pretrained or self.weights or self.config:
+                raise ValueError(
+                    f"{self.model} has weights and a config of its own: remove pretrained, weights and config"
+                )
+            return self
+        if bool(self.pretrained) == bool(self.weights):
             raise ValueError("give either pretrained (a tag) or weights (a .safetensors file)")
-        if not (self.model or self.config):
-            raise ValueError("give model (an open_clip name) or config (a JSON file)")
+        if bool(self.model) == bool(self.config):
+            raise ValueError("give model (an open_clip name) or config (a JSON file), one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _colours(self) -> Self:
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std {list(self.std)} has to be greater than 0")
         return self
 
 
@@ -222,7 +251,7 @@ class Verify(_Section):
     margin: float = Field(0.02, gt=0, lt=1)
     """Merged and base latency count as equal within this share."""
     pairs: int = Field(400, ge=20)
-    """Interleaved base/merged pairs of the latency check; fewer where they would take more than 40 seconds."""
+    """Interleaved base/merged pairs of the latency check, at least: it goes on until the interval is narrow; fewer if they take over 40 s."""
     images: int = Field(0, ge=0)
     """Test images of each task on which the freezing and shrink gaps (G2, G3) and the embedding drift are measured; 0 takes 200, fewer for large models."""
 

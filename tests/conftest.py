@@ -32,11 +32,9 @@ def tiny_files(tmp_path_factory) -> tuple[Path, Path]:
 
     folder = tmp_path_factory.mktemp("tiny")
     config, weights = folder / "tiny-clip.json", folder / "tiny-clip.safetensors"
-    config.write_text(json.dumps(TINY), encoding="utf-8")
-    open_clip.add_model_config(config)
+    config.write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {}}), encoding="utf-8")
     torch.manual_seed(0)
-    model = open_clip.create_model("tiny-clip", load_weights=False)
-    save_file(model.state_dict(), weights)
+    save_file(open_clip.CLIP(**TINY).state_dict(), weights)
     return weights, config
 
 

@@ -341,7 +341,7 @@ def test_a_tower_without_the_blocks_that_are_named_is_unsupported(recipe, tmp_pa
     import open_clip
     from safetensors.torch import save_file
 
-    (tmp_path / "resnet.json").write_text(json.dumps(config))
+    (tmp_path / "resnet.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     save_file(open_clip.CLIP(**config).state_dict(), tmp_path / "w.safetensors")
     result = r1export(
         "run",

@@ -15,6 +15,7 @@ import pytest
 from pictures import dotted
 from running import RECIPE, r1export
 
+from r1export.inspection import examine_environment
 from r1export.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -224,3 +225,31 @@ def test_paths_with_spaces_and_relative_paths_work_from_any_folder(tmp_path, rec
     assert done.returncode == 0, done.output
     monkeypatch.chdir(tmp_path)
     assert r1export("export", "my photos & co/a run").returncode == 0
+
+
+def package(folder: Path, name: str) -> None:
+    """A package that says it owns the module onnxruntime, as pip records it."""
+    info = folder / f"{name.replace('-', '_')}-9.9.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9\n")
+    (info / "top_level.txt").write_text("onnxruntime\n")
+
+
+def test_doctor_says_which_of_two_onnxruntimes_python_gets(tmp_path) -> None:
+    package(tmp_path, "onnxruntime")
+    done = process("doctor", "--json", environment=BARE | {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    found = {finding["check"]: finding for finding in json.loads(done.stdout)["findings"]}["onnxruntime"]
+    assert "9.9, onnxruntime-gpu" in found["found"]
+    assert "Python gets onnxruntime-gpu: they overwrite each other" in found["found"]
+
+
+def test_doctor_accepts_an_onnxruntime_of_any_package(monkeypatch) -> None:
+    monkeypatch.setattr("r1export.inspection.packages_distributions", lambda: {"onnxruntime": ["onnx"]})
+    found = {finding.check: finding for finding in examine_environment()}["onnxruntime"]
+    assert found.verdict == "pass"
+
+
+def test_doctor_misses_a_module_and_not_a_package(monkeypatch) -> None:
+    monkeypatch.setattr("r1export.inspection.MODULES", ("nowhere",))
+    findings = {finding.check: finding for finding in examine_environment()}
+    assert (findings["nowhere"].found, findings["nowhere"].verdict) == ("not installed", "fail")

@@ -16,13 +16,14 @@ import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from r1export.adapt.checkpoint import SUFFIX, check_header, load_weights_
 from r1export.adapt.deployed_form import DEPLOYED_FORM, deploy_
 from r1export.adapt.hub_tokenizer import make_tokenizer
-from r1export.adapt.model_config import read_model_config
+from r1export.adapt.model_config import ModelConfig
+from r1export.adapt.model_source import Source, find_source
+from r1export.adapt.preprocess_settings import UNSET, PreprocessSettings
 from r1export.errors import InputError, R1ExportError, Unsupported, first_line
 
 # An nn.Module with encode_image, encode_text and logit_scale: one of several classes of open_clip, which has no types.
@@ -83,7 +84,7 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Clip:
-    """A frozen CLIP in eval mode with the two functions that feed it.
+    """A frozen CLIP in eval mode with the two functions that feed it; `notes` say what loading it decided.
 
     `deployed_form` is the number of the procedure that its image tower went through, 0 if there was nothing to do.
     """
@@ -93,6 +94,7 @@ class Clip:
     preprocess: Preprocess
     tokenizer: Callable[[list[str]], Tensor]
     deployed_form: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -155,156 +157,96 @@ def load_clip(
     weights: Path | None = None,
     config: Path | None = None,
     tokenizer: Path | None = None,
+    preprocess: PreprocessSettings = UNSET,
+    image_size: int | None = None,
+    quick_gelu: bool | None = None,
     device: str = "cpu",
     allow_pickle: bool = False,
     deployed: bool = True,
 ) -> Clip:
-    """Load an open_clip model with a pretrained tag, or local weights with, if need be, their config.
+    """Load an open_clip model: a name with a pretrained tag, or `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, or local weights with a name or a config.
 
-    `allow_pickle` lets torch read a tag's weights where none are published as safetensors; `deployed` brings the image
-    tower into its deployed form (deployed_form.py).
+    `tokenizer` is a tokenizer.json, or a folder with one, in place of what the model's own config names. `preprocess`,
+    `image_size` (pixels) and `quick_gelu` come before what the config or the tag says. `allow_pickle` lets torch read
+    weights that are not safetensors; `deployed` brings the image tower into its deployed form (deployed_form.py).
 
     Raises:
         InputError: open_clip does not know the model or the tag; a file is missing, malformed, not safetensors
-            and no pickle allowed, or does not fit the model; a config would load from elsewhere.
+            and no pickle allowed, or does not fit the model; a config would load from elsewhere; nothing says how
+            pictures are prepared.
         Unsupported: open_clip cannot make the model here, or its weights cannot be fetched.
     """
-    custom = None if config is None else read_model_config(config)
-    name = model if custom is None else custom.name
-    if custom is not None:
-        custom.register()
-    _check_name(name, pretrained)
+    source = find_source(model, pretrained=pretrained, weights=weights, config=config, allow_pickle=allow_pickle)
+    described = source.config.changed(image_size=image_size, quick_gelu=source.activation(quick_gelu))
     try:
         with _quiet():
-            origin, values = (
-                (name, open_clip.get_model_config(name)) if custom is None else (str(config), custom.values)
+            words = make_tokenizer(
+                described.origin, described.text, tokenizer or source.tokenizer, may_fetch=source.may_fetch
             )
-            words = make_tokenizer(origin, values["text_cfg"], tokenizer, may_fetch=custom is None)
-            if custom is not None:
-                _check_shapes(name, weights)
-            module = _create(name, pretrained, device, allow_pickle)
+            prepared = source.preprocess(preprocess)
+            module, notes = _loaded(described, source, device, allow_pickle)
+            notes += _set_size_(module, image_size)
     except R1ExportError:
         raise
     except Exception as error:  # open_clip and torch raise whatever an impossible config or a hub makes them meet
-        raise _not_built(error, name, pretrained, config) from error
-    if weights is not None:
-        _load_weights_(module, weights)
+        raise _not_built(error, source) from error
     module.eval().requires_grad_(False)
-    preprocess = Preprocess(PreprocessCfg(**open_clip.get_model_preprocess_cfg(module)))
-    form = DEPLOYED_FORM if deployed and deploy_(module.visual, preprocess.size) else 0
-    return Clip(f"{name}/{pretrained}" if pretrained else name, module, preprocess, words, form)
+    cropped = Preprocess(PreprocessCfg(**prepared.values | {"size": module.visual.image_size}))
+    form = DEPLOYED_FORM if deployed and deploy_(module.visual, cropped.size) else 0
+    return Clip(source.name, module, cropped, words, form, tuple(filter(None, (prepared.note, *notes))))
 
 
-def _check_name(model: str, pretrained: str) -> None:
-    if model not in open_clip.list_models():
-        raise InputError(
-            f"open_clip {open_clip.__version__} knows no model {model!r}",
-            "open_clip.list_models() names them, or give base.config",
-        )
-    if pretrained and pretrained not in open_clip.list_pretrained_tags_by_model(model):
-        known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
-        raise InputError(f"{model} has no pretrained tag {pretrained!r}", f"known tags: {known}")
+def _loaded(config: ModelConfig, source: Source, device: str, allow_pickle: bool) -> tuple[ClipModel, list[str]]:
+    """The module with its weights, and what a person should know about them. A header that does not fit takes no memory."""
+    if source.tag:
+        module = config.build(device)
+        open_clip.load_checkpoint(module, str(source.weights))
+        return module, []
+    if source.weights is None:
+        return config.build(device), []
+    if source.weights.suffix == SUFFIX or not allow_pickle:
+        with torch.device("meta"):
+            skeleton = config.build("meta")
+        check_header(skeleton, source.weights)
+    module = config.build(device)
+    return module, load_weights_(module, source.weights, allow_pickle=allow_pickle)
 
 
-def _not_built(error: Exception, model: str, pretrained: str, config: Path | None) -> R1ExportError:
+def _set_size_(module: ClipModel, image_size: int | None) -> list[str]:
+    """timm makes its towers for one size of images and changes it afterwards, open_clip's own are made for any."""
+    visual = module.visual
+    if image_size is None or not hasattr(visual, "trunk"):
+        return []
+    before = getattr(visual.trunk, "pos_embed", None)
+    if hasattr(visual.trunk, "set_input_size"):
+        visual.set_input_size(image_size)
+    visual.image_size = (image_size, image_size)
+    after = getattr(visual.trunk, "pos_embed", None)
+    if before is None or after is None or before.shape == after.shape:
+        return []
+    return [f"position embeddings of the image tower resized from {tuple(before.shape)} to {tuple(after.shape)}"]
+
+
+def _not_built(error: Exception, source: Source) -> R1ExportError:
     """Bad input where a config says what to build, which cannot load from elsewhere. Else the environment lacks something."""
-    if config is not None and not isinstance(error, MemoryError | torch.OutOfMemoryError):
+    origin = source.config.origin
+    if not source.may_fetch and not isinstance(error, MemoryError | torch.OutOfMemoryError):
         return InputError(
-            f"{config}: open_clip cannot build this model: {type(error).__name__}: {first_line(error)}",
+            f"{origin}: open_clip cannot build this model: {type(error).__name__}: {first_line(error)}",
             "correct the config: see open_clip's own in its model_configs",
         )
     return Unsupported(
-        f"open_clip cannot make {model} {pretrained}: {first_line(error)}",
+        f"open_clip cannot make {source.name}: {first_line(error)}",
         "fetch the weights once with network, or give base.weights; check the free memory",
     )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip warns that a model without a tag is random; here its weights follow from a file."""
+    """open_clip logs what it builds and from where; the notes say what matters."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
         logging.disable(previous)
-
-
-def _create(model: str, pretrained: str, device: str, allow_pickle: bool) -> ClipModel:
-    """The module with the weights of its tag, if it has one, read from the very file that was looked at.
-
-    What a tag was trained with decides about the activation: open_clip builds ViT-B-16 without QuickGELU, warns, and the
-    weights of OpenAI would give other embeddings.
-    """
-    file = _weights_of_tag(model, pretrained, allow_pickle) if pretrained else ""
-    quick = bool(pretrained) and open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
-    # create_model itself loads nothing, neither the tag nor a text tower's own weights: both could be pickles.
-    module = open_clip.create_model(
-        model, pretrained=pretrained or None, load_weights=False, pretrained_text=False, device=device,
-        force_quick_gelu=quick,
-    )  # fmt: skip
-    if file:
-        open_clip.load_checkpoint(module, file)
-    return module
-
-
-def _weights_of_tag(model: str, pretrained: str, allow_pickle: bool) -> str:
-    """The file that holds the weights of a tag, fetched if need be. Raises InputError if torch would have to unpickle it unasked."""
-    file: str = open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))
-    if not (allow_pickle or file.endswith(".safetensors")):
-        raise InputError(
-            f"{model} {pretrained}: {file} is not safetensors, and reading a pickle can run code",
-            "set base.allow_pickle=true if you trust its source, or convert it and give base.weights",
-        )
-    return file
-
-
-def _check_shapes(model: str, weights: Path | None) -> None:
-    """Compare what a config says with the header of the weights, before memory is taken for a model of any size."""
-    if weights is None:
-        return
-    with torch.device("meta"):
-        skeleton = open_clip.create_model(model, load_weights=False, pretrained_text=False, device="meta")
-    sizes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    stored = _shapes_in(weights)
-    for name in sorted(sizes.keys() | stored.keys()):
-        if sizes.get(name) != stored.get(name):
-            raise InputError(
-                f"{weights} does not fit the model: {name} is {stored.get(name, 'missing')}, "
-                f"expected {sizes.get(name, 'no such tensor')}",
-                "check base.model and base.config",
-            )
-
-
-def _shapes_in(weights: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors, from the header alone."""
-    with _safetensors(weights), safe_open(weights, "pt") as opened:
-        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-
-
-def _load_weights_(module: nn.Module, weights: Path) -> None:
-    """Safetensors only: reading weights never runs code."""
-    with _safetensors(weights):
-        state = load_file(weights)
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(
-            f"{weights} does not fit the model: {' '.join(str(error).split())[:200]}",
-            "check base.model and base.config",
-        ) from None
-
-
-@contextmanager
-def _safetensors(weights: Path) -> Iterator[None]:
-    """What goes wrong while the file is read is an InputError."""
-    if not weights.is_file():
-        problem = "not a file" if weights.exists() else "no such file"
-        raise InputError(f"{weights}: {problem}", "give the path of a .safetensors file as base.weights")
-    try:
-        yield
-    except Exception as error:  # SafetensorError, or what torch raises for the dtypes and sizes of a damaged header
-        raise InputError(
-            f"{weights}: not a safetensors file: {first_line(error)}",
-            "convert the checkpoint with safetensors.torch.save_file",
-        ) from error

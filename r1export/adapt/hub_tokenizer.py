@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, SimpleTokenizer, get_clean_fn
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -56,10 +57,10 @@ class TokenizerFiles:
     @classmethod
     def hub(cls, repository: str) -> TokenizerFiles:
         """From the Hugging Face Hub or its cache. Raises Unsupported where it cannot be fetched, InputError where there is none."""
-        definition = _fetch(repository, DEFINITION)
+        definition = fetch(repository, DEFINITION, "base.tokenizer")
         if definition is None:
             raise InputError(f"{repository} has no {DEFINITION}", f"write one with transformers, and {_REMEDY}")
-        return cls._read(repository, definition, [file for name in CONFIGS if (file := _fetch(repository, name))])
+        return cls._read(repository, definition, [file for name in CONFIGS if (file := _optional(repository, name))])
 
     @classmethod
     def _read(cls, origin: str, definition: Path, configs: Sequence[Path]) -> TokenizerFiles:
@@ -242,18 +243,32 @@ def _first_known(tokenizer: Tokenizer, candidates: Sequence[str]) -> tuple[str, 
     return next(((token, number) for token, number in known if number is not None), ("", -1))
 
 
-def _fetch(repository: str, name: str) -> Path | None:
-    """A file of a repository, from the network or the cache; None if it has none of this name."""
+def fetch(repository: str, name: str, instead: str) -> Path | None:
+    """A file of a repository, from the network or the cache; None if it has none of this name. `instead` is what to give otherwise.
+
+    Raises Unsupported if it cannot be known or fetched.
+    """
     try:
         return Path(hf_hub_download(repository, name))
-    except EntryNotFoundError:
-        return None
-    except Exception as error:  # what the hub, requests and the disk raise
-        if name != DEFINITION:
+    except EntryNotFoundError as error:
+        if not isinstance(error, LocalEntryNotFoundError):
             return None
-        raise Unsupported(
-            f"{repository}: {name} cannot be fetched: {first_line(error)}", f"fetch it once with network, or {_REMEDY}"
-        ) from error
+        raise _unreachable(repository, name, error, instead) from error
+    except Exception as error:  # what the hub, its client and the disk raise
+        raise _unreachable(repository, name, error, instead) from error
+
+
+def _optional(repository: str, name: str) -> Path | None:
+    """As `fetch`, but a file that cannot be reached counts as missing: a cache holds only what was asked for."""
+    with suppress(Unsupported):
+        return fetch(repository, name, "base.tokenizer")
+    return None
+
+
+def _unreachable(repository: str, name: str, error: Exception, instead: str) -> Unsupported:
+    return Unsupported(
+        f"{repository}: {name} cannot be fetched: {first_line(error)}", f"fetch it once with network, or give {instead}"
+    )
 
 
 def _object(path: Path) -> Json:

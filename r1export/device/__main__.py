@@ -105,7 +105,8 @@ def _doctor(options: argparse.Namespace) -> tuple[int, Answer]:
 
 
 def _inspect(options: argparse.Namespace) -> tuple[int, Answer]:
-    return 0, bundle.inspect(options.update)
+    path = options.path
+    return 0, asdict(doctor.status(path)) if path.is_dir() else bundle.inspect(path)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -132,7 +133,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     command.add_argument("--wait", type=float, default=install.WAIT, help="seconds to wait for another updater")
     verb("status", _status, "show which version is current and which ones are kept")
     verb("doctor", _doctor, "look for damage, and show what repairs it")
-    verb("inspect", _inspect, "describe an update", subject="update")
+    verb("inspect", _inspect, "describe an update, or a store as status does", subject="path")
     return parser
 
 

@@ -19,6 +19,7 @@ from r1export.adapt.clip import Clip, digest, load_clip
 from r1export.adapt.image_cache import Pixels
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pool import Pools, PoolSettings
+from r1export.adapt.preprocess_settings import OPENAI, PreprocessSettings
 from r1export.adapt.trainer import TrainSettings
 from r1export.data.images import Decoding
 from r1export.data.request import Request, expand_path
@@ -69,7 +70,10 @@ class RunContext:
     def clip(self) -> Clip:
         """The base model; steps that change its weights put them back."""
         self.progress.step("Loading the base model")
-        return load_base(self.recipe, self.device)
+        clip = load_base(self.recipe, self.device)
+        for note in clip.notes:
+            self.progress.step(f"Base model: {note}")
+        return clip
 
     def original(self) -> Clip:
         """The base model as it was before its image tower was brought into its deployed form."""
@@ -164,20 +168,33 @@ def load_base(recipe: Recipe, device: str = "cpu", *, deployed: bool = True) -> 
         name = base.model.removeprefix("builtin:")
         if name not in BUILTIN_MODELS:
             raise InputError(f"base.model: no builtin model {name!r}", f"known: {', '.join(BUILTIN_MODELS)}")
-        builtin = BUILTIN_MODELS[name]
-        return load_clip(weights=builtin.weights, config=builtin.config, device=device, deployed=deployed)
-    paths = {
-        name: expand_path(value) if value else None
-        for name, value in (("weights", base.weights), ("config", base.config), ("tokenizer", base.tokenizer))
-    }
+        files = BUILTIN_MODELS[name]
+        return load_clip(
+            weights=files.weights, config=files.config, preprocess=OPENAI, device=device, deployed=deployed
+        )
     return load_clip(
-        base.model,
+        _expanded_model(base.model),
         pretrained=base.pretrained,
+        weights=_optional_path(base.weights),
+        config=_optional_path(base.config),
+        tokenizer=_optional_path(base.tokenizer),
+        preprocess=PreprocessSettings(base.mean, base.std, base.interpolation, base.resize_mode),
+        image_size=base.image_size,
+        quick_gelu=base.quick_gelu,
         device=device,
         allow_pickle=base.allow_pickle,
         deployed=deployed,
-        **paths,
     )
+
+
+def _optional_path(value: str) -> Path | None:
+    return expand_path(value) if value else None
+
+
+def _expanded_model(model: str) -> str:
+    """With the home folder and variables of a `local-dir:` filled in."""
+    scheme, colon, folder = model.partition(":")
+    return f"{scheme}:{expand_path(folder)}" if colon and scheme == "local-dir" else model
 
 
 def choose_device(wanted: str) -> str:

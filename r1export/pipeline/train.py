@@ -82,7 +82,8 @@ def _write_run_json(context: RunContext) -> None:
     path = context.run.run_json
     source = context.recipe.base
     terms = "Apache-2.0" if source.model.startswith("builtin:") else licence(source.pretrained)
-    base = BaseModel(source.model or context.clip.name, digest(context.base), terms)
+    local = source.model.startswith("local-dir:")  # whose path is of this machine
+    base = BaseModel(context.clip.name if local else source.model or context.clip.name, digest(context.base), terms)
     if path.exists():
         stored = context.run.base()
         if (stored.name, stored.sha256, stored.licence) != (base.name, base.sha256, base.licence):

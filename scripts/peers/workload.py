@@ -156,8 +156,9 @@ def _open_clip_embeddings(work: Path, inputs: Mapping[str, np.ndarray]) -> dict[
     import torch
 
     from r1export.adapt.clip import load_clip
+    from r1export.adapt.preprocess_settings import OPENAI
 
-    model = load_clip(weights=work / "open_clip.safetensors", config=work / "open_clip.json").model
+    model = load_clip(weights=work / "open_clip.safetensors", config=work / "open_clip.json", preprocess=OPENAI).model
     with torch.inference_mode():
         image, text = (
             encode(torch.from_numpy(inputs[name]), normalize=True).numpy()

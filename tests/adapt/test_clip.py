@@ -74,9 +74,8 @@ def tagged(tmp_path, monkeypatch):
     def publish(name: str, state: dict) -> Path:
         file = tmp_path / name
         save_file(state, file) if name.endswith(".safetensors") else torch.save(state, file)
-        for place in ("open_clip.download_pretrained", "open_clip.factory.download_pretrained"):
-            monkeypatch.setattr(place, lambda cfg, **_: str(file))
-        monkeypatch.setattr("open_clip.factory.get_model_config", lambda name: copy.deepcopy(TINY))
+        monkeypatch.setattr("open_clip.download_pretrained", lambda cfg, **_: str(file))
+        monkeypatch.setattr("open_clip.get_model_config", lambda name: copy.deepcopy(TINY))
         return file
 
     return publish
@@ -119,7 +118,7 @@ def test_missing_weights_are_named(tmp_path, tiny_files) -> None:
 
 def test_weights_of_another_model_are_refused_by_the_first_difference(tmp_path, tiny_files) -> None:
     config = json.loads(tiny_files[1].read_text())
-    config["vision_cfg"]["width"] = 48
+    config["model_cfg"]["vision_cfg"]["width"] = 48
     (tmp_path / "wider.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"does not fit the model: .*visual"):
         load_clip(weights=tiny_files[0], config=tmp_path / "wider.json")
@@ -149,7 +148,7 @@ def test_a_config_with_an_unknown_key_or_an_impossible_value_is_refused_by_name(
     section: str, key: str, value: object, tmp_path, tiny_files
 ) -> None:
     config = json.loads(tiny_files[1].read_text())
-    (config[section] if section else config)[key] = value
+    (config["model_cfg"][section] if section else config["model_cfg"])[key] = value
     (tmp_path / f"odd-{section}-{key}-{value}.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=rf"odd-{section}-{key}-{value}\.json: open_clip cannot build this model"):
         load_clip(weights=tiny_files[0], config=tmp_path / f"odd-{section}-{key}-{value}.json")

@@ -5,7 +5,6 @@ import resource
 import sys
 import types
 from contextlib import suppress
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -16,10 +15,10 @@ from hypothesis import strategies as st
 from running import r1export
 from safetensors.numpy import save_file
 
-from r1export.adapt import clip
 from r1export.adapt.clip import load_clip
 from r1export.adapt.hub_tokenizer import make_tokenizer
 from r1export.adapt.model_config import read_model_config
+from r1export.adapt.preprocess_settings import OPENAI
 from r1export.errors import InputError
 
 
@@ -57,7 +56,7 @@ def loaders(monkeypatch) -> list[str]:
     def stub(name: str):
         return lambda *_, **__: called.append(name)
 
-    for name in ("get_tokenizer", "create_model", "load_checkpoint", "download_pretrained"):
+    for name in ("get_tokenizer", "create_model", "load_checkpoint", "download_pretrained", "CLIP", "CustomTextCLIP"):
         monkeypatch.setattr(open_clip, name, stub(name))
     monkeypatch.setattr(timm, "create_model", stub("timm"))
     hub = types.SimpleNamespace(from_pretrained=stub("transformers"))
@@ -93,7 +92,7 @@ def test_a_key_that_loads_from_elsewhere_ends_the_command_before_a_loader_is_cal
 def test_a_harmless_value_of_such_a_key_is_taken(entry, tmp_path, tiny_files) -> None:
     config = tmp_path / f"{entry[1]}.json"
     config.write_text(json.dumps(changed(*entry)), encoding="utf-8")
-    loaded = load_clip(weights=tiny_files[0], config=config)
+    loaded = load_clip(weights=tiny_files[0], config=config, preprocess=OPENAI)
     assert loaded.tokenize(["a photo"]).shape == (1, 12)
 
 
@@ -101,7 +100,7 @@ def test_a_name_that_open_clip_takes_for_siglip_gets_the_tokenizer_of_the_config
     """open_clip itself would fetch another tokenizer because of the name alone."""
     config = tmp_path / "my-siglip.json"
     config.write_text(json.dumps(TINY), encoding="utf-8")
-    loaded = load_clip(weights=tiny_files[0], config=config)
+    loaded = load_clip(weights=tiny_files[0], config=config, preprocess=OPENAI)
     assert isinstance(loaded.tokenizer, open_clip.SimpleTokenizer)
 
 
@@ -112,25 +111,13 @@ def test_a_config_has_no_pretrained_tags(tmp_path) -> None:
         load_clip(config=config, pretrained="openai")
 
 
-def test_a_colon_in_the_name_is_refused_for_open_clip_takes_it_as_a_scheme(tmp_path) -> None:
-    config = tmp_path / "hf-hub:someone.json"
+def test_open_clip_learns_no_name_from_a_config(tmp_path, tiny_files) -> None:
+    """What is built is what was checked, and a config called as one of open_clip's own models changes none of them."""
+    config = tmp_path / "ViT-B-32.json"
     config.write_text(json.dumps(TINY), encoding="utf-8")
-    with pytest.raises(InputError, match="colon"):
-        read_model_config(config)
-
-
-def test_what_is_built_is_what_was_checked_whatever_becomes_of_the_file(tmp_path, tiny_files, monkeypatch) -> None:
-    config = tmp_path / "changing.json"
-    config.write_text(json.dumps(TINY), encoding="utf-8")
-
-    def swapping(path: Path):
-        read = read_model_config(path)
-        path.write_text(json.dumps(changed("text_cfg", "hf_tokenizer_name", "someone/tokenizer")), encoding="utf-8")
-        return read
-
-    monkeypatch.setattr(clip, "read_model_config", swapping)
-    load_clip(weights=tiny_files[0], config=config)
-    assert "hf_tokenizer_name" not in open_clip.get_model_config("changing")["text_cfg"]
+    before = open_clip.get_model_config("ViT-B-32")
+    assert load_clip(weights=tiny_files[0], config=config, preprocess=OPENAI).model.visual.image_size == (16, 16)
+    assert open_clip.get_model_config("ViT-B-32") == before
 
 
 @pytest.mark.parametrize(
@@ -155,7 +142,7 @@ def test_a_model_of_impossible_size_is_refused_before_memory_is_taken(
     config.write_text(json.dumps(changed(section, key, value)), encoding="utf-8")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError):
-        load_clip(weights=tiny_files[0], config=config)
+        load_clip(weights=tiny_files[0], config=config, preprocess=OPENAI)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
 
 
@@ -166,7 +153,7 @@ def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_refused(tmp_path, t
     rows = {"token_embedding.weight": parameters["token_embedding.weight"][:100]}
     save_file(parameters | rows, tmp_path / "few.safetensors")
     with pytest.raises(InputError, match="vocab_size is 100, expected 49408"):
-        load_clip(weights=tmp_path / "few.safetensors", config=config)
+        load_clip(weights=tmp_path / "few.safetensors", config=config, preprocess=OPENAI)
 
 
 @pytest.mark.parametrize(
@@ -235,12 +222,16 @@ def test_any_value_in_a_config_gives_a_model_or_bad_input(section: str, data, ti
     path = tmp_path_factory.getbasetemp() / "some.json"
     path.write_text(json.dumps(changed(section, key, data.draw(SMALL))), encoding="utf-8")
     with suppress(InputError):
-        load_clip(weights=tiny_files[0], config=path).tokenize(["a photo of a dog"])
+        load_clip(weights=tiny_files[0], config=path, preprocess=OPENAI).tokenize(["a photo of a dog"])
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "not a file"), (b"", "not a safetensors file"), (b"\xff" * 64, "not a safetensors file")],
+    [
+        (None, "a folder, expected a .safetensors file"),
+        (b"", "not a safetensors file"),
+        (b"\xff" * 64, "not a safetensors file"),
+    ],
     ids=["folder", "empty", "other bytes"],
 )
 def test_weights_that_are_none_end_the_command_with_exit_code_2(content, words: str, tmp_path, tiny_files) -> None:

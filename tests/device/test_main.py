@@ -61,6 +61,10 @@ def test_exit_codes_tell_the_kinds_of_failure_apart(lab, device, tmp_path, run):
     assert caught.value.code == 2
 
 
+def test_inspect_of_a_store_is_its_status(device, run):
+    assert run("inspect", device.path, "--json") == run("status", device.path, "--json")
+
+
 def test_an_error_is_one_line_with_a_remedy(lab, device, run):
     code, out, err = run("rollback", device.path, "--to", "9")
     assert (code, out) == (2, "")
