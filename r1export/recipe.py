@@ -181,8 +181,9 @@ class Pool(_Section):
     targets: tuple[Literal["q", "k", "v", "out", "fc", "proj", "conv"], ...] = ("q", "k", "v", "out", "fc", "proj")
     """Layers of a block that get experts: attention q, k, v, out; fc and proj, the linears of an MLP or the pointwise
     convolutions (the last is proj); conv, convolutions with larger kernels. Depthwise and grouped ones never do."""
-    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Blocks of each tower that get experts, counted from 0 over all stages; empty takes all."""
+    layers: tuple[int, ...] = ()
+    """Blocks of each tower that get experts, counted from 0 over all stages; empty takes all. Negative numbers count from the last
+    block, which is -1, and a tower with fewer blocks has experts in those that it has."""
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:

@@ -38,9 +38,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from r1export.adapt.checkpoint import UNSCALED
 from r1export.adapt.clip import Clip, load_clip
 from r1export.adapt.evaluate import accuracy, class_embeddings, image_embeddings
 from r1export.adapt.image_cache import Pixels
+from r1export.adapt.preprocess_settings import OPENAI
 from r1export.adapt.text_truncation import short_texts
 from r1export.data.npz import read_pack
 from r1export.data.torchvision_sets import templates
@@ -374,7 +376,7 @@ def write_weights(model: nn.Module, file: Path) -> None:
         for name, value in model.state_dict().items()
         if name != "attn_mask"
     }
-    save_file({name: value.contiguous() for name, value in state.items()}, file)
+    save_file({name: value.contiguous() for name, value in state.items()}, file, metadata=UNSCALED)
     print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB", flush=True)
 
 
@@ -468,7 +470,9 @@ def main() -> None:
     print_agreement(model, {kind: taught for kind, (taught, _) in parts.items()}, taught_forms, classes)
     held = {f"{kind}, held out": held for kind, (_, held) in parts.items() if held.phrases}
     print_agreement(model, held | {"class, templates held out": parts["class"][0]}, held_forms, classes)
-    clip = load_clip(weights=options.out / f"{NAME}.safetensors", config=options.out / f"{NAME}.json")
+    clip = load_clip(
+        weights=options.out / f"{NAME}.safetensors", config=options.out / f"{NAME}.json", preprocess=OPENAI
+    )
     print_zero_shot(clip, options.packs)
     if options.imagenet:
         named = {
