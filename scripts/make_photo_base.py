@@ -457,7 +457,7 @@ def main() -> None:
         "--imagenet", type=Path, help="a pack of ImageNet's 1,000 classes, to be called by synonyms too"
     )
     parser.add_argument(
-        "--steps", type=int, nargs=2, default=[1800, 1500], help="of the first mix of names, and of the second"
+        "--steps", type=int, nargs=2, default=[1800, 900], help="of the first mix of names, and of the second"
     )
     parser.add_argument("--lr", type=float, nargs=2, default=[1e-3, 5e-4])
     parser.add_argument("--seed", type=int, default=1)
