@@ -70,8 +70,8 @@ class Base(_Section):
     """The CLIP model that is fine-tuned: an open_clip name with a pretrained tag, a folder or repository, local weights, or `builtin:NAME`."""
 
     model: str = ""
-    """open_clip model name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME` (as open_clip saves them), or a model that comes with r1export: `builtin:photo`
-    knows photographs, `builtin:world` drawn shapes."""
+    """open_clip model name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME` (as open_clip saves them), or one that comes with r1export:
+    `builtin:photo` knows photographs, `builtin:world` drawn shapes."""
     pretrained: str = ""
     """Pretrained tag of open_clip for `model`."""
     weights: str = ""
@@ -181,8 +181,9 @@ class Pool(_Section):
     targets: tuple[Literal["q", "k", "v", "out", "fc", "proj", "conv"], ...] = ("q", "k", "v", "out", "fc", "proj")
     """Layers of a block that get experts: attention q, k, v, out; fc and proj, the linears of an MLP or the pointwise
     convolutions (the last is proj); conv, convolutions with larger kernels. Depthwise and grouped ones never do."""
-    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Blocks of each tower that get experts, counted from 0 over all stages; empty takes all."""
+    layers: tuple[int, ...] = ()
+    """Blocks of each tower that get experts, counted from 0 over all stages; empty takes all. Negative numbers count from the last
+    block, which is -1, and a tower with fewer blocks has experts in those that it has."""
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
