@@ -176,7 +176,7 @@ def test_in_int8_a_channel_without_weights_keeps_its_bias(run: Run, tmp_path: Pa
         shutil.copy(run.path / ("graphs" if form == "fp32" else "variants/int8/graphs") / "visual.onnx", folder)
         write_tensors(folder / "visual.safetensors", weights[form].stored("visual.safetensors", tensors[form]))
     one, other = (embed(folder, run) for folder in folders.values())
-    assert (one * other).sum(1).min() > 0.999
+    assert (one * other).sum(1).min() > 0.9975  # 0.996 if it is lost
 
 
 @pytest.mark.parametrize("variant", ["", "variants/int8"])
