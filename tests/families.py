@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hub_tokenizers import KINDS, write_hub_tokenizer
 from safetensors.torch import save_file
@@ -34,10 +35,23 @@ CLIPA = {
     "vision_cfg": NATIVE_VIT | {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
     "text_cfg": TEXT | {"context_length": 16},
 }
+ROBERTA = {
+    "embed_dim": 24,
+    "quick_gelu": True,
+    "vision_cfg": NATIVE_VIT,
+    "text_cfg": {
+        "context_length": 16, "hf_tokenizer_name": "local", "hf_model_name": "roberta", "hf_pooler_type": "mean_pooler",
+        "hf_model_config": {
+            "model_type": "roberta", "vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "intermediate_size": 64, "max_position_embeddings": 24, "type_vocab_size": 1, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+        },
+    },
+}  # fmt: skip
 SQUASHED = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "SigLIP2": ("gemma", SIGLIP2, SQUASHED),
     "CLIPA": ("bert", CLIPA, SQUASHED | {"interpolation": "bilinear"}),
+    "roberta": ("roberta", ROBERTA, {"resize_mode": "shortest"}),
 }
 """Name -> kind of tokenizer, `model_cfg` and `preprocess_cfg`."""
 
@@ -45,6 +59,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def write_family(name: str, folder: Path) -> Path:
     """A folder that `base.model = "local-dir:..."` takes."""
     kind, model, preprocess = FAMILIES[name]
+    skip_without_transformers(name)
     model = model | {"text_cfg": model["text_cfg"] | {"tokenizer_kwargs": KINDS[kind][2]}}
     write_hub_tokenizer(kind, folder)
     config = folder / "open_clip_config.json"
@@ -60,3 +75,8 @@ def family_recipe(folder: Path) -> str:
         f'[base]\nmodel = "local-dir:{folder}"\n[[tasks]]\nname = "digits"\nsource = "builtin:digits"\n'
         "[train]\nlearning_rate = 5e-3\n[pool]\nalpha = 12.0\n"
     )
+
+
+def skip_without_transformers(family: str) -> None:
+    if "hf_model_name" in FAMILIES[family][1]["text_cfg"]:
+        pytest.importorskip("transformers", reason="a text tower of transformers: pip install 'r1export[hf]'")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeGuard
 from timm.layers import Conv2dSame, EffectiveSEModule, SEModule
 from torch import nn
 
+from r1export.adapt.hf_text import hf_blocks, hf_routing_token, is_hf_tower
 from r1export.adapt.pool import PoolSettings, RoutingToken, Target, Tower
 from r1export.adapt.text_truncation import pool_type
 from r1export.errors import Unsupported
@@ -61,6 +62,8 @@ def chosen_blocks(model: AnyModule, tower: Tower, settings: PoolSettings) -> lis
 
 def _blocks(model: AnyModule, tower: Tower) -> list[Block]:
     prefix, module = tower_of(model, tower)
+    if is_hf_tower(module):
+        return [Block(f"{prefix}{name}", block) for name, block in hf_blocks(module)]
     parts = [
         (name, child)
         for name, child in module.named_children()
@@ -175,6 +178,8 @@ def routing_token(model: AnyModule, tower: Tower, settings: PoolSettings) -> Rou
     A text tower that reads its output at the end of the text can vote there as well (`pool.text_token` "end").
     """
     _, module = tower_of(model, tower)
+    if is_hf_tower(module):
+        return hf_routing_token(module, settings.text_token)
     if tower == "textual":
         return "mean" if pool_type(module) == "last" else "first" if settings.text_token == "start" else "end"
     token = getattr(getattr(module, "trunk", module), "cls_token", getattr(module, "class_embedding", None))

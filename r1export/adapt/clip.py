@@ -20,6 +20,7 @@ from torch import Tensor
 
 from r1export.adapt.checkpoint import SUFFIX, check_header, load_weights_
 from r1export.adapt.deployed_form import DEPLOYED_FORM, deploy_
+from r1export.adapt.hf_text import check_hf_tower
 from r1export.adapt.hub_tokenizer import make_tokenizer
 from r1export.adapt.model_config import ModelConfig
 from r1export.adapt.model_source import Source, find_source
@@ -191,6 +192,7 @@ def load_clip(
     except Exception as error:  # open_clip and torch raise whatever an impossible config or a hub makes them meet
         raise _not_built(error, source) from error
     module.eval().requires_grad_(False)
+    check_hf_tower(described.origin, module, words)
     cropped = Preprocess(PreprocessCfg(**prepared.values | {"size": module.visual.image_size}))
     form = DEPLOYED_FORM if deployed and deploy_(module.visual, cropped.size) else 0
     if sum(isinstance(part, torch.nn.Conv2d) for part in module.visual.modules()) > 1:

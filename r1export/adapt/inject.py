@@ -22,6 +22,7 @@ from r1export.adapt.blocks import (
     routing_token,
     tower_of,
 )
+from r1export.adapt.hf_text import hf_layers
 from r1export.adapt.lora_layers import RankOneAttention, RankOneAttentionPool, RankOneLayer, RankOnePacked
 from r1export.adapt.pool import ConvolutionPool, ExpertPool, Pools, PoolSettings, RoutingToken, Tower, TowerInputs
 from r1export.adapt.text_truncation import text_ends
@@ -94,7 +95,9 @@ class _Injector:
         if is_attention_pool(block.module):
             self._attention_pool_(block)
             return
-        layers, attending = block_layers(block.module), list(attentions(block.module))
+        of_transformers = hf_layers(block.module)
+        layers = of_transformers or block_layers(block.module)
+        attending = [] if of_transformers else list(attentions(block.module))
         for parent, child, path in attending:
             self._attention_(parent, child, f"{block.name}.{path}")
         for parent, child, path, layer, target in layers:

@@ -6,19 +6,35 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import open_clip
+from open_clip.hf_configs import arch_dict
 
-from r1export.errors import InputError, refused
+from r1export.errors import InputError, Unsupported, refused
 
 REQUIRED = frozenset({"embed_dim", "vision_cfg", "text_cfg"})
 HUB_ARGUMENTS = {"clean": ("lower", "whitespace", "canonicalize"), "strip_sep_token": (True, False)}  # tokenizer_kwargs
 OWN_ARGUMENTS = {"clean": ("lower",)}  # of CLIP's own tokenizer, for which clients get the same
-LIMITS = {"layers": 1000, "context_length": 4096, "image_size": 4096}  # far above any published model
+LIMITS = {
+    "layers": 1000, "context_length": 4096, "image_size": 4096,
+    "num_hidden_layers": 1000, "num_layers": 1000, "num_decoder_layers": 1000, "encoder_layers": 1000, "decoder_layers": 1000,
+}  # fmt: skip  # far above any published model
+HF_READINGS = {  # how open_clip reads a text tower of transformers; names nothing to load
+    "hf_pooler_type": ("mean_pooler", "max_pooler", "cls_pooler", "cls_last_hidden_state_pooler"),
+    "hf_proj_type": ("linear", "mlp"),
+}
+TRANSFORMER_TYPES = tuple(arch_dict)
+TRANSFORMER = (
+    "config.json"  # of transformers, beside an open_clip_config.json or in the folder that hf_model_name names
+)
 _TIMM_NAME = re.compile(r"[A-Za-z0-9_.]+")  # without the schemes that timm fetches from, such as hf-hub:
+_LOCAL_NAME = re.compile(r"[\w./-]{1,200}")  # of a folder
 _REMEDY = "correct or remove it: base.config describes a model and names no place to load from, base.model takes open_clip's names"
 
 Json = dict[str, Any]
@@ -26,12 +42,16 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A checked config: open_clip's `model_cfg`, and its `preprocess_cfg` where it has one. `origin` is its file or name."""
+    """A checked config: open_clip's `model_cfg`, and its `preprocess_cfg` where it has one. `origin` is its file or name.
+
+    `transformer` is the config of a text tower of transformers, where it does not come from the hub.
+    """
 
     origin: str
     name: str
     values: Json
     preprocess: Json | None = None
+    transformer: Json | None = None
 
     @property
     def text(self) -> Json:
@@ -49,16 +69,35 @@ class ModelConfig:
         return replace(self, values=values)
 
     def build(self, device: str = "cpu") -> Any:
-        """The module of open_clip with random weights, as `open_clip.create_model` makes it; nothing is loaded."""
+        """The module of open_clip with random weights, as `open_clip.create_model` makes it; no weights are loaded.
+
+        Raises Unsupported: its text tower needs transformers, which is not installed.
+        """
         values = copy.deepcopy(self.values)
         vision, text = values["vision_cfg"], values["text_cfg"]
-        custom = values.pop("custom_text", False) or "hf_model_name" in text
+        custom = values.pop("custom_text", False) or bool(text.get("hf_model_name"))
         if "timm_model_name" in vision:
             vision["timm_model_pretrained"] = False
-        if "hf_model_name" in text:
-            text["hf_model_pretrained"] = False
         kind = open_clip.CoCa if "multimodal_cfg" in values else open_clip.CustomTextCLIP if custom else open_clip.CLIP
-        return kind(**values).to(device)
+        with self._transformer_folder() as folder:
+            if text.get("hf_model_name"):
+                text |= {"hf_model_pretrained": False, "hf_model_name": folder or text["hf_model_name"]}
+            return kind(**values).to(device)
+
+    @contextmanager
+    def _transformer_folder(self) -> Iterator[str]:
+        """A folder with the transformer's config, from which transformers reads it; empty for one of the hub."""
+        if self.text.get("hf_model_name") and find_spec("transformers") is None:
+            raise Unsupported(
+                f"{self.name}: its text tower is one of transformers, which is not installed",
+                "pip install 'r1export[hf]'",
+            )
+        if self.transformer is None:
+            yield ""
+            return
+        with TemporaryDirectory() as folder:
+            (Path(folder) / TRANSFORMER).write_text(json.dumps(self.transformer), encoding="ascii")
+            yield folder
 
 
 def builtin_config(name: str) -> ModelConfig:
@@ -71,8 +110,10 @@ def builtin_config(name: str) -> ModelConfig:
     return ModelConfig(name, name, open_clip.get_model_config(name))
 
 
-def read_model_config(path: Path, name: str = "") -> ModelConfig:
+def read_model_config(path: Path, name: str = "", *, may_fetch: bool = False) -> ModelConfig:
     """Read and check a config: open_clip's `model_cfg` alone, or an open_clip_config.json with a `preprocess_cfg` beside it.
+
+    With `may_fetch` the config of a transformer may come from the hub, as that of a repository does.
 
     Raises:
         InputError: not a JSON object, a required key is missing, or a key would make open_clip, timm or transformers load
@@ -85,16 +126,52 @@ def read_model_config(path: Path, name: str = "") -> ModelConfig:
         preprocess = _object(path, document, "preprocess_cfg") if "preprocess_cfg" in document else None
     if missing := REQUIRED - values.keys():
         raise InputError(f"{path}: no {', '.join(sorted(missing))}", "give an open_clip model config")
-    _check_entries(path, values)
-    return ModelConfig(str(path), name or path.stem, values, preprocess)
+    values, transformer = _take_transformer(path, values)
+    _check_entries(path, values, described=may_fetch or transformer is not None)
+    return ModelConfig(str(path), name or path.stem, values, preprocess, transformer)
 
 
-def _check_entries(path: Path, values: Json) -> None:
+def _take_transformer(path: Path, values: Json) -> tuple[Json, Json | None]:
+    """The config without `text_cfg.hf_model_config`, and what it says of the transformer of a text tower: there, or in a local file.
+
+    Raises InputError: the file or the entry is none that open_clip can build, or names code to load.
+    """
+    text = values["text_cfg"]
+    if not isinstance(text, dict):
+        return values, None
+    inline = text.get("hf_model_config")
+    values = values | {"text_cfg": {key: value for key, value in text.items() if key != "hf_model_config"}}
+    if not text.get("hf_model_name"):
+        return values, None
+    local = _LOCAL_NAME.fullmatch(str(text["hf_model_name"]))
+    folders = (*([path.parent / local[0]] if local else []), path.parent)
+    file = next((folder / TRANSFORMER for folder in folders if (folder / TRANSFORMER).is_file()), None)
+    if inline is None and file is None:
+        return values, None
+    origin, transformer = (
+        (f"{path}: text_cfg.hf_model_config", inline) if inline is not None else (str(file), _read(file or path))
+    )
+    if (
+        not isinstance(transformer, dict)
+        or transformer.get("model_type") not in TRANSFORMER_TYPES
+        or "auto_map" in transformer
+    ):
+        raise InputError(
+            f"{origin}: no config of {', '.join(TRANSFORMER_TYPES)}", "give the config.json of the transformer"
+        )
+    for section, key, value in _entries(transformer):
+        if key in LIMITS and _largest(value) > LIMITS[key]:
+            raise InputError(f"{origin}: {section}{key}: found {value!r:.80}, expected at most {LIMITS[key]}", _REMEDY)
+    return values, transformer
+
+
+def _check_entries(path: Path, values: Json, *, described: bool) -> None:
+    """`described` where the transformer that `hf_model_name` names has its config here."""
     text = values["text_cfg"]
     hub = isinstance(text, dict) and bool(text.get("hf_tokenizer_name"))
     for section, key, value in _entries(values):
-        judged_by_its_reader = section == "text_cfg." and key == "hf_tokenizer_name"
-        if not judged_by_its_reader and (problem := _problem(key, value, HUB_ARGUMENTS if hub else OWN_ARGUMENTS)):
+        here = section == "text_cfg." and (key == "hf_tokenizer_name" or (key == "hf_model_name" and described))
+        if not here and (problem := _problem(key, value, HUB_ARGUMENTS if hub else OWN_ARGUMENTS)):
             raise InputError(f"{path}: {section}{key}: {problem}", _REMEDY)
 
 
@@ -134,6 +211,10 @@ def _entries(values: Json, section: str = "") -> Iterator[tuple[str, str, Any]]:
 
 def _problem(key: str, value: Any, tokenizer_arguments: Mapping[str, tuple[Any, ...]]) -> str:
     """What is wrong with one entry; empty if nothing is."""
+    if key in HF_READINGS and value in (None, *HF_READINGS[key]):
+        return ""
+    if key == "hf_model_name" and value:
+        return "loads a text tower from the Hugging Face Hub; put its config.json into text_cfg.hf_model_config or a folder here"
     if key.startswith("hf_") and value:
         return "loads a tokenizer or a text tower from the Hugging Face Hub"
     if key == "timm_model_pretrained" and value:

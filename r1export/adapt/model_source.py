@@ -123,7 +123,7 @@ def _in_repository(repository: str, allow_pickle: bool) -> Source:
     for name in CHECKPOINTS:
         if weights := fetch(repository, name, "base.weights and base.config"):
             _check_pickle(repository, weights, allow_pickle)
-            described = read_model_config(config, repository.rpartition("/")[2])
+            described = read_model_config(config, repository.rpartition("/")[2], may_fetch=True)
             return Source(f"{HF_HUB_PREFIX}{repository}", described, weights, may_fetch=True)
     raise InputError(
         f"{HF_HUB_PREFIX}{repository} has none of {', '.join(CHECKPOINTS)}", "give base.weights and base.config"
