@@ -70,8 +70,8 @@ class Base(_Section):
     """The CLIP model that is fine-tuned: an open_clip name with a pretrained tag, a folder or repository, local weights, or `builtin:NAME`."""
 
     model: str = ""
-    """open_clip model name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME` (as open_clip saves them), or a model that comes with r1export: `builtin:photo`
-    knows photographs, `builtin:world` drawn shapes."""
+    """open_clip model name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME` (as open_clip saves them), or one that comes with r1export:
+    `builtin:photo` knows photographs, `builtin:world` drawn shapes."""
     pretrained: str = ""
     """Pretrained tag of open_clip for `model`."""
     weights: str = ""
@@ -181,8 +181,9 @@ class Pool(_Section):
     targets: tuple[Literal["q", "k", "v", "out", "fc", "proj", "conv"], ...] = ("q", "k", "v", "out", "fc", "proj")
     """Layers of a block that get experts: attention q, k, v, out; fc and proj, the linears of an MLP or the pointwise
     convolutions (the last is proj); conv, convolutions with larger kernels. Depthwise and grouped ones never do."""
-    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Blocks of each tower that get experts, counted from 0 over all stages; empty takes all."""
+    layers: tuple[int, ...] = ()
+    """Blocks of each tower that get experts, counted from 0 over all stages; empty takes all. Negative numbers count from the last
+    block, which is -1, and a tower with fewer blocks has experts in those that it has."""
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
@@ -214,6 +215,8 @@ class Train(_Section):
     """`output` penalizes overlap with the experts that earlier tasks merged."""
     orthogonality_weight: float = Field(0.1, ge=0)
     """Weight of the activation-guided orthogonality loss, from the second task on."""
+    protect: float = Field(0.0, ge=0, lt=1)
+    """Share of the energy of earlier tasks' inputs whose directions new experts don't read, so that earlier answers hardly move; 0 is off."""
     distill_weight: float = Field(0.2, ge=0)
     """Weight of the distillation loss, which preserves the previous model's predictions on the task's images and reference names; 0 is off."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -38,9 +38,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from r1export.adapt.checkpoint import UNSCALED
 from r1export.adapt.clip import Clip, load_clip
 from r1export.adapt.evaluate import accuracy, class_embeddings, image_embeddings
 from r1export.adapt.image_cache import Pixels
+from r1export.adapt.preprocess_settings import OPENAI
 from r1export.adapt.text_truncation import short_texts
 from r1export.data.npz import read_pack
 from r1export.data.torchvision_sets import templates
@@ -66,7 +68,11 @@ OWN_TEMPLATES = ("{}", "{}.", "a {}.", "the {}.", "this is a {}.", "an image of 
     "a hand that shows {}.", "a photo of {}, a type of clothing.", "a photo of {}, a kind of waste.", "a photo of some {}.",
     "a picture of a {}.", "a picture of {}, something to wear.", "a satellite photo of a {} area.", "an aerial photo of a {} area.",
     "a low resolution photo of a {}.", "a photo of the number {}.")  # fmt: skip
-BATCH = {"class": 64, "synonym": 32, "hypernym": 24, "word": 72}  # names of each list in a step
+# Names of each list in a step: first words of all kinds, then mostly the classes that photographs are named by.
+MIXES = {
+    "first": {"class": 64, "synonym": 32, "hypernym": 24, "word": 72},
+    "then": {"class": 112, "synonym": 32, "hypernym": 24, "word": 24},
+}
 
 
 @dataclass(frozen=True)
@@ -304,13 +310,13 @@ def fill_token_rows_(model: nn.Module, vectors: WordVectors) -> None:
 class Prompts:
     """Prompts of random names in random templates, and the embeddings that they should have."""
 
-    def __init__(self, taught: dict[str, Lesson], forms: Sequence[str], seed: int) -> None:
-        self.taught, self.forms, self.random = taught, forms, random.Random(seed)
+    def __init__(self, taught: dict[str, Lesson], forms: Sequence[str], mix: dict[str, int], seed: int) -> None:
+        self.taught, self.forms, self.mix, self.random = taught, forms, mix, random.Random(seed)
 
     def batch(self) -> tuple[list[str], Tensor]:
         """Texts and unit-norm targets (n, D) of one step."""
         texts, targets = [], []
-        for kind, count in BATCH.items():
+        for kind, count in self.mix.items():
             lesson = self.taught[kind]
             rows = self.random.choices(range(len(lesson.phrases)), k=count)
             texts += [self.random.choice(self.forms).format(self._plural(lesson.phrases[row])) for row in rows]
@@ -329,12 +335,15 @@ def text_loss(embeddings: Tensor, targets: Tensor, classes: Tensor) -> Tensor:
 
 
 def text_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Those of the text tower."""
-    return [p for name, p in model.named_parameters() if not name.startswith("visual.") and name != "logit_scale"]
+    """Those of the text tower that are trained."""
+    named = (
+        (name, p) for name, p in model.named_parameters() if not name.startswith("visual.") and name != "logit_scale"
+    )
+    return [p for _, p in named if p.requires_grad]
 
 
 def train_text_tower_(model: nn.Module, prompts: Prompts, classes: Tensor, steps: int, lr: float) -> None:
-    """Train in place. After nine tenths of the steps the token rows are rounded to float8 and stay as they are."""
+    """Train in place. After nine tenths of the steps the token rows are rounded to float8, if they are not, and stay as they are."""
     tokenize = open_clip.get_tokenizer(NAME)
     optimizer = torch.optim.AdamW(text_parameters(model), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     start, total = time.time(), 0.0
@@ -342,9 +351,7 @@ def train_text_tower_(model: nn.Module, prompts: Prompts, classes: Tensor, steps
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         if step == steps * 9 // 10:
-            model.token_embedding.weight.data = rounded(model.token_embedding.weight.data).float()
-            model.token_embedding.requires_grad_(False)
-            model.token_embedding.weight.grad = None
+            round_token_rows_(model)
         texts, targets = prompts.batch()
         # bf16 products take half of the time, but for attention, which torch does faster by matrix products on short texts.
         with short_texts(model), torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
@@ -358,6 +365,15 @@ def train_text_tower_(model: nn.Module, prompts: Prompts, classes: Tensor, steps
         if step % 100 == 99:
             print(f"step {step + 1} loss {total / 100:.3f} seconds {time.time() - start:.0f}", flush=True)
             total = 0.0
+
+
+@torch.no_grad()
+def round_token_rows_(model: nn.Module) -> None:
+    """Give the token rows their final values."""
+    rows = model.token_embedding.weight
+    rows.copy_(rounded(rows).float())
+    rows.grad = None
+    rows.requires_grad_(False)
 
 
 def rounded(rows: Tensor) -> Tensor:
@@ -374,7 +390,7 @@ def write_weights(model: nn.Module, file: Path) -> None:
         for name, value in model.state_dict().items()
         if name != "attn_mask"
     }
-    save_file({name: value.contiguous() for name, value in state.items()}, file)
+    save_file({name: value.contiguous() for name, value in state.items()}, file, metadata=UNSCALED)
     print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB", flush=True)
 
 
@@ -440,8 +456,10 @@ def main() -> None:
     parser.add_argument(
         "--imagenet", type=Path, help="a pack of ImageNet's 1,000 classes, to be called by synonyms too"
     )
-    parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=[1800, 900], help="of the first mix of names, and of the second"
+    )
+    parser.add_argument("--lr", type=float, nargs=2, default=[1e-3, 5e-4])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -461,14 +479,18 @@ def main() -> None:
     forms = all_templates()
     random.Random(options.seed).shuffle(forms)
     held_forms, taught_forms = forms[: len(forms) // 10], forms[len(forms) // 10 :]
-    prompts = Prompts({kind: taught for kind, (taught, _) in parts.items()}, taught_forms, options.seed)
-    train_text_tower_(model, prompts, classes, options.steps, options.lr)
+    taught = {kind: part for kind, (part, _) in parts.items()}
+    for turn, (mix, steps, lr) in enumerate(zip(MIXES.values(), options.steps, options.lr, strict=True)):
+        prompts = Prompts(taught, taught_forms, mix, options.seed + turn)
+        train_text_tower_(model, prompts, classes, steps, lr)
     write_weights(model, options.out / f"{NAME}.safetensors")
     print(f"{'names':24}{'n':>7}{'cosine':>8}{'same':>8}")
-    print_agreement(model, {kind: taught for kind, (taught, _) in parts.items()}, taught_forms, classes)
+    print_agreement(model, taught, taught_forms, classes)
     held = {f"{kind}, held out": held for kind, (_, held) in parts.items() if held.phrases}
     print_agreement(model, held | {"class, templates held out": parts["class"][0]}, held_forms, classes)
-    clip = load_clip(weights=options.out / f"{NAME}.safetensors", config=options.out / f"{NAME}.json")
+    clip = load_clip(
+        weights=options.out / f"{NAME}.safetensors", config=options.out / f"{NAME}.json", preprocess=OPENAI
+    )
     print_zero_shot(clip, options.packs)
     if options.imagenet:
         named = {

@@ -1,9 +1,10 @@
-"""Writes docs/models.md: which open_clip models can be taught, merged, exported and verified, each tried out.
+"""Writes docs/models.md: which open_clip and timm models can be adapted, merged, exported and verified, each tried out.
 
-    python scripts/models_table.py [NAME ...]        default: one of every family that open_clip has
+    python scripts/models_table.py [NAME ...]        default: one of every family; with names, their rows alone are written anew
 
-Each is built with random weights and two layers (the structure decides, not the depth), taught at random, merged by the
-one merge, exported, and compared with torch at a batch that the exporter did not see. Takes about a minute a model.
+Each is built with random weights and two layers where it has one number for them (the structure decides, not the depth),
+brought into its deployed form, given random experts, merged by the one merge, exported, and compared with torch at a batch
+that the exporter did not see. Takes about a minute a model.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import timm
 import torch
 from torch import nn
 
+from r1export.adapt.deployed_form import deploy_
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pack import pack_experts
 from r1export.errors import Unsupported
@@ -39,9 +41,15 @@ FAMILIES = (
     "ViT-B-32", "ViT-B-16-quickgelu", "ViT-S-32", "ViT-M-16-alt", "ViT-L-14", "ViT-H-14", "ViT-L-14-CLIPA", "ViT-H-14-worldwide",
     "coca_ViT-B-32", "coca_base", "ViT-B-16-SigLIP", "ViT-B-16-SigLIP2", "ViT-SO400M-16-SigLIP-i18n-256", "MobileCLIP-B", "MobileCLIP2-L-14",
     "PE-Core-T-16-384", "PE-Core-B-16", "EVA01-g-14", "EVA02-B-16", "ViTamin-S", "vit_medium_patch16_gap_256", "vit_relpos_medium_patch16_cls_224",
-    "RN50", "convnext_tiny", "MobileCLIP-S1", "swin_base_patch4_window7_224", "roberta-ViT-B-32", "nllb-clip-base",
+    "RN50", "RN101", "convnext_tiny", "convnext_base", "MobileCLIP-S1", "MobileCLIP-S2", "MobileCLIP2-S0", "MobileCLIP2-S2",
+    "MobileCLIP2-S3", "MobileCLIP2-S4", "swin_base_patch4_window7_224", "roberta-ViT-B-32", "nllb-clip-base",
+)  # fmt: skip
+OF_TIMM = (
+    "tf_efficientnet_lite0", "efficientnet_b0", "mobilenetv3_large_100", "mobilenetv4_conv_small", "mobilenetv4_hybrid_medium",
+    "fastvit_t8", "mobileone_s0", "repvit_m0_9", "regnety_002", "resnet18",
 )  # fmt: skip
 DEPTH, VOCABULARY, SAMPLES = 2, 600, 3
+SIZE = 224  # pixels, of models of timm
 LIMIT = 5e-6  # max-abs on unit-norm embeddings in float32
 
 
@@ -52,22 +60,37 @@ class Row:
     name: str
     verdict: str
     routed: str = ""
-    linears: int = 0
+    image: int = 0
+    text: int = 0
+    deployed: float | None = None
     merge: float = 0.0
     export: float = 0.0
     seconds: float = 0.0
 
     def markdown(self) -> str:
-        if not self.linears:
-            return f"| {self.name} | {self.verdict} | | | | |"
-        return (
-            f"| {self.name} | {self.verdict} | {self.routed} | {self.linears} | {self.merge:.1e} | {self.export:.1e} |"
-        )
+        if not self.routed:
+            return f"| {self.name} | {self.verdict} | | | | | | |"
+        folded = "-" if self.deployed is None else f"{self.deployed:.1e}"
+        figures = f"{self.image} | {self.text} | {folded} | {self.merge:.1e} | {self.export:.1e}"
+        return f"| {self.name} | {self.verdict} | {self.routed} | {figures} |"
 
 
 def build(name: str) -> nn.Module:
-    """The model with random weights, two layers a tower and a small vocabulary."""
-    config = copy.deepcopy(open_clip.get_model_config(name))
+    """The model with random weights, two layers a tower and a small vocabulary, its BatchNorms as if they had seen images."""
+    model = _build(name)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def _build(name: str) -> nn.Module:
+    config = copy.deepcopy(open_clip.get_model_config(name)) or {
+        "embed_dim": 512,
+        "vision_cfg": {"timm_model_name": name, "timm_pool": "avg", "timm_proj": "", "image_size": SIZE},
+        "text_cfg": {"context_length": 77, "width": 512, "heads": 8},
+    }
     vision, text = config["vision_cfg"], config["text_cfg"]
     if isinstance(vision.get("layers"), int):
         vision["layers"] = DEPTH
@@ -84,27 +107,29 @@ def _shallow(create):
     def shallow(name: str, **options):
         try:
             return create(name, depth=DEPTH, **options)
-        except TypeError:  # not every architecture has one number for its depth
+        except (TypeError, AssertionError):  # not every architecture has one number for its depth
             return create(name, **options)
 
     return shallow
 
 
 def examine(name: str) -> Row:
-    """Teach, merge, export and compare one model."""
+    """Adapt, merge, export and compare one model."""
     start = time.perf_counter()
     torch.manual_seed(0)
     try:
         model = build(name)
     except RuntimeError as error:
         return Row(name, f"refused: {str(error).splitlines()[0]}")
-    verdict, towers = "supported", ("visual", "textual")
-    try:
-        pools = inject_experts_(model, replace(pool_settings(Pool()), alpha=12.0, towers=towers))
-    except Unsupported as reason:
-        verdict, towers = f"supported for the text tower only: {reason.message}", ("textual",)
-        pools = inject_experts_(model, replace(pool_settings(Pool()), alpha=12.0, towers=towers))
     inputs = _inputs(model)
+    verdict, settings, original = "supported", replace(pool_settings(Pool()), alpha=12.0), _encode(model, inputs)
+    folded = deploy_(model.visual, tuple(inputs[0].shape[2:]))
+    deployed = _difference(original, _encode(model, inputs)) if folded else None
+    try:
+        pools = inject_experts_(model, settings)
+    except Unsupported:  # it has no pointwise layers in its blocks
+        verdict = "supported with `conv` among pool.targets"
+        pools = inject_experts_(model, replace(settings, targets=(*settings.targets, "conv")))
     generator = torch.Generator().manual_seed(0)
     for pool in pools.values():
         pool.reset_(generator)
@@ -121,16 +146,22 @@ def examine(name: str) -> Row:
         exported = _export(model, inputs)
     except Unsupported as reason:
         return Row(name, f"refused: {reason.message}")
-    errors = [
-        max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
-        for one, other in ((unmerged, merged), (merged, exported))
-    ]
+    errors = _difference(unmerged, merged), _difference(merged, exported)
     if max(errors) > LIMIT:
         verdict = f"refused: differs by {max(errors):.1e}"
+    images = [rows.parameter.startswith("visual.") for rows in pools]
     routed = ", ".join(
         sorted({f"{'image' if r.parameter.startswith('visual.') else 'text'}: {p.route_on}" for r, p in pools.items()})
     )
-    return Row(name, verdict, routed, len(pools), *errors, time.perf_counter() - start)
+    counts = sum(images), len(images) - sum(images)
+    return Row(name, verdict, routed, *counts, deployed, *errors, time.perf_counter() - start)
+
+
+Embeddings = tuple[np.ndarray, np.ndarray]
+
+
+def _difference(left: Embeddings, right: Embeddings) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True))
 
 
 def _inputs(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,11 +172,11 @@ def _inputs(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def _encode(model: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def _encode(model: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> Embeddings:
     return model.encode_image(inputs[0], normalize=True).numpy(), model.encode_text(inputs[1], normalize=True).numpy()
 
 
-def _export(model: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def _export(model: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> Embeddings:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights = export_graphs(model, tuple(inputs[0].shape[2:]), inputs[1].shape[1], folder, opset=20)
@@ -161,36 +192,42 @@ def _export(model: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> tupl
 
 HEAD = """# Models
 
-Written by `scripts/models_table.py`. One model of each family that open_clip {version} has (timm {timm}, torch {torch}) was built
-with random weights and two layers a tower, taught at random, merged by the one merge, exported at opset 20 and run in
+Written by `scripts/models_table.py`. One model of each family that open_clip {version} has, and ten towers that it does not list by
+`base.config` with a name of timm {timm} (torch {torch}), were built with random weights, two layers a tower where one number says how many
+there are, brought into their deployed form, given random experts, merged by the one merge, exported at opset 20 and run in
 onnxruntime. Towers are told apart by their parts, not by their names, so other sizes of a family behave the same.
 
-*merge*: unmerged torch against merged torch. *export*: merged torch against onnxruntime. Both are max-abs on unit-norm
-embeddings of three images and three texts; the limit is {limit}. *votes*: the token on which experts are routed.
+*image*, *text*: adapted layers of each tower by the default targets. *folded*: the original model against its deployed form, - where
+there is nothing to fold. *merge*: unmerged torch against merged torch. *export*: merged torch against onnxruntime. All are max-abs on
+unit-norm embeddings of three images and three texts; the limit of the last two is {limit}. *votes*: the token on which experts are routed.
 
-| model | verdict | votes | adapted linears | merge | export |
-|---|---|---|---|---|---|
+| model | verdict | votes | image | text | folded | merge | export |
+|---|---|---|---|---|---|---|---|
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=FAMILIES)
+    parser.add_argument("names", nargs="*", default=(*FAMILIES, *OF_TIMM))
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    rows = []
     for name in options.names:
-        rows.append(examine(name))
-        print(rows[-1].markdown(), f"{rows[-1].seconds:.0f} s", file=sys.stderr, flush=True)
-    head = HEAD.format(
-        version=open_clip.__version__, timm=timm.__version__, torch=torch.__version__.split("+")[0], limit=LIMIT
-    )
-    tail = (DOCUMENT.read_text(encoding="utf-8").partition("\n## ")[2]) if DOCUMENT.exists() else ""
-    DOCUMENT.parent.mkdir(exist_ok=True)
-    DOCUMENT.write_text(
-        head + "\n".join(row.markdown() for row in rows) + "\n" + (f"\n## {tail}" if tail else ""), encoding="utf-8"
-    )
+        row = examine(name)
+        print(row.markdown(), f"{row.seconds:.0f} s", file=sys.stderr, flush=True)
+        write(row)
+
+
+def write(row: Row) -> None:
+    """Put one row into the document, whose other rows and sections stay."""
+    head, _, tail = DOCUMENT.read_text(encoding="utf-8").partition("\n## ")
+    rows = {line.split(" | ")[0][2:]: line for line in head.splitlines() if line.startswith("| ")} | {
+        row.name: row.markdown()
+    }
+    torch_version = torch.__version__.split("+")[0]
+    head = HEAD.format(version=open_clip.__version__, timm=timm.__version__, torch=torch_version, limit=LIMIT)
+    lines = [rows[name] for name in (*FAMILIES, *OF_TIMM) if name in rows]
+    DOCUMENT.write_text(head + "\n".join(lines) + "\n\n## " + tail, encoding="utf-8")
 
 
 if __name__ == "__main__":

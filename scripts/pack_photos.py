@@ -37,9 +37,9 @@ class Selection:
 
 
 SELECTIONS = {
-    "trash6": Selection("trash6", 32, 30),
-    "clothing10": Selection("clothing10", 32, 30, renamed={"longsleeve": "long-sleeved shirt", "outwear": "jacket"}),
-    "signdigits": Selection("signdigits", 32, 30, renamed=dict(zip("0123456789", DIGITS, strict=True))),
+    "trash6": Selection("trash6", 80, 30),
+    "clothing10": Selection("clothing10", 64, 30, renamed={"longsleeve": "long-sleeved shirt", "outwear": "jacket"}),
+    "signdigits": Selection("signdigits", 64, 30, renamed=dict(zip("0123456789", DIGITS, strict=True))),
     "objects33": Selection("caltech101", 0, 10, KNOWN, {"Leopards": "leopard"}),
 }
 

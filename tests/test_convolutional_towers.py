@@ -15,18 +15,25 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from running import r1export, reseal, trained_run
+from running import context_of, r1export, reseal, trained_run
 from safetensors.torch import save_file
 
+from r1export.export.precision import version_tensors
 from r1export.export.weight_map import WeightMap
 from r1export.update.atomic_io import sha256_file
 from r1export.update.container import read_tensors, write_tensors
+from r1export.update.factors import ExpertUpdate
+from r1export.verify.unmerged_graph import add_branches
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 RECIPE = """
 [base]
 weights = "{0}/tiny.safetensors"
 config = "{0}/tiny.json"
+mean = [0.5, 0.5, 0.5]
+std = [0.5, 0.5, 0.5]
+interpolation = "bicubic"
+resize_mode = "shortest"
 [pool]
 rank = 4
 k_train = 4
@@ -67,7 +74,7 @@ def write_model(folder: Path, family: Family) -> None:
 
     vision = {"timm_model_name": family.trunk, "timm_pool": "avg", "timm_proj": "linear", "image_size": family.size}
     config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": TEXT}
-    (folder / "tiny.json").write_text(json.dumps(config))
+    (folder / "tiny.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     torch.manual_seed(0)
     model = open_clip.CLIP(**config)
     for module in model.modules():
@@ -135,6 +142,41 @@ def test_onnxruntime_runs_every_quantised_convolution_in_integers(run: Run, tmp_
     convolutions = sum(placement.dtype == "I8" and len(placement.shape) == 4 for placement in placed)
     assert ops["QLinearConv"] == convolutions >= run.family.layers
     assert ops["Conv"] + ops["FusedConv"] == 1
+
+
+def embed(folder: Path, run: Run) -> np.ndarray:
+    size = run.family.size
+    pixels = np.random.default_rng(0).standard_normal((3, 3, size, size)).astype(np.float32)
+    session = ort.InferenceSession(folder / "visual.onnx", providers=["CPUExecutionProvider"])
+    return session.run(None, {"pixel_values": pixels})[0]
+
+
+def test_the_base_with_branches_gives_what_the_merged_model_gives(run: Run, tmp_path: Path) -> None:
+    base, merged = run.path / "releases/00-base", run.path / "releases/01-digits"
+    update = ExpertUpdate.read(run.path / "tasks/01-digits/factors.safetensors")
+    shutil.copy(base / "visual.safetensors", tmp_path)
+    add_branches(base / "visual.onnx", update, tmp_path / "visual.onnx")
+    assert np.abs(embed(tmp_path, run) - embed(merged, run)).max() < 2e-6
+    assert np.abs(embed(base, run) - embed(merged, run)).max() > 1e-5
+
+
+def test_in_int8_a_channel_without_weights_keeps_its_bias(run: Run, tmp_path: Path) -> None:
+    """Its weights give it a scale in which the bias has more than 32 bits: without a wider one it would be lost."""
+    folders = {form: tmp_path / form for form in ("fp32", "int8")}
+    weights = {
+        "fp32": WeightMap.read(run.path / "graphs/weight_map.json"),
+        "int8": WeightMap.read(run.path / "variants/int8/graphs/weight_map.json"),
+    }
+    values = context_of(run.path).base | {}
+    values[run.family.depthwise] = values[run.family.depthwise] * np.float32(1e-12)
+    ranges = json.loads((run.path / "variants/int8/graphs/ranges.json").read_text())
+    tensors = {"fp32": values, "int8": version_tensors(values, [], weights["int8"], ranges)}
+    for form, folder in folders.items():
+        folder.mkdir()
+        shutil.copy(run.path / ("graphs" if form == "fp32" else "variants/int8/graphs") / "visual.onnx", folder)
+        write_tensors(folder / "visual.safetensors", weights[form].stored("visual.safetensors", tensors[form]))
+    one, other = (embed(folder, run) for folder in folders.values())
+    assert (one * other).sum(1).min() > 0.9975  # 0.996 if it is lost
 
 
 @pytest.mark.parametrize("variant", ["", "variants/int8"])

@@ -48,16 +48,16 @@ def tower_of(model: AnyModule, tower: Tower) -> tuple[str, AnyModule]:
 
 
 def chosen_blocks(model: AnyModule, tower: Tower, settings: PoolSettings) -> list[Block]:
-    """The blocks of a tower that `settings.layers` names, or all of them.
+    """The blocks of a tower that `settings.layers` names, or all of them. Below zero they count from the last: -1 is the last block.
 
-    Raises Unsupported where a tower has no blocks or not that many.
+    Raises Unsupported where a tower has no blocks or not that many, counted from 0.
     """
     blocks, layers = _blocks(model, tower), settings.layers
     if layers and max(layers) >= len(blocks):
         raise Unsupported(
             f"the {tower} tower has {len(blocks)} blocks, pool.layers names {max(layers)}", "count blocks from 0"
         )
-    return [block for i, block in enumerate(blocks) if not layers or i in layers]
+    return [block for i, block in enumerate(blocks) if not layers or i in layers or i - len(blocks) in layers]
 
 
 def _blocks(model: AnyModule, tower: Tower) -> list[Block]:

@@ -21,6 +21,7 @@ from r1export.errors import InputError, first_line, refused
 SUFFIX = ".safetensors"
 POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding", "visual.trunk.pos_embed")  # fmt: skip
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+UNSCALED = {"float8": "unscaled"}  # metadata of a safetensors file whose floats of 8 bits are the weights themselves
 CODE = torch.int8  # stands for every other type of a header: integers of all sizes, and floats of 8 and 4 bits
 SIGNATURES = (
     (b"PK\x03\x04", "a zip file, which is what torch.save writes, or numpy"),
@@ -79,14 +80,18 @@ def what_it_is(path: Path) -> str:
 
 def _read(weights: Path) -> State:
     with safe_open(weights, "pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        if opened.metadata() != UNSCALED:
+            return tensors
+    return {name: t.half() if t.dtype == torch.float8_e4m3fn else t for name, t in tensors.items()}  # no value changes
 
 
 def _headers(weights: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """(dtype, shape) of all tensors, from the header alone."""
     with _reading(weights), safe_open(weights, "pt") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        return {name: (FLOATS.get(part.get_dtype(), CODE), tuple(part.get_shape())) for name, part in slices.items()}
+        kinds = FLOATS | ({"F8_E4M3": torch.float16} if opened.metadata() == UNSCALED else {})
+        return {name: (kinds.get(part.get_dtype(), CODE), tuple(part.get_shape())) for name, part in slices.items()}
 
 
 def _resized_(state: State, model: Any) -> list[str]:

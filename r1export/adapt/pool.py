@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -134,11 +134,12 @@ class ExpertPool(nn.Module):
     """The experts of one adapted linear. `forward(x)` is what they add to its output, chosen by `routing`.
 
     `route_on` is the token that votes; "end" and "mean" read `inputs`. `past` (out, m) holds the merged columns of B of
-    all earlier tasks.
+    all earlier tasks, `span` (in, m) what their inputs span, which the experts do not read (see input_span.py).
     """
 
     counts: Tensor
     past: Tensor
+    span: Tensor
 
     def __init__(
         self,
@@ -159,6 +160,7 @@ class ExpertPool(nn.Module):
             self.importance = nn.Parameter(base.new_ones(settings.rank))
         self.register_buffer("counts", base.new_zeros(settings.rank, dtype=torch.int64))
         self.register_buffer("past", base.new_zeros(rows, 0), persistent=False)
+        self.register_buffer("span", base.new_zeros(columns, 0), persistent=False)
         self._routing: Routing = Batch()
 
     @property
@@ -188,6 +190,7 @@ class ExpertPool(nn.Module):
             self.counts.zero_()
             if self.settings.gate == "sparse":
                 self.importance.fill_(1)
+        self.leave_span_()
         self._routing = Batch()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -272,6 +275,20 @@ class ExpertPool(nn.Module):
         """The merged columns of B (out, m) of all earlier tasks, for `overlap`."""
         self.past = columns.to(self.lora_B)
 
+    def set_span_(self, columns: Tensor) -> None:
+        """Orthonormal columns (in, m) that the experts do not read from now on, once `leave_span_` is called."""
+        self.span = columns.to(self.lora_A)
+
+    @torch.no_grad()
+    def leave_span_(self) -> None:
+        """A <- A - (A M) M^T: what lies in the span M no longer reaches an expert."""
+        if self.span.shape[1]:
+            self.lora_A.sub_((self.lora_A @ self.span) @ self.span.T)
+
+    def reads(self, x: Tensor) -> Tensor:
+        """What the rows of A are multiplied with, one row for each position: (n, ..., in) -> (N, in)."""
+        return x.reshape(-1, x.shape[-1])
+
     def overlap(self) -> Tensor:
         """sum |B_J^T P| over the leading experts J and the merged columns P of earlier tasks (a scalar)."""
         return (self.lora_B[:, self.selected()].T @ self.past).abs().sum()
@@ -300,6 +317,14 @@ class ConvolutionPool(ExpertPool):
         padding = 0 if self._pads_to_input else self._padding
         low = F.conv2d(x, kernels, None, self._stride, padding, self._dilation)
         return F.conv2d(low * weights.view(-1, weights.shape[-1], 1, 1), self.lora_B[:, :, None, None])
+
+    def reads(self, x: Tensor) -> Tensor:
+        """(n, in, h, w) -> (N, in * kh * kw), one row for each position of the output."""
+        if self._pads_to_input:
+            x = pad_same(x, list(self._kernel), list(self._stride), list(self._dilation))
+        padding = 0 if self._pads_to_input else cast(tuple[int, ...], self._padding)
+        patches = F.unfold(x, self._kernel, self._dilation, padding, self._stride)
+        return patches.transpose(1, 2).flatten(0, 1)
 
     def token(self, x: Tensor) -> Tensor:
         """The mean of each image over its positions, (n, in)."""

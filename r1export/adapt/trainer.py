@@ -182,6 +182,8 @@ def _train_step_(objective: _Objective, optimizer: torch.optim.Optimizer, progre
     optimizer.zero_grad()
     torch.stack(losses).sum().backward()
     optimizer.step()
+    for pool in pools.values():
+        pool.leave_span_()
     _shrink_(pools, progress.step / settings.iterations)
     loss, orthogonality, distillation = (value.item() for value in losses)
     progress.add(loss, objective.training.task)

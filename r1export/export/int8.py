@@ -29,7 +29,7 @@ SCALE = ".scale"
 INPUT, OUTPUT = ".input", ".output"  # the values of a layer that are quantised
 STEP, ZERO = "_scale", "_zero_point"  # of such a value
 SMALL = 1 << 12  # elements: a smaller linear costs more in extra nodes than it saves in bytes
-LARGEST_BIAS = 2**31 - 2**7  # the largest float32 that is an int32
+LARGEST_BIAS = 2**30  # as an integer: the other half of 32 bits is for the sum that it is added to
 BATCH = 8  # inputs run at a time while calibrating
 Ranges = Mapping[str, tuple[float, float]]
 
@@ -220,8 +220,8 @@ def _quantize_weight_(graph: ir.Graph, node: ir.Node, step: ir.Value) -> None:
     """Weight and bias as integers. Those of the bias follow from the scales, which an update changes, so the graph computes
     them from constants when a session opens.
 
-    The bias counts in steps of scale * step. Where it is too large for 32 bits of those, in a channel whose weights are next
-    to nothing, a wider scale stands for that of the weights.
+    The bias counts in steps of scale * step. Where it is too large for those, in a channel whose weights are next to nothing,
+    a wider scale stands for that of the weights.
     """
     weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
     name, rows, single = str(weight.name), weight.shape[:1], ir.DataType.FLOAT

@@ -18,9 +18,11 @@ from r1export.adapt.distillation import BATCH, DistillationTargets, distillation
 from r1export.adapt.evaluate import accuracy, all_classes
 from r1export.adapt.full_finetune import fine_tune_
 from r1export.adapt.inject import eject_experts_
+from r1export.adapt.input_span import Span, new_directions, parse_span, set_spans_, span_tensors
 from r1export.adapt.metrics import stream_metrics
 from r1export.adapt.pack import load_rounded_factors_, pack_experts, pool_tensors, set_past_experts_
-from r1export.adapt.trainer import TrainingTask, TrainStep, reset_pools_, train_pools_
+from r1export.adapt.pool import Pools
+from r1export.adapt.trainer import TrainingTask, TrainStep, reset_pools_, task_prompts, train_pools_
 from r1export.data.task import Task
 from r1export.errors import InputError
 from r1export.export.write_release import refused_writes
@@ -31,7 +33,7 @@ from r1export.pipeline.tensorboard import log_accuracies, step_log
 from r1export.recipe import Recipe
 from r1export.run_folder import RunInputs, RunMetrics, RunRecord, Share, read_value
 from r1export.update.atomic_io import write_json
-from r1export.update.container import write_tensors
+from r1export.update.container import read_tensors, write_tensors
 from r1export.update.factors import ExpertUpdate
 from r1export.update.release_manifest import BaseModel
 from r1export.update.run_layout import TaskLayout
@@ -180,6 +182,8 @@ def _train_experts(job: TaskJob) -> _Trained:
     clip, recipe, training = job.context.clip, job.context.recipe, job.training
     pools = inject_pools_(clip, recipe)
     try:
+        if recipe.train.protect:
+            set_spans_(pools, _earlier_spans(job, pools))
         reset_pools_(pools, recipe.train.seed, training.number)
         if job.earlier:
             set_past_experts_(pools, ExpertUpdate.stack(job.earlier))
@@ -189,9 +193,25 @@ def _train_experts(job: TaskJob) -> _Trained:
             load_rounded_factors_(pools, update)
         if distributed.is_first():
             write_tensors(job.folder.pool, pool_tensors(pools))
+            _write_directions(job, pools)
         return _Trained(losses, update, sum(p.numel() for pool in pools.values() for p in pool.learned()))
     finally:
         eject_experts_(clip.model)
+
+
+def _earlier_spans(job: TaskJob, pools: Pools) -> list[Span]:
+    """What the inputs of every earlier task added to the span."""
+    run, stream = job.context.run, job.context.recipe.stream
+    files = [run.task(number, stream[number - 1].name).directions for number in range(1, job.training.number)]
+    return [parse_span(read_tensors(file), pools, str(file)) for file in files]
+
+
+def _write_directions(job: TaskJob, pools: Pools) -> None:
+    share, training = job.context.recipe.train.protect, job.training
+    if share:
+        prompts = task_prompts(job.context.clip, training)
+        span = new_directions(job.context.clip, pools, training.train, prompts, share)
+        write_tensors(job.folder.directions, span_tensors(span))
 
 
 def _train_all_weights(job: TaskJob) -> _Trained:

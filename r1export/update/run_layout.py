@@ -38,6 +38,11 @@ class TaskLayout:
         return self.path / "accuracy.json"
 
     @property
+    def directions(self) -> Path:
+        """What the task's inputs add to the span that later experts do not read; only with train.protect."""
+        return self.path / "directions.safetensors"
+
+    @property
     def checkpoint(self) -> Path:
         """The state of training, only while it lasts."""
         return self.path / "checkpoint.safetensors"

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from r1export.adapt.checkpoint import UNSCALED
 from r1export.adapt.clip import load_clip
 from r1export.adapt.layouts import OPENAI_EXTRAS, without_wrappers
 from r1export.errors import InputError
@@ -251,6 +252,14 @@ def test_quantized_codes_are_no_weights(kind: str, tmp_path) -> None:
     state = {name: tensor.to(CODES[kind]) for name, tensor in random_state(TINY).items()}
     with pytest.raises(InputError, match=r"w\.safetensors: \S+ and \d+ more are not floating point.*scales"):
         load_clip(**written(tmp_path, TINY, state))
+
+
+def test_floats_of_8_bits_are_weights_where_the_file_says_that_they_have_no_scale(tmp_path) -> None:
+    state = random_state(TINY)
+    rows = state["token_embedding.weight"].to(torch.float8_e4m3fn)
+    arguments = written(tmp_path, TINY, state | {"token_embedding.weight": rows})
+    save_file(load_file(arguments["weights"]), arguments["weights"], metadata=UNSCALED)
+    assert torch.equal(load_clip(**arguments).model.token_embedding.weight, rows.float())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -223,6 +223,10 @@ def test_squeeze_and_excitation_is_left_alone() -> None:
 
 def test_blocks_are_counted_over_all_stages() -> None:
     assert len(adapted(FAMILIES["EfficientNet"](), layers=tuple(range(5, 16)))) == 2 * 11
+    last = tuple(range(-11, 0))  # which a tower with fewer blocks takes too
+    assert adapted(FAMILIES["EfficientNet"](), layers=last) == adapted(
+        FAMILIES["EfficientNet"](), layers=tuple(range(5, 16))
+    )
     with pytest.raises(Unsupported, match=r"has 16 blocks, pool\.layers names 16"):
         adapted(FAMILIES["EfficientNet"](), layers=(16,))
 

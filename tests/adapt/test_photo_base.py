@@ -6,6 +6,7 @@ import pytest
 from r1export.adapt.clip import Clip, load_clip
 from r1export.adapt.evaluate import class_embeddings, image_embeddings
 from r1export.adapt.image_cache import Pixels
+from r1export.adapt.preprocess_settings import OPENAI
 from r1export.data.synthetic import BUILTIN_MODELS, load_builtin
 
 WEIGHTS, CONFIG = BUILTIN_MODELS["photo"]
@@ -13,7 +14,7 @@ WEIGHTS, CONFIG = BUILTIN_MODELS["photo"]
 
 @pytest.fixture(scope="module")
 def base() -> Clip:
-    return load_clip(weights=WEIGHTS, config=CONFIG)
+    return load_clip(weights=WEIGHTS, config=CONFIG, preprocess=OPENAI)
 
 
 def test_it_is_small_enough_to_come_along() -> None:

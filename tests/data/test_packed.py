@@ -20,9 +20,9 @@ def test_a_pack_holds_photographs_of_128_pixels_of_every_class(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["trash6", "clothing10", "signdigits"])
-def test_a_task_has_32_photographs_to_learn_each_class_from(name: str) -> None:
+def test_a_task_has_at_least_60_photographs_to_learn_each_class_from(name: str) -> None:
     task = load_builtin(name)
-    assert (np.bincount(task.train.labels) == 32).all()
+    assert (np.bincount(task.train.labels) >= 60).all()
 
 
 @pytest.mark.parametrize("name", ["trash6", "clothing10", "signdigits"])

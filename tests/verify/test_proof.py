@@ -130,6 +130,8 @@ def test_flops_follow_from_shapes() -> None:
     assert kernel("Gemm", [(34, 128), (384,)], (34, 384)) == 2 * 34 * 128 * 384  # packed, with its bias
     assert kernel("FusedMatMul", [(3, 5, 7), (3, 5, 11)], (3, 7, 11)) == 2 * 3 * 7 * 5 * 11
     assert kernel("Conv", [(2, 3, 32, 32), (128, 3, 8, 8)], (2, 128, 4, 4)) == 2 * 2 * 128 * 16 * 3 * 64
+    quantized = [(2, 3, 32, 32), (), (), (128, 3, 8, 8), (128,), (), (), ()]
+    assert kernel("QLinearConv", quantized, (2, 128, 4, 4)) == 2 * 2 * 128 * 16 * 3 * 64
     assert (
         kernel("Attention", [(2, 4, 17, 32), (2, 4, 17, 32), (2, 4, 17, 32)], (2, 4, 17, 32))
         == 4 * 2 * 4 * 17 * 32 * 17

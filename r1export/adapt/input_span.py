@@ -1,0 +1,116 @@
+"""What the inputs of earlier tasks span, layer by layer: new experts do not read it, so earlier answers hardly move.
+
+    during a task    A <- A - (A M) M^T    after the reset and after every step of the optimizer
+    after a task     G = sum x x^T over all tokens of its training images and class prompts, experts frozen
+                     R = (I - M M^T) G (I - M M^T) = V diag(l) V^T,  held_i = (tr G - tr R + l_1 + ... + l_i) / tr G
+                     M <- [M, v_1 ... v_k],  k the smallest with held_k >= share
+
+M (in, m) has orthonormal columns and is empty before the first task. An expert adds s B A x, so what lies in the span of M is
+not changed at all, and the merge and the shipped bytes stay as they are. Sources: gradient projection memory (arXiv
+2103.09762), which InfLoRA (2404.00228) and KeepLoRA (2601.19659) carry over to LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from r1export.adapt.clip import Clip
+from r1export.adapt.image_cache import Pixels
+from r1export.adapt.pool import Pools, routed
+from r1export.adapt.text_truncation import short_texts
+from r1export.errors import InputError
+from r1export.update.factors import Rows
+
+BATCH = 64  # images or prompts at a time
+Span = dict[Rows, np.ndarray]  # by pool: orthonormal columns (in, k), float32
+Moments = dict[Rows, Tensor]  # by pool: sum of x x^T, float64 (in, in)
+
+
+def set_spans_(pools: Pools, earlier: Sequence[Span]) -> None:
+    """Keep the experts of every pool off what the tasks of `earlier` span together."""
+    for rows, pool in pools.items():
+        columns = [torch.from_numpy(span[rows]) for span in earlier]
+        pool.set_span_(torch.cat(columns, 1) if columns else pool.span[:, :0])
+
+
+def new_directions(clip: Clip, pools: Pools, images: Pixels, prompts: Tensor, share: float) -> Span:
+    """The directions that a trained task adds to the span of each pool, so that `share` of the energy of its inputs is held.
+
+    `prompts` are tokens (C, L). The experts act as they will be merged. Takes one pass over the images.
+    """
+    moments = input_moments(clip, pools, images, prompts)
+    return {rows: _directions(moments[rows], pool.span.cpu().double(), share) for rows, pool in pools.items()}
+
+
+@torch.no_grad()
+def input_moments(clip: Clip, pools: Pools, images: Pixels, prompts: Tensor) -> Moments:
+    """The sum of x x^T over all positions of the inputs of every pool, with the experts that will be merged."""
+    clip.model.eval()
+    with routed(pools.values(), lambda pool: pool.frozen()), _watched(pools) as moments, short_texts(clip.model):
+        for pixels in images.batches(BATCH):
+            clip.encode_image(pixels)
+        for tokens in prompts.split(BATCH):
+            clip.encode_text(tokens)
+    return moments
+
+
+@contextmanager
+def _watched(pools: Pools) -> Iterator[Moments]:
+    """Within it the moments of what goes into every pool are added up. Pools that read the same input share the product."""
+    moments: Moments = {}
+    last: list[tuple[Tensor, Tensor]] = []  # the input of the pool before, kept alive so that its identity is its own
+
+    def watch(rows: Rows) -> Callable[..., None]:
+        def add(pool: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0]
+            if not (last and last[0][0] is x):
+                read = pools[rows].reads(x).float()
+                last[:] = [(x, (read.T @ read).cpu().double())]
+            moments[rows] = moments[rows] + last[0][1] if rows in moments else last[0][1].clone()
+
+        return add
+
+    handles = [pool.register_forward_pre_hook(watch(rows)) for rows, pool in pools.items()]
+    try:
+        yield moments
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _directions(moment: Tensor, span: Tensor, share: float) -> np.ndarray:
+    """The leading directions (in, k) of what lies outside of `span` (in, m), as the formula above counts them."""
+    outside = torch.eye(len(span), dtype=torch.float64) - span @ span.T
+    rest = outside @ moment @ outside
+    values, vectors = torch.linalg.eigh((rest + rest.T) / 2)
+    energy, values = moment.trace(), values.flip(0).clamp(min=0)
+    before = energy - rest.trace()
+    held = torch.cat([before[None], before + values.cumsum(0)])  # with 0, 1, 2, ... directions
+    count = int((held < share * energy).sum())
+    directions: np.ndarray = vectors.flip(1)[:, :count].float().numpy()
+    return np.ascontiguousarray(directions)
+
+
+def span_tensors(span: Span) -> dict[str, np.ndarray]:
+    """The directions of a task as the tensors of a file, named `ROWS.directions`."""
+    return {f"{rows}.directions": columns for rows, columns in span.items()}
+
+
+def parse_span(tensors: Mapping[str, np.ndarray], pools: Pools, location: str) -> Span:
+    """Inverse of `span_tensors`. Raises InputError, which begins with `location`, if a pool has none or they are of another width."""
+    span = {}
+    for rows, pool in pools.items():
+        columns = tensors.get(f"{rows}.directions")
+        if columns is None or columns.ndim != 2 or len(columns) != len(pool.span):
+            found = "missing" if columns is None else f"of shape {columns.shape}"
+            raise InputError(
+                f"{location}: {rows}.directions is {found}, expected ({len(pool.span)}, k)",
+                "the file is damaged or of another recipe: train the task again",
+            )
+        span[rows] = columns
+    return span

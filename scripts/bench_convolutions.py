@@ -1,0 +1,249 @@
+"""What a convolutional CLIP costs here: export, release, update, latency against other forms, and one training step.
+
+    python scripts/bench_convolutions.py export MobileCLIP2-S0      # about two minutes
+    python scripts/bench_convolutions.py train MobileCLIP2-S0       # PEFT only if it is installed
+
+Random weights at full size, experts in the image tower by the default targets, one thread. Forms of the image tower in
+onnxruntime, interleaved in random order at batch 1: ours; *plain*, the model as open_clip gives it by torch.onnx.export with its
+optimiser; *unmerged*, ours with the low-rank branches that a runtime adapter would run; *int8*, ours quantised. A step is
+forward, loss, backward and AdamW on images against 16 constant class embeddings, in time of the processor; PEFT's LoRA of
+the same rank is put beside the same layers, of the model as it is and of its deployed form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from r1export.adapt.deployed_form import deploy_
+from r1export.adapt.inject import eject_experts_, inject_experts_
+from r1export.adapt.losses import in_batch_loss
+from r1export.adapt.pack import pack_experts
+from r1export.adapt.pool import Pools
+from r1export.adapt.trainer import reset_pools_
+from r1export.export.graph import export_graphs
+from r1export.export.int8 import calibrate, quantized_graphs
+from r1export.export.precision import version_tensors
+from r1export.export.session import open_session
+from r1export.export.towers import VisualTower, float_tensors
+from r1export.export.weight_map import WeightMap
+from r1export.pipeline.context import pool_settings
+from r1export.recipe import Pool
+from r1export.update.container import write_tensors
+from r1export.update.factors import ExpertUpdate
+from r1export.verify.latency import time_rounds
+from r1export.verify.paired_stats import paired_ratio
+from r1export.verify.unmerged_graph import add_branches
+
+CONTEXT, CLASSES, BLOCKS = 77, 16, 4
+Step = Callable[[], object]
+
+
+def build(name: str) -> tuple[nn.Module, tuple[int, int]]:
+    """The model with random weights, and statistics as if it had seen images; the size of its images."""
+    torch.manual_seed(0)
+    model = open_clip.create_model(name, load_weights=False).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    size = model.visual.image_size
+    return model, size if isinstance(size, tuple) else (size, size)
+
+
+def adapted(model: nn.Module) -> Pools:
+    """Experts in the image tower, as a recipe sets them by default."""
+    pools = inject_experts_(model, pool_settings(Pool(towers=("visual",))))
+    reset_pools_(pools, 0, 1)
+    return pools
+
+
+def random_update(model: nn.Module) -> ExpertUpdate:
+    """The update of one task with random experts; the model is plain again."""
+    generator = torch.Generator().manual_seed(0)
+    pools = adapted(model)
+    for pool in pools.values():
+        pool.lora_B.data.normal_(0, 1e-3, generator=generator)
+    update = pack_experts(pools)
+    eject_experts_(model)
+    return update
+
+
+def write_weights(folder: Path, weights: WeightMap, values: dict[str, np.ndarray]) -> None:
+    for file in weights.files:
+        write_tensors(folder / file, weights.stored(file, values))
+
+
+def bench_export(name: str) -> None:
+    model, size = build(name)
+    plain = copy.deepcopy(model)
+    folders = {form: Path(tempfile.mkdtemp()) for form in ("ours", "plain", "unmerged", "int8")}
+    started = time.perf_counter()
+    deploy_(model.visual, size)
+    print(f"{name}: deployed form in {time.perf_counter() - started:.1f} s")
+    update = random_update(model)
+    started, processor = time.perf_counter(), time.process_time()
+    weights = export_graphs(model, size, CONTEXT, folders["ours"], opset=20)
+    base = {n: tensor.detach().numpy() for n, tensor in float_tensors(model).items()}
+    write_weights(folders["ours"], weights, base)
+    spent = time.process_time() - processor
+    print(f"first export in {time.perf_counter() - started:.1f} s, of the processor {spent:.1f} s")
+    started = time.perf_counter()
+    merged = base | update.apply(base)
+    write_weights(folders["unmerged"], weights, merged)
+    print(f"a later release: merged and written in {time.perf_counter() - started:.1f} s")
+    total = sum(value.nbytes for value in base.values())
+    print(
+        f"update: {len(update.factors)} layers, {update.nbytes} bytes, {100 * update.nbytes / total:.2f} % of {total}"
+    )
+    pixels = np.random.default_rng(0).standard_normal((16, 3, *size)).astype(np.float32)
+    _write_forms(folders, plain, update, weights, base, pixels)
+    _print_latency(folders, pixels[:1])
+
+
+def _write_forms(
+    folders: dict[str, Path],
+    plain: nn.Module,
+    update: ExpertUpdate,
+    weights: WeightMap,
+    base: dict[str, np.ndarray],
+    pixels: np.ndarray,
+) -> None:
+    """The image tower as torch.onnx gives it, with branches, and in int8."""
+    example = (torch.from_numpy(pixels[:2]),)
+    program = torch.onnx.export(
+        VisualTower(plain).eval(), example, dynamo=True, opset_version=20, verbose=False,
+        input_names=["pixel_values"], dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )  # fmt: skip
+    program.save(folders["plain"] / "visual.onnx", external_data=True)
+    add_branches(folders["ours"] / "visual.onnx", update, folders["unmerged"] / "visual.onnx")
+    tokens = np.random.default_rng(0).integers(1, 49000, (16, CONTEXT))
+    ranges = calibrate(folders["ours"], {"pixel_values": pixels, "input_ids": tokens})
+    quantized = quantized_graphs(folders["ours"], folders["int8"])
+    write_weights(folders["int8"], quantized, version_tensors(base, [], quantized, ranges))
+    sizes = {form: (folders[form] / "visual.safetensors").stat().st_size for form in ("ours", "int8")}
+    print(f"image tower: {sizes['ours']} bytes, int8 {sizes['int8']} ({sizes['int8'] / sizes['ours']:.3f})")
+
+
+def _print_latency(folders: dict[str, Path], image: np.ndarray) -> None:
+    rng, seconds = np.random.default_rng(0), {form: [] for form in folders}
+    for _ in range(BLOCKS):  # sessions opened anew lie elsewhere in memory
+        steps = {form: _runner(folder, image) for form, folder in folders.items()}
+        for form, times in time_rounds(steps, 12, rng).items():
+            seconds[form].append(times)
+    for form in folders:
+        ratio = paired_ratio(np.array(seconds["ours"]), np.array(seconds[form]))
+        print(
+            f"{form}: {1000 * np.median(seconds[form]):.1f} ms; ours takes {ratio.ratio:.3f} of it "
+            f"[{ratio.ci95[0]:.3f}, {ratio.ci95[1]:.3f}]"
+        )
+
+
+def _runner(folder: Path, image: np.ndarray) -> Step:
+    session = open_session(folder / "visual.onnx")
+    return lambda: session.run(None, {"pixel_values": image})
+
+
+def ours(name: str, batch: int) -> Step:
+    model, size = build(name)
+    deploy_(model.visual, size)
+    pools = adapted(model)
+    for pool in pools.values():
+        pool.train()
+    return _step(model, size, batch, [parameter for pool in pools.values() for parameter in pool.parameters()])
+
+
+def peft(name: str, batch: int, *, deployed: bool) -> Step:
+    from peft import LoraConfig, get_peft_model
+
+    model, size = build(name)
+    reference = copy.deepcopy(model)
+    deploy_(reference.visual, size)
+    layers = sorted({rows.parameter.removesuffix(".weight") for rows in adapted(reference)})
+    if deployed:
+        deploy_(model.visual, size)
+    defaults = Pool()
+    lora = LoraConfig(r=defaults.rank, lora_alpha=1, lora_dropout=defaults.dropout, target_modules=layers)
+    get_peft_model(model, lora)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for module_name, module in model.named_modules():
+        if module_name.endswith("lora_dropout"):
+            module.train()
+    return _step(model, size, batch, learned)
+
+
+def _step(model: nn.Module, size: tuple[int, int], batch: int, learned: list[nn.Parameter]) -> Step:
+    generator = torch.Generator().manual_seed(0)
+    pixels, labels = torch.randn(batch, 3, *size, generator=generator), torch.arange(batch) % CLASSES
+    optimizer = torch.optim.AdamW(learned, lr=2e-3)
+    with torch.no_grad():
+        width = model.encode_image(pixels[:1]).shape[1]
+    classes = F.normalize(torch.randn(CLASSES, width, generator=generator), dim=-1)
+
+    def step() -> None:
+        loss = in_batch_loss(100 * model.encode_image(pixels, normalize=True) @ classes.T, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+CONTENDERS = {
+    "ours": ours,
+    "peft": partial(peft, deployed=False),
+    "peft, deployed form": partial(peft, deployed=True),
+}
+
+
+def bench_train(name: str, rounds: int, batch: int) -> None:
+    steps = {contender: make(name, batch) for contender, make in CONTENDERS.items()}
+    seconds = time_rounds(steps, rounds, np.random.default_rng(0), time.process_time)
+    for contender in steps:
+        command = [sys.executable, __file__, "train", name, "--batch", str(batch), "--alone", contender]
+        peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+        ratio = paired_ratio(seconds["ours"][:, None], seconds[contender][:, None])
+        print(
+            f"{contender}: {np.median(seconds[contender]):.2f} s, peak {peak:.2f} GB; ours takes {ratio.ratio:.3f} of its time "
+            f"[{ratio.ci95[0]:.3f}, {ratio.ci95[1]:.3f}], {rounds} rounds"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("export", "train"))
+    parser.add_argument("name", nargs="?", default="MobileCLIP2-S0")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--alone", choices=CONTENDERS, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    if asked.alone:
+        step = CONTENDERS[asked.alone](asked.name, asked.batch)
+        step()
+        step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    elif asked.what == "export":
+        bench_export(asked.name)
+    else:
+        bench_train(asked.name, asked.rounds, asked.batch)
+
+
+if __name__ == "__main__":
+    main()
