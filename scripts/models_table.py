@@ -26,7 +26,9 @@ import torch
 from torch import nn
 
 from r1export.adapt.deployed_form import deploy_
+from r1export.adapt.hf_text import is_hf_tower
 from r1export.adapt.inject import eject_experts_, inject_experts_
+from r1export.adapt.model_config import ModelConfig
 from r1export.adapt.pack import pack_experts
 from r1export.errors import Unsupported
 from r1export.export.graph import export_graphs
@@ -50,6 +52,13 @@ OF_TIMM = (
 )  # fmt: skip
 DEPTH, VOCABULARY, SAMPLES = 2, 600, 3
 SIZE = 224  # pixels, of models of timm
+TRANSFORMERS = {  # in place of the hub's configs: their kinds and widths, two layers, a small vocabulary
+    "roberta": {"model_type": "roberta", "vocab_size": VOCABULARY, "num_hidden_layers": DEPTH, "max_position_embeddings": 514, "type_vocab_size": 1},
+    "nllb": {
+        "model_type": "m2m_100", "vocab_size": VOCABULARY, "d_model": 1024, "encoder_layers": DEPTH, "decoder_layers": 1,
+        "encoder_attention_heads": 16, "decoder_attention_heads": 16, "encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096,
+    },
+}  # fmt: skip
 LIMIT = 5e-6  # max-abs on unit-norm embeddings in float32
 
 
@@ -94,10 +103,13 @@ def _build(name: str) -> nn.Module:
     vision, text = config["vision_cfg"], config["text_cfg"]
     if isinstance(vision.get("layers"), int):
         vision["layers"] = DEPTH
-    text |= {} if "hf_model_name" in text else {"layers": DEPTH, "vocab_size": VOCABULARY}
+    if "hf_model_name" in text:
+        transformer = next(each for part, each in TRANSFORMERS.items() if part in text["hf_model_name"])
+        return ModelConfig(name, name, config, transformer=transformer).build().eval().requires_grad_(False)
+    text |= {"layers": DEPTH, "vocab_size": VOCABULARY}
     if "multimodal_cfg" in config:
         config["multimodal_cfg"]["layers"] = 1
-    custom = config.pop("custom_text", False) or "hf_model_name" in text
+    custom = config.pop("custom_text", False)
     kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
     with patch.object(timm, "create_model", _shallow(timm.create_model)):
         return kind(**config).eval().requires_grad_(False)
@@ -119,10 +131,11 @@ def examine(name: str) -> Row:
     torch.manual_seed(0)
     try:
         model = build(name)
-    except RuntimeError as error:
+    except (RuntimeError, Unsupported) as error:
         return Row(name, f"refused: {str(error).splitlines()[0]}")
     inputs = _inputs(model)
-    verdict, settings, original = "supported", replace(pool_settings(Pool()), alpha=12.0), _encode(model, inputs)
+    verdict = "supported with `r1export[hf]`" if is_hf_tower(getattr(model, "text", model)) else "supported"
+    settings, original = replace(pool_settings(Pool()), alpha=12.0), _encode(model, inputs)
     folded = deploy_(model.visual, tuple(inputs[0].shape[2:]))
     deployed = _difference(original, _encode(model, inputs)) if folded else None
     try:
@@ -165,7 +178,7 @@ def _difference(left: Embeddings, right: Embeddings) -> float:
 
 
 def _inputs(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    size, context = model.visual.image_size, getattr(model, "text", model).context_length
+    size, context = model.visual.image_size, min(77, getattr(model, "text", model).context_length)
     tokens = torch.randint(1, VOCABULARY - 1, (SAMPLES, context))
     tokens[:, context // 2] = VOCABULARY - 1
     return torch.randn(SAMPLES, 3, *(size if isinstance(size, tuple) else (size, size))), tokens
