@@ -98,12 +98,12 @@ class Base(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.model.startswith("builtin:"):
+            if others := self.model_dump(exclude_defaults=True).keys() - {"model"}:
+                raise ValueError(f"{self.model} is complete: remove {', '.join(sorted(others))}")
             return self
         if self.model.startswith(("local-dir:", "hf-hub:")):
             if self.pretrained or self.weights or self.config:
-                raise ValueError(
-                    f"{self.model} has weights and a config of its own: remove pretrained, weights and config"
-                )
+                raise ValueError(f"{self.model} has weights and a config: remove pretrained, weights and config")
             return self
         if bool(self.pretrained) == bool(self.weights):
             raise ValueError("give either pretrained (a tag) or weights (a .safetensors file)")

@@ -20,6 +20,7 @@ from r1export.update.names import NAME, PATH, check_paths
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
 MINIMAL = '[base]\nmodel = "builtin:world"\n[[tasks]]\nname = "a"\nsource = "builtin:digits"\n'
+BASE = '[base]\n{}\n[[tasks]]\nname = "a"\nsource = "builtin:digits"\n'
 
 
 def write(tmp_path, text: str) -> Path:
@@ -44,6 +45,15 @@ def test_the_project_comes_with_recipes() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads_and_survives_being_written(path: Path, tmp_path) -> None:
     recipe = load_recipe(path)
+    assert load_recipe(write(tmp_path, recipe.dumps())) == recipe
+
+
+def test_what_is_said_of_pictures_and_tokenizers_survives_being_written(tmp_path) -> None:
+    said = 'mean = [0, 0.25, 0.5]\nstd = [1, 1, 1]\ninterpolation = "bilinear"\nresize_mode = "squash"\nimage_size = 64\nquick_gelu = false'
+    recipe = load_recipe(
+        write(tmp_path, BASE.format(f'model = "ViT-B-32"\nweights = "w.safetensors"\ntokenizer = "t"\n{said}'))
+    )
+    assert (recipe.base.mean, recipe.base.quick_gelu, recipe.base.image_size) == ((0, 0.25, 0.5), False, 64)
     assert load_recipe(write(tmp_path, recipe.dumps())) == recipe
 
 
@@ -141,6 +151,17 @@ def test_every_field_says_what_it_means() -> None:
         ('[base]\nmodel = "ViT-B-16"\n[[tasks]]\nname = "a"\nsource = "x"\n', "either pretrained"),
         ('[base]\nweights = "w"\n[[tasks]]\nname = "a"\nsource = "x"\n', "give model"),
         ('[base]\nmodel = "builtin:world"\n', "tasks"),
+        (MINIMAL.replace('"\n[[', '"\nweights = "w"\n[[', 1), "builtin:world is complete: remove weights"),
+        (BASE.format('model = "ViT-B-32"\nconfig = "c"\nweights = "w"'), r"give model .* or config .*, one of them"),
+        (BASE.format('model = "local-dir:x"\nweights = "w"'), r"local-dir:\S*x has weights and a config: remove"),
+        (BASE.format('model = "hf-hub:a/b"\npretrained = "openai"'), "hf-hub:a/b has weights and a config"),
+        (
+            BASE.format('config = "c"\nweights = "w"\nstd = [0.5, 0.0, 0.5]'),
+            r"std \[0\.5, 0\.0, 0\.5\] has to be greater than 0",
+        ),
+        (BASE.format('config = "c"\nweights = "w"\nmean = [0.5, 0.5]'), r"base\.mean"),
+        (BASE.format('config = "c"\nweights = "w"\nresize_mode = "crop"'), r"base\.resize_mode"),
+        (BASE.format('config = "c"\nweights = "w"\nimage_size = 0'), r"base\.image_size"),
         (MINIMAL + '[pool]\ngate = "sparse"\n', r"train\.consolidate 0\.3 fixes it before: set it to 1"),
         (MINIMAL + "[verify]\nbatches = [1, 0]\n", r"verify\.batches\.1: .*0"),
         (MINIMAL + "[verify]\nbatches = []\n", r"verify\.batches"),

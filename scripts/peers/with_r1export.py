@@ -19,6 +19,7 @@ from peers.workload import ALPHA, RANK, parity, read_samples
 from r1export import __version__
 from r1export.adapt.inject import eject_experts_
 from r1export.adapt.pack import pack_experts, pool_tensors
+from r1export.adapt.preprocess_settings import OPENAI
 from r1export.pipeline.context import NoProgress, RunContext, inject_pools_
 from r1export.pipeline.export import export_releases
 from r1export.pipeline.train import train_tasks
@@ -75,7 +76,7 @@ def build(work: Path) -> Row:
 def planted_run(work: Path, path: Path) -> RunContext:
     """A run whose one task has learned exactly the LoRA of `work`."""
     recipe = Recipe.model_validate({
-        "base": {"weights": str(work / "open_clip.safetensors"), "config": str(work / "open_clip.json")},
+        "base": {"weights": str(work / "open_clip.safetensors"), "config": str(work / "open_clip.json")} | OPENAI.given,
         "tasks": [{"name": "digits", "source": "builtin:digits"}],
         "data": {"test_limit": 40, "shots": 4},
         "pool": {"rank": RANK, "k_train": RANK, "k_merge": RANK, "alpha": ALPHA, "dropout": 0.0},

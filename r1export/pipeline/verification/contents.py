@@ -34,7 +34,7 @@ from r1export.update.release_layout import (
 )  # fmt: skip
 from r1export.update.release_manifest import MergedUpdate, ReleaseManifest, TaskEntry
 from r1export.verify import contents
-from r1export.verify.client_files import ListedClasses, check_preprocess, check_tokenizer
+from r1export.verify.client_files import ClientTokenizer, ListedClasses, check_preprocess, check_tokenizer
 from r1export.verify.contents import Embed, attempt
 from r1export.verify.golden import check_classifier, check_golden, read_golden
 from r1export.verify.graph_digest import graph_digest
@@ -197,7 +197,16 @@ def _check_tokenizer(ref: ReleaseRef) -> Check:
         f"{TOKENIZER}/{name} is not that of the model" for name in sorted(written) if here.get(name) != written[name]
     ]
     files = Check.judge(problems, looked_at=len(written), of=len(written), detail="the files are those of the model")
-    return Check.joined([files, check_tokenizer(ref.path, read_golden(ref.path))])
+    return Check.joined([files, check_tokenizer(ref.path, read_golden(ref.path)), _check_prompts(ref)])
+
+
+def _check_prompts(ref: ReleaseRef) -> Check:
+    """A client gets the ids of the lab for every class name in the first template of its task: its own cleaning of texts has limits."""
+    prompts = [task.templates[0].replace("{}", name) for task in ref.context.tasks for name in task.classes]
+    expected, found = ref.context.clip.tokenize(prompts).cpu().numpy(), ClientTokenizer(ref.path)(prompts)
+    same = (expected == found).all(1) if found.shape == expected.shape else np.zeros(len(prompts), bool)
+    problems = [f"tokenizer.json gives other input_ids for {prompts[i][:60]!r}" for i in np.flatnonzero(~same)[:3]]
+    return Check.judge(problems, looked_at=len(prompts), of=len(prompts), detail="it gives those of every class name")
 
 
 def _check_classes(ref: ReleaseRef) -> Check:
