@@ -162,6 +162,8 @@ def test_the_base_with_branches_gives_what_the_merged_model_gives(run: Run, tmp_
 
 def test_in_int8_a_channel_without_weights_keeps_its_bias(run: Run, tmp_path: Path) -> None:
     """Its weights give it a scale in which the bias has more than 32 bits: without a wider one it would be lost."""
+    if not run.family.spread:
+        pytest.skip("its embeddings differ by less than int8 can tell")
     folders = {form: tmp_path / form for form in ("fp32", "int8")}
     weights = {
         "fp32": WeightMap.read(run.path / "graphs/weight_map.json"),
