@@ -28,8 +28,8 @@ INTERNAL_ERROR = 70
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
-class Ended(BaseException):
-    """A signal asked the command to end."""
+class Ended(KeyboardInterrupt):
+    """A signal asked the command to end: whatever ends on Ctrl-C ends on the others too."""
 
     def __init__(self, number: int) -> None:
         self.number = signal.Signals(number)
@@ -70,7 +70,7 @@ def open_terminal(as_json: bool) -> Iterator[Terminal]:
     except BrokenPipeError:  # a reader that stopped early: r1export ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise typer.Exit(128 + 13) from None  # SIGPIPE
-    except (Ended, KeyboardInterrupt) as ended:
+    except KeyboardInterrupt as ended:
         number = ended.number if isinstance(ended, Ended) else signal.SIGINT
         shown.error(R1ExportError(f"interrupted by {number.name}", "a run goes on with --resume"), 128 + number)
         raise typer.Exit(128 + number) from None

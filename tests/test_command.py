@@ -60,14 +60,23 @@ def test_wrong_usage_is_one_line_and_one_document(arguments: list[str], words: s
 def test_a_signal_ends_a_run_in_one_line_and_the_run_can_be_resumed(recipe, tmp_path, number) -> None:
     out = tmp_path / "run"
     arguments = ["train", recipe, "--out", out, "--set", "train.iterations=100000", "--set", "train.checkpoint_every=5"]
-    started = subprocess.Popen([*COMMAND, *map(str, arguments)], env=BARE, stderr=subprocess.PIPE, text=True)
-    checkpoint = RunFolder(out).task(1, "digits").checkpoint
-    until(lambda: checkpoint.exists() or started.poll() is not None)
-    started.send_signal(number)
-    _, stderr = started.communicate(timeout=60)
+    command, checkpoint = [*COMMAND, *map(str, arguments)], RunFolder(out).task(1, "digits").checkpoint
+    with subprocess.Popen(command, env=BARE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals) as started:
+        try:
+            until(lambda: checkpoint.exists() or started.poll() is not None)
+            started.send_signal(number)
+            _, stderr = started.communicate(timeout=60)
+        finally:
+            started.kill()
     assert started.returncode == 128 + number, stderr
     assert stderr == f"Error: interrupted by {number.name} (a run goes on with --resume)\n"
     assert not list(out.rglob(".*.partial*"))
+
+
+def heed_signals() -> None:
+    """A suite that runs in the background, or under nohup, ignores some, and its children inherit that."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def until(holds, seconds: float = 90) -> None:
