@@ -223,7 +223,10 @@ def check_inputs(context: RunContext) -> None:
                 pass
             advance(f"{len(pixels)} images")
     for found in inputs_of(context):
-        for line in (*(f"{count} images: {change}" for change, count in found.changes.items()), *found.notes):
+        for line in (
+            *(f"{count} image{'s' * (count > 1)}: {change}" for change, count in found.changes.items()),
+            *found.notes,
+        ):
             context.progress.step(f"{found.task}: {line}")
 
 

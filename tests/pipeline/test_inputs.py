@@ -54,7 +54,7 @@ def test_what_decoding_changes_is_counted_and_said(pets) -> None:
         "changes": {"transparency composited": 1, "turned as EXIF says": 1},
         "notes": ["left out, hidden entry: train/dog/.DS_Store"],
     }
-    assert "pets: 1 images: turned as EXIF says" in result.stdout
+    assert "pets: 1 image: turned as EXIF says" in result.stdout
     assert "pets: left out, hidden entry: train/dog/.DS_Store" in result.stdout
 
 
