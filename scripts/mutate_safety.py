@@ -125,6 +125,7 @@ VERIFY_RULES = [
     ("verify/client_files.py", "            if vocab.get(left + right) != i:", "            if False:"),
     ("report/json_format.py", '    if document.get("verdict") != report.verdict:', "    if False:"),
     ("report/freshness.py", "if not path.is_file() or sha256_file(path) != manifest_sha256:", "if False:"),
+    ("pipeline/bundle.py", "        _check_on_a_device(planned.target", "        (planned.target"),
     ("report/freshness.py", "or file.is_symlink() or sha256_file(file) != entry.sha256:", "or file.is_symlink():"),
 ]
 # file, what stands there, what is put in its place

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from r1export.adapt.evaluate import class_embeddings
+from r1export.device.health import check_health
+from r1export.device.version import Version
 from r1export.device.worker import known_answers_hold_in_fresh_process
 from r1export.errors import CheckFailed, Inconclusive, InputError
 from r1export.pipeline.context import RunContext
@@ -23,6 +25,7 @@ from r1export.update.bundle import Bundle
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.envelope import SecretKey
 from r1export.update.lab.publish import Step, Terms, leaving_out, plan_delivery, sign_delivery
+from r1export.update.manifest import Health
 from r1export.update.release_layout import CLASS_EMBEDS, GOLDEN, TEXTUAL, VISUAL, class_embeddings_file
 from r1export.update.release_manifest import GoldenGate, Release, ReleaseManifest
 from r1export.verify.golden import manifest_gate
@@ -57,8 +60,8 @@ def write_bundle(context: RunContext, order: Order, out: Path, *, overwrite: boo
 
     Raises:
         InputError: `out` exists, the report cannot be read, and what `make_bundle` raises.
-        CheckFailed: there is no report, it is about other files, is not of a verification of the run, or says fail; or a
-            version without a task does not pass.
+        CheckFailed: there is no report, it is about other files, is not of a verification of the run, or says fail; a
+            version without a task does not pass; or a device's health check would refuse the version.
         Inconclusive: the report says so, and the order does not accept that.
         Unsupported: this machine does not add as devices do.
     """
@@ -74,6 +77,7 @@ def write_bundle(context: RunContext, order: Order, out: Path, *, overwrite: boo
             variant = Variant(context, step.precision)
             _check_passes(planned.target, check_without_tasks(planned.target, variant, step.release, step.drop))
         limits = _strict_limits(planned.target.manifest)
+        _check_on_a_device(planned.target, Health(limits.max_abs, limits.min_cosine, order.terms.min_agreement))
         bundle = sign_delivery(replace(planned, limits=limits), order.terms, order.keys)
     write_file(out, bundle.to_bytes())
     return Published(bundle, accepted)
@@ -124,6 +128,17 @@ def _strict_limits(manifest: ReleaseManifest) -> GoldenGate:
     """What devices may differ by: the limits of the release, or those of its precision where they are stricter."""
     gate = manifest_gate(manifest)
     return GoldenGate(gate.max_abs, gate.min_cosine)
+
+
+def _check_on_a_device(release: Release, limits: Health) -> None:
+    """Raises CheckFailed if the health check of a device would refuse the release: no fleet has to find that out."""
+    try:
+        check_health(Version(release.path, release, files_there=True), limits)
+    except CheckFailed as error:
+        raise CheckFailed(
+            f"devices would refuse {release.manifest.name}: {error.message}",
+            "ship another precision, or see why its answers differ from those of the trained model",
+        ) from error
 
 
 @torch.inference_mode()

@@ -69,6 +69,15 @@ def test_a_verified_release_is_signed_together_with_the_digest_of_its_report(
     assert signed(tmp_path).evidence["report.json"] == sha256_file(report_of(verified, release))
 
 
+def test_what_a_device_would_refuse_is_not_signed(verified, order, monkeypatch) -> None:
+    """Limits that no machine keeps: the device's own health check runs before anything is signed."""
+    monkeypatch.setattr(bundle, "_strict_limits", lambda manifest: GoldenGate(1e-12, 1.0))
+    done = order(verified)
+    assert done.returncode == 1, done.output
+    assert "devices would refuse 01-" in done.stderr
+    assert "health check of visual.onnx: largest difference" in done.stderr
+
+
 def test_a_release_without_a_report_is_refused(run, order) -> None:
     report_of(run).unlink()
     done = order(run)
@@ -129,7 +138,7 @@ def test_a_verification_of_the_release_alone_is_not_enough(run, order) -> None:
     assert order(run, "--seq", 9, release=0).returncode == 0  # nothing was merged into the base
 
 
-@pytest.mark.parametrize(("stated", "limits"), [((10.0, -1.0), (5e-5, 1 - 1e-6)), ((1e-5, 1.0), (1e-5, 1.0))])
+@pytest.mark.parametrize(("stated", "limits"), [((10.0, -1.0), (5e-5, 1 - 1e-6)), ((1e-5, 1 - 1e-9), (1e-5, 1 - 1e-9))])
 def test_the_signed_limits_are_no_laxer_than_ours(run, order, tmp_path, stated, limits) -> None:
     report = report_of(run)
     replace(ReleaseManifest.read(report.parent), golden=GoldenGate(*stated)).sealed().write(report.parent)
