@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
-from r1export.data.task import ImageSet, Task
+from r1export.data.task import ImageSet, Task, check_labels
 from r1export.errors import InputError
 
 THUMBNAILS = 12  # pictures of a class that a contact sheet shows
@@ -71,15 +72,23 @@ class _Look:
 
 
 def survey(task: Task, advance: Advance = lambda: None) -> Survey:
-    """Decode every picture of `task` once, in threads; `advance` is called for each. Memory holds thumbnails, not pictures."""
+    """Decode every picture of `task` once, in threads; `advance` is called for each. Memory holds the few thumbnails of each class.
+
+    Raises InputError for a label outside of the classes.
+    """
+    check_labels(task, task.name)
     looks = [*_looks(task.train, "train", advance), *_looks(task.test, "test", advance)]
-    classes = (
-        _of_class(name, [look for look in looks if look.label == label]) for label, name in enumerate(task.classes)
-    )
+    by_class: list[list[_Look]] = [[] for _ in task.classes]
+    for look in looks:
+        by_class[look.label].append(look)
+    classes = (_of_class(name, own) for name, own in zip(task.classes, by_class, strict=True))
     return Survey(task.name, tuple(classes), tuple(_twins(looks)), task.notes)
 
 
 def _looks(images: ImageSet, split: str, advance: Advance) -> Iterator[_Look]:
+    firsts = [np.flatnonzero(images.labels == label)[:THUMBNAILS] for label in np.unique(images.labels)]
+    shown = {int(i) for indices in firsts for i in indices}
+
     def look(i: int) -> _Look:
         label = int(images.labels[i])
         try:
@@ -89,9 +98,10 @@ def _looks(images: ImageSet, split: str, advance: Advance) -> Iterator[_Look]:
         small = picture.image.convert("RGB")
         digest = hashlib.sha256(f"{small.size}".encode() + small.tobytes()).digest()
         small.thumbnail((SIDE, SIDE))
+        thumbnail = small if i in shown else None
         size = picture.size if picture.location else picture.image.size
         return _Look(
-            label, split, "", picture.location or f"image {i}", size, picture.mode, picture.changes, digest, small
+            label, split, "", picture.location or f"image {i}", size, picture.mode, picture.changes, digest, thumbnail
         )
 
     with ThreadPoolExecutor() as threads:

@@ -120,6 +120,15 @@ def check_task(task: Task, location: str, *, test_only: bool = False) -> None:
     """
     _check_classes(task.classes, location)
     _check_templates(task.templates, location)
+    check_labels(task, location)
+    if not len(task.test):
+        raise InputError(f"{location}: no test images", "add some: without them nothing can be measured")
+    if not test_only:
+        _check_train(task, location)
+
+
+def check_labels(task: Task, location: str) -> None:
+    """Raises InputError, which begins with `location`, for a label outside of the classes."""
     for split, images in (("train", task.train), ("test", task.test)):
         outside = images.labels[(images.labels < 0) | (images.labels >= len(task.classes))]
         if len(outside):
@@ -127,10 +136,6 @@ def check_task(task: Task, location: str, *, test_only: bool = False) -> None:
                 f"{location}: label {outside[0]} in {split}, expected 0 to {len(task.classes) - 1}",
                 "correct the labels or the class names",
             )
-    if not len(task.test):
-        raise InputError(f"{location}: no test images", "add some: without them nothing can be measured")
-    if not test_only:
-        _check_train(task, location)
 
 
 def _check_classes(classes: tuple[str, ...], location: str) -> None:

@@ -7,6 +7,8 @@ from PIL import Image
 from r1export.data.folder import read
 from r1export.data.request import Request
 from r1export.data.survey import SIDE, THUMBNAILS, survey
+from r1export.data.task import ImageSet, Task
+from r1export.errors import InputError
 
 
 def noise(seed: int, size: tuple[int, int] = (20, 10)) -> Image.Image:
@@ -65,3 +67,9 @@ def test_thumbnails_are_few_and_small(pets) -> None:
     thumbnails = look(pets).classes[0].thumbnails
     assert len(thumbnails) == THUMBNAILS
     assert max(max(each.image.size) for each in thumbnails) <= SIDE
+
+
+def test_a_label_outside_of_the_classes_is_bad_input() -> None:
+    images = ImageSet.drawn(np.array([0, 7]), lambda i: noise(i))
+    with pytest.raises(InputError, match="odd: label 7 in test, expected 0 to 1"):
+        survey(Task("odd", ("cat", "dog"), ("{}",), images.subset(np.array([0])), images))
