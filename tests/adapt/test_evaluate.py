@@ -44,5 +44,7 @@ def test_no_text_is_encoded_where_the_candidates_are_given(tiny_clip, stripes) -
 
 
 def test_an_image_of_a_name_that_a_probe_repeats_is_right_as_either_class(stripes) -> None:
-    probe = replace(stripes, classes=("missile", "dots", "missile"), test=replace(stripes.test, labels=np.array([0, 1, 2])))
+    probe = replace(
+        stripes, classes=("missile", "dots", "missile"), test=replace(stripes.test, labels=np.array([0, 1, 2]))
+    )
     assert top1_among(np.eye(3, dtype=np.float32)[[0, 1, 0]], probe, np.eye(3, dtype=np.float32)) == 1.0
