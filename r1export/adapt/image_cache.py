@@ -45,7 +45,8 @@ class RandomCrop:
 class Pixels:
     """The images of a set as uint8 batches. Memory is touched only for images that were asked for.
 
-    With `augment` they are cropped at random instead of as the model's clients crop them. `changes` are those that decoding made to each image (see `Picture`), by its index, for the images decoded so far.
+    With `augment` they are cropped at random instead of as the model's clients crop them. `changes` are those that decoding
+    made to each image (see `Picture`), by its index, for the images decoded so far.
     """
 
     def __init__(

@@ -80,7 +80,9 @@ def test_random_crops_hold_nine_tenths_of_the_image_or_all_of_it() -> None:
     crop, boxes = RandomCrop(seed=3, anew=True), []
     for visit in range(200):
         left, top, right, bottom = crop.box(200, 180, image=0, visit=visit)
-        assert 0 <= left < right <= 200 and 0 <= top < bottom <= 180
+        assert 0 <= left < right <= 200
+        assert 0 <= top < bottom <= 180
         boxes.append((right - left) * (bottom - top) / (200 * 180))
-    assert 0.89 < min(boxes) < 0.92 and max(boxes) <= 1
+    assert 0.89 < min(boxes) < 0.92
+    assert max(boxes) <= 1
     assert crop.box(1000, 10, image=0) == (0, 0, 1000, 10)  # no crop of that aspect fits
