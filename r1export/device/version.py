@@ -113,7 +113,7 @@ class Version:
             tensors = list(pool.map(self._checked, parameters))
         return {
             names[self.rebuild.base.manifest.tensors[parameter].offset]: tensor
-            for parameter, tensor in zip(parameters, tensors, strict=True)
+            for parameter, tensor in zip(parameters, tensors)
         }
 
     def _checked(self, parameter: str) -> np.ndarray:
@@ -149,7 +149,7 @@ class Version:
             return onnxruntime.InferenceSession(self.folder / graph, providers=list(providers))
         merged: dict[str, np.ndarray] = {}
         for weights in self.merged_weights(graph):
-            merged |= self.tensors(weights)
+            merged.update(self.tensors(weights))
         options = onnxruntime.SessionOptions()
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in merged.values()]
         options.add_external_initializers(list(merged), values)
