@@ -22,7 +22,7 @@ import numpy as np
 
 from r1export.errors import InputError
 from r1export.update.atomic_io import write_file
-from r1export.update.container import plan, read_tensors
+from r1export.update.container import plan, read_tensors, stored_bytes
 from r1export.update.names import PARAMETER
 
 PROCEDURE = "r1-f64-v1"
@@ -170,7 +170,7 @@ class ExpertUpdate:
         for rows, pair in self.factors.items():
             tensors.update({f"{rows}.u": pair.u, f"{rows}.v": pair.v})
         layout = plan((name, array.dtype, array.shape) for name, array in tensors.items())
-        return layout.header + b"".join(array.tobytes() for array in tensors.values())
+        return layout.header + b"".join(map(stored_bytes, tensors.values()))
 
     def write(self, path: Path) -> None:
         """Write `to_bytes` into the file at `path`."""
