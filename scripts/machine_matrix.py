@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/device/test_any_machine.py", "tests/bundles")
-PACKAGES = ("python3-minimal", "python3-numpy")
+PACKAGES = ("python3-minimal", "python3-numpy", "libstdc++6")  # the last for wheels of PyPI
 SECONDS = 1800  # what takes longer hangs
 LAUNCHER = """#!/bin/sh
 export PYTHONHOME={root}/usr PYTHONPATH={packages}
