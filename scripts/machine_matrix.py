@@ -77,7 +77,7 @@ def _unpack(machine: Emulated, folder: Path, root: Path) -> None:
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         raise Unavailable("this is no Debian: it has no apt-get")
     for name in ("state/lists/partial", "cache/archives/partial"):
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "state/status").touch()  # as if nothing were installed, so that apt fetches all that is needed
     options = {
         "APT::Architecture": machine.architecture,
@@ -87,11 +87,14 @@ def _unpack(machine: Emulated, folder: Path, root: Path) -> None:
         "Dir::Cache": folder / "cache",
     }
     apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items())]
-    for command in (["update"], ["install", "--download-only", "--no-install-recommends", "-y", *PACKAGES]):
-        done = subprocess.run([*apt, *command], capture_output=True, text=True)
-        if done.returncode:
-            lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-            raise Unavailable(f"apt-get {command[0]} for {machine.architecture}: {lines[-1] if lines else 'failed'}")
+    subprocess.run(
+        [*apt, "update"], capture_output=True
+    )  # one list of several may fail: whether it matters shows below
+    install = [*apt, "install", "--download-only", "--no-install-recommends", "-y", *PACKAGES]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise Unavailable(f"apt-get for {machine.architecture}: {lines[-1] if lines else 'failed'}")
     for package in sorted((folder / "cache/archives").glob("*.deb")):
         subprocess.run(["dpkg-deb", "-x", package, root], check=True)
     for name in ("blas", "lapack"):
