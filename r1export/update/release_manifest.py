@@ -194,7 +194,7 @@ class ReleaseManifest:
             "tensors": _tensors_json(self.tensors),
             "versions": dict(self.versions),
         }
-        return document | ({"sha256": self.sha256} if self.sha256 else {})
+        return {**document, **({"sha256": self.sha256} if self.sha256 else {})}
 
     def to_bytes(self) -> bytes:
         """The bytes of manifest.json."""
@@ -348,8 +348,8 @@ def _tensor_json(tensor: TensorEntry, with_rows: bool) -> dict[str, Any]:
     }
     if tensor.rows or (with_rows and not tensor.shape):
         document["rows"] = [list(rows) for rows in tensor.rows]
-    document |= {"transposed": tensor.transposed, "sha256": tensor.sha256}
-    return document | ({"scale": tensor.scale} if tensor.scale else {})
+    document.update({"transposed": tensor.transposed, "sha256": tensor.sha256})
+    return {**document, **({"scale": tensor.scale} if tensor.scale else {})}
 
 
 def _check_tensors(manifest: ReleaseManifest, location: str) -> None:
