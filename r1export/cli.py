@@ -459,6 +459,74 @@ def bundle(
         terminal.document(facts | {"accepted": list(published.accepted)})
 
 
+@app.command()
+def layout(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            readable=False, metavar="RELEASE|LAYOUT", help="A release folder; with --check alone, a layout."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Argument(readable=False, metavar="OUT", help="Folder for the layout.")] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="NAME",
+            help="transformersjs, fastembed, immich, openclip, ortpackage, triton, ovms or oci.",
+        ),
+    ] = "",
+    name: Annotated[
+        str, typer.Option("--name", help="What the client calls the model, where it has a name for it.")
+    ] = "",
+    variants: Annotated[
+        bool,
+        typer.Option("--variants/--no-variants", help="With the run's fp16 and int8 releases, for transformersjs."),
+    ] = True,
+    check: Annotated[
+        bool, typer.Option("--check", help="Open the layout with its client and compare with the golden samples.")
+    ] = False,
+    python: Annotated[
+        Path | None,
+        typer.Option("--python", readable=False, help="The interpreter that has the client; by default this one."),
+    ] = None,
+    node_modules: Annotated[
+        Path | None,
+        typer.Option("--node-modules", readable=False, help="A folder below which npm installed the client."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a release the folder that a client opens, or check such a folder with the client."""
+    with open_terminal(as_json) as terminal:
+        from r1export.layout.check import check_layout
+        from r1export.layout.table import layout_named
+        from r1export.layout.write import read_source, write_layout
+
+        document: dict[str, object] = {}
+        if out is not None:
+            kind = layout_named(to)
+            source = read_source(path, variants=variants and kind.takes_variants)
+            written = write_layout(source, to, out, name=name)
+            terminal.say(
+                f"{out}: {len(written.layout.paths)} files for {kind.opened_by}, {written.added / 1000:.1f} kB added"
+            )
+            for note in written.notes:
+                terminal.say(f"  {note}")
+            document |= {"layout": str(out), "shared": written.shared, "added_bytes": written.added}
+        elif to or not check:
+            raise InputError(
+                "layout needs a folder to write to", "r1export layout RELEASE OUT --to NAME, or LAYOUT --check"
+            )
+        result = check_layout(out or path, python=python, node_modules=node_modules) if check else None
+        if result:
+            terminal.say(f"{result.check.verdict}: {result.check.detail}")
+            document |= {"client": result.client, "max_abs": dict(result.differences), "verdict": result.check.verdict}
+            document |= {"same_top1": result.same_top1, "classified": result.classified}
+        terminal.document(document)
+        if result:
+            _finish(result.check.verdict)
+
+
 @app.command("device-kit")
 def device_kit(
     out: Annotated[

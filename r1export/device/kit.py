@@ -18,6 +18,7 @@ MODULES = {  # what a device runs; the rest of the package stays in the lab
         "bundle",
         "container",
         "ed25519",
+        "embedding_space",
         "envelope",
         "factors",
         "golden_samples",
