@@ -66,7 +66,7 @@ class LayoutContent:
 
     files: Mapping[str, str]
     made: Mapping[str, bytes]
-    converted: Mapping[str, str] = field(default_factory=dict)
+    converted: tuple[str, ...] = ()
     variants: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

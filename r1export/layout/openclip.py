@@ -9,9 +9,8 @@ from __future__ import annotations
 from r1export.errors import Unsupported
 from r1export.layout.content import LayoutContent, ReleaseSource, tokenizer_files
 from r1export.update.atomic_io import json_bytes
-from r1export.update.layout_file import OPEN_CLIP_WEIGHTS
 
-WEIGHTS = "open_clip_model.safetensors"
+WEIGHTS = "open_clip_model.safetensors"  # written by update/open_clip_weights.py
 
 
 def content(source: ReleaseSource, name: str) -> LayoutContent:
@@ -29,4 +28,4 @@ def content(source: ReleaseSource, name: str) -> LayoutContent:
         raise Unsupported("open_clip fetches the text tower of transformers from a hub", "use another layout")
     own = not (isinstance(text, dict) and text.get("hf_tokenizer_name"))
     files = {} if own else tokenizer_files(source)  # CLIP's own tokenizer is part of open_clip
-    return LayoutContent(files, {"open_clip_config.json": json_bytes(config)}, {WEIGHTS: OPEN_CLIP_WEIGHTS})
+    return LayoutContent(files, {"open_clip_config.json": json_bytes(config)}, (WEIGHTS,))

@@ -8,7 +8,7 @@ from pathlib import Path
 from r1export.errors import InputError, Unsupported, refused
 from r1export.layout.content import LayoutContent, ReleaseSource
 from r1export.layout.table import layout_named
-from r1export.update.atomic_io import inside, make_folder, new_folder, sha256_bytes, write_file
+from r1export.update.atomic_io import inside, make_folder, new_folder, sha256_bytes, sha256_file, write_file
 from r1export.update.layout_file import LAYOUT, LayoutFile, Origin
 from r1export.update.linking import link_or_copy
 from r1export.update.open_clip_weights import write_open_clip_weights
@@ -56,10 +56,10 @@ def write_layout(source: ReleaseSource, layout: str, out: Path, *, name: str = "
     if out.exists() or out.is_symlink():
         raise InputError(f"{out} exists", "choose another folder, or remove it first")
     content = with_golden(kind.content(source, name))
-    described = _described(layout, source, content)
     try:
         with new_folder(out) as folder:
             shared = _fill(folder, source, content)
+            described = _described(layout, source, content, folder)
             described.write(folder)
         files = [path for path in out.rglob("*") if path.is_file()]
     except OSError as error:
@@ -80,14 +80,14 @@ def shared_files(folder: Path, layout: LayoutFile) -> list[Path]:
     return [folder / path for path in paths]
 
 
-def _described(layout: str, source: ReleaseSource, content: LayoutContent) -> LayoutFile:
+def _described(layout: str, source: ReleaseSource, content: LayoutContent, folder: Path) -> LayoutFile:
     release = source.release
     return LayoutFile(
         layout=layout,
         origin=Origin("release", release.manifest.name, release.manifest_sha256),
         files=content.files,
         made={path: sha256_bytes(data) for path, data in content.made.items()},
-        converted=content.converted,
+        converted={path: sha256_file(folder / path) for path in content.converted},
         variants=content.variants,
         embedding_space=release.manifest.embedding_space,
     )
@@ -116,12 +116,12 @@ def _checked(release: Path) -> Release:
 
 
 def check_layout_files(folder: Path) -> LayoutFile:
-    """layout.json of `folder`, once every file that it says was made is as it was written, and every other one is there.
+    """layout.json of `folder`, once every file that was written for the client is as it was written, and every other one is there.
 
     Raises InputError, CheckFailed.
     """
     layout = LayoutFile.read(folder)
-    for path, sha256 in layout.made.items():
+    for path, sha256 in {**layout.made, **layout.converted}.items():
         check_file(inside(folder, path), sha256)
     for path in layout.paths:
         if not inside(folder, path).is_file():

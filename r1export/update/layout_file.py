@@ -19,10 +19,6 @@ from r1export.update.strict_json import parse_json
 FORMAT = "r1export.layout/1"
 LAYOUT = "layout.json"
 MAX_BYTES, MAX_FILES = 1 << 20, 4096
-OPEN_CLIP_WEIGHTS = (
-    "open_clip_weights"  # the parameters of all weights files in one, as open_clip names and shapes them
-)
-_CONVERSION = re.compile(OPEN_CLIP_WEIGHTS)
 _KIND = re.compile("release|update")
 
 
@@ -38,7 +34,7 @@ class Origin:
 @dataclass(frozen=True)
 class LayoutFile:
     """`files`: path in the folder -> path of the same bytes in the release. `made`: path -> SHA-256 of what was written for
-    the client and does not depend on the weights. `converted`: path -> how it follows from the release.
+    the client and does not depend on the weights. `converted`: path -> SHA-256 of what follows from all weights.
 
     `variants` are the releases in other precisions that further files come from: precision -> path in the folder -> path in
     that release.
@@ -92,7 +88,7 @@ class LayoutFile:
             origin=Origin(origin.text("kind", _KIND), origin.text("name", NAME), origin.digest("manifest_sha256")),
             files=fields.texts("files", PATH, PATH, MAX_FILES),
             made=fields.digests("made", PATH, MAX_FILES),
-            converted=fields.texts("converted", PATH, _CONVERSION, MAX_FILES),
+            converted=fields.digests("converted", PATH, MAX_FILES),
             variants={
                 name: {path: item.text(path, PATH) for path in item.names(PATH, MAX_FILES)}
                 for name, item in variants.items()

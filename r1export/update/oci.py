@@ -12,6 +12,8 @@ INDEX = "index.json"
 LAYOUT_MARK = {"imageLayoutVersion": "1.0.0"}
 FILEPATH = "org.cncf.model.filepath"
 IMAGE = "application/vnd.oci.image.manifest.v1+json"
+EMPTY, EMPTY_TYPE = b"{}", "application/vnd.oci.empty.v1+json"
+UPDATE_TYPE = "application/vnd.r1export.update.v1"  # of a .r1u
 
 
 @dataclass(frozen=True)

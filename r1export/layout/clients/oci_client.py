@@ -1,5 +1,6 @@
 """skopeo, which containers' own library is in, copies the artifact out of the layout and checks every digest; its layers run."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -14,8 +15,27 @@ from towers import read_inputs
 FILEPATH = "org.cncf.model.filepath"
 
 
+def blob(folder: Path, descriptor) -> bytes:
+    data = (folder / "blobs/sha256" / descriptor["digest"].partition(":")[2]).read_bytes()
+    if len(data) != descriptor["size"] or f"sha256:{hashlib.sha256(data).hexdigest()}" != descriptor["digest"]:
+        raise SystemExit(f"blob {descriptor['digest']} is damaged")
+    return data
+
+
+def check_referrers(folder: Path, index) -> None:
+    """Every further manifest refers to the first, and all that it names is there."""
+    base, *others = index["manifests"]
+    for descriptor in others:
+        manifest = json.loads(blob(folder, descriptor))
+        if manifest["subject"]["digest"] != base["digest"]:
+            raise SystemExit("a manifest refers to none in this layout")
+        for part in (manifest["config"], *manifest["layers"]):
+            blob(folder, part)
+
+
 def main(folder: Path, inputs: Path) -> None:
     index = json.loads((folder / "index.json").read_text())
+    check_referrers(folder, index)
     tag = index["manifests"][0]["annotations"]["org.opencontainers.image.ref.name"]
     version = subprocess.run(["skopeo", "--version"], check=True, capture_output=True, text=True).stdout
     with tempfile.TemporaryDirectory() as name:
