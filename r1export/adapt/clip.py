@@ -67,6 +67,15 @@ class Preprocess:
         """Resize and crop as open_clip does: uint8 (3, height, width)."""
         return np.array(self._crop(image), np.uint8).transpose(2, 0, 1)
 
+    def resized(self, image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
+        """A part of an image, (left, top, right, bottom) in pixels, at the size that the tower sees: uint8 (3, height, width).
+
+        Bicubic, as open_clip resizes the crops that it trains with.
+        """
+        height, width = self.size
+        part = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC, box)
+        return np.array(part, np.uint8).transpose(2, 0, 1)
+
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 (n, 3, h, w) -> float32, bit for bit what open_clip's ToTensor and Normalize give."""
         mean, std = (

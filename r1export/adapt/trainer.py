@@ -237,7 +237,7 @@ class _Objective:
         training, settings = self.training, self.training.settings
         torch.manual_seed(training.seed(2, step))  # dropout
         parts = distributed.shares(training.batch(step))
-        pixels, images = training.train.batch(distributed.own(parts)), np.concatenate(parts)
+        pixels, images = training.train.batch(distributed.own(parts), step), np.concatenate(parts)
         with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             supervised, distillation = self._contrast(pixels, images, training.seed(4, step))
         orthogonality = supervised.new_zeros(())

@@ -20,7 +20,7 @@ from r1export.adapt.full_finetune import fine_tune_
 from r1export.adapt.inject import eject_experts_
 from r1export.adapt.input_span import Span, new_directions, parse_span, set_spans_, span_tensors
 from r1export.adapt.metrics import stream_metrics
-from r1export.adapt.pack import load_rounded_factors_, pack_experts, pool_tensors, set_past_experts_
+from r1export.adapt.pack import load_rounded_factors_, pack_experts, pool_tensors, set_past_experts_, set_past_pools_
 from r1export.adapt.pool import Pools
 from r1export.adapt.trainer import TrainingTask, TrainStep, reset_pools_, task_prompts, train_pools_
 from r1export.data.task import Task
@@ -185,8 +185,7 @@ def _train_experts(job: TaskJob) -> _Trained:
         if recipe.train.protect:
             set_spans_(pools, _earlier_spans(job, pools))
         reset_pools_(pools, recipe.train.seed, training.number)
-        if job.earlier:
-            set_past_experts_(pools, ExpertUpdate.stack(job.earlier))
+        _set_past_(job, pools)
         losses = train_pools_(clip, pools, training, checkpoint=job.folder.checkpoint, on_step=job.on_step)
         update = pack_experts(pools, DTYPES[recipe.pool.factors])
         if recipe.pool.factors != "fp32":
@@ -199,10 +198,20 @@ def _train_experts(job: TaskJob) -> _Trained:
         eject_experts_(clip.model)
 
 
+def _set_past_(job: TaskJob, pools: Pools) -> None:
+    """The experts of earlier tasks that the orthogonality loss keeps new ones off."""
+    if not job.earlier:
+        return
+    if job.context.recipe.pool.past == "merged":
+        set_past_experts_(pools, ExpertUpdate.stack(job.earlier))
+        return
+    layouts = (job.context.task_layout(number) for number in range(1, job.training.number))
+    set_past_pools_(pools, [read_tensors(layout.pool) for layout in layouts])
+
+
 def _earlier_spans(job: TaskJob, pools: Pools) -> list[Span]:
     """What the inputs of every earlier task added to the span."""
-    run, stream = job.context.run, job.context.recipe.stream
-    files = [run.task(number, stream[number - 1].name).directions for number in range(1, job.training.number)]
+    files = [job.context.task_layout(number).directions for number in range(1, job.training.number)]
     return [parse_span(read_tensors(file), pools, str(file)) for file in files]
 
 
