@@ -527,6 +527,53 @@ def layout(
             _finish(result.check.verdict)
 
 
+@app.command()
+def reindex(
+    pictures: Annotated[
+        list[Path],
+        typer.Argument(
+            readable=False,
+            metavar="IMAGES|FILES...",
+            help="Folders of pictures, picture files, or .txt with a path a line.",
+        ),
+    ],
+    release: Annotated[Path, typer.Option("--release", readable=False, metavar="RELEASE", help="Embeds the pictures.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", readable=False, metavar="FILE", help="Vectors: a .parquet or .npy.")
+    ],
+    old: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            readable=False,
+            metavar="OLD",
+            help="Vectors of an earlier release; kept where the verdict allows it.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=-1, max=256, help="Processes that decode; -1 is one per two cores.")
+    ] = -1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Embed pictures with a release, and again with the next one as far as its re-index verdict says; resumes by itself."""
+    with open_terminal(as_json) as terminal:
+        from r1export.reindex.run import Job, default_workers, list_pictures, open_release
+        from r1export.reindex.run import reindex as embed_pictures
+
+        opened, space = open_release(release)
+        job = Job(opened, space, list_pictures(pictures), workers=default_workers() if workers < 0 else workers)
+        with terminal.track("Embedding pictures", len(job.paths)) as advance:
+            done = embed_pictures(job, out, old=old, overwrite=overwrite, advance=advance)
+        verdict = f"; re-index {done.verdict}" if done.verdict else ""
+        terminal.say(
+            f"{out}: {done.rows} vectors, {done.embedded} embedded at {done.rate:.1f}/s, {done.kept} kept{verdict}"
+        )
+        for path, reason in list(done.skipped.items())[:NOTES]:
+            terminal.say(f"  no vector for {path}: {reason}")
+        terminal.document({"out": str(out), "rate": done.rate, **{k: v for k, v in asdict(done).items() if k != "out"}})
+
+
 @app.command("device-kit")
 def device_kit(
     out: Annotated[

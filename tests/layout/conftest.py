@@ -35,7 +35,7 @@ class Lab:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     folder = tmp_path_factory.mktemp("layout")
-    run = trained_run(folder, RECIPE + '[export]\nvariants = ["fp16", "int8"]\n', "train.iterations=30")
+    run = trained_run(folder, RECIPE + '[export]\nvariants = ["fp16", "int8"]\n', "train.iterations=20")
     update = folder / "update.r1u"
     for command in (
         ("verify", run, "--no-latency"),
