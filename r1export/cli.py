@@ -574,6 +574,35 @@ def reindex(
         terminal.document({"out": str(out), "rate": done.rate, **{k: v for k, v in asdict(done).items() if k != "out"}})
 
 
+@app.command()
+def attest(
+    release: Annotated[Path, typer.Argument(readable=False, metavar="RELEASE", help="A release folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", readable=False, metavar="DIR", help="Folder for the files.")],
+    key: Annotated[
+        Path | None,
+        typer.Option("--key", readable=False, help="P-256 secret key in PEM that signs; without one, no model.sig."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a CycloneDX bill of materials of a release, and a signature that the model-signing library verifies."""
+    with open_terminal(as_json) as terminal:
+        from r1export.attest.bill_of_materials import BOM, bill_of_materials
+        from r1export.attest.model_signature import SIGNATURE, read_key, write_signature
+        from r1export.update.atomic_io import make_folder, write_file
+        from r1export.update.release_manifest import Release
+
+        secret = read_key(key) if key else None
+        found = Release.read(release)
+        found.check()
+        make_folder(out)
+        write_file(out / BOM, bill_of_materials(found))
+        files = write_signature(release, secret, out / SIGNATURE) if secret else 0
+        terminal.say(f"{out / BOM}{f', {out / SIGNATURE}: {files} files signed' if secret else ''}")
+        terminal.document(
+            {"bom": str(out / BOM), "signature": str(out / SIGNATURE) if secret else None, "files": files}
+        )
+
+
 @app.command("device-kit")
 def device_kit(
     out: Annotated[

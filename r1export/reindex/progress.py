@@ -1,6 +1,6 @@
 """What is embedded so far, on disk: after `kill -9` the work goes on where it was, and the vectors are the same bits.
 
-.OUT.partial/vectors.f32    rows of float32, NaN for a picture without a vector
+.OUT.progress/vectors.f32    rows of float32, NaN for a picture without a vector
              skipped.jsonl  one [row, reason] a line
              progress.json  how many rows count, and of which job
 """
@@ -38,7 +38,7 @@ class Progress:
     @classmethod
     def open(cls, out: Path, job: str, dimension: int) -> Progress:
         """The progress of `job` towards the file `out`; that of another job is removed. Raises OSError."""
-        progress = cls(out.with_name(f".{out.name}.partial"), job, dimension)
+        progress = cls(out.with_name(f".{out.name}.progress"), job, dimension)
         rows = progress._recorded_rows()
         if not rows:
             remove(progress.folder)

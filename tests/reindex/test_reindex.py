@@ -95,13 +95,13 @@ def test_killed_and_started_again_it_gives_the_same_file(lab, photos, indexed, t
     command = [sys.executable, "-c", code, str(lab.release(0)), str(photos), str(out)]
     paths = f"{Path(__file__).parents[1]}:{Path(__file__).parents[2]}"
     with subprocess.Popen(command, env={"PYTHONPATH": paths, "PATH": "/usr/bin"}) as process:
-        record, end = tmp_path / ".out.npy.partial/progress.json", time.monotonic() + 60
+        record, end = tmp_path / ".out.npy.progress/progress.json", time.monotonic() + 60
         while not record.exists() and time.monotonic() < end:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not out.exists()
-    with (tmp_path / ".out.npy.partial/vectors.f32").open("ab") as file:
+    with (tmp_path / ".out.npy.progress/vectors.f32").open("ab") as file:
         file.write(b"half a row")
     done = reindex(job_of(lab.release(0), photos), out)
     assert 0 < done.resumed < PICTURES
@@ -109,11 +109,11 @@ def test_killed_and_started_again_it_gives_the_same_file(lab, photos, indexed, t
     assert json.loads(out.with_name("out.npy.json").read_text()) == json.loads(
         indexed.with_name("base.npy.json").read_text()
     )
-    assert not (tmp_path / ".out.npy.partial").exists()
+    assert not (tmp_path / ".out.npy.progress").exists()
 
 
 def test_what_is_there_of_another_job_is_not_gone_on_with(lab, photos, tmp_path) -> None:
-    folder = tmp_path / ".out.npy.partial"
+    folder = tmp_path / ".out.npy.progress"
     folder.mkdir()
     (folder / "progress.json").write_text(json.dumps({"job": "0" * 64, "rows": 32}))
     (folder / "vectors.f32").write_bytes(b"\x00" * 32 * 128 * 4)
