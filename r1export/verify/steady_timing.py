@@ -104,7 +104,7 @@ def _time(folder: Path) -> None:
         clocks=clocks.names,
         threads=clocks.threads,
         uncounted=clocks.uncounted,
-        **{f"counts.{name}": values for name, values in readings.counts.items()},
+        **{f"counts.{name}": values for name, values in readings.counts.items()},  # type: ignore[arg-type]
     )
 
 
