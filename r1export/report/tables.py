@@ -25,6 +25,7 @@ from r1export.verify.results import (
     RUNGS,
     TITLES,
     Accuracy,
+    Agreement,
     Difference,
     Drift,
     Flip,
@@ -141,19 +142,36 @@ def sensitivity(found: Sensitivity | None) -> str:
     )
 
 
-def drift(found: Drift | None) -> Table | None:
-    """Whether galleries indexed with an earlier release may be kept."""
-    if found is None:
+def drift(found: Sequence[Drift]) -> Table | None:
+    """Whether vectors that were stored with an earlier release may be kept."""
+    if not found:
         return None
-    recalls = {1: found.recall_at_1, 10: found.recall_at_10}
     rows = [
-        ["Re-index", found.reindex],
-        ["Images", str(found.images)],
-        ["Mean cosine", cosine(found.mean_cosine)],
-        ["Lowest cosine", cosine(found.min_cosine)],
-        *[[f"Of the {k} nearest, still found", percent(recall)] for k, recall in recalls.items() if recall is not None],
+        [
+            one.against,
+            one.reindex,
+            str(one.images),
+            f"{cosine(one.mean_cosine)} ({cosine(one.min_cosine)})",
+            _agreement(one.new_queries),
+            _agreement(one.old_queries),
+        ]
+        for one in found
     ]
-    return Table([f"Against {found.against}", "Measured"], rows)
+    columns = [
+        "Earlier release",
+        "Re-index",
+        "Images",
+        "Mean (lowest) cosine",
+        "New queries, old vectors",
+        "Old queries, new vectors",
+    ]
+    return Table(columns, rows)
+
+
+def _agreement(found: Agreement) -> str:
+    """Top-1 and recall at 10, as far as there were enough images."""
+    shares = (("top-1", found.top1), ("of 10", found.recall_at_10))
+    return ", ".join(f"{name} {percent(share)}" for name, share in shares if share is not None) or "too few images"
 
 
 def timings(latency: Latency) -> Table | None:
@@ -166,6 +184,27 @@ def timings(latency: Latency) -> Table | None:
         if key in models
     ]
     return Table(["Model", "Provider", "Batch", "Median, ms", "p90, ms", "vs. base", "Runs"], rows) if rows else None
+
+
+def clocks(latency: Latency) -> Table | None:
+    """Every clock of every provider: base again, merged and unmerged to the base, and which one decides."""
+    rows = [
+        [
+            f"{clock}, {'all threads' if not one.threads else 'one thread'}",
+            label(provider),
+            *(_with_interval(part) for part in (one.noise, one.merged, one.unmerged)),
+            str(one.pairs),
+            "yes" if clock == found.clock else "no",
+        ]
+        for provider, found in (latency.by_provider or {}).items()
+        for clock, one in (found.clocks or {}).items()
+    ]
+    columns = ["Clock", "Provider", "Base again", "Merged", "Unmerged", "Runs", "Decides"]
+    return Table(columns, rows) if rows else None
+
+
+def _with_interval(found: Ratio | None) -> str:
+    return NOT_MEASURED if found is None else f"{ratio(found.ratio)} ({interval(found.ci95)})"
 
 
 def _times(times: Times, base: Times) -> list[str]:

@@ -197,11 +197,11 @@ def take_dtype(entry: Fields) -> np.dtype[Any]:
     return np.dtype(DTYPES[entry.text("dtype", _DTYPE)])
 
 
-def take_shape(entry: Fields) -> tuple[int, ...]:
-    """The shape in the member `shape`. Raises InputError if numpy could not make an array of it, even of no bytes."""
-    shape = tuple(whole(size, location) for size, location in entry.array("shape", MAX_AXES))
+def take_shape(entry: Fields, name: str = "shape") -> tuple[int, ...]:
+    """The shape in the member `name`. Raises InputError if numpy could not make an array of it, even of no bytes."""
+    shape = tuple(whole(size, location) for size, location in entry.array(name, MAX_AXES))
     if prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
-        raise wrong(f"{entry.location}.shape", shape, f"at most {MAX_ELEMENTS} elements")
+        raise wrong(f"{entry.location}.{name}", shape, f"at most {MAX_ELEMENTS} elements")
     return shape
 
 
