@@ -51,9 +51,9 @@ class Terminal:
         with Progress(*columns, console=self.people, disable=not self.people.is_terminal) as progress:
             bar = progress.add_task(escape(printable(title)), total=total, note="")
 
-            def advance(note: str = "") -> None:
-                notes.append(note)
-                progress.update(bar, advance=1, total=max(total, len(notes)), note=escape(printable(note)))
+            def advance(note: str = "", count: int = 1) -> None:
+                notes.extend([note] * count)
+                progress.update(bar, advance=count, total=max(total, len(notes)), note=escape(printable(note)))
 
             yield advance
         if not self.people.is_terminal:

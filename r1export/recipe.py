@@ -133,6 +133,8 @@ class Data(_Section):
     """`r1export` decodes pictures as clients show them (docs/inputs.md); `open_clip` leaves that to open_clip's transform."""
     skip_broken: bool = False
     """Leave out pictures that cannot be read, and list them in the report, instead of ending with an error."""
+    augment: Literal["none", "crop"] = "none"
+    """`crop` trains on random crops of 90 to 100 % of each image: one of each where `shots` are few, anew at every visit where all are taken."""
     candidates: Literal["task", "all"] = "task"
     """Classes among which a test image is classified: those of its task, or of all tasks together (X-TAIL)."""
 
@@ -174,6 +176,8 @@ class Pool(_Section):
     """`random` keeps the router as it was drawn, as the published code does; `straight-through` trains it."""
     text_token: Literal["start", "end"] = "start"
     """Token that votes in the text tower: the start sees nothing of the text, the end carries the label."""
+    past: Literal["merged", "pool"] = "merged"
+    """Experts of earlier tasks that the orthogonality loss keeps new ones off: those merged, or all of their pools, as the released code does."""
     gate: Literal["binary", "sparse"] = "binary"
     """Weights of merged experts: 1, or trained and made sparse (CoDyRA; no router then)."""
     towers: tuple[Literal["visual", "textual"], ...] = ("visual", "textual")

@@ -93,11 +93,10 @@ def main() -> None:
                 found.append(_timed({"base": graphs["base"], "merged": slowed / "visual.onnx"}, feeds, number, SLOWED))
                 rows += found
                 print("\n".join(f"{number:>3} {_line(row)}" for row in found), flush=True)
+                if asked.json:
+                    document = _document(asked, nodes, verifications, rows)
+                    asked.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(table(verifications, rows))
-    if asked.json:
-        asked.json.write_text(
-            json.dumps(_document(asked, nodes, verifications, rows), indent=2) + "\n", encoding="utf-8"
-        )
 
 
 def _arguments() -> argparse.Namespace:
@@ -114,7 +113,7 @@ def _arguments() -> argparse.Namespace:
         action="store_true",
         help="time the last release and its control as L5 does; verify nothing else",
     )
-    parser.add_argument("--json", type=Path, help="write everything as JSON")
+    parser.add_argument("--json", type=Path, help="write everything as JSON, after each repetition")
     return parser.parse_args()
 
 

@@ -27,7 +27,7 @@ def _refuse_same(clip: Clip, task: Task, template: str) -> None:
     seen: dict[bytes, str] = {}
     for name, row in zip(task.classes, _rows(clip, [template.format(name) for name in task.classes]), strict=True):
         other = seen.setdefault(row.tobytes(), name)
-        if other is not name:
+        if other != name:  # a probe may repeat a name
             raise InputError(
                 f"{task.name}: the classes {other!r} and {name!r} are the same for the text tower: its tokenizer gives both "
                 f"the same tokens",

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,15 @@ class Preprocess:
         """Resize and crop as open_clip does: uint8 (3, height, width)."""
         return np.array(self._crop(image), np.uint8).transpose(2, 0, 1)
 
+    def resized(self, image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
+        """A part of an image, (left, top, right, bottom) in pixels, at the size that the tower sees: uint8 (3, height, width).
+
+        Bicubic, as open_clip resizes the crops that it trains with.
+        """
+        height, width = self.size
+        part = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC, box)
+        return np.array(part, np.uint8).transpose(2, 0, 1)
+
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 (n, 3, h, w) -> float32, bit for bit what open_clip's ToTensor and Normalize give."""
         mean, std = (
@@ -88,6 +97,7 @@ class Clip:
     """A frozen CLIP in eval mode with the two functions that feed it; `notes` say what loading it decided.
 
     `deployed_form` is the number of the procedure that its image tower went through, 0 if there was nothing to do.
+    `model_cfg` is open_clip's description of the model, as it was built.
     """
 
     name: str
@@ -96,6 +106,7 @@ class Clip:
     tokenizer: Callable[[list[str]], Tensor]
     deployed_form: int = 0
     notes: tuple[str, ...] = ()
+    model_cfg: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -115,6 +126,13 @@ class Clip:
         """int64 (n, L) -> unit-norm float (n, D)."""
         embeds: Tensor = self.model.encode_text(tokens, normalize=True)
         return embeds
+
+    def to_open_clip_config(self) -> dict[str, Any]:
+        """open_clip_config.json: `model_cfg` and `preprocess_cfg`, as open_clip's local-dir: reads them."""
+        config = self.preprocess.config
+        names = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+        preprocess = {name: getattr(config, name) for name in names} | {"size": list(self.preprocess.size)}
+        return {"model_cfg": dict(self.model_cfg), "preprocess_cfg": preprocess}
 
     def parameters(self) -> dict[str, np.ndarray]:
         """All weights by their state_dict names, copied to numpy: parameters and, where a tower has BatchNorm, its statistics."""
@@ -197,7 +215,8 @@ def load_clip(
     form = DEPLOYED_FORM if deployed and deploy_(module.visual, cropped.size) else 0
     if sum(isinstance(part, torch.nn.Conv2d) for part in module.visual.modules()) > 1:
         module.visual.to(memory_format=torch.channels_last)  # depthwise convolutions on a CPU: 2.4 times as fast
-    return Clip(source.name, module, cropped, words, form, tuple(filter(None, (prepared.note, *notes))))
+    shown = tuple(filter(None, (prepared.note, *notes)))
+    return Clip(source.name, module, cropped, words, form, shown, described.values)
 
 
 def _loaded(config: ModelConfig, source: Source, device: str, allow_pickle: bool) -> tuple[ClipModel, list[str]]:

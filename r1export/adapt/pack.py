@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -39,6 +39,15 @@ def set_past_experts_(pools: Pools, earlier: ExpertUpdate) -> None:
     """Give every pool the merged columns of B of all earlier tasks, for the orthogonality loss."""
     for rows, pool in pools.items():
         pool.set_past_(torch.from_numpy(earlier.factors[rows].u.astype(np.float32) / np.float32(pool.settings.scaling)))
+
+
+def set_past_pools_(pools: Pools, earlier: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """Give every pool all columns of B of the pools of earlier tasks (as `pool_tensors` gives them), for the orthogonality loss.
+
+    The authors' release does so: its filter for the experts that were merged never applies.
+    """
+    for rows, pool in pools.items():
+        pool.set_past_(torch.from_numpy(np.concatenate([tensors[f"{rows}.lora_B"] for tensors in earlier], axis=1)))
 
 
 def pool_tensors(pools: Pools) -> dict[str, np.ndarray]:

@@ -112,13 +112,16 @@ def held_out(count: int, seed: int) -> set[int]:
 
 
 def check_task(task: Task, location: str, *, test_only: bool = False) -> None:
-    """Refuse a task that cannot be trained and measured. `test_only` does without training images.
+    """Refuse a task that cannot be trained and measured. `test_only` does without training images, and may repeat a name
+    (as ImageNet's lists do): images of either class are then right with that name.
 
     Raises:
-        InputError: fewer than two classes, two of one name, a class without training images, no test images,
+        InputError: fewer than two classes, two of one name that are trained, a class without training images, no test images,
             a label outside the classes, or a template without exactly one `{}`; the message begins with `location`.
     """
     _check_classes(task.classes, location)
+    if not test_only:
+        _check_distinct(task.classes, location)
     _check_templates(task.templates, location)
     check_labels(task, location)
     if not len(task.test):
@@ -149,6 +152,9 @@ def _check_classes(classes: tuple[str, ...], location: str) -> None:
             f"{location}: class {[name.strip() for name in classes].index('')} has an empty name",
             "give it a name that a prompt can hold",
         )
+
+
+def _check_distinct(classes: tuple[str, ...], location: str) -> None:
     if len(set(classes)) < len(classes):
         duplicate = next(name for name in classes if classes.count(name) > 1)
         raise InputError(

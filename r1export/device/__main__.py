@@ -11,10 +11,9 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Callable, Iterable, Mapping, TextIO, Tuple
 
 from r1export.device import doctor, install, provision
 from r1export.device.policy import MAX_SEQ_JUMP
@@ -24,7 +23,7 @@ from r1export.update import bundle
 from r1export.update.plain_text import printable
 
 Answer = Mapping[str, Any]  # one JSON document
-Verb = Callable[[argparse.Namespace], tuple[int, Answer]]
+Verb = Callable[[argparse.Namespace], Tuple[int, Answer]]
 DEFECT = 70  # EX_SOFTWARE
 
 
@@ -82,6 +81,7 @@ def _init(options: argparse.Namespace) -> tuple[int, Answer]:
         max_seq_jump=options.max_seq_jump,
         min_seq=options.min_seq,
         base_sha256=options.base_sha256,
+        layout=options.layout,
     )
     return 0, asdict(doctor.status(store.path))
 
@@ -153,6 +153,13 @@ def _add_init_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--health", default="onnxruntime", help="onnxruntime, none, or a command that gets the new version's folder"
+    )
+    command.add_argument(
+        "--layout",
+        type=Path,
+        action="append",
+        default=[],
+        help="a folder that `r1export layout` made of the base: it will follow the current version; repeatable",
     )
     command.add_argument("--keep", type=int, default=2, help="how many versions to keep besides the base")
     command.add_argument(

@@ -114,7 +114,7 @@ def _look(name: str, remedy: str, check: Callable[[], object]) -> Finding:
 def _checks(device: Store) -> Iterator[tuple[str, str, Callable[[], object]]]:
     yield "arithmetic", "run in a fresh process and check the processor's floating-point mode", known_answers_hold
     yield "trusted keys", "put the fleet's public keys into trust/ again", lambda: _check_keys(device)
-    yield "base", FRESH, lambda: device.base().check()
+    yield "base", FRESH, lambda: check_slot(device, BASE)
     yield (
         "state.json",
         "nothing: it is derived from the versions, and the next update writes it again",
@@ -128,7 +128,7 @@ def _checks(device: Store) -> Iterator[tuple[str, str, Callable[[], object]]]:
     for slot in device.slots():
         yield f"slots/{slot}", AGAIN, partial(check_slot, device, slot)
     for path in sorted((device.path / "factors").glob("*.safetensors")):
-        name = path.name.removesuffix(".safetensors")
+        name = path.stem
         yield f"factors/{path.name}", "apply a newer update, made with --since 0", partial(check_file, path, name)
     yield "leftovers", "nothing: the next update removes them", lambda: _check_leftovers(device)
 

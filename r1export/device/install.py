@@ -10,13 +10,13 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Callable, Iterator
 
-from r1export.device import worker
+from r1export.device import layouts, worker
 from r1export.device.policy import check_not_revoked, check_offer, check_repair, counts_as_try
 from r1export.device.state import State
 from r1export.device.store import BASE, BUNDLE, Store, retire, write_new
@@ -119,6 +119,7 @@ def rollback(store: Path, to: int | None = None, *, wait: float = WAIT, run: Run
 def _space(device: Store, offer: Bundle) -> tuple[int, int]:
     """Bytes that are free, and bytes that installing `offer` takes: its files, and the update twice, as such and as factors."""
     files = offer.manifest.nbytes if device.config.mode == "slot" else 0
+    files += layouts.extra_bytes(device)
     return shutil.disk_usage(device.path).free, files + 2 * len(offer.to_bytes())
 
 
@@ -166,6 +167,7 @@ def _derive(device: Store, offer: Bundle, run: Step) -> Path:
             raise CheckFailed(
                 f"{path} came out with SHA-256 {digest}, signed is {sha256}", "have the update made again for this base"
             )
+    layouts.derive(device, offer, partial)
     _sync_tree(partial)
     return partial
 
@@ -199,6 +201,7 @@ def _replace_damaged(device: Store, offer: Bundle, run: Step) -> None:
         _clear(folder, path)
         if not _has_digest(folder / path, sha256):
             write_file(folder / path, read_chunks(partial / path))
+    layouts.repair(device, offer.slot, partial)
     _sync_tree(folder)
     remove(partial)
 
@@ -330,6 +333,7 @@ def _check_contents(device: Store, bundle: Bundle) -> None:
     device.update(bundle)
     for path, sha256 in _files(device, bundle).items():
         check_file(inside(folder, path), sha256)
+    layouts.check(device, bundle.slot)
 
 
 def _files(device: Store, bundle: Bundle) -> dict[str, str]:
@@ -344,7 +348,8 @@ def check_slot(device: Store, slot: str) -> None:
         InputError, CheckFailed: damaged, or signed by keys that are trusted no more.
     """
     if slot == BASE:
-        return device.base().check()
+        device.base().check()
+        return layouts.check(device, BASE)
     bundle = Bundle.parse(read_bundle(device.folder(slot) / BUNDLE), device.trusted(), device.config.threshold)
     if bundle.slot != slot:
         raise CheckFailed(f"{device.folder(slot)} holds version {bundle.slot}", "apply the update again")

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from r1export.device import worker
+from r1export.device import layouts, worker
 from r1export.device.policy import MAX_SEQ_JUMP
 from r1export.device.state import CONFIG, MODES, Config, State, write_config
 from r1export.device.store import BASE, Store
@@ -43,16 +43,18 @@ def init(
     max_seq_jump: int = MAX_SEQ_JUMP,
     min_seq: int = 0,
     base_sha256: str = "",
+    layout: Sequence[Path] = (),
     run: Run = worker.run,
 ) -> Store:
     """Make a store from a base release and public keys; the base is its first version.
 
     `base_sha256` is the digest that the base's manifest.json has to have; without one, whatever lies in `base` is believed.
     With `health` onnxruntime the base has to give its own golden outputs. A command is not run: a store may be made on
-    another machine than the one that it is for.
+    another machine than the one that it is for. Each folder of `layout`, made of the base for a client, becomes a link to
+    that of the current version.
 
     Raises:
-        InputError: the store exists, the release is no base, or an argument does not fit.
+        InputError: the store exists, the release is no base, a layout is not of it, or an argument does not fit.
         CheckFailed: the release is another one or damaged, or does not pass the health check. No store is left.
         Unsupported: onnxruntime is missing while `health` asks for it.
     """
@@ -72,10 +74,13 @@ def init(
         min_seq=min_seq,
     )
     _check_config(config, len(keys))
+    taken = layouts.take(layout, release.manifest_sha256, mode)
     with new_folder(store) as folder:
         device = Store(folder, config)
         _fill(device, release, keys)
+        layouts.add(device, taken)
         _check_health(device, run)
+    layouts.hand_over(store, taken)
     return Store(store, config)
 
 

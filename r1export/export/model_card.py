@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 from r1export.export.text_cleaning import LIMITS
 from r1export.update.release_manifest import ReleaseManifest
+
+HUB = "hf-hub:"
+LICENCES = {"MIT": "mit", "Apache-2.0": "apache-2.0", "CC-BY-4.0": "cc-by-4.0"}  # SPDX identifier -> the Hub's own
 
 
 def model_card(manifest: ReleaseManifest) -> str:
@@ -18,7 +23,7 @@ def model_card(manifest: ReleaseManifest) -> str:
     )
     names = [task.name for task in manifest.tasks]
     learned = [task.name for task in manifest.tasks if task.learned]
-    return CARD.format(
+    return front_matter(manifest) + CARD.format(
         name=manifest.name,
         base=manifest.base.name,
         base_sha256=manifest.base.sha256,
@@ -32,6 +37,47 @@ def model_card(manifest: ReleaseManifest) -> str:
         tasks=", ".join(names),
         limits="\n".join(f"- {limit}" for limit in LIMITS),
     )
+
+
+def front_matter(manifest: ReleaseManifest) -> str:
+    """The card's metadata as the Hugging Face Hub reads it, in YAML with every text quoted.
+
+    A base model is named only where it is one of the Hub. Datasets are not: the tasks' names are the user's own, and the Hub would take
+    them for its own data sets of the same name.
+    """
+    lines = ["---", *_licence_lines(manifest.base.licence), "library_name: onnx"]
+    lines.append("pipeline_tag: zero-shot-image-classification")
+    if manifest.base.name.startswith(HUB):
+        relation = "finetune" if manifest.precision == "fp32" else "quantized"
+        lines += [f"base_model: {_quoted(manifest.base.name.removeprefix(HUB))}", f"base_model_relation: {relation}"]
+    lines += ["tags:", "- clip", "- onnx", "- r1export"]
+    measured = [task for task in manifest.tasks if task.accuracy is not None]
+    if measured:
+        lines += ["model-index:", f"- name: {_quoted(manifest.name)}", "  results:"]
+    for task in measured:
+        lines += [
+            "  - task:",
+            "      type: zero-shot-image-classification",
+            "    dataset:",
+            f"      type: {_quoted(task.name)}",
+            f"      name: {_quoted(task.name)}",
+            "    metrics:",
+            "    - type: accuracy",
+            f"      value: {task.accuracy}",
+            "      name: top-1",
+        ]
+    return "\n".join([*lines, "---", "", ""])
+
+
+def _licence_lines(licence: str | None) -> list[str]:
+    if licence in LICENCES:
+        return [f"license: {LICENCES[licence]}"]
+    return ["license: other", f"license_name: {_quoted(licence)}"] if licence else ["license: unknown"]
+
+
+def _quoted(text: str) -> str:
+    """A text as a YAML scalar; JSON's strings are YAML's."""
+    return json.dumps(text)
 
 
 def _percent(value: float | None) -> str:

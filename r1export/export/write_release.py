@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from r1export.export.int8 import SCALE
 from r1export.export.model_card import model_card
 from r1export.export.precision import PROCEDURES
 from r1export.export.tokenizer import write_tokenizer
-from r1export.export.weight_map import WeightMap
+from r1export.export.weight_map import Placement, WeightMap
 from r1export.update.atomic_io import new_folder, sha256_bytes, sha256_file, write_file, write_json
 from r1export.update.container import write_tensors
 from r1export.update.factors import Rows
@@ -31,6 +31,7 @@ from r1export.update.release_layout import (
     GOLDEN,
     GRAPHS,
     MODEL_CARD,
+    MODEL_CONFIG,
     PREPROCESS,
     PREPROCESS_GRAPH,
     TOKENIZER,
@@ -65,7 +66,8 @@ class TaskClasses:
 class ReleaseContent:
     """Everything that makes one release. `accuracy` is asked for the folder once its graphs and weights are there.
 
-    `adapted` are the rows that this or a later release adapts: the same for all, so that their maps are.
+    `adapted` are the rows that this or a later release adapts: the same for all, so that their maps are. `model_config` is
+    what open_clip_config.json says.
     """
 
     name: str
@@ -83,6 +85,7 @@ class ReleaseContent:
     versions: Mapping[str, str]
     tolerance: GoldenGate
     adapted: tuple[Rows, ...] = ()
+    model_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_release(content: ReleaseContent, graphs: Path, path: Path) -> ReleaseManifest:
@@ -97,19 +100,37 @@ def write_release(content: ReleaseContent, graphs: Path, path: Path) -> ReleaseM
         for graph in (*GRAPHS, *((PREPROCESS_GRAPH,) if (graphs / PREPROCESS_GRAPH).exists() else ())):
             shutil.copyfile(graphs / graph, folder / graph)
         tensors = {file: weights.stored(file, content.weights) for file in weights.files}
-        for file, stored in tensors.items():
-            write_tensors(folder / file, stored)
-        _write_classes(content.tasks, folder)
-        write_json(folder / PREPROCESS, content.preprocess)
-        write_tokenizer(content.tokenizer, folder / TOKENIZER)
-        write_tensors(folder / GOLDEN, content.golden.tensors())
-        accuracy = content.accuracy(folder)
         with ThreadPoolExecutor(1) as pool:  # all bytes are hashed twice, which takes as long as writing them
             entries = pool.submit(_tensor_entries, weights, tensors, content)
-            manifest = _manifest(content, accuracy, _file_entries(folder), entries.result()).sealed()
+            for file, stored in tensors.items():
+                write_tensors(folder / file, stored)
+            _write_client_files(content, folder)
+            accuracy = content.accuracy(folder)
+            manifest = _with_golden(content, accuracy, entries.result(), folder).sealed()
         manifest.write(folder)
         write_file(folder / MODEL_CARD, model_card(manifest).encode())
     return manifest
+
+
+def _write_client_files(content: ReleaseContent, folder: Path) -> None:
+    """What clients read next to the graphs."""
+    _write_classes(content.tasks, folder)
+    write_json(folder / PREPROCESS, content.preprocess)
+    write_json(folder / MODEL_CONFIG, content.model_config)
+    write_tokenizer(content.tokenizer, folder / TOKENIZER)
+
+
+def _with_golden(
+    content: ReleaseContent, accuracy: Mapping[str, float], tensors: Mapping[str, TensorEntry], folder: Path
+) -> ReleaseManifest:
+    """Write the golden samples, which name the embedding space that the files before them make; the manifest of it all."""
+    files = _file_entries(folder)
+    manifest = _manifest(content, accuracy, files, tensors)
+    manifest = replace(manifest, embedding_space=manifest.space())
+    golden = replace(content.golden, embedding_space=manifest.embedding_space)
+    write_tensors(folder / GOLDEN, golden.tensors())
+    entry = FileEntry(sha256_file(folder / GOLDEN), (folder / GOLDEN).stat().st_size)
+    return replace(manifest, files=dict(sorted({**files, GOLDEN: entry}.items())))
 
 
 @contextmanager
@@ -186,8 +207,15 @@ def _tensor_entries(
                 transposed=placement.transposed,
                 sha256=sha256_bytes(tensors[file][name]),
                 scale=name + SCALE if placement.dtype == "I8" else "",
+                model_shape=_model_shape(placement, content.weights[name].shape),
             )
     return entries
+
+
+def _model_shape(placement: Placement, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of a parameter in the model where it does not follow from how it is stored."""
+    stored = placement.shape[::-1] if placement.transposed else placement.shape
+    return None if stored == shape else shape
 
 
 def rows_of(parameter: str, shape: Sequence[int], adapted: Iterable[Rows]) -> tuple[tuple[int, int], ...]:

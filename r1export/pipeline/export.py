@@ -125,6 +125,7 @@ def _content(
         versions={"r1export": __version__} | versions(),
         tolerance=variant.tolerance,
         adapted=tuple(ExpertUpdate.stack(updates).factors),
+        model_config=clip.to_open_clip_config(),
     )
 
 

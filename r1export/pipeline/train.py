@@ -20,7 +20,7 @@ from r1export.adapt.full_finetune import fine_tune_
 from r1export.adapt.inject import eject_experts_
 from r1export.adapt.input_span import Span, new_directions, parse_span, set_spans_, span_tensors
 from r1export.adapt.metrics import stream_metrics
-from r1export.adapt.pack import load_rounded_factors_, pack_experts, pool_tensors, set_past_experts_
+from r1export.adapt.pack import load_rounded_factors_, pack_experts, pool_tensors, set_past_experts_, set_past_pools_
 from r1export.adapt.pool import Pools
 from r1export.adapt.trainer import TrainingTask, TrainStep, reset_pools_, task_prompts, train_pools_
 from r1export.data.task import Task
@@ -120,12 +120,13 @@ def _with_form(base: BaseModel, context: RunContext) -> BaseModel:
 def _evaluate(context: RunContext, title: str) -> dict[str, float]:
     """Accuracy of the model as it stands on every task and the probe, by name."""
     tasks = (*context.tasks, *((context.probe,) if context.probe else ()))
-    union = all_classes(context.clip, context.tasks) if context.recipe.data.candidates == "all" else None
+    learner = context.learner
+    union = all_classes(learner.clip, context.tasks) if context.recipe.data.candidates == "all" else None
     accuracies = {}
     with context.progress.track(f"{title}: accuracy", len(tasks)) as advance:
         for task in tasks:
             candidates = None if task is context.probe else union
-            accuracies[task.name] = accuracy(context.clip, task, context.tests[task.name], candidates)
+            accuracies[task.name] = accuracy(learner.clip, task, learner.tests[task.name], candidates)
             advance(f"{task.name} {100 * accuracies[task.name]:.1f} %")
     return accuracies
 
@@ -155,7 +156,7 @@ def _train_task(context: RunContext, number: int, task: Task, earlier: list[Expe
     recipe, started = context.recipe, time.perf_counter()
     folder.path.mkdir(parents=True, exist_ok=True)
     title = f"Task {number} of {len(context.tasks)}: {task.name}"
-    training = TrainingTask(number, task, context.trains[task.name], train_settings(recipe.train))
+    training = TrainingTask(number, task, context.learner.trains[task.name], train_settings(recipe.train))
     if recipe.train.distill_weight:
         training = replace(training, targets=_distillation_targets(context, training, title))
     train = _train_all_weights if recipe.train.method == "full" else _train_experts
@@ -179,14 +180,13 @@ def _train_task(context: RunContext, number: int, task: Task, earlier: list[Expe
 
 
 def _train_experts(job: TaskJob) -> _Trained:
-    clip, recipe, training = job.context.clip, job.context.recipe, job.training
+    clip, recipe, training = job.context.learner.clip, job.context.recipe, job.training
     pools = inject_pools_(clip, recipe)
     try:
         if recipe.train.protect:
             set_spans_(pools, _earlier_spans(job, pools))
         reset_pools_(pools, recipe.train.seed, training.number)
-        if job.earlier:
-            set_past_experts_(pools, ExpertUpdate.stack(job.earlier))
+        _set_past_(job, pools)
         losses = train_pools_(clip, pools, training, checkpoint=job.folder.checkpoint, on_step=job.on_step)
         update = pack_experts(pools, DTYPES[recipe.pool.factors])
         if recipe.pool.factors != "fp32":
@@ -199,18 +199,29 @@ def _train_experts(job: TaskJob) -> _Trained:
         eject_experts_(clip.model)
 
 
+def _set_past_(job: TaskJob, pools: Pools) -> None:
+    """The experts of earlier tasks that the orthogonality loss keeps new ones off."""
+    if not job.earlier:
+        return
+    if job.context.recipe.pool.past == "merged":
+        set_past_experts_(pools, ExpertUpdate.stack(job.earlier))
+        return
+    layouts = (job.context.task_layout(number) for number in range(1, job.training.number))
+    set_past_pools_(pools, [read_tensors(layout.pool) for layout in layouts])
+
+
 def _earlier_spans(job: TaskJob, pools: Pools) -> list[Span]:
     """What the inputs of every earlier task added to the span."""
-    run, stream = job.context.run, job.context.recipe.stream
-    files = [run.task(number, stream[number - 1].name).directions for number in range(1, job.training.number)]
+    files = [job.context.task_layout(number).directions for number in range(1, job.training.number)]
     return [parse_span(read_tensors(file), pools, str(file)) for file in files]
 
 
 def _write_directions(job: TaskJob, pools: Pools) -> None:
     share, training = job.context.recipe.train.protect, job.training
     if share:
-        prompts = task_prompts(job.context.clip, training)
-        span = new_directions(job.context.clip, pools, training.train, prompts, share)
+        clip = job.context.learner.clip
+        prompts = task_prompts(clip, training)
+        span = new_directions(clip, pools, training.train, prompts, share)
         write_tensors(job.folder.directions, span_tensors(span))
 
 
@@ -226,7 +237,7 @@ def _distillation_targets(context: RunContext, training: TrainingTask, title: st
     names = reference_names([name for earlier in context.tasks[: training.number - 1] for name in earlier.classes])
     batches = sum(-(-len(items) // BATCH) for items in (names, images))
     with context.progress.track(f"{title}: computing distillation targets", batches) as advance:
-        return distillation_targets(context.clip, training.train, images, names, advance)
+        return distillation_targets(context.learner.clip, training.train, images, names, advance)
 
 
 def _note(step: TrainStep, recipe: Recipe) -> str:

@@ -25,6 +25,7 @@ from r1export.verify.results import (
     RUNGS,
     TITLES,
     Accuracy,
+    Agreement,
     Difference,
     Drift,
     Flip,
@@ -141,19 +142,36 @@ def sensitivity(found: Sensitivity | None) -> str:
     )
 
 
-def drift(found: Drift | None) -> Table | None:
-    """Whether galleries indexed with an earlier release may be kept."""
-    if found is None:
+def drift(found: Sequence[Drift]) -> Table | None:
+    """Whether vectors that were stored with an earlier release may be kept."""
+    if not found:
         return None
-    recalls = {1: found.recall_at_1, 10: found.recall_at_10}
     rows = [
-        ["Re-index", found.reindex],
-        ["Images", str(found.images)],
-        ["Mean cosine", cosine(found.mean_cosine)],
-        ["Lowest cosine", cosine(found.min_cosine)],
-        *[[f"Of the {k} nearest, still found", percent(recall)] for k, recall in recalls.items() if recall is not None],
+        [
+            one.against,
+            one.reindex,
+            str(one.images),
+            f"{cosine(one.mean_cosine)} ({cosine(one.min_cosine)})",
+            _agreement(one.new_queries),
+            _agreement(one.old_queries),
+        ]
+        for one in found
     ]
-    return Table([f"Against {found.against}", "Measured"], rows)
+    columns = [
+        "Earlier release",
+        "Re-index",
+        "Images",
+        "Mean (lowest) cosine",
+        "New queries, old vectors",
+        "Old queries, new vectors",
+    ]
+    return Table(columns, rows)
+
+
+def _agreement(found: Agreement) -> str:
+    """Top-1 and recall at 10, as far as there were enough images."""
+    shares = (("top-1", found.top1), ("of 10", found.recall_at_10))
+    return ", ".join(f"{name} {percent(share)}" for name, share in shares if share is not None) or "too few images"
 
 
 def timings(latency: Latency) -> Table | None:

@@ -192,7 +192,7 @@ def _section(report: ReleaseReport, key: str, pictures: bool) -> dict[str, objec
         "contents": tables.contents(report),
         "sensitivity": tables.sensitivity(report.sensitivity),
         "ladder": tables.ladder(report),
-        "drift": tables.drift(report.drift),
+        "drift": tables.drift(report.compatible_with),
         "parity": tables.parity(report),
         "flips": tables.flips(report),
         "clocks": tables.clocks(report.latency),

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from r1export.errors import InputError
+from r1export.update.embedding_space import EmbeddingSpace
+from r1export.update.names import DIGEST, NAME
 from r1export.update.release_layout import GOLDEN, TEXTUAL, VISUAL
+from r1export.update.strict_json import parse_json
 
 SAMPLES = 8  # images, and prompts, in every release
 PICTURES = 3  # images that are there as pictures too
 # How far preprocess.onnx, which resizes in float32, may be off: at most, and on average, in steps of a byte. docs/models.md
 # says how often a byte differs.
 BYTES, MEAN_BYTES = 1.5, 0.1
-_PROMPTS = "prompts"
+_PROMPTS, _SPACE = "prompts", "embedding_space"
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class GoldenSamples:
     """`pixel_values` (n, 3, H, W) and `input_ids` (n, L) with their unit-norm embeddings (n, D) by torch.
 
     `pictures`, uint8 (h, w, 3) of any size, upright as a client sees them, are those of the first rows of `pixel_values`;
-    `prompts` are those of the rows of `input_ids`.
+    `prompts` are those of the rows of `input_ids`. `embedding_space` is the one that the embeddings are of; files of older
+    versions of r1export do not say.
     """
 
     pixel_values: np.ndarray
@@ -36,17 +40,19 @@ class GoldenSamples:
     text_embeds: np.ndarray
     pictures: tuple[np.ndarray, ...] = ()
     prompts: tuple[str, ...] = ()
+    embedding_space: EmbeddingSpace | None = None
 
     def tensors(self) -> dict[str, np.ndarray]:
         """What golden.safetensors holds; the prompts as a JSON array in UTF-8."""
-        text = np.frombuffer(json.dumps(self.prompts, ensure_ascii=False).encode(), np.uint8)
+        space = {_SPACE: _bytes(self.embedding_space.to_json())} if self.embedding_space else {}
         return {
             TEXTUAL.input: self.input_ids,
             VISUAL.input: self.pixel_values,
             VISUAL.output: self.image_embeds,
             TEXTUAL.output: self.text_embeds,
             **{f"picture_{i}": picture for i, picture in enumerate(self.pictures)},
-            _PROMPTS: text,
+            _PROMPTS: _bytes(self.prompts),
+            **space,
         }
 
     @classmethod
@@ -62,7 +68,19 @@ class GoldenSamples:
         return cls(
             tensors[VISUAL.input], tensors[VISUAL.output], tensors[TEXTUAL.input], tensors[TEXTUAL.output],
             pictures, _prompts(tensors[_PROMPTS]) if _PROMPTS in tensors else (),
+            _space(tensors[_SPACE]) if _SPACE in tensors else None,
         )  # fmt: skip
+
+
+def _bytes(value: object) -> np.ndarray:
+    """A value as JSON in UTF-8."""
+    return np.frombuffer(json.dumps(value, ensure_ascii=False).encode(), np.uint8)
+
+
+def _space(text: np.ndarray) -> EmbeddingSpace:
+    members = parse_json(text.tobytes(), f"{GOLDEN}.{_SPACE}", 1 << 10)
+    found = {name: members.text(name, DIGEST) for name in members.names(NAME, 3)}
+    return EmbeddingSpace.of_members(found, f"{GOLDEN}.{_SPACE}")
 
 
 def _prompts(text: np.ndarray) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ WEIGHTS = {
 GRAPHS = tuple(WEIGHTS)
 PREPROCESS_GRAPH, PREPROCESS = "preprocess.onnx", "preprocess.json"
 TOKENIZER = "tokenizer"
+MODEL_CONFIG = "open_clip_config.json"  # what open_clip builds the model from
 CLASSES = "classes"
 GOLDEN = "golden.safetensors"
 MANIFEST = "manifest.json"

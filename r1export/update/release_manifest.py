@@ -19,8 +19,9 @@ import numpy as np
 from r1export.errors import CheckFailed, InputError
 from r1export.update.atomic_io import json_bytes, read_regular, sha256_bytes, sha256_file, write_file
 from r1export.update.container import NAMES, TensorSpec, take_dtype, take_shape
+from r1export.update.embedding_space import NOT_IN_A_TOWER, EmbeddingSpace, half_digest
 from r1export.update.names import NAME, PARAMETER, PATH, PRINTABLE, check_paths
-from r1export.update.release_layout import MANIFEST
+from r1export.update.release_layout import MANIFEST, PREPROCESS, TEXTUAL, TOKENIZER, VISUAL, TowerFiles
 from r1export.update.strict_json import Fields, items, parse_json, whole, wrong
 
 FORMAT = "r1export.release/1"
@@ -91,7 +92,8 @@ class TensorEntry:
 
     `offset` counts from the start of `file`. `rows` are the (start, stop) of each adapted linear in the parameter, or of all
     its rows; a scalar has none, nor has a tensor of a manifest that does not say. An int8 parameter names with `scale` the
-    one that holds the float32 scale of each of its rows. `sha256` is that of the stored bytes.
+    one that holds the float32 scale of each of its rows. `sha256` is that of the stored bytes. `model_shape` is the shape in
+    the model, None where it follows: `shape`, or the reverse of it if `transposed`.
     """
 
     file: str
@@ -102,6 +104,7 @@ class TensorEntry:
     transposed: bool
     sha256: str
     scale: str = ""
+    model_shape: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +126,7 @@ class ReleaseManifest:
     """All that a release says of itself. `sha256` is the digest of itself that it states, empty before it is sealed.
 
     `updates` are in the order of merging, `graphs` maps the graphs to the digests of their structure, `versions` names the
-    software that made the release.
+    software that made the release. `embedding_space` is None in a manifest of an older version of r1export.
     """
 
     name: str
@@ -139,6 +142,7 @@ class ReleaseManifest:
     tensors: Mapping[str, TensorEntry]
     versions: Mapping[str, str]
     sha256: str = ""
+    embedding_space: EmbeddingSpace | None = None
 
     @classmethod
     def read(cls, release: Path) -> ReleaseManifest:
@@ -168,6 +172,7 @@ class ReleaseManifest:
             tensors={name: _tensor(item) for name, item in fields.objects("tensors", PARAMETER, MAX_ITEMS).items()},
             versions=fields.texts("versions", NAME, PRINTABLE, MAX_ITEMS) if "versions" in fields else {},
             sha256=fields.digest("sha256") if "sha256" in fields else "",
+            embedding_space=_space(fields) if "embedding_space" in fields else None,
         )
         fields.done(extensions=False)
         check_paths([*manifest.files, MANIFEST], f"{location}.files")
@@ -194,7 +199,9 @@ class ReleaseManifest:
             "tensors": _tensors_json(self.tensors),
             "versions": dict(self.versions),
         }
-        return document | ({"sha256": self.sha256} if self.sha256 else {})
+        if self.embedding_space:
+            document["embedding_space"] = self.embedding_space.to_json()
+        return {**document, **({"sha256": self.sha256} if self.sha256 else {})}
 
     def to_bytes(self) -> bytes:
         """The bytes of manifest.json."""
@@ -213,6 +220,21 @@ class ReleaseManifest:
         data = self.to_bytes()
         self.parse(data, str(release / MANIFEST))
         write_file(release / MANIFEST, data)
+
+    def space(self) -> EmbeddingSpace | None:
+        """The embedding space that follows from the digests; None if the manifest does not list all that makes vectors."""
+        sides = ((VISUAL, PREPROCESS), (TEXTUAL, f"{TOKENIZER}/tokenizer.json"))
+        if any(tower.graph not in self.graphs or file not in self.files for tower, file in sides):
+            return None
+        return EmbeddingSpace(*(self._half(tower, file) for tower, file in sides))
+
+    def _half(self, tower: TowerFiles, file: str) -> str:
+        tensors = {
+            name: entry.sha256
+            for name, entry in self.tensors.items()
+            if entry.file == tower.weights and name not in NOT_IN_A_TOWER
+        }
+        return half_digest(self.graphs[tower.graph], tensors, {file: self.files[file].sha256})
 
     @property
     def weights(self) -> frozenset[str]:
@@ -280,6 +302,11 @@ def _base(fields: Fields) -> BaseModel:
     return base
 
 
+def _space(fields: Fields) -> EmbeddingSpace:
+    location = f"{fields.location}.embedding_space"
+    return EmbeddingSpace.of_members(fields.digests("embedding_space", NAME, 3), location)
+
+
 def _update(fields: Fields) -> MergedUpdate:
     update = MergedUpdate(fields.text("task", NAME), fields.digest("sha256"))
     fields.done(extensions=False)
@@ -318,6 +345,7 @@ def _tensor(fields: Fields) -> TensorEntry:
         transposed=fields.flag("transposed"),
         sha256=fields.digest("sha256"),
         scale=fields.text("scale", PARAMETER) if "scale" in fields else "",
+        model_shape=take_shape(fields, "model_shape") if "model_shape" in fields else None,
     )
     if "bytes" in fields and (nbytes := fields.integer("bytes")) != tensor.nbytes:
         raise wrong(f"{fields.location}.bytes", nbytes, f"{tensor.nbytes}, by dtype and shape")
@@ -348,8 +376,12 @@ def _tensor_json(tensor: TensorEntry, with_rows: bool) -> dict[str, Any]:
     }
     if tensor.rows or (with_rows and not tensor.shape):
         document["rows"] = [list(rows) for rows in tensor.rows]
-    document |= {"transposed": tensor.transposed, "sha256": tensor.sha256}
-    return document | ({"scale": tensor.scale} if tensor.scale else {})
+    document.update({"transposed": tensor.transposed, "sha256": tensor.sha256})
+    if tensor.scale:
+        document["scale"] = tensor.scale
+    if tensor.model_shape is not None:
+        document["model_shape"] = list(tensor.model_shape)
+    return document
 
 
 def _check_tensors(manifest: ReleaseManifest, location: str) -> None:

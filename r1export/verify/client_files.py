@@ -64,16 +64,23 @@ class PreprocessConfig:
 
     def apply(self, picture: np.ndarray) -> np.ndarray:
         """A picture, uint8 (h, w, 3), as float32 (3, H, W)."""
+        return self.normalize(self.crop(Image.fromarray(picture)))
+
+    def crop(self, image: Image.Image) -> np.ndarray:
+        """An upright RGB picture as bytes of the tower's size, uint8 (H, W, 3)."""
         height, width = self.size
-        image = Image.fromarray(picture)
         image = self._resized(image)
         fill = (self.fill_color,) * 3 if isinstance(self.fill_color, int) else self.fill_color
         canvas = Image.new("RGB", (width, height), fill)
         canvas.paste(image, (-_middle(image.width, width), -_middle(image.height, height)))
-        values = np.asarray(canvas, np.float32) * np.float32(self.scale)
+        return np.asarray(canvas)
+
+    def normalize(self, crops: np.ndarray) -> np.ndarray:
+        """uint8 (..., H, W, 3) as float32 (..., 3, H, W)."""
+        values = crops.astype(np.float32) * np.float32(self.scale)
         mean, std = (np.array(value, np.float32) for value in (self.mean, self.std))
         normalized: np.ndarray = (values - mean) / std
-        return normalized.transpose(2, 0, 1)
+        return np.ascontiguousarray(np.moveaxis(normalized, -1, -3))
 
     def _resized(self, image: Image.Image) -> Image.Image:
         """As torchvision does to a square by the shorter side, and open_clip in all other cases."""

@@ -61,6 +61,8 @@ def _contradictions(manifest: ReleaseManifest) -> Iterator[str]:
         yield f"manifest.json: {len(merged)} updates in release number {manifest.sequence}"
     if not manifest.name.startswith(f"{manifest.sequence:02d}-"):
         yield f"manifest.json: {manifest.name} is number {manifest.sequence}"
+    if manifest.embedding_space not in (None, manifest.space()):
+        yield "manifest.json: embedding_space is not that of its graphs, tensors and files"
     if "r1export" not in manifest.versions:
         yield "manifest.json: versions does not say which r1export made it"
     stored = {entry.dtype.name for entry in manifest.tensors.values()}

@@ -1,42 +1,55 @@
 """Embedding drift: may a gallery that was indexed with the version before be kept?
 
-Nearest neighbours are looked for with new queries in the old gallery, as a device does that was updated without
-indexing again, and compared with what old queries found there.
+Nearest neighbours are looked for with queries of one version in vectors of the other, in both directions: new queries in the
+old gallery, as a device does that was updated without indexing again, and old queries in the new gallery, as one does that
+was not updated yet. An image is not its own neighbour.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from r1export.verify.results import Drift
+from r1export.verify.results import Agreement, Drift
 
 NOT_NEEDED, ADVISED, REQUIRED = "not needed", "advised", "required"
 KEPT = {NOT_NEEDED: 0.99, ADVISED: 0.9}  # share of the ten nearest that has to be found again
 
 
-def embedding_drift(old: np.ndarray, new: np.ndarray, *, against: str) -> Drift:
-    """Cosine and recall of the same images under two versions, unit-norm (n, D), and whether to index again.
+def embedding_drift(old: np.ndarray, new: np.ndarray, *, against: str, same_space: bool = False) -> Drift:
+    """Cosine and agreement of the same images under two versions, unit-norm (n, D), and whether to index again.
 
-    recall_at_k: of the k nearest that the old embedding of an image has in the old gallery (itself left out), the share
-    that its new embedding still finds among its k nearest there.
+    The verdict follows from the worse of both directions, since while devices are updated there are queries and vectors of
+    either version. With `same_space` there is nothing to index again, whatever rounding does.
     """
     cosines = (old.astype(np.float64) * new).sum(1)
-    recalls = {k: _recall(old, new, k) if len(old) > k else None for k in (1, 10)}
-    kept = next((recall for recall in (recalls[10], recalls[1]) if recall is not None), 0.0)
+    new_queries, old_queries = _agreement(new, old), _agreement(old, new)
+    kept = min(_decisive(new_queries), _decisive(old_queries))
+    verdict = next((advice for advice, share in KEPT.items() if kept >= share), REQUIRED)
     return Drift(
         against=against,
         images=len(old),
         mean_cosine=float(cosines.mean()),
         min_cosine=float(cosines.min()),
-        recall_at_1=recalls[1],
-        recall_at_10=recalls[10],
-        reindex=next((advice for advice, share in KEPT.items() if kept >= share), REQUIRED),
+        new_queries=new_queries,
+        old_queries=old_queries,
+        same_space=same_space,
+        reindex=NOT_NEEDED if same_space else verdict,
     )
 
 
-def _recall(old: np.ndarray, new: np.ndarray, k: int) -> float:
-    before, after = _nearest(old, old, k), _nearest(new, old, k)
-    shares = [len(set(left) & set(right)) / k for left, right in zip(before.tolist(), after.tolist(), strict=True)]
+def _agreement(queries: np.ndarray, gallery: np.ndarray) -> Agreement:
+    """What `queries` find in `gallery` against what the gallery's own version finds there."""
+    top1, recall = (_recall(gallery, queries, k) if len(gallery) > k else None for k in (1, 10))
+    return Agreement(top1=top1, recall_at_10=recall)
+
+
+def _decisive(agreement: Agreement) -> float:
+    return next((share for share in (agreement.recall_at_10, agreement.top1) if share is not None), 0.0)
+
+
+def _recall(gallery: np.ndarray, queries: np.ndarray, k: int) -> float:
+    own, others = _nearest(gallery, gallery, k), _nearest(queries, gallery, k)
+    shares = [len(set(left) & set(right)) / k for left, right in zip(own.tolist(), others.tolist(), strict=True)]
     return float(np.mean(shares))
 
 

@@ -97,7 +97,15 @@ def check_golden(release: Path, manifest: ReleaseManifest, runs: GoldenRuns | No
     reproduced = Check(
         verdict=parity.verdict, looked_at=parity.looked_at, of=parity.of, detail=f"golden.safetensors: {parity.detail}"
     )
-    return Check.joined([check_samples(read_tensors(release / GOLDEN)), reproduced])
+    return Check.joined([check_samples(read_tensors(release / GOLDEN)), _check_space(release, manifest), reproduced])
+
+
+def _check_space(release: Path, manifest: ReleaseManifest) -> Check:
+    """The samples name the embedding space of their release; those of older versions of r1export name none."""
+    problems = []
+    if read_golden(release).embedding_space not in (None, manifest.embedding_space):
+        problems.append(f"{GOLDEN} is of another embedding space than manifest.json")
+    return Check.judge(problems, looked_at=1, of=1, detail="the samples are of this release's embedding space")
 
 
 def check_samples(tensors: Mapping[str, np.ndarray]) -> Check:

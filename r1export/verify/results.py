@@ -379,18 +379,31 @@ class Sensitivity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drift:
-    """Embeddings of the same images under the release `against` and this one: may a gallery be kept?
+class Agreement:
+    """Of the k nearest that queries and vectors of one version find, the share that queries of the other find in the same vectors.
 
-    recall_at_k: the share of the k nearest neighbours in the old gallery that new queries still find. None: too few images.
+    `top1` is that of the nearest. None: too few images.
+    """
+
+    top1: float | None
+    recall_at_10: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """Embeddings of the same images under the release `against` and this one: may stored vectors be kept?
+
+    `new_queries` are those of this release in vectors of the earlier one, `old_queries` those of the earlier one in vectors of
+    this one. `same_space` says that both give the same image embeddings by what makes them, whatever was measured.
     """
 
     against: str
     images: int
     mean_cosine: float
     min_cosine: float
-    recall_at_1: float | None
-    recall_at_10: float | None
+    new_queries: Agreement
+    old_queries: Agreement
+    same_space: bool
     reindex: str
 
 
@@ -518,7 +531,7 @@ class ReleaseReport:
     proof: Proof
     latency: Latency
     sensitivity: Sensitivity | None = None
-    drift: Drift | None = None
+    compatible_with: tuple[Drift, ...] = ()
     gaps: Gaps | None = None
     variant: VariantCost | None = None
     accuracy: Accuracy | None = None

@@ -41,3 +41,10 @@ def test_no_text_is_encoded_where_the_candidates_are_given(tiny_clip, stripes) -
 
     test, union = Pixels(stripes.test, tiny_clip.preprocess), all_classes(tiny_clip, (stripes,))
     assert accuracy(replace(tiny_clip, tokenizer=fail), stripes, test, union) == accuracy(tiny_clip, stripes, test)
+
+
+def test_an_image_of_a_name_that_a_probe_repeats_is_right_as_either_class(stripes) -> None:
+    probe = replace(
+        stripes, classes=("missile", "dots", "missile"), test=replace(stripes.test, labels=np.array([0, 1, 2]))
+    )
+    assert top1_among(np.eye(3, dtype=np.float32)[[0, 1, 0]], probe, np.eye(3, dtype=np.float32)) == 1.0

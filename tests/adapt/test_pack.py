@@ -15,6 +15,7 @@ from r1export.adapt.pack import (
     pack_experts,
     pool_tensors,
     set_past_experts_,
+    set_past_pools_,
 )
 from r1export.errors import InputError
 
@@ -102,6 +103,20 @@ def test_pools_know_the_merged_columns_of_earlier_tasks(tiny_clip) -> None:
     set_past_experts_(pools, pack_experts(pools))
     for pool in pools.values():
         torch.testing.assert_close(pool.past, pool.lora_B[:, pool.selected()].detach(), rtol=1e-6, atol=0)
+
+
+def test_pools_know_all_columns_of_earlier_pools_as_the_released_code_does(tiny_clip) -> None:
+    pools = inject_experts_(tiny_clip.model, POOL)
+    tasks = []
+    for _ in range(2):
+        train_at_random_(pools)
+        tasks.append({name: value.copy() for name, value in pool_tensors(pools).items()})
+    set_past_pools_(pools, tasks)
+    rows, pool = next(iter(pools.items()))
+    assert np.array_equal(pool.past, np.concatenate([task[f"{rows}.lora_B"] for task in tasks], axis=1))
+    merged = pool.overlap()
+    set_past_experts_(pools, pack_experts(pools))
+    assert merged > pool.overlap()  # 24 columns instead of 4
 
 
 @pytest.mark.parametrize("change", ["missing", "shape"])

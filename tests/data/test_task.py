@@ -55,6 +55,9 @@ def test_a_task_that_cannot_be_learned_is_refused(change, message):
 def test_a_probe_needs_no_training_images_but_its_test_labels_are_checked():
     probe = replace(TASK, train=numbered([]))
     check_task(probe, "here", test_only=True)
+    check_task(
+        replace(probe, classes=("cat", "cat")), "here", test_only=True
+    )  # ImageNet's lists name two classes "missile"
     with pytest.raises(InputError, match="label 7 in test"):
         check_task(replace(probe, test=numbered([7])), "here", test_only=True)
 

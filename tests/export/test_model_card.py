@@ -130,3 +130,27 @@ def test_the_card_shows_an_accuracy_of_exactly_zero_and_one_that_was_not_measure
     text = model_card(MANIFEST)
     assert "| colours | 2 | 0.0 % | yes |" in text
     assert "| sizes | 4 | not measured | no |" in text
+
+
+def test_the_hub_s_own_library_reads_the_card_s_metadata() -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    tasks = (TaskEntry("digits", 10, True, 0.875), TaskEntry('signs: "x"', 3, False, None))
+    base = BaseModel("hf-hub:timm/ViT-B-16", "0" * 64, "MIT")
+    card = model_card(replace(MANIFEST, base=base, tasks=tasks))
+    data = huggingface_hub.ModelCard(card).data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "onnx", "zero-shot-image-classification")
+    assert data.base_model == "timm/ViT-B-16"
+    assert data.to_dict()["base_model_relation"] == "finetune"
+    assert [(r.dataset_name, r.metric_type, r.metric_value) for r in data.eval_results] == [
+        ("digits", "accuracy", 0.875)
+    ]
+
+
+@pytest.mark.parametrize(("licence", "said"), [(None, "unknown"), ("Custom: no sale", "other")])
+def test_a_licence_that_the_hub_does_not_know_is_said_as_it_is(licence, said) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    card = model_card(replace(MANIFEST, base=BaseModel("builtin:world", "0" * 64, licence)))
+    data = huggingface_hub.ModelCard(card).data.to_dict()
+    assert data["license"] == said
+    assert data.get("license_name") == licence
+    assert "base_model" not in data

@@ -24,6 +24,7 @@ from r1export.update.release_layout import (
     GOLDEN,
     GRAPHS,
     MODEL_CARD,
+    MODEL_CONFIG,
     PREPROCESS,
     PREPROCESS_GRAPH,
     TEXTUAL,
@@ -65,7 +66,7 @@ def check_manifest_and_files(release: Path, manifest: ReleaseManifest, tasks: Se
 
 def _check_known(manifest: ReleaseManifest, required: Sequence[str]) -> Check:
     """Each listed file has a use in a release: what no check reads, no release has."""
-    known = {*required, PREPROCESS_GRAPH}
+    known = {*required, PREPROCESS_GRAPH, MODEL_CONFIG}
     foreign = [name for name in manifest.files if name not in known and not name.startswith(f"{TOKENIZER}/")]
     problems = [f"{name} belongs to no release of {', '.join(t.name for t in manifest.tasks)}" for name in foreign]
     count = len(manifest.files)
@@ -181,11 +182,14 @@ def _check_preprocess(ref: ReleaseRef) -> Check:
     """The files are those that the run's model gives, and do to pictures what the model's own preprocessing does."""
     expected = json_bytes(ref.context.clip.preprocess.to_json())
     problems = [] if (ref.path / PREPROCESS).read_bytes() == expected else [f"{PREPROCESS} is not that of the model"]
+    config = json_bytes(ref.context.clip.to_open_clip_config())
+    if (ref.path / MODEL_CONFIG).exists() and (ref.path / MODEL_CONFIG).read_bytes() != config:
+        problems.append(f"{MODEL_CONFIG} is not that of the model")
     exported = ref.variant.exports.graphs / PREPROCESS_GRAPH
     here = ref.path / PREPROCESS_GRAPH
     if exported.exists() != here.exists() or (here.exists() and exported.read_bytes() != here.read_bytes()):
         problems.append(f"{PREPROCESS_GRAPH} is not the one that was exported")
-    files = Check.judge(problems, looked_at=2, of=2, detail="the files are those of the model")
+    files = Check.judge(problems, looked_at=3, of=3, detail="the files are those of the model")
     graph = has_graph(ref.context.clip.preprocess.to_json())
     return Check.joined([files, check_preprocess(ref.path, read_golden(ref.path), graph)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from r1export.errors import CheckFailed, R1ExportError
@@ -113,7 +114,7 @@ def verify_release(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, condi
     report = replace(report, proof=release_proof(ref, run.inputs, base.executions, conditions.providers))
     if ref.is_base:
         return replace(report, latency=Latency.not_applicable("the base release is what the others are compared with"))
-    report = replace(report, drift=_drift(ref, conditions) if ref.variant.is_reference else None)
+    report = replace(report, compatible_with=_drift(ref, conditions) if ref.variant.is_reference else ())
     return report if report.proof.verdict is Verdict.FAIL else _with_time_and_gaps(report, ref, base, run, conditions)
 
 
@@ -167,15 +168,17 @@ def _gaps(ref: ReleaseRef, run: TorchRun) -> Gaps:
     return measure_gaps(run.models, ref.task, test, run.unmerged.among(answers), run.merged.among(answers))
 
 
-def _drift(ref: ReleaseRef, conditions: Conditions) -> Drift | None:
-    """Against the release before; None if that cannot be run."""
-    before = ref.variant.release(ref.number - 1).path
-    try:
-        return embedding_drift(
-            conditions.embeddings.gallery(before), conditions.embeddings.gallery(ref.path), against=before.name
-        )
-    except CheckFailed:
-        return None
+def _drift(ref: ReleaseRef, conditions: Conditions) -> tuple[Drift, ...]:
+    """Against every earlier release, the base first, but for those that cannot be run."""
+    found, space = [], ReleaseManifest.read(ref.path).embedding_space
+    for number in range(ref.number):
+        before = ref.variant.release(number).path
+        with suppress(CheckFailed):
+            earlier = ReleaseManifest.read(before).embedding_space
+            same = space is not None and earlier is not None and space.image == earlier.image
+            galleries = conditions.embeddings.gallery(before), conditions.embeddings.gallery(ref.path)
+            found.append(embedding_drift(*galleries, against=before.name, same_space=same))
+    return tuple(found)
 
 
 def _release_facts(ref: ReleaseRef) -> ReleaseFacts:
