@@ -260,7 +260,7 @@ class Verify(_Section):
     margin: float = Field(0.02, gt=0, lt=1)
     """Merged and base latency count as equal within this share."""
     pairs: int = Field(400, ge=20)
-    """Interleaved base/merged pairs of the latency check, at least: it goes on until the interval is narrow; fewer if they take over 40 s."""
+    """Interleaved base/merged pairs of the latency check, at least: it goes on until the interval is narrow; fewer if they take over 12 s."""
     images: int = Field(0, ge=0)
     """Test images of each task on which the freezing and shrink gaps (G2, G3) and the embedding drift are measured; 0 takes 200, fewer for large models."""
 
