@@ -6,6 +6,8 @@
 The nouns below are the public ones; each is loaded when it is first asked for, so that a device needs numpy alone.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
 from typing import TYPE_CHECKING
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from r1export.errors import R1ExportError
 from r1export.update.plain_text import printable
-from r1export.verify.results import Accuracy, Latency, ReleaseReport, Report, RunReport, Verdict
+from r1export.verify.results import UNTIMED, Accuracy, Latency, ReleaseReport, Report, RunReport, Verdict
 
 if TYPE_CHECKING:
     from r1export.report.compare_runs import Comparison
@@ -122,7 +122,9 @@ class Terminal:
         )
         for reason in report.reasons:
             self.say(f"  {reason}")
-        self.people.print(Text.assemble("Verdict: ", (report.verdict, f"bold {COLOURS[report.verdict]}")))
+        untimed = any(release.latency.detail == UNTIMED for release in releases)
+        rest = ", of all checks but latency (--no-latency)" if untimed else ""
+        self.people.print(Text.assemble("Verdict: ", (report.verdict, f"bold {COLOURS[report.verdict]}"), rest))
 
     def comparison(self, comparison: Comparison) -> None:
         """One row per run; what was not measured is a dash."""

@@ -1,10 +1,11 @@
-"""How sure is the proof of zero added latency? Repeats it on a model with random weights and counts what it says.
+"""How sure is rung L5 on a busy machine? Verifies a run again and again beside busy loops, and times a slowed release.
 
-    python scripts/bench_latency.py --model ViT-B-32 --repetitions 20 --out latency.json
+    r1export run recipes/quickstart.toml --out runs/quickstart
+    python scripts/bench_latency.py runs/quickstart --repetitions 10 --loops 2 --json latency.json
 
-Each repetition opens fresh sessions, interleaved at random, of five contenders: the base, the base again (noise floor),
-the base a third time (A/A: must never fail), the merged model (must never fail), and the model with its low-rank
-branches (must be flagged, by the ladder and by the clock). Timing wants a quiet machine: the noise floor is printed.
+Each repetition runs `r1export verify RUN`, whose reports say what L5 found of every release and of its unmerged control, and
+times a slowed release as L5 does: the last one with as many extra MatMul nodes as take 3 % of its time. `verify` refuses
+such a release before L5, as its program is another; here the clock alone has to notice it.
 """
 
 from __future__ import annotations
@@ -13,174 +14,220 @@ import argparse
 import json
 import os
 import platform
+import resource
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
-import open_clip
-import torch
-from torch import nn
+from onnx import helper, numpy_helper
 
-from r1export.export.graph import export_graphs
-from r1export.update.container import write_layout
-from r1export.update.factors import ExpertUpdate, Factors, Rows
-from r1export.verify import proof
-from r1export.verify.latency import time_rounds
-from r1export.verify.paired_stats import latency_verdict, paired_ratio
+from r1export.pipeline.verification.latency import make_contenders
+from r1export.report.json_format import read_report
+from r1export.verify.golden import read_golden
+from r1export.verify.latency import DEFAULT_BUDGET, added_latency, time_rounds
+from r1export.verify.parity import ENTRIES
+from r1export.verify.results import Latency, Ratio, RunReport
 from r1export.verify.runtimes.runtime import job, open_session
-from r1export.verify.unmerged_graph import add_branches
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-EXPERTS = 4  # per adapted linear, as the recipe's k_merge
+MARGIN, PAIRS = 0.02, 400  # the recipe's defaults
+BUSY_LOOP = "while True: pass"
+SIDE = 256  # rows and columns of the matrix of an extra node
+TRIAL_NODES = 40  # extra nodes from whose time the number for a given share is derived
+Feeds = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What L5 says of one program by its deciding clock and, next to that, by the wall clock."""
+
+    repetition: int
+    program: str
+    verdict: str
+    clock: str
+    merged: Ratio
+    noise: Ratio
+    unmerged: Ratio | None
+    wall: Ratio
+    wall_noise: Ratio
+
+
+@dataclass(frozen=True)
+class Verification:
+    """One `r1export verify RUN`: its exit code, and the seconds that it took by the wall and of processor time."""
+
+    exit_code: int
+    seconds: float
+    processor_seconds: float
+    load: float
 
 
 def main() -> None:
     asked = _arguments()
+    verifications: list[Verification] = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        base, merged, unmerged, size = _models(asked.model, Path(folder))
-        feeds = {"pixel_values": np.random.default_rng(0).normal(size=(asked.batch, 3, *size)).astype(np.float32)}
-        ladder = _ladder(base, merged, unmerged, feeds)
-        print(f"ladder: {ladder}", flush=True)
-        graphs = {"base": base, "again": base, "same": base, "merged": merged, "unmerged": unmerged}
-        rows = []
-        for repetition in range(asked.repetitions):
-            rows.append(_repetition(graphs, feeds, asked, repetition))
-            print(_line(repetition, rows[-1]), flush=True)
-    settings = {key: value for key, value in vars(asked).items() if key != "out"}
-    found = {
-        "settings": settings,
-        "ladder": ladder,
-        "counts": _counts(rows, asked.margin),
-        "machine": _machine(),
-        "repetitions": rows,
-    }
-    for name, counts in found["counts"].items():
-        print(f"{name:>9}: " + ", ".join(f"{verdict} {count} of {len(rows)}" for verdict, count in counts.items()))
-    if asked.out:
-        asked.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        last = sorted((asked.run / "releases").iterdir())[-1]
+        base, slowed = asked.run / "releases" / "00-base", Path(folder)
+        feeds = {ENTRIES["visual"]: read_golden(base).pixel_values[:1]}
+        nodes = slow_down(last, slowed, asked.slower, feeds)
+        print(f"slowed by {nodes} nodes", flush=True)
+        with busy_loops(asked.loops):
+            for number in range(1, asked.repetitions + 1):
+                verifications.append(verify(asked.run))
+                found = [*_verified(asked.run, number), _slowed(base, slowed, feeds, number)]
+                rows += found
+                print(f"{number:>3} exit code {verifications[-1].exit_code}, {verifications[-1].seconds:.0f} s")
+                print("\n".join(f"    {_line(row)}" for row in found), flush=True)
+    print(table(verifications, rows))
+    if asked.json:
+        asked.json.write_text(
+            json.dumps(_document(asked, nodes, verifications, rows), indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="ViT-B-32", help="open_clip model, with random weights")
-    parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--blocks", type=int, default=10, help="times that all sessions are opened afresh")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds per block; each runs every contender twice")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=0, help="threads of a session, 0 for all cores")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: time of this process alone")
-    parser.add_argument("--margin", type=float, default=0.02)
-    parser.add_argument("--out", type=Path, help="write everything as JSON")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a trained and exported run; its reports are written again")
+    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--loops", type=int, default=2, help="busy loops that run all the time")
+    parser.add_argument("--slower", type=float, default=0.03, help="share of its time by which a release is slowed")
+    parser.add_argument("--json", type=Path, help="write everything as JSON")
     return parser.parse_args()
 
 
-def _models(name: str, folder: Path) -> tuple[Path, Path, Path, tuple[int, int]]:
-    """Visual graphs of the base, the merged and the unmerged model, and the image size."""
-    torch.manual_seed(0)
-    model = open_clip.create_model(name, load_weights=False).eval()
-    size = model.visual.image_size if isinstance(model.visual.image_size, tuple) else (model.visual.image_size,) * 2
-    graphs = folder / "graphs"
-    graphs.mkdir()
-    weights = export_graphs(model, size, model.context_length, graphs, opset=20)
-    base = {key: value.detach().numpy() for key, value in model.state_dict().items() if value.is_floating_point()}
-    update = _update(model)
-    found = []
-    for kind, values in (("base", base), ("merged", base | update.apply(base)), ("unmerged", base)):
-        place = folder / kind
-        place.mkdir()
-        stored = weights.stored("visual.safetensors", values)
-        write_layout(
-            place / "visual.safetensors",
-            weights.layout("visual.safetensors"),
-            lambda spec, stored=stored: stored[spec.name],
-        )
-        if kind == "unmerged":
-            add_branches(graphs / "visual.onnx", update, place / "visual.onnx")
-        else:
-            (place / "visual.onnx").write_bytes((graphs / "visual.onnx").read_bytes())
-        found.append(place / "visual.onnx")
-    return (*found, size)
+@contextmanager
+def busy_loops(count: int) -> Iterator[None]:
+    """`count` processes that compute without end."""
+    loops = [subprocess.Popen([sys.executable, "-c", BUSY_LOOP]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
-def _update(model: nn.Module) -> ExpertUpdate:
-    """Random experts beside q, k, v, out, fc and proj of every block of the visual tower."""
-    rng, factors = np.random.default_rng(1), {}
-    for name, parameter in model.named_parameters():
-        if not name.startswith("visual.") or ".resblocks." not in name or parameter.ndim != 2:
-            continue
-        rows, parts = parameter.shape[0], 3 if name.endswith("in_proj_weight") else 1
-        for i in range(parts):
-            start, stop = i * rows // parts, (i + 1) * rows // parts
-            u, v = (
-                0.01 * rng.normal(size=shape).astype(np.float32)
-                for shape in ((stop - start, EXPERTS), (EXPERTS, parameter.shape[1]))
-            )
-            factors[Rows(name, start, stop)] = Factors(u, v)
-    return ExpertUpdate(factors)
+def slow_down(release: Path, folder: Path, share: float, feeds: Feeds) -> int:
+    """Write the image tower of `release` with extra nodes that take `share` of its time into `folder`; returns how many."""
+    shutil.copyfile(release / "visual.safetensors", folder / "visual.safetensors")
+    _write_slowed(release, folder, TRIAL_NODES)
+    jobs = {str(path): job(open_session(path / "visual.onnx", threads=1), feeds, "cpu") for path in (release, folder)}
+    seconds = time_rounds(jobs, 100, np.random.default_rng(0), time.thread_time)
+    plain, slow = (float(np.median(seconds[str(path)])) for path in (release, folder))
+    nodes = max(1, round(share * plain / ((slow - plain) / TRIAL_NODES)))
+    _write_slowed(release, folder, nodes)
+    return nodes
 
 
-def _ladder(base: Path, merged: Path, unmerged: Path, feeds: dict[str, np.ndarray]) -> dict[str, str]:
-    graphs = [{"visual.onnx": path} for path in (base, merged)]
-    rungs = {"same_file": proof.same_files(*graphs), "graph": proof.same_graphs(*graphs)}
-    rungs |= proof.rungs(
-        proof.executions(graphs[0], {"visual.onnx": feeds}, ["cpu"]),
-        lambda: proof.executions(graphs[1], {"visual.onnx": feeds}, ["cpu"]),
+def _write_slowed(release: Path, folder: Path, nodes: int) -> None:
+    """embeds + 1e-20 * (embeds A B ... B C): what `nodes` products of B take, and nothing that can be seen in the output."""
+    model = onnx.load(release / "visual.onnx", load_external_data=False)
+    output = model.graph.output[0]
+    width, rng = output.type.tensor_type.shape.dim[1].dim_value, np.random.default_rng(0)
+    shapes = {"slow.a": (width, SIDE), "slow.b": (SIDE, SIDE), "slow.c": (SIDE, width)}
+    for name, shape in shapes.items():
+        values = (rng.standard_normal(shape) / shape[0] ** 0.5).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(1e-20), "slow.scale"))
+    for node in model.graph.node:
+        node.output[:] = ["embeds.plain" if name == output.name else name for name in node.output]
+    value = "embeds.plain"
+    for i, matrix in enumerate(["slow.a", *["slow.b"] * nodes, "slow.c"]):
+        model.graph.node.append(helper.make_node("MatMul", [value, matrix], [f"slow.{i}"]))
+        value = f"slow.{i}"
+    model.graph.node.append(helper.make_node("Mul", [value, "slow.scale"], ["slow.end"]))
+    model.graph.node.append(helper.make_node("Add", ["embeds.plain", "slow.end"], [output.name]))
+    (folder / "visual.onnx").write_bytes(model.SerializeToString(deterministic=True))
+
+
+def verify(run: Path) -> Verification:
+    """Run the command line on the run."""
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-m", "r1export", "verify", str(run)], capture_output=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Verification(done.returncode, time.perf_counter() - started, used, os.getloadavg()[0])
+
+
+def _verified(run: Path, repetition: int) -> Iterator[Row]:
+    report = read_report(run / "report.json", "verify the run again")
+    assert isinstance(report, RunReport)  # it is the report of a run
+    for release in report.releases:
+        if release.latency.by_provider:
+            yield _row(repetition, release.name, release.latency)
+
+
+def _slowed(base: Path, slowed: Path, feeds: Feeds, repetition: int) -> Row:
+    graphs = {"base": base / "visual.onnx", "merged": slowed / "visual.onnx"}
+    latency = added_latency(make_contenders(graphs, feeds, "cpu"), PAIRS, MARGIN, DEFAULT_BUDGET)
+    return _row(repetition, "slowed", latency)
+
+
+def _row(repetition: int, program: str, latency: Latency) -> Row:
+    assert latency.by_provider
+    (provider,) = latency.by_provider.values()
+    clocks = provider.clocks or {}
+    by, wall = clocks[provider.clock], clocks["wall clock"]
+    return Row(
+        repetition, program, latency.verdict, provider.clock, by.merged, by.noise, by.unmerged, wall.merged, wall.noise
     )
-    control = proof.proof_control(base, unmerged, feeds)["unmerged"]
-    return {name: rung["verdict"] for name, rung in rungs.items()} | {"control": control["detail"]}
 
 
-def _repetition(
-    graphs: dict[str, Path], feeds: dict[str, np.ndarray], asked: argparse.Namespace, seed: int
-) -> dict[str, Any]:
-    """Ratios to the base with their intervals, and the verdict on each contender."""
-    rng, blocks = np.random.default_rng(seed), []
-    for _ in range(asked.blocks):
-        order = [str(name) for name in rng.permutation(list(graphs))]
-        blocks.append(
-            time_rounds(
-                {name: job(open_session(graphs[name], threads=asked.threads), feeds, "cpu") for name in order},
-                asked.rounds,
-                rng,
-                CLOCKS[asked.clock],
-            )
-        )
-    seconds = {name: np.stack([block[name] for block in blocks]) for name in graphs}
-    ratios = {name: paired_ratio(values, seconds["base"]) for name, values in seconds.items() if name != "base"}
-    verdicts = {
-        name: latency_verdict(ratios[name], ratios["again"], asked.margin)[0] for name in ("same", "merged", "unmerged")
-    }
-    return {
-        "base_ms": 1000 * float(np.median(seconds["base"])), "verdicts": verdicts, "load": os.getloadavg()[0],
-        "ratios": {name: [ratio.low, ratio.value, ratio.high] for name, ratio in ratios.items()},
-    }  # fmt: skip
-
-
-def _line(repetition: int, row: dict[str, Any]) -> str:
-    shown = "  ".join(
-        f"{name} {value:.3f} ({low:.3f} to {high:.3f})" for name, (low, value, high) in row["ratios"].items()
+def _line(row: Row) -> str:
+    unmerged = f", unmerged {_interval(row.unmerged)}" if row.unmerged else ""
+    return (
+        f"{row.program}: {row.verdict} by {row.clock}, {_interval(row.merged)}, base again {_interval(row.noise)}{unmerged}; "
+        f"wall clock {_interval(row.wall)}, base again {_interval(row.wall_noise)}"
     )
-    return f"{repetition + 1:>3}  base {row['base_ms']:.1f} ms  {shown}  {' '.join(f'{k}={v}' for k, v in row['verdicts'].items())}  load {row['load']:.1f}"
 
 
-def _counts(rows: list[dict[str, Any]], margin: float) -> dict[str, dict[str, int]]:
-    """Verdicts of the clock, and how often the whole interval of the unmerged model lies above the margin."""
-    counts = {name: dict(Counter(row["verdicts"][name] for row in rows)) for name in ("same", "merged", "unmerged")}
-    counts["unmerged slower than the margin"] = {"yes": sum(row["ratios"]["unmerged"][0] > 1 + margin for row in rows)}
-    return counts
+def _interval(found: Ratio) -> str:
+    return f"{found.ratio:.3f} ({found.ci95[0]:.3f} to {found.ci95[1]:.3f})"
 
 
-def _machine() -> dict[str, Any]:
+def table(verifications: Sequence[Verification], rows: Sequence[Row]) -> str:
+    """Markdown: how often what was found, of the whole run, the releases, the unmerged controls and the slowed release."""
+    releases = [row for row in rows if row.program != "slowed"]
+    slowed = [row for row in rows if row.program == "slowed"]
+    controls = [row.unmerged for row in releases if row.unmerged]
+    lines = [
+        f"| `verify RUN` | exit code 0 | {_share([v.exit_code == 0 for v in verifications])} |",
+        f"| releases | L5 passed | {_share([row.verdict == 'pass' for row in releases])} |",
+        f"| releases | L5 failed: a false alarm | {_share([row.verdict == 'fail' for row in releases])} |",
+        f"| unmerged controls | whole interval above the margin | {_share([one.ci95[0] > 1 + MARGIN for one in controls])} |",
+        f"| slowed release | not passed | {_share([row.verdict != 'pass' for row in slowed])} |",
+        f"| slowed release | failed | {_share([row.verdict == 'fail' for row in slowed])} |",
+        f"| wall clock | base against itself within the margin | {_share([row.wall_noise.within(MARGIN) for row in rows])} |",
+    ]
+    return "\n".join(["| what | found | how often |", "|---|---|---|", *lines])
+
+
+def _share(found: Sequence[bool]) -> str:
+    return f"{sum(found)} of {len(found)}"
+
+
+def _document(
+    asked: argparse.Namespace, nodes: int, verifications: Sequence[Verification], rows: Sequence[Row]
+) -> dict[str, object]:
     return {
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "onnxruntime": ort.__version__,
-        "torch": torch.__version__,
-        "open_clip": open_clip.__version__,
+        "settings": {
+            "repetitions": asked.repetitions,
+            "loops": asked.loops,
+            "slower": asked.slower,
+            "extra_nodes": nodes,
+        },
+        "machine": {"cores": os.cpu_count(), "machine": platform.machine(), "onnxruntime": ort.__version__},
+        "verifications": [asdict(one) for one in verifications],
+        "rows": [asdict(row) for row in rows],
     }
 
 

@@ -20,7 +20,7 @@ from open_clip import IMAGENET_CLASSNAMES
 from torch import Tensor
 
 from r1export.adapt.clip import Clip
-from r1export.adapt.image_cache import Pixels
+from r1export.adapt.image_cache import Images
 from r1export.adapt.text_truncation import short_texts
 
 REFERENCES = 32  # reference texts of a step: as many as a batch has images
@@ -54,7 +54,7 @@ def reference_names(learned: Sequence[str] = ()) -> tuple[str, ...]:
 @torch.no_grad()
 def distillation_targets(
     clip: Clip,
-    train: Pixels,
+    train: Images,
     visited: np.ndarray,
     names: Sequence[str],
     on_batch: Callable[[], None] = lambda: None,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from r1export.adapt.clip import Clip
-from r1export.adapt.image_cache import Pixels
+from r1export.adapt.image_cache import Images
 from r1export.adapt.metrics import top1
 from r1export.adapt.text_truncation import short_texts
 from r1export.data.task import Task
@@ -33,12 +33,12 @@ def class_embeddings(clip: Clip, task: Task, batch: int = BATCH) -> np.ndarray:
 
 
 @torch.inference_mode()
-def image_embeddings(clip: Clip, pixels: Pixels) -> np.ndarray:
+def image_embeddings(clip: Clip, pixels: Images) -> np.ndarray:
     """Unit-norm float32 (n, D)."""
     return torch.cat([clip.encode_image(batch) for batch in pixels.batches(BATCH)]).float().cpu().numpy()
 
 
-def accuracy(clip: Clip, task: Task, test: Pixels, classes: Classes | None = None) -> float:
+def accuracy(clip: Clip, task: Task, test: Images, classes: Classes | None = None) -> float:
     """Top-1 accuracy on the task's test images among the task's own class names, or among those of several tasks."""
     candidates = class_embeddings(clip, task) if classes is None else classes
     return top1_among(image_embeddings(clip, test), task, candidates)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -40,6 +41,18 @@ class RandomCrop:
                 left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
                 return left, top, left + w, top + h
         return 0, 0, width, height
+
+
+class Images(Protocol):
+    """The images of a set in the form in which `Clip.encode_image` takes them: `Pixels`, or what is computed from them."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: np.ndarray, visit: int = 0) -> Tensor:
+        """The images (n, ...) with these indices, int64 (n,)."""
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All images in order."""
 
 
 class Pixels:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from r1export.adapt.clip import Clip
-from r1export.adapt.image_cache import Pixels
+from r1export.adapt.image_cache import Images
 from r1export.adapt.pool import Pools, routed
 from r1export.adapt.text_truncation import short_texts
 from r1export.errors import InputError
@@ -38,7 +38,7 @@ def set_spans_(pools: Pools, earlier: Sequence[Span]) -> None:
         pool.set_span_(torch.cat(columns, 1) if columns else pool.span[:, :0])
 
 
-def new_directions(clip: Clip, pools: Pools, images: Pixels, prompts: Tensor, share: float) -> Span:
+def new_directions(clip: Clip, pools: Pools, images: Images, prompts: Tensor, share: float) -> Span:
     """The directions that a trained task adds to the span of each pool, so that `share` of the energy of its inputs is held.
 
     `prompts` are tokens (C, L). The experts act as they will be merged. Takes one pass over the images.
@@ -48,7 +48,7 @@ def new_directions(clip: Clip, pools: Pools, images: Pixels, prompts: Tensor, sh
 
 
 @torch.no_grad()
-def input_moments(clip: Clip, pools: Pools, images: Pixels, prompts: Tensor) -> Moments:
+def input_moments(clip: Clip, pools: Pools, images: Images, prompts: Tensor) -> Moments:
     """The sum of x x^T over all positions of the inputs of every pool, with the experts that will be merged."""
     clip.model.eval()
     with routed(pools.values(), lambda pool: pool.frozen()), _watched(pools) as moments, short_texts(clip.model):

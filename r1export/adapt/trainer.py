@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from r1export.adapt import distributed
 from r1export.adapt.clip import Clip
 from r1export.adapt.distillation import DistillationTargets
-from r1export.adapt.image_cache import Pixels
+from r1export.adapt.image_cache import Images
 from r1export.adapt.losses import in_batch_loss, orthogonality_loss
 from r1export.adapt.pack import load_pool_tensors_, pool_tensors
 from r1export.adapt.pool import Frozen, Pools
@@ -113,11 +113,11 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """Task `number` (from 1) as it is trained: its decoded training images, the settings, and the distillation targets if any."""
+    """Task `number` (from 1) as it is trained: its training images, the settings, and the distillation targets if any."""
 
     number: int
     task: Task
-    train: Pixels
+    train: Images
     settings: TrainSettings
     targets: DistillationTargets | None = None
 

@@ -11,10 +11,9 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Callable, Iterable, Mapping, TextIO, Tuple
 
 from r1export.device import doctor, install, provision
 from r1export.device.policy import MAX_SEQ_JUMP
@@ -24,7 +23,7 @@ from r1export.update import bundle
 from r1export.update.plain_text import printable
 
 Answer = Mapping[str, Any]  # one JSON document
-Verb = Callable[[argparse.Namespace], tuple[int, Answer]]
+Verb = Callable[[argparse.Namespace], Tuple[int, Answer]]
 DEFECT = 70  # EX_SOFTWARE
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 
@@ -94,7 +94,7 @@ def _check_prompts(version: Version, samples: GoldenSamples) -> None:
         raise
     except Exception as error:  # the library raises plain Exceptions
         raise CheckFailed(f"{TOKENIZER_FILE} cannot be used: {first_line(error)}", REMEDY) from error
-    pairs = zip(rows, samples.input_ids.tolist(), strict=False)
+    pairs = zip(rows, samples.input_ids.tolist())
     other = [index for index, (row, expected) in enumerate(pairs) if row != expected]
     if other or len(rows) != len(samples.input_ids):
         first = samples.prompts[other[0]] if other else f"{len(rows)} of {len(samples.input_ids)} prompts"

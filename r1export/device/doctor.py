@@ -128,7 +128,7 @@ def _checks(device: Store) -> Iterator[tuple[str, str, Callable[[], object]]]:
     for slot in device.slots():
         yield f"slots/{slot}", AGAIN, partial(check_slot, device, slot)
     for path in sorted((device.path / "factors").glob("*.safetensors")):
-        name = path.name.removesuffix(".safetensors")
+        name = path.stem
         yield f"factors/{path.name}", "apply a newer update, made with --since 0", partial(check_file, path, name)
     yield "leftovers", "nothing: the next update removes them", lambda: _check_leftovers(device)
 

@@ -20,17 +20,19 @@ from r1export.update.manifest import Health
 from r1export.update.release_layout import GOLDEN, TOWERS
 
 CEILING = Health(0.1, 0.97, 0.9)  # the gate of int8, the coarsest precision there is: no version may ask for less
+DEVIATIONS = 4.0  # an error of no preferred direction goes further than this along a given one once in 30,000 answers
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a tower's embeddings (n, D) are from the expected ones."""
+    """How far a tower's embeddings (n, D) are from the expected ones; `top1` is the share of `answers` that are equal."""
 
     tower: str
     samples: int
     max_abs: float
     min_cosine: float
     top1: float
+    answers: int
 
 
 def limits_of(version: Version) -> Health:
@@ -60,7 +62,8 @@ def check_health(version: Version, limits: Health) -> list[Agreement]:
         if graph not in version.paths:
             continue
         if golden.get(given, np.zeros(0)).size and answer in golden:
-            results.append(compare(graph, _answer(version, graph, answer, golden[given]), golden[answer], classes))
+            embeds = _answer(version, graph, answer, golden[given])
+            results.append(compare(graph, embeds, golden[answer], classes, limits.min_cosine))
         elif version.merged_weights(graph):
             raise CheckFailed(
                 f"version {version.name} changes {graph}, but has no golden inputs for it", "export the release again"
@@ -85,8 +88,15 @@ def _answer(version: Version, graph: str, answer: str, given: np.ndarray) -> np.
         raise CheckFailed(f"{graph} does not run: {first_line(error)}", REMEDY) from error
 
 
-def compare(tower: str, embeds: np.ndarray, expected: np.ndarray, classes: Sequence[np.ndarray]) -> Agreement:
+def compare(
+    tower: str, embeds: np.ndarray, expected: np.ndarray, classes: Sequence[np.ndarray], min_cosine: float
+) -> Agreement:
     """Differences of embeddings (n, D), and the share of equal nearest classes over all lists of class embeddings (C, D).
+
+    An answer counts where errors that `min_cosine` allows do not explain another one. Such an error e of a unit-norm
+    embedding has |e|^2 = 2 (1 - cosine), and along the line between two class embeddings, which is one of D directions, a
+    standard deviation of |e| / sqrt(D). So an answer may flip where the embedding is less than DEVIATIONS times that, or |e|,
+    away from the border between the two classes.
 
     Raises CheckFailed if the embeddings are not finite or have another shape than the expected ones.
     """
@@ -98,15 +108,38 @@ def compare(tower: str, embeds: np.ndarray, expected: np.ndarray, classes: Seque
     norms = np.linalg.norm(embeds, axis=1) * np.linalg.norm(expected, axis=1)
     cosine = (embeds * expected).sum(1) / np.maximum(norms, 1e-30)
     lists = [class_embeds for class_embeds in classes if class_embeds.shape[1] == embeds.shape[1]]
-    same = [np.mean((embeds @ c.T).argmax(1) == (expected @ c.T).argmax(1)) for c in lists] or [1.0]
-    return Agreement(tower, len(embeds), float(np.abs(embeds - expected).max()), float(cosine.min()), float(min(same)))
+    reach = np.sqrt(2 * (1 - min_cosine)) * min(1.0, DEVIATIONS / np.sqrt(embeds.shape[1]))
+    counts = [_count_answers(embeds, expected, class_embeds, reach) for class_embeds in lists]
+    answers, flips = (sum(column) for column in zip(*counts)) if counts else (0, 0)
+    return Agreement(
+        tower,
+        len(embeds),
+        max_abs=float(np.abs(embeds - expected).max()),
+        min_cosine=float(cosine.min()),
+        top1=1 - flips / max(answers, 1),
+        answers=answers,
+    )
+
+
+def _count_answers(embeds: np.ndarray, expected: np.ndarray, classes: np.ndarray, reach: float) -> tuple[int, int]:
+    """Answers that nothing within `reach` of `expected` could change, and flips over a border beyond it, which count among them."""
+    scores, rows = expected @ classes.T, np.arange(len(expected))
+    best, now = scores.argmax(1), (embeds @ classes.T).argmax(1)
+    squares = (classes**2).sum(1)
+    apart = np.sqrt(np.maximum(squares[best][:, None] + squares - 2 * classes[best] @ classes.T, 1e-30))
+    distances = (
+        scores[rows, best][:, None] - scores
+    ) / apart  # from `expected` to the border between its class and each
+    flipped = distances[rows, now] > reach
+    distances[rows, best] = np.inf
+    return int(((distances.min(1) > reach) | flipped).sum()), int(flipped.sum())
 
 
 def _judge(result: Agreement, limits: Health) -> None:
     for name, value, limit, within in (
         ("largest difference", result.max_abs, limits.max_abs, result.max_abs <= limits.max_abs),
         ("smallest cosine", result.min_cosine, limits.min_cosine, result.min_cosine >= limits.min_cosine),
-        ("equal top-1", result.top1, limits.min_agreement, result.top1 >= limits.min_agreement),
+        (f"equal top-1 of {result.answers}", result.top1, limits.min_agreement, result.top1 >= limits.min_agreement),
     ):
         if not within:
             raise CheckFailed(f"health check of {result.tower}: {name} {value:.9g}, limit {limit:.9g}", REMEDY)

@@ -10,11 +10,11 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Callable, Iterator
 
 from r1export.device import layouts, worker
 from r1export.device.policy import check_not_revoked, check_offer, check_repair, counts_as_try

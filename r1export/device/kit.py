@@ -52,7 +52,18 @@ MODULES = {  # what a device runs; the rest of the package stays in the lab
         "worker",
     ),
 }
-MAIN = "import sys\n\nfrom r1export.device.__main__ import main\n\nsys.exit(main())\n"
+OLDEST_PYTHON = (3, 8)
+# Older Pythons have to be able to read this much, to say that they are too old.
+MAIN = f"""import sys
+
+if sys.version_info < {OLDEST_PYTHON}:
+    sys.stderr.write("error: r1device needs Python {".".join(map(str, OLDEST_PYTHON))} or newer, this is %s\\n" % sys.version.split()[0])
+    sys.exit(3)
+
+from r1export.device.__main__ import main
+
+sys.exit(main())
+"""
 
 
 def device_kit(out: Path, *, overwrite: bool = False) -> Path:

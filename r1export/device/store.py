@@ -72,7 +72,7 @@ class Store:
             target = os.readlink(self.path / "current")
         except OSError:
             return ""
-        name = target.removeprefix("slots/")
+        name = target.rpartition("/")[2]
         known = name == BASE or _SLOT.fullmatch(name)
         return name if known and target == _target(name) else ""  # a link to anywhere else is not ours
 
@@ -167,9 +167,7 @@ class Store:
             min_seq=state.min_seq,
             max_seq_jump=self.config.max_seq_jump,
             clock=state.clock,
-            held=frozenset(
-                path.name.removesuffix(".safetensors") for path in (self.path / "factors").glob("*.safetensors")
-            ),
+            held=frozenset(path.stem for path in (self.path / "factors").glob("*.safetensors")),
             tries=state.tries,
         )
 

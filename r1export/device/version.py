@@ -23,7 +23,7 @@ from r1export.device.store import BASE, Store
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.update.atomic_io import inside, read_chunks, sha256_bytes
 from r1export.update.bundle import Bundle
-from r1export.update.container import read_layout
+from r1export.update.container import read_layout, stored_bytes
 from r1export.update.manifest import File
 from r1export.update.rebuild import Rebuild
 from r1export.update.release_layout import MANIFEST
@@ -113,7 +113,7 @@ class Version:
             tensors = list(pool.map(self._checked, parameters))
         return {
             names[self.rebuild.base.manifest.tensors[parameter].offset]: tensor
-            for parameter, tensor in zip(parameters, tensors, strict=True)
+            for parameter, tensor in zip(parameters, tensors)
         }
 
     def _checked(self, parameter: str) -> np.ndarray:
@@ -149,7 +149,7 @@ class Version:
             return onnxruntime.InferenceSession(self.folder / graph, providers=list(providers))
         merged: dict[str, np.ndarray] = {}
         for weights in self.merged_weights(graph):
-            merged |= self.tensors(weights)
+            merged.update(self.tensors(weights))
         options = onnxruntime.SessionOptions()
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in merged.values()]
         options.add_external_initializers(list(merged), values)
@@ -158,7 +158,7 @@ class Version:
 
 def check_tensor(parameter: str, tensor: np.ndarray, digests: dict[str, str]) -> None:
     """Raises CheckFailed if the stored bytes of `tensor` have not the signed digest."""
-    digest = sha256_bytes(tensor.reshape(-1).view(np.uint8).data)
+    digest = sha256_bytes(stored_bytes(tensor))
     check_digest(parameter, digest, digests.get(parameter, "nothing"))
 
 

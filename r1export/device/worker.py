@@ -14,9 +14,9 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Callable, NoReturn
 
 from r1export.device.arithmetic import known_answers_hold
 from r1export.device.health import check_health, limits_of
@@ -32,7 +32,8 @@ from r1export.update.release_manifest import Release, is_graph
 Run = Callable[[Store, int, str, str], None]  # `run` below, or a stand-in
 SECONDS = {"build": 3600, "health": 600, "arithmetic": 60}  # a step that takes longer hangs
 _ERRORS = {kind.exit_code: kind for kind in (CheckFailed, InputError, Unsupported, Inconclusive)}
-_START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from r1export.device.worker import main; main(*sys.argv[1:])"
+_STARTED = b"started"  # the first line that a fresh process of ours prints
+_START = "import sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; from r1export.device.worker import main; main(*sys.argv[1:])"
 
 
 def run(device: Store, descriptor: int, verb: str, name: str) -> None:
@@ -44,9 +45,11 @@ def run(device: Store, descriptor: int, verb: str, name: str) -> None:
     if verb == "health" and device.config.health == "none":
         return
     if verb == "build" or device.config.health == "onnxruntime":
-        _do(verb, name, _command(verb, str(device.path), name), [descriptor])
+        _do_in_fresh_process(verb, name, [str(device.path), name], [descriptor])
     else:
-        _do(verb, name, [*health_command(device.config.health), str(device.folder(name))], [])
+        command = [*health_command(device.config.health), str(device.folder(name))]
+        if (process := _finish(verb, name, command, [])).returncode:
+            raise _failure(verb, process)
 
 
 def known_answers_hold_in_fresh_process() -> None:
@@ -54,23 +57,21 @@ def known_answers_hold_in_fresh_process() -> None:
 
     Raises Unsupported if a result differs, CheckFailed if the process died.
     """
-    _do("arithmetic", "this machine", _command("arithmetic"), [])
+    _do_in_fresh_process("arithmetic", "this machine", [], [])
 
 
-def _do(verb: str, name: str, command: list[str], inherited: list[int]) -> None:
-    try:
-        process = _finish(command, SECONDS[verb], inherited)
-    except subprocess.TimeoutExpired:
-        raise CheckFailed(
-            f"{verb} of {name} took more than {SECONDS[verb]} seconds", "see what keeps it; nothing was changed"
-        ) from None
-    if process.returncode:
-        raise _failure(verb, process)
-
-
-def _command(*arguments: str) -> list[str]:
+def _do_in_fresh_process(verb: str, name: str, arguments: list[str], inherited: list[int]) -> None:
     root = Path(__file__.replace("\\", "/")).parents[2]  # the folder, or the .pyz, that holds this package
-    return [sys.executable, "-P", "-W", "ignore", "-c", _START, str(root.resolve()), *arguments]
+    command = [sys.executable, "-W", "ignore", "-c", _START, str(root.resolve()), verb, *arguments]
+    process = _finish(verb, name, command, inherited)
+    if not process.returncode:
+        return
+    if not process.stdout.startswith(_STARTED):
+        raise Unsupported(
+            f"the process for {verb} of {name} did not start: {_how_it_ended(process)}",
+            "check this device's Python and numpy; nothing was changed",
+        )
+    raise _failure(verb, process)
 
 
 def health_command(text: str) -> list[str]:
@@ -84,8 +85,8 @@ def health_command(text: str) -> list[str]:
     return words
 
 
-def _finish(command: list[str], seconds: float, inherited: list[int]) -> subprocess.CompletedProcess[bytes]:
-    """Run a command to its end, or end it with all that it started. Raises TimeoutExpired after `seconds`."""
+def _finish(verb: str, name: str, command: list[str], inherited: list[int]) -> subprocess.CompletedProcess[bytes]:
+    """Run a command to its end, or end it with all that it started. Raises CheckFailed if it takes too long."""
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -95,10 +96,14 @@ def _finish(command: list[str], seconds: float, inherited: list[int]) -> subproc
         start_new_session=True,
     ) as process:
         try:
-            out, err = process.communicate(timeout=seconds)
-        except BaseException:
+            out, err = process.communicate(timeout=SECONDS[verb])
+        except BaseException as error:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise CheckFailed(
+                    f"{verb} of {name} took more than {SECONDS[verb]} seconds", "see what keeps it; nothing was changed"
+                ) from None
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
@@ -108,33 +113,37 @@ def _failure(verb: str, process: subprocess.CompletedProcess[bytes]) -> R1Export
         report = json.loads(process.stdout.splitlines()[-1])
         return _ERRORS[process.returncode](report["message"], report["remedy"])
     except (ValueError, LookupError, TypeError):
-        how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
-        tail = process.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        return CheckFailed(
-            f"{verb} ended with {how}{': ' + tail[0][:300] if tail else ''}", "nothing was changed; try it by hand"
-        )
+        if process.returncode == -signal.SIGKILL:  # sent from outside, as a rule because memory is short
+            return Unsupported(f"{verb} was killed", "free memory, or see who ended it; nothing was changed")
+        return CheckFailed(f"{verb} ended with {_how_it_ended(process)}", "nothing was changed; try it by hand")
+
+
+def _how_it_ended(process: subprocess.CompletedProcess[bytes]) -> str:
+    how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+    tail = process.stderr.decode(errors="replace").strip().splitlines()[-1:]
+    return f"{how}{': ' + tail[0][:300] if tail else ''}"
 
 
 def main(verb: str, store: str = "", name: str = "") -> None:
     """Entry of the fresh process: exit code as everywhere, and one JSON line about an error on standard output."""
+    print(_STARTED.decode(), flush=True)
     try:
         if verb == "arithmetic":
             known_answers_hold()
         else:
             STEPS[verb](Store.open(Path(store)), name)
     except R1ExportError as error:
-        print(json.dumps({"message": error.message, "remedy": error.remedy}))
-        sys.exit(error.exit_code)
+        _report(error)
+    except MemoryError:
+        _report(Unsupported("out of memory", "free memory, or use a smaller base"))
     except OSError as error:
-        print(
-            json.dumps(
-                {
-                    "message": f"{error.filename or store}: {error.strerror or error}",
-                    "remedy": "check disk space and permissions, then try again",
-                }
-            )
-        )
-        sys.exit(Unsupported.exit_code)
+        message = f"{error.filename or store}: {error.strerror or error}"
+        _report(Unsupported(message, "check disk space and permissions, then try again"))
+
+
+def _report(error: R1ExportError) -> NoReturn:
+    print(json.dumps({"message": error.message, "remedy": error.remedy}))
+    sys.exit(error.exit_code)
 
 
 def build(device: Store, name: str) -> None:

@@ -14,10 +14,11 @@ import onnx_ir as ir
 
 from r1export.export.graph import write_graph
 from r1export.export.weight_map import WeightMap, place_
-from r1export.update.release_layout import GRAPHS, WEIGHTS
+from r1export.update.release_layout import GRAPHS, TOWERS, WEIGHTS
 from r1export.update.run_layout import WEIGHT_MAP
 
 HALF = ir.DataType.FLOAT16
+UNIT_NORM = {tower.output for tower in TOWERS}
 
 
 def half_graphs(graphs: Path, folder: Path) -> WeightMap:
@@ -42,10 +43,8 @@ def half_graphs(graphs: Path, folder: Path) -> WeightMap:
 
 
 def _halve_(graph: ir.Graph) -> None:
-    norm = [node for node in graph if node.op_type == "ReduceL2"][
-        -1
-    ]  # of the embedding: the start of what stays in float32
-    embedding = norm.inputs[0]
+    (unit,) = (node for node in graph if node.outputs[0].name in UNIT_NORM)
+    embedding = unit.inputs[0]  # what becomes of it stays in float32: its norm, and logits
     tail = _tail(graph, embedding)
     for value in list(graph.initializers.values()):
         if value.dtype == ir.DataType.FLOAT:

@@ -15,6 +15,8 @@ from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules import common as rules
 
+from r1export.export.portable import portable_
+
 RULES = (
     rules.no_op_cast_rule, rules.cast_cast_rule, rules.no_op_expand_rule, rules.no_op_transpose_rule, rules.transpose_transpose_rule,
     rules.reshape_reshape_rule, rules.squeeze_reshape_1d_rule, rules.unsqueeze_unsqueeze_rule, rules.slice_split_rule,
@@ -43,6 +45,7 @@ def simplify_(model: ir.Model, parameters: Collection[str]) -> None:
     for _ in range(ROUNDS):
         fold_constants(model, should_fold=should_fold, output_size_limit=CONSTANT_ELEMENTS, onnx_shape_inference=True)
         rewrite(model, RULES)
+    portable_(model.graph)
     for clean in (
         common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -16,7 +16,8 @@ import torch
 
 from r1export.adapt.class_prompts import check_prompts
 from r1export.adapt.clip import Clip, digest, load_clip
-from r1export.adapt.image_cache import Pixels, RandomCrop
+from r1export.adapt.frozen_start import BlockInputs, frozen_start, late_clip
+from r1export.adapt.image_cache import Images, Pixels, RandomCrop
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pool import Pools, PoolSettings
 from r1export.adapt.preprocess_settings import OPENAI, PreprocessSettings
@@ -56,6 +57,15 @@ class NoProgress:
     @contextmanager
     def track(self, title: str, total: int) -> Iterator[Track]:
         yield lambda note="": None
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model and the images that it takes: `trains` of each task and `tests`, the probe's included, by name."""
+
+    clip: Clip
+    trains: Mapping[str, Images]
+    tests: Mapping[str, Images]
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,20 @@ class RunContext:
         data, seed = self.recipe.data, self.recipe.train.seed
         augment = RandomCrop(seed, anew=not data.shots) if data.augment == "crop" else None
         return {task.name: Pixels(task.train, self.clip.preprocess, augment=augment) for task in self.tasks}
+
+    @cached_property
+    def learner(self) -> Learner:
+        """The model and the images as training and its accuracies see them: without what no expert changes."""
+        clip, recipe = self.clip, self.recipe
+        experts = recipe.train.method == "experts"
+        start = frozen_start(clip, pool_settings(recipe.pool)) if experts else None
+        if start is None:
+            return Learner(clip, dict(self.trains), dict(self.tests))
+        trains, tests = (
+            {name: BlockInputs(pixels, clip, start) for name, pixels in sets.items()}
+            for sets in (self.trains, self.tests)
+        )
+        return Learner(late_clip(clip, start), trains, tests)
 
     def task_layout(self, number: int) -> TaskLayout:
         """Where task `number`, counted from 1, keeps its files."""

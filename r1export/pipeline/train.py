@@ -120,12 +120,13 @@ def _with_form(base: BaseModel, context: RunContext) -> BaseModel:
 def _evaluate(context: RunContext, title: str) -> dict[str, float]:
     """Accuracy of the model as it stands on every task and the probe, by name."""
     tasks = (*context.tasks, *((context.probe,) if context.probe else ()))
-    union = all_classes(context.clip, context.tasks) if context.recipe.data.candidates == "all" else None
+    learner = context.learner
+    union = all_classes(learner.clip, context.tasks) if context.recipe.data.candidates == "all" else None
     accuracies = {}
     with context.progress.track(f"{title}: accuracy", len(tasks)) as advance:
         for task in tasks:
             candidates = None if task is context.probe else union
-            accuracies[task.name] = accuracy(context.clip, task, context.tests[task.name], candidates)
+            accuracies[task.name] = accuracy(learner.clip, task, learner.tests[task.name], candidates)
             advance(f"{task.name} {100 * accuracies[task.name]:.1f} %")
     return accuracies
 
@@ -155,7 +156,7 @@ def _train_task(context: RunContext, number: int, task: Task, earlier: list[Expe
     recipe, started = context.recipe, time.perf_counter()
     folder.path.mkdir(parents=True, exist_ok=True)
     title = f"Task {number} of {len(context.tasks)}: {task.name}"
-    training = TrainingTask(number, task, context.trains[task.name], train_settings(recipe.train))
+    training = TrainingTask(number, task, context.learner.trains[task.name], train_settings(recipe.train))
     if recipe.train.distill_weight:
         training = replace(training, targets=_distillation_targets(context, training, title))
     train = _train_all_weights if recipe.train.method == "full" else _train_experts
@@ -179,7 +180,7 @@ def _train_task(context: RunContext, number: int, task: Task, earlier: list[Expe
 
 
 def _train_experts(job: TaskJob) -> _Trained:
-    clip, recipe, training = job.context.clip, job.context.recipe, job.training
+    clip, recipe, training = job.context.learner.clip, job.context.recipe, job.training
     pools = inject_pools_(clip, recipe)
     try:
         if recipe.train.protect:
@@ -218,8 +219,9 @@ def _earlier_spans(job: TaskJob, pools: Pools) -> list[Span]:
 def _write_directions(job: TaskJob, pools: Pools) -> None:
     share, training = job.context.recipe.train.protect, job.training
     if share:
-        prompts = task_prompts(job.context.clip, training)
-        span = new_directions(job.context.clip, pools, training.train, prompts, share)
+        clip = job.context.learner.clip
+        prompts = task_prompts(clip, training)
+        span = new_directions(clip, pools, training.train, prompts, share)
         write_tensors(job.folder.directions, span_tensors(span))
 
 
@@ -235,7 +237,7 @@ def _distillation_targets(context: RunContext, training: TrainingTask, title: st
     names = reference_names([name for earlier in context.tasks[: training.number - 1] for name in earlier.classes])
     batches = sum(-(-len(items) // BATCH) for items in (names, images))
     with context.progress.track(f"{title}: computing distillation targets", batches) as advance:
-        return distillation_targets(context.clip, training.train, images, names, advance)
+        return distillation_targets(context.learner.clip, training.train, images, names, advance)
 
 
 def _note(step: TrainStep, recipe: Recipe) -> str:

@@ -33,7 +33,7 @@ SHOWS = {
     "proof.executed_ops": "The profiled run executes the same operators in the same order.",
     "proof.cost": "The same arithmetic, weight bytes and peak memory.",
     "proof.control": "The model with its low-rank branches left in must be told apart, otherwise the test has no power.",
-    "latency": "In interleaved pairs the merged model takes as long as the base model.",
+    "latency": "In interleaved pairs the merged model takes as long as the base model, by the steadiest clock.",
     "run.tasks": "Every task of the recipe is learned and released.",
     "run.releases": "Every release folder of the run was verified.",
     "run.gates": "The recipe's gates are no laxer than those of r1export.",
@@ -96,7 +96,8 @@ def _digests(rung: Rung) -> str:
 
 
 def _latency(latency: Latency) -> Iterator[str]:
-    yield f"{ratio(latency.ratio)} times the base, 95 % interval {interval(latency.ci95)}, margin {percent(latency.margin, 0)}."
+    by = f" by {latency.clock}" if latency.clock else ""
+    yield f"{ratio(latency.ratio)} times the base{by}, 95 % interval {interval(latency.ci95)}, margin {percent(latency.margin, 0)}."
     yield f"{latency.pairs} pairs of the {latency.tower} tower."
     by_provider = latency.by_provider or {}
     if len(by_provider) > 1:

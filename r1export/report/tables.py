@@ -186,6 +186,27 @@ def timings(latency: Latency) -> Table | None:
     return Table(["Model", "Provider", "Batch", "Median, ms", "p90, ms", "vs. base", "Runs"], rows) if rows else None
 
 
+def clocks(latency: Latency) -> Table | None:
+    """Every clock of every provider: base again, merged and unmerged to the base, and which one decides."""
+    rows = [
+        [
+            f"{clock}, {'all threads' if not one.threads else 'one thread'}",
+            label(provider),
+            *(_with_interval(part) for part in (one.noise, one.merged, one.unmerged)),
+            str(one.pairs),
+            "yes" if clock == found.clock else "no",
+        ]
+        for provider, found in (latency.by_provider or {}).items()
+        for clock, one in (found.clocks or {}).items()
+    ]
+    columns = ["Clock", "Provider", "Base again", "Merged", "Unmerged", "Runs", "Decides"]
+    return Table(columns, rows) if rows else None
+
+
+def _with_interval(found: Ratio | None) -> str:
+    return NOT_MEASURED if found is None else f"{ratio(found.ratio)} ({interval(found.ci95)})"
+
+
 def _times(times: Times, base: Times) -> list[str]:
     vs_base = f"{times.median_ms / base.median_ms:.2f}"
     return [milliseconds(times.median_ms), milliseconds(times.p90_ms), vs_base, str(times.n)]

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,16 @@ class Bundle:
                 yield from read_range(base / file.path, part.offset, part.nbytes)
 
     def _factors(self, update: Update) -> ExpertUpdate:
-        dtype = np.dtype(container.DTYPES[update.dtype])
+        dtype, payload = np.dtype(container.DTYPES[update.dtype]), np.frombuffer(self.payload, np.uint8)
         pairs = {}
         for experts in update.experts:
-            rows = experts.rows.stop - experts.rows.start
-            u = np.frombuffer(self.payload, dtype, rows * experts.k, experts.u).reshape(rows, experts.k)
-            v = np.frombuffer(self.payload, dtype, experts.k * experts.in_features, experts.v).reshape(
-                experts.k, experts.in_features
+            shapes = ((experts.rows.stop - experts.rows.start, experts.k), (experts.k, experts.in_features))
+            pairs[experts.rows] = Factors(
+                *(
+                    container.from_stored(payload[start : start + prod(shape) * dtype.itemsize], dtype).reshape(shape)
+                    for start, shape in zip((experts.u, experts.v), shapes)
+                )
             )
-            pairs[experts.rows] = Factors(u, v)
         factors = ExpertUpdate(pairs)
         if (found := hashlib.sha256(factors.to_bytes()).hexdigest()) != update.sha256:
             raise CheckFailed(

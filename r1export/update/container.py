@@ -25,16 +25,16 @@ from r1export.errors import InputError
 from r1export.update.atomic_io import open_regular, write_file
 from r1export.update.strict_json import Fields, parse_json, whole, wrong
 
-DTYPES = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "|i1",
-    "U8": "|u1",
-    "BOOL": "|b1",
+DTYPES = {  # in memory, in the byte order of the machine
+    "F64": "f8",
+    "F32": "f4",
+    "F16": "f2",
+    "I64": "i8",
+    "I32": "i4",
+    "I16": "i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
 }
 NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
 MAX_AXES, MAX_ELEMENTS = 32, 1 << 48  # of one tensor: numpy can make an array of every such shape, even of no bytes
@@ -113,9 +113,19 @@ def write_layout(path: Path, layout: Layout, tensor_of: Callable[[TensorSpec], n
                 raise ValueError(
                     f"{spec.name}: {tensor.dtype}{list(tensor.shape)}, expected {spec.dtype}{list(spec.shape)}"
                 )
-            yield np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+            yield stored_bytes(tensor)
 
     write_file(path, chunks())
+
+
+def stored_bytes(tensor: np.ndarray) -> memoryview:
+    """The bytes of a tensor as a file holds them, little-endian: where the machine is so too, the tensor's own."""
+    return np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+
+
+def from_stored(data: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """Inverse of `stored_bytes`, for bytes (n,) in uint8: values (m,), a view of them where the machine is little-endian."""
+    return data.view(dtype.newbyteorder("<")).astype(dtype, copy=False)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -216,5 +226,6 @@ def parse_tensors(data: bytes, path: Path) -> dict[str, np.ndarray]:
 
 def _views(layout: Layout, data: np.ndarray) -> dict[str, np.ndarray]:
     return {
-        s.name: np.asarray(data[s.offset : s.offset + s.nbytes].view(s.dtype)).reshape(s.shape) for s in layout.specs
+        s.name: np.asarray(from_stored(data[s.offset : s.offset + s.nbytes], s.dtype)).reshape(s.shape)
+        for s in layout.specs
     }

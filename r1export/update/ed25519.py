@@ -8,13 +8,14 @@ x = X/Z, y = Y/Z, x y = T/Z, and the addition of section 5.1.4.
 from __future__ import annotations
 
 import hashlib
+from typing import Tuple
 
 P = 2**255 - 19  # the field
 L = 2**252 + 27742317777372353535851937790883648493  # order of the base point
 D = -121665 * pow(121666, -1, P) % P
 SQRT_MINUS_1 = pow(2, (P - 1) // 4, P)
 
-Point = tuple[int, int, int, int]
+Point = Tuple[int, int, int, int]
 IDENTITY: Point = (0, 1, 1, 0)
 
 

@@ -16,9 +16,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable, Iterable, Sequence
 
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.update import ed25519

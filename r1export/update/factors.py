@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,7 +22,7 @@ import numpy as np
 
 from r1export.errors import InputError
 from r1export.update.atomic_io import write_file
-from r1export.update.container import plan, read_tensors
+from r1export.update.container import plan, read_tensors, stored_bytes
 from r1export.update.names import PARAMETER
 
 PROCEDURE = "r1-f64-v1"
@@ -112,7 +111,8 @@ class ExpertUpdate:
         for rows, pair in ordered.items():
             if pair.u.shape[0] != rows.stop - rows.start:
                 raise InputError(f"{rows}: u has {pair.u.shape[0]} rows", "expected as many as the name says")
-        for before, after in pairwise(ordered):
+        named = list(ordered)
+        for before, after in zip(named, named[1:]):
             if before.parameter == after.parameter and after.start < before.stop:
                 raise InputError(f"{before} and {after} overlap", "each row of a weight may be named once")
         object.__setattr__(self, "factors", MappingProxyType(ordered))
@@ -168,9 +168,9 @@ class ExpertUpdate:
         """`NAME.u` and `NAME.v` of every adapted linear as a safetensors file: the content whose digest names an update."""
         tensors: dict[str, np.ndarray] = {}
         for rows, pair in self.factors.items():
-            tensors |= {f"{rows}.u": pair.u, f"{rows}.v": pair.v}
+            tensors.update({f"{rows}.u": pair.u, f"{rows}.v": pair.v})
         layout = plan((name, array.dtype, array.shape) for name, array in tensors.items())
-        return layout.header + b"".join(array.tobytes() for array in tensors.values())
+        return layout.header + b"".join(map(stored_bytes, tensors.values()))
 
     def write(self, path: Path) -> None:
         """Write `to_bytes` into the file at `path`."""
@@ -180,7 +180,7 @@ class ExpertUpdate:
     def read(cls, path: Path) -> ExpertUpdate:
         """Inverse of `write`. Raises InputError naming the file and the tensor."""
         tensors = read_tensors(path)
-        names = {name.removesuffix(".u").removesuffix(".v") for name in tensors}
+        names = {name.rpartition(".")[0] for name in tensors}
         if {f"{name}.{part}" for name in names for part in "uv"} != set(tensors):
             raise InputError(f"{path}: a factor has no partner", "expected NAME.u and NAME.v for each adapted linear")
         return cls({Rows.parse(name): Factors(tensors[f"{name}.u"], tensors[f"{name}.v"]) for name in names})
@@ -204,7 +204,7 @@ def _join(parts: list[Factors]) -> Factors:
 def _merge_(block: np.ndarray, u: np.ndarray, v: np.ndarray) -> None:
     acc = block.astype(np.float64)
     product = np.empty_like(acc)
-    for u_e, v_e in zip(u.T.astype(np.float64), v.astype(np.float64), strict=True):
+    for u_e, v_e in zip(u.T.astype(np.float64), v.astype(np.float64)):
         np.multiply(u_e[:, None], v_e[None, :], out=product)
         np.add(acc, product, out=acc)
     with np.errstate(over="ignore", under="ignore"):  # a result that overflows is refused by the caller

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from r1export.errors import InputError, Unsupported
@@ -214,7 +213,8 @@ def _update(fields: Fields) -> Update:
     fields.done()
     if not update.experts:
         raise wrong(f"{fields.location}.experts", [], "at least one, or no such member")
-    for before, after in pairwise(experts.rows for experts in update.experts):
+    named = [experts.rows for experts in update.experts]
+    for before, after in zip(named, named[1:]):
         if not before < after or (before.parameter == after.parameter and after.start < before.stop):
             raise InputError(
                 f"{fields.location}: {after} after {before}", "experts have to be sorted and must not overlap"
@@ -312,7 +312,7 @@ def _update_json(update: Update) -> dict[str, Any]:
             }
             for e in update.experts
         ]
-        document |= {"dtype": update.dtype, "experts": experts}
+        document.update({"dtype": update.dtype, "experts": experts})
     return document
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from r1export.errors import InputError
 from r1export.update.atomic_io import CHUNK, open_regular
+from r1export.update.container import from_stored, stored_bytes
 from r1export.update.factors import PROCEDURE, ExpertUpdate
 from r1export.update.int8 import PROCEDURE_INT8, dequantize, quantize
 from r1export.update.release_manifest import Release, TensorEntry
@@ -75,7 +76,7 @@ class Rebuild:
         for parameter in self.merged_files.get(path, []):
             entry = self._entry(parameter)
             yield from read_range(self.base.path / path, position, entry.offset - position)
-            yield self.tensor(parameter).reshape(-1).view(np.uint8).data
+            yield stored_bytes(self.tensor(parameter))
             position = entry.end
         yield from read_range(self.base.path / path, position, self.base.manifest.files[path].nbytes - position)
 
@@ -90,7 +91,7 @@ class Rebuild:
 def read_stored(folder: Path, entry: TensorEntry) -> np.ndarray:
     """A parameter as it is stored, read with one call. Raises InputError if the file ends before it does."""
     data = b"".join(read_range(folder / entry.file, entry.offset, entry.nbytes))
-    return np.frombuffer(data, entry.dtype).reshape(entry.shape)
+    return from_stored(np.frombuffer(data, np.uint8), entry.dtype).reshape(entry.shape)
 
 
 def read_range(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:

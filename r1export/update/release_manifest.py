@@ -201,7 +201,7 @@ class ReleaseManifest:
         }
         if self.embedding_space:
             document["embedding_space"] = self.embedding_space.to_json()
-        return document | ({"sha256": self.sha256} if self.sha256 else {})
+        return {**document, **({"sha256": self.sha256} if self.sha256 else {})}
 
     def to_bytes(self) -> bytes:
         """The bytes of manifest.json."""
@@ -376,7 +376,7 @@ def _tensor_json(tensor: TensorEntry, with_rows: bool) -> dict[str, Any]:
     }
     if tensor.rows or (with_rows and not tensor.shape):
         document["rows"] = [list(rows) for rows in tensor.rows]
-    document |= {"transposed": tensor.transposed, "sha256": tensor.sha256}
+    document.update({"transposed": tensor.transposed, "sha256": tensor.sha256})
     if tensor.scale:
         document["scale"] = tensor.scale
     if tensor.model_shape is not None:

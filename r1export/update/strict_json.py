@@ -191,6 +191,6 @@ def matching(value: Any, location: str, pattern: re.Pattern[str]) -> str:
 
 def wrong(location: str, found: Any, expected: str) -> InputError:
     """The error for a member that is not what it has to be; `found` is cut, for it may be hostile."""
-    if isinstance(found, list | dict):
+    if isinstance(found, (list, dict)):
         found = f"{type(found).__name__} of {len(found)}"
     return InputError(f"{location}: found {ascii(found)[:80]}, expected {expected}", REMEDY)

@@ -1,7 +1,8 @@
 """Time base and release in turn in one process.
 
 Each block opens fresh sessions (where weights lie in memory alone can make one session a few percent slower for its
-whole life); each round runs the contenders in a random order and then in reverse, which cancels drift.
+whole life); each round runs the contenders in a random order and then in reverse, which cancels drift. All clocks are read
+around every run, and the verdict rests on the one by which the base differs least from itself.
 """
 
 from __future__ import annotations
@@ -12,21 +13,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from r1export.verify.clocks import WALL, Clocks, Meter, wall_clock
 from r1export.verify.paired_stats import latency_verdict, paired_ratio
-from r1export.verify.results import Latency, ProviderLatency, Ratio, Times, Verdict, overall
+from r1export.verify.results import ClockRatios, Latency, ProviderLatency, Ratio, Times, Verdict, overall
 
-WARM_UP = 3  # runs after opening a session that are not counted: memory is planned and weights are paged in
+WARM_UP = 2  # runs after opening a session that are not counted: weights are paged in, then memory is planned
 P90_COUNT, P99_COUNT = 50, 500  # runs that a quantile needs before it says anything
-TORCH_ROUNDS = 6
+TORCH_ROUNDS = 3
 PAIR_RATIOS = 400  # single pairs that a report keeps for its picture
+DECISIVE = ("again", "merged")  # the contenders whose ratios to the base decide
 Job = Callable[[], object]
 Opener = Callable[[], Job]
-Clock = Callable[[], float]
+Clock = Callable[[], float | tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class TimingBudget:
-    """How long to time.
+    """How long to time, in seconds that pass (where processor time is counted: of that, which other programs do not use up).
 
     blocks         a bootstrap over fewer than ten has intervals that are too narrow
     fewest_rounds  per block, of a model so slow that `seconds` is used up before: a median needs a few
@@ -36,13 +39,14 @@ class TimingBudget:
     """
 
     blocks: int = 10
-    fewest_rounds: int = 4
-    seconds: float = 40.0
-    patience: float = 20.0
+    fewest_rounds: int = 2
+    seconds: float = 12.0
+    patience: float = 40.0
     precision: float = 3.0
 
 
 DEFAULT_BUDGET = TimingBudget()
+SHOWN = TimingBudget(blocks=4, seconds=3.0, patience=0.0)  # of what is shown and decides nothing
 
 
 @dataclass(frozen=True)
@@ -57,76 +61,130 @@ RELATIVE = Precision(80, 0.05)  # two programs compared, not proven equal
 
 
 @dataclass(frozen=True)
+class Readings:
+    """What clocks counted: (blocks, rounds, 2, clocks) of each contender; seconds, or cycles and instructions."""
+
+    clocks: Clocks
+    counts: Mapping[str, np.ndarray]
+
+    def by(self, clock: str) -> dict[str, np.ndarray]:
+        """(blocks, rounds, 2) of each contender by one clock."""
+        return {name: values[..., self.clocks.names.index(clock)] for name, values in self.counts.items()}
+
+    def ratios(self, clock: str) -> dict[str, Ratio]:
+        """Every contender to the base by one clock."""
+        counts = self.by(clock)
+        return {name: _paired(counts, name) for name in counts if name != "base"}
+
+    @property
+    def steadiest(self) -> str:
+        """The deciding clock by which the base differs least from itself. What is compared with the base plays no part."""
+        return min(self.clocks.deciding, key=lambda clock: _paired(self.by(clock), "again").halfwidth)
+
+
+Measure = Callable[[Precision, TimingBudget, Callable[[], None]], Readings]
+
+
+@dataclass(frozen=True)
 class Contenders:
-    """What is timed on one provider: base and release, and next to them the unmerged graph and torch where there are any."""
+    """What is timed on one provider: base and release, and next to them the unmerged graph and torch where there are any.
+
+    `steady` measures "base", "again", "merged" and "unmerged" by clocks that are steadier than the wall clock, where there
+    are any; the wall clock is shown next to them and decides nothing then.
+    """
 
     provider: str
     base: Opener
     release: Opener
     unmerged: Opener | None = None
     torch: Mapping[str, Job] | None = None
+    steady: Measure | None = None
+
+    @property
+    def openers(self) -> dict[str, Opener]:
+        """The graphs by name; the base twice, as noise floor."""
+        unmerged = {"unmerged": self.unmerged} if self.unmerged else {}
+        return {"base": self.base, "again": self.base, "merged": self.release} | unmerged
 
 
 def time_rounds(
     jobs: Mapping[str, Job], rounds: int, rng: np.random.Generator, clock: Clock | None = None
 ) -> dict[str, np.ndarray]:
     """Seconds per round (rounds,) of each job, the mean of its two runs in the round."""
-    return {name: runs.mean(-1) for name, runs in time_runs(jobs, rounds, rng, clock).items()}
+    return {name: runs.mean(1) for name, runs in time_runs(jobs, rounds, rng, clock).items()}
 
 
 def time_runs(
     jobs: Mapping[str, Job], rounds: int, rng: np.random.Generator, clock: Clock | None = None
 ) -> dict[str, np.ndarray]:
-    """Seconds (rounds, 2) of each job's two runs in every round; `clock` is the wall clock if not given."""
+    """What `clock` counts (rounds, 2) in each job's two runs of every round, (rounds, 2, clocks) if it counts several things.
+
+    It is the wall clock if not given.
+    """
     clock = clock or time.perf_counter
     for job in jobs.values():
         for _ in range(WARM_UP):
             job()
-    seconds = {name: np.zeros((rounds, 2)) for name in jobs}
+    counts = {name: np.zeros((rounds, 2, *np.shape(clock()))) for name in jobs}
     for i in range(rounds):
         order = rng.permutation(list(jobs))
         for turn, names in enumerate((order, order[::-1])):
             for name in names:
                 start = clock()
                 jobs[name]()
-                seconds[name][i, turn] = clock() - start
-    return seconds
+                counts[name][i, turn] = np.subtract(clock(), start)
+    return counts
 
 
 def measure(
-    openers: Mapping[str, Opener], wanted: Precision, budget: TimingBudget, on_block: Callable[[], None] = lambda: None
-) -> dict[str, np.ndarray]:
-    """Seconds (blocks, rounds, 2) of "base" and whatever is compared with it, all opened afresh in every block.
+    openers: Mapping[str, Opener],
+    wanted: Precision,
+    budget: TimingBudget,
+    on_block: Callable[[], None] = lambda: None,
+    meter: Meter | None = None,
+) -> Readings:
+    """Time "base" and whatever is compared with it, all opened afresh in every block; by the wall clock if no `meter` is given.
 
-    After the pairs that are wanted, or as many as fit into the budget, it goes on until all intervals are narrow enough or
-    its patience is at an end. How long it goes on depends on the width of the intervals, not on where they lie, so it
-    favours no verdict.
+    After the pairs that are wanted, or as many as fit into the budget, it goes on until the intervals of what decides are
+    narrow enough by one of the deciding clocks, or its patience is at an end. How long it goes on depends on the width of
+    the intervals, not on where they lie, so it favours no verdict.
     """
+    meter = meter or wall_clock()
     rng, rounds = np.random.default_rng(0), max(2, -(-wanted.pairs // (2 * budget.blocks)))
-    started, deadline = time.perf_counter(), None
+    started, deadline = meter.elapsed(), None
+    decisive = [name for name in openers if name in DECISIVE] or [name for name in openers if name != "base"]
     blocks: list[dict[str, np.ndarray]] = []
+    enough = budget.blocks
     while True:
         jobs = {str(name): openers[str(name)]() for name in rng.permutation(list(openers))}
         if not blocks:
-            rounds = min(rounds, _affordable_rounds(jobs, budget))
-        blocks.append(time_runs(jobs, rounds, rng))
+            rounds = min(rounds, _affordable_rounds(jobs, budget, meter))
+        blocks.append(time_runs(jobs, rounds, rng, meter.read))
         on_block()
-        if len(blocks) < budget.blocks:
+        if len(blocks) < enough:
             continue
-        now = time.perf_counter()
+        enough = len(blocks) + max(1, len(blocks) // 5)  # intervals cost time to compute, and change slowly
+        now = meter.elapsed()
         deadline = deadline or now + max(budget.patience, (now - started) / 2)
-        seconds = {name: np.stack([block[name] for block in blocks]) for name in openers}
-        widest = max(_paired(seconds, name).halfwidth for name in openers if name != "base")
-        if widest <= wanted.halfwidth or now > deadline:
-            return seconds
+        readings = Readings(meter.clocks, {name: np.stack([block[name] for block in blocks]) for name in openers})
+        if now > deadline or _narrow(readings, decisive, wanted.halfwidth):
+            return readings
 
 
-def _affordable_rounds(jobs: Mapping[str, Job], budget: TimingBudget) -> int:
+def _narrow(readings: Readings, decisive: Sequence[str], halfwidth: float) -> bool:
+    """Whether all intervals of `decisive` are narrow enough by one of the deciding clocks."""
+    return any(
+        max(_paired(readings.by(clock), name).halfwidth for name in decisive) <= halfwidth
+        for clock in readings.clocks.deciding
+    )
+
+
+def _affordable_rounds(jobs: Mapping[str, Job], budget: TimingBudget, meter: Meter) -> int:
     """How many rounds of a block fit into the budget, from one that is not counted."""
-    started = time.perf_counter()
+    started = meter.elapsed()
     for job in (*jobs.values(), *jobs.values()):
         job()
-    return max(budget.fewest_rounds, int(budget.seconds / budget.blocks / max(time.perf_counter() - started, 1e-9)))
+    return max(budget.fewest_rounds, int(budget.seconds / budget.blocks / max(meter.elapsed() - started, 1e-9)))
 
 
 def added_latency(
@@ -136,52 +194,68 @@ def added_latency(
 
     The unmerged model and torch are for comparison. `contenders.torch` is named as in the report's table of models.
     """
-    openers = {"base": contenders.base, "again": contenders.base, "merged": contenders.release}
-    seconds = measure(openers, Precision(pairs, margin / budget.precision), budget, on_block)
-    ratio, noise = _paired(seconds, "merged"), _paired(seconds, "again")
+    wanted = Precision(pairs, margin / budget.precision)
+    if contenders.steady:
+        deciding = contenders.steady(wanted, budget, on_block)
+        wall = measure(contenders.openers, RELATIVE, replace(SHOWN, seconds=min(SHOWN.seconds, budget.seconds)))
+    else:
+        deciding = wall = measure(contenders.openers, wanted, budget, on_block)
+    clock = deciding.steadiest
+    clocks = {name: clock_ratios(readings, name) for readings in (deciding, wall) for name in readings.clocks.names}
+    ratio, noise, unmerged = clocks[clock].merged, clocks[clock].noise, clocks[clock].unmerged
     verdict, detail = latency_verdict(ratio, noise, margin)
-    times = {name: _times(seconds[name]) for name in ("base", "merged")}
-    others, unmerged_ratio = _comparisons(contenders, budget)
-    provider = contenders.provider
+    counts, provider = deciding.by(clock), contenders.provider
     return Latency(
         verdict=verdict,
         looked_at=1,
         of=1,
         detail=detail,
+        clock=clock,
         ratio=ratio.ratio,
         ci95=ratio.ci95,
         margin=margin,
         noise_floor=noise,
-        unmerged_ratio=unmerged_ratio,
-        pairs=int(seconds["base"].size),
-        pair_ratios=tuple((seconds["merged"].mean(-1) / seconds["base"].mean(-1)).ravel().tolist()[:PAIR_RATIOS]),
-        providers={provider: {"1": times | others}},
-        by_provider={provider: ProviderLatency(verdict=verdict, ratio=ratio.ratio, ci95=ratio.ci95, noise_floor=noise)},
+        unmerged_ratio=unmerged.ratio if unmerged else None,
+        pairs=int(counts["base"].size),
+        pair_ratios=tuple((counts["merged"].mean(-1) / counts["base"].mean(-1)).ravel().tolist()[:PAIR_RATIOS]),
+        providers={provider: {"1": _times_of(wall) | _torch_times(contenders)}},
+        by_provider={
+            provider: ProviderLatency(
+                verdict=verdict, ratio=ratio.ratio, ci95=ratio.ci95, noise_floor=noise, clock=clock, clocks=clocks
+            )
+        },
+        uncounted=deciding.clocks.uncounted,
     )
 
 
-def _comparisons(contenders: Contenders, budget: TimingBudget) -> tuple[dict[str, Times], float | None]:
-    """Times of the unmerged graph and of torch, and the ratio of an unmerged model to the base.
+def clock_ratios(readings: Readings, clock: str) -> ClockRatios:
+    """What one clock says of base, release and unmerged model."""
+    ratios = readings.ratios(clock)
+    return ClockRatios(
+        merged=ratios["merged"],
+        noise=ratios["again"],
+        unmerged=ratios.get("unmerged"),
+        threads=readings.clocks.threads,
+        pairs=int(readings.by(clock)["base"].size),
+    )
 
-    Apart from the pairs that decide, which have to be narrow: here a difference is expected, and torch's own threads spin
-    for a while after each call and would slow whatever is timed next.
-    """
-    times: dict[str, Times] = {}
-    ratio = None
-    if contenders.unmerged:
-        seconds = measure({"base": contenders.base, "unmerged": contenders.unmerged}, RELATIVE, budget)
-        times["unmerged"], ratio = _times(seconds["unmerged"]), _paired(seconds, "unmerged").ratio
-    if contenders.torch:
-        seconds = time_runs({"base": contenders.base(), **contenders.torch}, TORCH_ROUNDS, np.random.default_rng(1))
-        times |= {name: _times(seconds[name]) for name in contenders.torch}
-        if ratio is None and "unmerged_torch" in contenders.torch:
-            ratio = float(np.median(seconds["unmerged_torch"].mean(-1) / seconds["base"].mean(-1)))
-    return times, ratio
+
+def _times_of(wall: Readings) -> dict[str, Times]:
+    """Times of the graphs by the wall clock: what a client waits for."""
+    return {name: _times(values) for name, values in wall.by(WALL).items() if name != "again"}
+
+
+def _torch_times(contenders: Contenders) -> dict[str, Times]:
+    """Times of torch, apart from the graphs: its own threads spin for a while after each call and would slow whatever is timed next."""
+    if not contenders.torch:
+        return {}
+    seconds = time_runs(contenders.torch, TORCH_ROUNDS, np.random.default_rng(1))
+    return {name: _times(values) for name, values in seconds.items()}
 
 
 def relative_time(base: Opener, other: Opener, budget: TimingBudget) -> Ratio:
     """Time of another program over the time of the base, where a difference is expected."""
-    return _paired(measure({"base": base, "other": other}, RELATIVE, budget), "other")
+    return measure({"base": base, "other": other}, RELATIVE, budget).ratios(WALL)["other"]
 
 
 def slowest(by_provider: Sequence[Latency], tower: str) -> Latency:

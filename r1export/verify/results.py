@@ -279,23 +279,44 @@ class Times:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClockRatios:
+    """What one clock says: the merged model, the base again (`noise`) and the unmerged model, each to the base.
+
+    `threads` is how many a session computed with, 0 for all cores; `pairs` counts runs.
+    """
+
+    merged: Ratio
+    noise: Ratio
+    unmerged: Ratio | None = None
+    threads: int = 0
+    pairs: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProviderLatency:
-    """Added latency on one provider, with the noise floor (base against itself)."""
+    """Added latency on one provider, with the noise floor (base against itself).
+
+    The verdict rests on `clock`; `clocks` are all that were read.
+    """
 
     verdict: Verdict
     ratio: float
     ci95: tuple[float, float]
     noise_floor: Ratio
+    clock: str = "wall clock"
+    clocks: Mapping[str, ClockRatios] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency(Check):
     """Rung L5: the time of the merged model over the time of the base, on the worst provider. Counts are providers.
 
-    `tower` is the one that was timed. `pair_ratios` are single pairs. `providers` are times by provider, batch size, model.
+    `tower` is the one that was timed, `clock` the one that decides. `pair_ratios` are single pairs. `providers` are times by
+    provider, batch size, model, by the wall clock. `uncounted` says why there are no cycles and instructions.
     """
 
     tower: str | None = None
+    clock: str | None = None
     ratio: float | None = None
     ci95: tuple[float, float] | None = None
     margin: float | None = None
@@ -305,6 +326,7 @@ class Latency(Check):
     pair_ratios: tuple[float, ...] = ()
     providers: Mapping[str, Mapping[str, Mapping[str, Times]]] | None = None
     by_provider: Mapping[str, ProviderLatency] | None = None
+    uncounted: str = ""
 
     def _decided(self) -> bool:
         if self.ratio is None or self.ci95 is None or self.margin is None or self.noise_floor is None:

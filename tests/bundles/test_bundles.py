@@ -1,6 +1,7 @@
 """Every format that was ever released is still read: known updates give known bytes, known faults known exit codes.
 
-R1DEVICE names another implementation to test (a command line with the verbs inspect, apply and rollback).
+R1DEVICE names another implementation to test (a command line with the verbs inspect, apply and rollback), R1PYTHON another
+Python for the kit.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from device.any_machine import PYTHON, Kit
 
 from r1export.device import provision
 from r1export.device.__main__ import main
@@ -34,9 +36,20 @@ def store(vectors, tmp_path) -> Path:
     return provision.init(tmp_path / "store", vectors / "base", [vectors / "key.pub"], health="none", **names).path
 
 
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory):
+    """The kit with R1PYTHON, or None without one."""
+    process = Kit(tmp_path_factory.mktemp("kit")) if PYTHON else None
+    yield process
+    if process:
+        process.close()
+
+
 @pytest.fixture
-def r1device(capsys):
+def r1device(capsys, kit):
     def r1device(*arguments) -> tuple[int, dict]:
+        if kit:
+            return kit(*arguments)
         line = [*map(str, arguments), "--json"]
         if PROGRAM:
             process = subprocess.run([*PROGRAM, *line], capture_output=True, text=True)

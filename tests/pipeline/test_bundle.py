@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from running import context_of, r1export, reseal
 
+from r1export.device.health import check_health
+from r1export.device.version import Version
 from r1export.errors import Unsupported
 from r1export.pipeline import bundle
 from r1export.pipeline.variant import Variant
@@ -76,6 +78,17 @@ def test_what_a_device_would_refuse_is_not_signed(verified, order, monkeypatch) 
     assert done.returncode == 1, done.output
     assert "devices would refuse 01-" in done.stderr
     assert "health check of visual.onnx: largest difference" in done.stderr
+
+
+def test_what_another_processor_may_refuse_is_not_signed(verified, order, monkeypatch) -> None:
+    """Just within the limits on this machine is no room for one that rounds otherwise."""
+    release = Release.read(report_of(verified).parent)
+    errors = [result.max_abs for result in check_health(Version(release.path, release, True), Health(1.0, -1.0, 0.0))]
+    for factor, code in ((1.2, 1), (1.6, 0)):
+        monkeypatch.setattr(
+            bundle, "_strict_limits", lambda manifest, factor=factor: GoldenGate(factor * max(errors), 0.999)
+        )
+        assert order(verified).returncode == code
 
 
 def test_a_release_without_a_report_is_refused(run, order) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from r1export.verify import latency, parity
 from r1export.verify.latency import Contenders, Opener, TimingBudget
 from r1export.verify.results import Check, Latency, Ratio
 from r1export.verify.runtimes.runtime import PROVIDERS, job, open_session
+from r1export.verify.steady_timing import steady_timing
 
 
 def release_latency(
@@ -38,17 +39,35 @@ def release_latency(
     results = []
     with _branches(ref, tower) if control.looked_at else nullcontext() as branches:
         for provider in (timed := timeable(providers)):
-            contenders = Contenders(
-                PROVIDERS[provider].name,
-                base=opener(ref.base.path / f"{tower}.onnx", feeds, provider),
-                release=opener(ref.path / f"{tower}.onnx", feeds, provider),
-                unmerged=opener(branches, feeds, provider) if branches else None,
+            graphs = {"base": ref.base.path / f"{tower}.onnx", "merged": ref.path / f"{tower}.onnx"}
+            contenders = make_contenders(
+                graphs | ({"unmerged": branches} if branches else {}),
+                feeds,
+                provider,
                 torch=torch_jobs if provider == timed[0] else None,
             )
             title = f"Latency on {provider}, base and release in turn"
             with ref.context.progress.track(title, budget.blocks) as advance:
                 results.append(latency.added_latency(contenders, settings.pairs, settings.margin, budget, advance))
     return latency.slowest(results, tower)
+
+
+def make_contenders(
+    graphs: Mapping[str, Path],
+    feeds: dict[str, np.ndarray],
+    provider: str,
+    torch: Mapping[str, latency.Job] | None = None,
+) -> Contenders:
+    """The contenders of "base", "merged" and, where there is one, "unmerged" on one provider; on the CPU by processor time."""
+    openers = {name: opener(path, feeds, provider) for name, path in graphs.items()}
+    return Contenders(
+        PROVIDERS[provider].name,
+        base=openers["base"],
+        release=openers["merged"],
+        unmerged=openers.get("unmerged"),
+        torch=torch,
+        steady=steady_timing(graphs, feeds) if provider == "cpu" else None,
+    )
 
 
 def timeable(providers: Iterable[str]) -> list[str]:

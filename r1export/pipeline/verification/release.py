@@ -15,7 +15,7 @@ from r1export.export.precision import PROCEDURES
 from r1export.export.preprocess import has_graph
 from r1export.pipeline.environment import environment, now
 from r1export.pipeline.verification.contents import WEIGHT_FILES, check_manifest_and_files
-from r1export.pipeline.verification.latency import opener, timeable
+from r1export.pipeline.verification.latency import make_contenders, timeable
 from r1export.pipeline.verification.proof import graph_feeds, run_graphs
 from r1export.recipe import Verify
 from r1export.report.write import remove_reports
@@ -35,7 +35,7 @@ from r1export.verify.client_files import (
 )
 from r1export.verify.contents import UNREADABLE, attempt
 from r1export.verify.golden import check_classifier, check_golden, golden_parity, golden_sensitivity, read_golden
-from r1export.verify.latency import DEFAULT_BUDGET, Contenders, TimingBudget
+from r1export.verify.latency import DEFAULT_BUDGET, TimingBudget
 from r1export.verify.parity import GATES
 from r1export.verify.proof import Feeds
 from r1export.verify.results import (
@@ -53,7 +53,7 @@ from r1export.verify.results import (
     Verdict,
     overall,
 )  # fmt: skip
-from r1export.verify.runtimes.runtime import PROVIDERS, check_provider
+from r1export.verify.runtimes.runtime import check_provider
 from r1export.verify.signature import SignedUpdate, check_signature
 from r1export.verify.trial import Limits, limits_for, try_graphs
 
@@ -290,7 +290,7 @@ def _latency(
     """Rung L5 on one tower."""
     results, settings = [], Verify()
     for provider in timeable(providers):
-        open_base, open_release = (opener(folder / f"{tower}.onnx", dict(feeds), provider) for folder in (base, path))
-        contenders = Contenders(PROVIDERS[provider].name, open_base, open_release)
+        graphs = {"base": base / f"{tower}.onnx", "merged": path / f"{tower}.onnx"}
+        contenders = make_contenders(graphs, dict(feeds), provider)
         results.append(latency.added_latency(contenders, settings.pairs, settings.margin, budget))
     return latency.slowest(results, tower)

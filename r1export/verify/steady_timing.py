@@ -1,0 +1,121 @@
+"""Time graphs on the CPU provider by processor time, in a process of their own with one thread a session.
+
+In a process of its own because where a session's weights lie makes it faster or slower for its whole life: with pages of
+4 kB base and base again differed by 3 %, with pages of 2 MB, which the C library asks for only if it is told so when a
+process starts, by 1.3 % (docs/experiments.md).
+
+    python -m r1export.verify.steady_timing FOLDER     times what FOLDER/request.json names, a line on stdout for each block
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from r1export.errors import CheckFailed, R1ExportError, first_line
+from r1export.verify.clocks import Clocks, thread_clocks
+from r1export.verify.latency import Measure, Opener, Precision, Readings, TimingBudget, measure
+from r1export.verify.runtimes.runtime import job, open_session
+
+LARGE_PAGES = "glibc.malloc.hugetlb=1"  # madvise(MADV_HUGEPAGE) on what malloc maps; other C libraries ignore it
+REQUEST, FEEDS, READINGS = "request.json", "feeds.npz", "readings.npz"
+
+
+@dataclass(frozen=True)
+class _Request:
+    """`graphs` are paths by contender."""
+
+    graphs: dict[str, str]
+    wanted: dict[str, float]
+    budget: dict[str, float]
+
+
+def steady_timing(graphs: Mapping[str, Path], feeds: Mapping[str, np.ndarray]) -> Measure:
+    """How to measure `graphs`, of which one is "base", on the CPU provider; "again" is the base once more.
+
+    What it returns raises CheckFailed if the graphs cannot be timed.
+    """
+    by_name = {name: str(path.resolve()) for name, path in ({"again": graphs["base"]} | dict(graphs)).items()}
+
+    def time_them(wanted: Precision, budget: TimingBudget, on_block: Callable[[], None]) -> Readings:
+        with TemporaryDirectory(prefix="r1export-") as folder:
+            request = _Request(by_name, asdict(wanted), asdict(budget))
+            (Path(folder) / REQUEST).write_text(json.dumps(asdict(request)), encoding="utf-8")
+            np.savez(Path(folder) / FEEDS, **feeds)  # type: ignore[arg-type]  # its stubs take allow_pickle for a feed
+            _run(Path(folder), on_block)
+            return _read(Path(folder), list(by_name))
+
+    return time_them
+
+
+def _run(folder: Path, on_block: Callable[[], None]) -> None:
+    """The child process. Raises CheckFailed with its last line if it fails."""
+    tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), LARGE_PAGES)))
+    command = [sys.executable, "-m", "r1export.verify.steady_timing", str(folder)]
+    last = ""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"GLIBC_TUNABLES": tunables}
+    ) as child:
+        assert child.stdout is not None  # it is a pipe
+        for line in child.stdout:
+            last = line.strip()
+            if last == "block":
+                on_block()
+    if child.returncode:
+        raise CheckFailed(
+            f"the graphs cannot be timed: {last or f'exit code {child.returncode}'}", "write the release again"
+        )
+
+
+def _read(folder: Path, names: list[str]) -> Readings:
+    with np.load(folder / READINGS) as arrays:
+        counts = {name: arrays[f"counts.{name}"] for name in names}
+        clocks, threads, uncounted = (arrays[name] for name in ("clocks", "threads", "uncounted"))
+    return Readings(Clocks(tuple(clocks.tolist()), int(threads), str(uncounted)), counts)
+
+
+def _time(folder: Path) -> None:
+    request = _Request(**json.loads((folder / REQUEST).read_text(encoding="utf-8")))
+    with np.load(folder / FEEDS) as arrays:
+        feeds = dict(arrays)
+
+    def opener(graph: str) -> Opener:
+        return lambda: job(open_session(Path(graph), threads=1), feeds, "cpu")
+
+    with thread_clocks() as meter:
+        readings = measure(
+            {name: opener(graph) for name, graph in request.graphs.items()},
+            Precision(**request.wanted),  # type: ignore[arg-type]
+            TimingBudget(**request.budget),  # type: ignore[arg-type]
+            lambda: print("block", flush=True),
+            meter,
+        )
+    clocks = readings.clocks
+    np.savez(
+        folder / READINGS,
+        clocks=clocks.names,
+        threads=clocks.threads,
+        uncounted=clocks.uncounted,
+        **{f"counts.{name}": values for name, values in readings.counts.items()},
+    )
+
+
+def main(folder: Path) -> int:
+    try:
+        _time(folder)
+    except (R1ExportError, OSError, ValueError, MemoryError) as error:
+        print(first_line(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
