@@ -97,6 +97,7 @@ def _figures(run: Path) -> dict[str, Any]:
         "shipped kB": sum(task["factor_bytes"] for task in tasks) / len(tasks) / 1000,
         "seconds": sum(task["seconds"] for task in tasks),
         "zero-shot": 100 * metrics["zero_shot_avg"],
+        "zero-shot of later tasks": 100 * float(np.mean(metrics["zero_shot"][1:])),
         "probe before": None if probe[0] is None else 100 * probe[0],
     }
 
@@ -105,7 +106,7 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Mean and, over seeds and orders, standard deviation."""
     first = next(iter(rows.values()))[0]
     lines = ["| method | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    nothing = [first["zero-shot"]] * 3 + [first["probe before"], 0, 0, 0]
+    nothing = [first["zero-shot of later tasks"], first["zero-shot"], first["zero-shot"]] + [first["probe before"], 0, 0, 0]
     lines.append(
         "| zero-shot | "
         + " | ".join("-" if v is None else f"{v:.1f}" if i < 4 else "0" for i, v in enumerate(nothing))
