@@ -117,7 +117,7 @@ def made_from(found: dict[str, Any], details: bool) -> str:
     """What goes between the markers."""
     rows, machine, timing = found["rows"], found["machine"], found["timing"]
     if not details:
-        return "\n" + table.brief(rows) + "\n"
+        return table.brief(rows)
     text = "\n" + table.table(rows) + "\n"
     text += "".join(f"- {sentence}\n" for sentence in table.shortfalls(rows))
     how = f"{machine['cores']} {machine['machine']} cores, {timing.get('rounds', 'no')} rounds of each pair, clock: {timing.get('clock')}"
