@@ -364,6 +364,22 @@ def test_a_hanging_health_check_is_ended(lab, device, monkeypatch):
     refused(device, CheckFailed, lab.bundle(1, 0), "more than 0.2 seconds", run=worker.run)
 
 
+@pytest.mark.parametrize(
+    ("start", "error", "message", "tries"),
+    [
+        ("import sys; sys.exit(2)", Unsupported, "did not start: exit code 2", []),
+        ("import os; print('started', flush=True); os.kill(os.getpid(), 9)", Unsupported, "build was killed", []),
+        ("import os; print('started', flush=True); os.abort()", CheckFailed, "build ended with signal 6", [1]),
+    ],
+)
+def test_a_process_that_cannot_start_or_is_killed_is_no_try_and_one_that_crashes_is(
+    lab, slot_device, monkeypatch, start, error, message, tries
+):
+    monkeypatch.setattr(worker, "_START", start)
+    refused(slot_device, error, lab.bundle(1, 0), message, run=worker.run)
+    assert list(slot_device.store.state().tries.values()) == tries
+
+
 @pytest.fixture
 def hanging(lab, device, tmp_path):
     """A device whose health check starts a process that hangs and waits for it; returns the file for that one's id."""

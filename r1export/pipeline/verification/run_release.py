@@ -162,9 +162,9 @@ def _variant_cost(ref: ReleaseRef, manifest: ReleaseManifest, base: BaseMeasurem
 
 
 def _gaps(ref: ReleaseRef, run: TorchRun) -> Gaps:
-    """G1 to G3 of the task learned last."""
-    answers = run.inputs.answers
-    test = test_images(ref.context, ref.task)
+    """G1 of the task learned last, and G2 and G3 if its experts were routed to the end."""
+    answers, routed = run.inputs.answers, ref.context.recipe.train.consolidate == 1
+    test = test_images(ref.context, ref.task) if routed else None
     return measure_gaps(run.models, ref.task, test, run.unmerged.among(answers), run.merged.among(answers))
 
 
