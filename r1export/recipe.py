@@ -221,6 +221,8 @@ class Train(_Section):
     """Weight of the activation-guided orthogonality loss, from the second task on."""
     protect: float = Field(0.0, ge=0, lt=1)
     """Share of the energy of earlier tasks' inputs whose directions new experts don't read, so that earlier answers hardly move; 0 is off."""
+    protect_own: float = Field(0.0, ge=0, lt=1)
+    """The same for the inputs that the task's own images give before it is trained: they stand for what the model knows; 0 is off."""
     distill_weight: float = Field(0.2, ge=0)
     """Weight of the distillation loss, which preserves the previous model's predictions on the task's images and reference names; 0 is off."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -258,7 +260,7 @@ class Verify(_Section):
     margin: float = Field(0.02, gt=0, lt=1)
     """Merged and base latency count as equal within this share."""
     pairs: int = Field(400, ge=20)
-    """Interleaved base/merged pairs of the latency check, at least: it goes on until the interval is narrow; fewer if they take over 40 s."""
+    """Interleaved base/merged pairs of the latency check, at least: it goes on until the interval is narrow; fewer if they take over 12 s."""
     images: int = Field(0, ge=0)
     """Test images of each task on which the freezing and shrink gaps (G2, G3) and the embedding drift are measured; 0 takes 200, fewer for large models."""
 

@@ -87,6 +87,7 @@ def _described(layout: str, source: ReleaseSource, content: LayoutContent, folde
         origin=Origin("release", release.manifest.name, release.manifest_sha256),
         files=content.files,
         made={path: sha256_bytes(data) for path, data in content.made.items()},
+        max_abs=release.manifest.golden.max_abs,
         converted={path: sha256_file(folder / path) for path in content.converted},
         variants=content.variants,
         embedding_space=release.manifest.embedding_space,

@@ -145,7 +145,7 @@ def _pyarrow() -> Any:
         import pyarrow.parquet
     except ImportError:
         raise Unsupported(
-            ".parquet needs pyarrow, which is not installed", "pip install pyarrow, or use .npy"
+            ".parquet needs pyarrow, which is not installed", "pip install 'r1export[search]', or use .npy"
         ) from None
     return pyarrow
 

@@ -37,13 +37,14 @@ class LayoutFile:
     the client and does not depend on the weights. `converted`: path -> SHA-256 of what follows from all weights.
 
     `variants` are the releases in other precisions that further files come from: precision -> path in the folder -> path in
-    that release.
+    that release. `max_abs` is how far embeddings may be from the golden ones.
     """
 
     layout: str
     origin: Origin
     files: Mapping[str, str]
     made: Mapping[str, str]
+    max_abs: float
     converted: Mapping[str, str] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     embedding_space: EmbeddingSpace | None = None
@@ -56,6 +57,7 @@ class LayoutFile:
             "origin": {"kind": self.origin.kind, "name": self.origin.name, "manifest_sha256": self.origin.sha256},
             "files": dict(self.files),
             "made": dict(self.made),
+            "max_abs": self.max_abs,
             "converted": dict(self.converted),
             "variants": {name: dict(files) for name, files in self.variants.items()},
         }
@@ -88,6 +90,7 @@ class LayoutFile:
             origin=Origin(origin.text("kind", _KIND), origin.text("name", NAME), origin.digest("manifest_sha256")),
             files=fields.texts("files", PATH, PATH, MAX_FILES),
             made=fields.digests("made", PATH, MAX_FILES),
+            max_abs=fields.number("max_abs", 0, 10),
             converted=fields.digests("converted", PATH, MAX_FILES),
             variants={
                 name: {path: item.text(path, PATH) for path in item.names(PATH, MAX_FILES)}
