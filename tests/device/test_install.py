@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from device import fleet
+from device.conftest import Device
 from device.steps import in_this_process
 
 from r1export.device import install, provision, worker
@@ -290,6 +291,14 @@ def with_file(lab, path, tmp_path, name, **changes):
 @pytest.mark.parametrize("name", ["classes/digits.json", "preprocess.json", "visual.safetensors", "manifest.json"])
 def test_a_file_that_comes_out_other_than_signed_is_refused(lab, device, tmp_path, name):
     refused(device, CheckFailed, with_file(lab, lab.bundle(1, 0), tmp_path, name, sha256="0" * 64), "SHA-256")
+
+
+def test_an_overlay_takes_no_tensor_that_comes_out_other_than_signed(lab, new_devices, tmp_path):
+    store = Path(shutil.copytree(new_devices["overlay"], tmp_path / "store", symlinks=True))
+    path = lab.bundle(1, 0)
+    for name in lab.read(path).manifest.tensors:
+        tensors = {**lab.read(path).manifest.tensors, name: "0" * 64}
+        refused(Device(store), CheckFailed, resigned(lab, path, tmp_path, tensors=tensors), f"{name} has SHA-256")
 
 
 def test_a_part_beyond_the_end_of_the_bases_file_is_refused(lab, device, tmp_path):
