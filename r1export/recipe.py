@@ -221,7 +221,7 @@ class Train(_Section):
     """Weight of the activation-guided orthogonality loss, from the second task on."""
     protect: float = Field(0.9, ge=0, lt=1)
     """Share of the energy of earlier tasks' inputs whose directions new experts don't read, so that earlier answers hardly move; 0 is off."""
-    protect_own: float = Field(0.5, ge=0, lt=1)
+    protect_own: float = Field(0.8, ge=0, lt=1)
     """The same for the inputs that the task's own images give before it is trained: they stand for what the model knows; 0 is off."""
     distill_weight: float = Field(1.0, ge=0)
     """Weight of the distillation loss, which preserves the previous model's predictions on the task's images and reference names; 0 is off."""
