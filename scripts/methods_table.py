@@ -18,8 +18,7 @@ README, RESULTS = ROOT / "README.md", ROOT / "docs" / "methods.json"
 BEGIN, END = "<!-- made by scripts/methods_table.py -->\n", "<!-- end -->\n"
 TITLES = {
     "ours": "**r1export's defaults**",
-    "ours-before": "the same without `protect`",
-    "textual": "the defaults in the text tower alone",
+    "former": "the defaults of version 0.1",
     "faithful": "the method as published",
     "lora-r4": "LoRA of rank 4, merged",
 }
