@@ -170,6 +170,16 @@ def _signed_update(bundle: Path | None, trust: list[Path], threshold: int) -> Si
     return SignedUpdate.read(bundle, trust, threshold) if bundle else None
 
 
+def _show_outputs(terminal: Terminal, release: Path, outputs: Path) -> None:
+    """Compare embeddings that were computed elsewhere, and end with the exit code of the verdict."""
+    from r1export.verify.outputs import check_outputs
+
+    check = check_outputs(release, outputs)
+    terminal.say(f"{check.verdict}: {check.detail}")
+    terminal.document(asdict(check))
+    _finish(check.verdict)
+
+
 def _show(terminal: Terminal, report: Report, note: str = "") -> None:
     """Print a report and end with the exit code of its verdict."""
     from r1export.report.json_format import to_json
@@ -275,6 +285,15 @@ def verify(
     threshold: Annotated[
         int, typer.Option("--threshold", help="How many of the trusted keys have to sign the update.")
     ] = 1,
+    outputs: Annotated[
+        Path | None,
+        typer.Option(
+            "--outputs",
+            readable=False,
+            metavar="FILE",
+            help="Embeddings of a converted release (.npz): check only these.",
+        ),
+    ] = None,
     device: Where = Device.auto,
     as_json: Json = False,
 ) -> None:
@@ -282,6 +301,8 @@ def verify(
     with open_terminal(as_json) as terminal:
         from r1export.verify.latency import DEFAULT_BUDGET
 
+        if outputs:
+            _show_outputs(terminal, path, outputs)
         budget = None if no_latency else DEFAULT_BUDGET
         update = _signed_update(bundle, trust or [], threshold)
         if (path / "manifest.json").exists():

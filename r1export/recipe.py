@@ -199,7 +199,7 @@ class Pool(_Section):
 
 
 class Train(_Section):
-    """Optimisation of one task. Defaults: arXiv 2601.22828, but for `distill_weight` and `consolidate`, which forget less (docs/experiments.md)."""
+    """Optimisation of one task. Defaults: arXiv 2601.22828, but for `distill_weight`, `consolidate`, `protect` and `protect_own`, which forget less (docs/experiments.md)."""
 
     iterations: int = Field(500, ge=1)
     """Steps per task."""
@@ -219,9 +219,11 @@ class Train(_Section):
     """`output` penalizes overlap with the experts that earlier tasks merged."""
     orthogonality_weight: float = Field(0.1, ge=0)
     """Weight of the activation-guided orthogonality loss, from the second task on."""
-    protect: float = Field(0.0, ge=0, lt=1)
+    protect: float = Field(0.9, ge=0, lt=1)
     """Share of the energy of earlier tasks' inputs whose directions new experts don't read, so that earlier answers hardly move; 0 is off."""
-    distill_weight: float = Field(0.2, ge=0)
+    protect_own: float = Field(0.8, ge=0, lt=1)
+    """The same for the inputs that the task's own images give before it is trained: they stand for what the model knows; 0 is off."""
+    distill_weight: float = Field(1.0, ge=0)
     """Weight of the distillation loss, which preserves the previous model's predictions on the task's images and reference names; 0 is off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` computes the frozen model under autocast; experts and their optimiser stay in float32."""
@@ -258,7 +260,7 @@ class Verify(_Section):
     margin: float = Field(0.02, gt=0, lt=1)
     """Merged and base latency count as equal within this share."""
     pairs: int = Field(400, ge=20)
-    """Interleaved base/merged pairs of the latency check, at least: it goes on until the interval is narrow; fewer if they take over 40 s."""
+    """Interleaved base/merged pairs of the latency check, at least: it goes on until the interval is narrow; fewer if they take over 12 s."""
     images: int = Field(0, ge=0)
     """Test images of each task on which the freezing and shrink gaps (G2, G3) and the embedding drift are measured; 0 takes 200, fewer for large models."""
 

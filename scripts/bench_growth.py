@@ -180,10 +180,7 @@ def point(factors: Path, tasks: int, classes: int) -> dict[str, object]:
 def run_point(factors: Path, tasks: int, classes: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         costs = measure(Path(folder), factors, tasks, classes)
-    peak = {
-        name: resource.getrusage(who).ru_maxrss >> 10
-        for name, who in (("lab", resource.RUSAGE_SELF), ("device", resource.RUSAGE_CHILDREN))
-    }
+    peak = {"lab": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10}
     print(
         json.dumps(
             {"tasks": tasks, "classes": classes, "seconds": costs.seconds, "bytes": costs.nbytes, "peak_mb": peak}

@@ -30,16 +30,19 @@ import onnx
 import onnxruntime as ort
 from onnx import helper, numpy_helper
 
+from r1export.pipeline.context import NoProgress, RunContext
+from r1export.pipeline.variant import REFERENCE, Variant
 from r1export.pipeline.verification.latency import make_contenders
+from r1export.pipeline.verification.proof import unmerged
 from r1export.report.json_format import read_report
+from r1export.run_folder import RunFolder
 from r1export.verify.golden import read_golden
-from r1export.verify.latency import DEFAULT_BUDGET, added_latency, time_rounds
+from r1export.verify.latency import DEFAULT_BUDGET, added_latency
 from r1export.verify.parity import ENTRIES
 from r1export.verify.results import Latency, Ratio, RunReport
-from r1export.verify.runtimes.runtime import job, open_session
 
 MARGIN, PAIRS = 0.02, 400  # the recipe's defaults
-BUSY_LOOP = "while True: pass"
+BUSY_LOOP, SLOWED = "while True: pass", "slowed"
 SIDE = 256  # rows and columns of the matrix of an extra node
 TRIAL_NODES = 40  # extra nodes from whose time the number for a given share is derived
 Feeds = dict[str, np.ndarray]
@@ -76,22 +79,24 @@ def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         last = sorted((asked.run / "releases").iterdir())[-1]
-        base, slowed = asked.run / "releases" / "00-base", Path(folder)
-        feeds = {ENTRIES["visual"]: read_golden(base).pixel_values[:1]}
-        nodes = slow_down(last, slowed, asked.slower, feeds)
+        slowed, feeds = Path(folder), {ENTRIES["visual"]: read_golden(last).pixel_values[:1]}
+        nodes = asked.nodes or nodes_for(last, asked.slower, feeds)
+        write_slowed(last, slowed, nodes)
         print(f"slowed by {nodes} nodes", flush=True)
-        with busy_loops(asked.loops):
+        with busy_loops(asked.loops), _last_release(asked.run) as graphs:
             for number in range(1, asked.repetitions + 1):
-                verifications.append(verify(asked.run))
-                found = [*_verified(asked.run, number), _slowed(base, slowed, feeds, number)]
+                if asked.clock_alone:
+                    found = [_timed(graphs, feeds, number, last.name)]
+                else:
+                    verifications.append(verify(asked.run))
+                    found = list(_verified(asked.run, number))
+                found.append(_timed({"base": graphs["base"], "merged": slowed / "visual.onnx"}, feeds, number, SLOWED))
                 rows += found
-                print(f"{number:>3} exit code {verifications[-1].exit_code}, {verifications[-1].seconds:.0f} s")
-                print("\n".join(f"    {_line(row)}" for row in found), flush=True)
+                print("\n".join(f"{number:>3} {_line(row)}" for row in found), flush=True)
+                if asked.json:
+                    document = _document(asked, nodes, verifications, rows)
+                    asked.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(table(verifications, rows))
-    if asked.json:
-        asked.json.write_text(
-            json.dumps(_document(asked, nodes, verifications, rows), indent=2) + "\n", encoding="utf-8"
-        )
 
 
 def _arguments() -> argparse.Namespace:
@@ -100,7 +105,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--loops", type=int, default=2, help="busy loops that run all the time")
     parser.add_argument("--slower", type=float, default=0.03, help="share of its time by which a release is slowed")
-    parser.add_argument("--json", type=Path, help="write everything as JSON")
+    parser.add_argument(
+        "--nodes", type=int, default=0, help="extra nodes of the slowed release; 0 derives them from --slower"
+    )
+    parser.add_argument(
+        "--clock-alone",
+        action="store_true",
+        help="time the last release and its control as L5 does; verify nothing else",
+    )
+    parser.add_argument("--json", type=Path, help="write everything as JSON, after each repetition")
     return parser.parse_args()
 
 
@@ -116,20 +129,21 @@ def busy_loops(count: int) -> Iterator[None]:
             loop.wait()
 
 
-def slow_down(release: Path, folder: Path, share: float, feeds: Feeds) -> int:
-    """Write the image tower of `release` with extra nodes that take `share` of its time into `folder`; returns how many."""
+def nodes_for(release: Path, share: float, feeds: Feeds) -> int:
+    """How many extra nodes take `share` of the time of the image tower of `release`, from the time that many of them take."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_slowed(release, Path(folder), TRIAL_NODES)
+        graphs = {"base": release / "visual.onnx", "merged": Path(folder) / "visual.onnx"}
+        added = _timed(graphs, feeds, 0, SLOWED).merged.ratio - 1
+    return max(1, round(TRIAL_NODES * share / added))
+
+
+def write_slowed(release: Path, folder: Path, nodes: int) -> None:
+    """The image tower of `release` with `nodes` extra products, and its weights, in `folder`.
+
+    embeds + 1e-20 * (embeds A B ... B C): what the products of B take, and nothing that can be seen in the output.
+    """
     shutil.copyfile(release / "visual.safetensors", folder / "visual.safetensors")
-    _write_slowed(release, folder, TRIAL_NODES)
-    jobs = {str(path): job(open_session(path / "visual.onnx", threads=1), feeds, "cpu") for path in (release, folder)}
-    seconds = time_rounds(jobs, 100, np.random.default_rng(0), time.thread_time)
-    plain, slow = (float(np.median(seconds[str(path)])) for path in (release, folder))
-    nodes = max(1, round(share * plain / ((slow - plain) / TRIAL_NODES)))
-    _write_slowed(release, folder, nodes)
-    return nodes
-
-
-def _write_slowed(release: Path, folder: Path, nodes: int) -> None:
-    """embeds + 1e-20 * (embeds A B ... B C): what `nodes` products of B take, and nothing that can be seen in the output."""
     model = onnx.load(release / "visual.onnx", load_external_data=False)
     output = model.graph.output[0]
     width, rng = output.type.tensor_type.shape.dim[1].dim_value, np.random.default_rng(0)
@@ -166,10 +180,19 @@ def _verified(run: Path, repetition: int) -> Iterator[Row]:
             yield _row(repetition, release.name, release.latency)
 
 
-def _slowed(base: Path, slowed: Path, feeds: Feeds, repetition: int) -> Row:
-    graphs = {"base": base / "visual.onnx", "merged": slowed / "visual.onnx"}
+@contextmanager
+def _last_release(run: Path) -> Iterator[dict[str, Path]]:
+    """The image towers of the base, of the last release, and of its unmerged control."""
+    context = RunContext(RunFolder(run), RunFolder(run).recipe(), "cpu", NoProgress())
+    updates = context.run.updates(context.recipe)
+    ref = Variant(context, REFERENCE).release(len(updates), updates)
+    with unmerged(ref, "visual") as control:
+        yield {"base": ref.base.path / "visual.onnx", "merged": ref.path / "visual.onnx", "unmerged": control}
+
+
+def _timed(graphs: dict[str, Path], feeds: Feeds, repetition: int, program: str) -> Row:
     latency = added_latency(make_contenders(graphs, feeds, "cpu"), PAIRS, MARGIN, DEFAULT_BUDGET)
-    return _row(repetition, "slowed", latency)
+    return _row(repetition, program, latency)
 
 
 def _row(repetition: int, program: str, latency: Latency) -> Row:
@@ -196,8 +219,8 @@ def _interval(found: Ratio) -> str:
 
 def table(verifications: Sequence[Verification], rows: Sequence[Row]) -> str:
     """Markdown: how often what was found, of the whole run, the releases, the unmerged controls and the slowed release."""
-    releases = [row for row in rows if row.program != "slowed"]
-    slowed = [row for row in rows if row.program == "slowed"]
+    releases = [row for row in rows if row.program != SLOWED]
+    slowed = [row for row in rows if row.program == SLOWED]
     controls = [row.unmerged for row in releases if row.unmerged]
     lines = [
         f"| `verify RUN` | exit code 0 | {_share([v.exit_code == 0 for v in verifications])} |",

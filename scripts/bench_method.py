@@ -1,9 +1,11 @@
 """The method against its baselines on one stream of tasks: several seeds and orders, one table.
 
-    python scripts/bench_method.py recipes/mini-mtil.toml --seeds 1 2 3 --orders forward reversed --out runs/methods
+    python scripts/bench_method.py recipes/mini-mtil.toml --seeds 1 2 3 --orders forward reversed --scaling 1 --out runs/methods
 
 Each of recipes/baselines is laid over the stream's recipe and trained by `r1export train` in a process of its own, `--jobs`
 at a time on one thread each. What is there already is not trained again, so a stopped benchmark goes on.
+`--scaling` gives every method the same scaling, which is alpha / rank: with the same alpha a LoRA of rank 4 would
+learn with three times that of a pool of 12. Differences are those of `ours` to the others, over pairs of the same seed and order.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from r1export.recipe import load_recipe
+
 BASELINES = Path(__file__).parents[1] / "recipes" / "baselines"
 COLUMNS = ("Transfer", "Avg", "Last", "probe", "trainable", "shipped kB", "seconds")
 
@@ -35,6 +39,7 @@ def main() -> None:
         name: [figures for (method, *_), figures in zip(jobs, found, strict=True) if method == name] for name in names
     }
     print(_table(rows))
+    print(_differences(rows, [f"{order} {seed}" for order, seed in product(asked.orders, asked.seeds)]))
     text = json.dumps({"stream": str(asked.stream), "set": asked.set, "methods": rows}, indent=2)
     (asked.out / "methods.json").write_text(text + "\n", encoding="utf-8")
 
@@ -53,6 +58,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", help="names in recipes/baselines; all if not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--orders", nargs="+", choices=("forward", "reversed"), default=["forward"])
+    parser.add_argument("--scaling", type=float, help="alpha / rank of every method instead of the recipes' alpha")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="for every run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, required=True)
@@ -63,7 +69,10 @@ def _train(asked: argparse.Namespace, method: str, order: str, seed: int) -> dic
     """The figures of one run, trained if it is not there. SystemExit with what the command said if it fails."""
     run = asked.out / f"{method}-{order}-{seed}"
     command = [sys.executable, "-m", "r1export", "train", asked.out / f"{method}.toml", "--out", run, "--resume"]
-    command += [part for value in (*asked.set, f"train.seed={seed}") for part in ("--set", value)]
+    sets = [*asked.set, f"train.seed={seed}"]
+    if asked.scaling:
+        sets.append(f"pool.alpha={asked.scaling * load_recipe(asked.out / f'{method}.toml').pool.rank}")
+    command += [part for value in sets for part in ("--set", value)]
     command += ["--order", "reversed"] if order == "reversed" else []
     if not (run / "metrics.json").exists():
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -88,6 +97,7 @@ def _figures(run: Path) -> dict[str, Any]:
         "shipped kB": sum(task["factor_bytes"] for task in tasks) / len(tasks) / 1000,
         "seconds": sum(task["seconds"] for task in tasks),
         "zero-shot": 100 * metrics["zero_shot_avg"],
+        "zero-shot of later tasks": 100 * float(np.mean(metrics["zero_shot"][1:])),
         "probe before": None if probe[0] is None else 100 * probe[0],
     }
 
@@ -96,7 +106,7 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Mean and, over seeds and orders, standard deviation."""
     first = next(iter(rows.values()))[0]
     lines = ["| method | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    nothing = [first["zero-shot"]] * 3 + [first["probe before"], 0, 0, 0]
+    nothing = [first["zero-shot of later tasks"], first["zero-shot"], first["zero-shot"]] + [first["probe before"], 0, 0, 0]
     lines.append(
         "| zero-shot | "
         + " | ".join("-" if v is None else f"{v:.1f}" if i < 4 else "0" for i, v in enumerate(nothing))
@@ -109,6 +119,27 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> str:
             digits = 1 if column in COLUMNS[:4] else 0
             spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 and digits else ""
             cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "-")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _differences(rows: dict[str, list[dict[str, Any]]], pairs: list[str]) -> str:
+    """`ours` minus each other method, mean and standard error over the pairs of one order and seed."""
+    if "ours" not in rows or len(pairs) < 2:
+        return ""
+    lines = [
+        f"\n`ours` minus the others, {len(pairs)} pairs\n",
+        "| method | " + " | ".join(COLUMNS[:4]) + " |",
+        "|---" * 5 + "|",
+    ]
+    for name in (name for name in rows if name != "ours"):
+        cells = []
+        for column in COLUMNS[:4]:
+            gains = [
+                a[column] - b[column] for a, b in zip(rows["ours"], rows[name], strict=True) if a[column] is not None
+            ]
+            error = np.std(gains, ddof=1) / len(gains) ** 0.5 if gains else 0
+            cells.append(f"{np.mean(gains):+.1f} ± {error:.1f}" if gains else "-")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -116,10 +116,10 @@ def _process(command: list[str], timeout: int) -> str:
 def made_from(found: dict[str, Any], details: bool) -> str:
     """What goes between the markers."""
     rows, machine, timing = found["rows"], found["machine"], found["timing"]
+    if not details:
+        return table.brief(rows)
     text = "\n" + table.table(rows) + "\n"
     text += "".join(f"- {sentence}\n" for sentence in table.shortfalls(rows))
-    if not details:
-        return text + "\n"
     how = f"{machine['cores']} {machine['machine']} cores, {timing.get('rounds', 'no')} rounds of each pair, clock: {timing.get('clock')}"
     text += f"\n{found['model']}; {found['facts']['adapter_values']:,} values in the adapter, which moves embeddings by up to "
     text += f"{found['facts']['moved_by_adapter']:.2g}; {how}; all of it in {found['seconds'] / 60:.0f} minutes.\n\n"

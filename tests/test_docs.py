@@ -52,8 +52,8 @@ def test_the_documents_name_commands() -> None:
     assert len(lines_with_commands()) > 8
 
 
-def test_every_command_is_in_the_readme() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_command_is_in_the_list_of_commands() -> None:
+    text = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
     assert [name for name in COMMANDS if f"r1export {name}" not in text] == []
 
 
@@ -72,6 +72,14 @@ def test_the_recipe_in_the_readme_is_a_recipe() -> None:
 
 def test_the_field_list_is_the_recipe_model() -> None:
     assert subprocess.run([sys.executable, ROOT / "scripts/recipe_table.py", "--check"], timeout=60).returncode == 0
+
+
+def test_the_table_of_methods_is_that_of_the_results() -> None:
+    assert subprocess.run([sys.executable, ROOT / "scripts/methods_table.py", "--check"], timeout=60).returncode == 0
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_every_help_text_has_a_first_line_and_every_option_a_meaning() -> None:

@@ -88,6 +88,13 @@ def test_a_contender_that_failed_is_a_row_that_says_how() -> None:
     assert len({line.count("|") for line in made.splitlines()}) == 1
 
 
+def test_the_brief_table_counts_the_faults_that_fail_a_run() -> None:
+    half = row(faults={"merge": {"exit_code": 0}, "file": {"exit_code": 1}}, update_bytes=4_500_000)
+    made = table.brief({"olive": {"failed": "KeyError: 'a|b'"}, "peft": half, "r1export": row()})
+    assert "| PEFT merge and torch.onnx | 1.0 s | 1.000 [0.990, 1.010] | 4.5 MB | 1 of 2 |" in made
+    assert len({line.count("|") for line in made.splitlines()}) == 1
+
+
 def test_r1export_says_where_it_is_not_the_best() -> None:
     rows = {"multilora": row(update_bytes=90), "r1export": row(update_bytes=100)}
     assert [sentence.split(":")[0] for sentence in table.shortfalls(rows)] == ["Bytes of an update"]

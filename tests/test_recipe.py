@@ -68,9 +68,10 @@ def test_mtil_recipes_learn_the_eleven_sets_with_openai_weights() -> None:
 def test_the_header_of_a_benchmark_says_how_to_run_the_method_as_published(name: str) -> None:
     path = ROOT / "recipes" / f"{name}.toml"
     line = next(line for line in path.read_text(encoding="utf-8").splitlines() if "method as published" in line)
-    train = load_recipe(path, tuple(re.findall(r"--set (\S+)", line))).train
-    published = load_recipe(ROOT / "recipes/baselines/faithful.toml").train
-    assert train == published.model_copy(update={"iterations": train.iterations})
+    found = load_recipe(path, tuple(re.findall(r"--set (\S+)", line)))
+    published = load_recipe(ROOT / "recipes/baselines/faithful.toml")
+    assert found.train == published.train.model_copy(update={"iterations": found.train.iterations})
+    assert (found.pool, found.data.augment) == (published.pool, published.data.augment)
 
 
 def test_a_recipe_changes_only_what_it_says_of_the_one_it_extends(tmp_path) -> None:

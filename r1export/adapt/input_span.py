@@ -5,14 +5,18 @@
                      R = (I - M M^T) G (I - M M^T) = V diag(l) V^T,  held_i = (tr G - tr R + l_1 + ... + l_i) / tr G
                      M <- [M, v_1 ... v_k],  k the smallest with held_k >= share
 
+    before a task    of the images alone, by the model as it is: the same for its own inputs, in force during this task only
+
 M (in, m) has orthonormal columns and is empty before the first task. An expert adds s B A x, so what lies in the span of M is
-not changed at all, and the merge and the shipped bytes stay as they are. Sources: gradient projection memory (arXiv
+not changed at all, and the merge and the shipped bytes stay as they are. A task's own inputs before it stand for all that the
+model has seen of photographs: the leading directions of both are much the same, as ImageNet's probe shows
+(docs/experiments.md). Sources: gradient projection memory (arXiv
 2103.09762), which InfLoRA (2404.00228) and KeepLoRA (2601.19659) carry over to LoRA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -31,10 +35,10 @@ Span = dict[Rows, np.ndarray]  # by pool: orthonormal columns (in, k), float32
 Moments = dict[Rows, Tensor]  # by pool: sum of x x^T, float64 (in, in)
 
 
-def set_spans_(pools: Pools, earlier: Sequence[Span]) -> None:
-    """Keep the experts of every pool off what the tasks of `earlier` span together."""
+def set_spans_(pools: Pools, spans: Sequence[Span]) -> None:
+    """Keep the experts of every pool off what `spans` hold together. A span can leave a pool out."""
     for rows, pool in pools.items():
-        columns = [torch.from_numpy(span[rows]) for span in earlier]
+        columns = [torch.from_numpy(span[rows]) for span in spans if rows in span]
         pool.set_span_(torch.cat(columns, 1) if columns else pool.span[:, :0])
 
 
@@ -47,14 +51,26 @@ def new_directions(clip: Clip, pools: Pools, images: Images, prompts: Tensor, sh
     return {rows: _directions(moments[rows], pool.span.cpu().double(), share) for rows, pool in pools.items()}
 
 
-@torch.no_grad()
+def own_directions(clip: Clip, pools: Pools, images: Images, sample: np.ndarray, share: float) -> Span:
+    """The directions outside of the span of each pool of the image tower, so that with them `share` of the energy is held of
+    what the model makes of the images `sample`, int64 (n,), before it learns them: B is zero after the reset."""
+    parts = (images.batch(sample[start : start + BATCH]) for start in range(0, len(sample), BATCH))
+    moments = _moments(clip, pools, parts, ())
+    return {rows: _directions(each, pools[rows].span.cpu().double(), share) for rows, each in moments.items()}
+
+
 def input_moments(clip: Clip, pools: Pools, images: Images, prompts: Tensor) -> Moments:
     """The sum of x x^T over all positions of the inputs of every pool, with the experts that will be merged."""
+    return _moments(clip, pools, images.batches(BATCH), prompts.split(BATCH))
+
+
+@torch.no_grad()
+def _moments(clip: Clip, pools: Pools, images: Iterable[Tensor], prompts: Iterable[Tensor]) -> Moments:
     clip.model.eval()
     with routed(pools.values(), lambda pool: pool.frozen()), _watched(pools) as moments, short_texts(clip.model):
-        for pixels in images.batches(BATCH):
+        for pixels in images:
             clip.encode_image(pixels)
-        for tokens in prompts.split(BATCH):
+        for tokens in prompts:
             clip.encode_text(tokens)
     return moments
 

@@ -25,13 +25,13 @@ from pathlib import Path
 from r1export.device import state as state_files
 from r1export.device.policy import Installed
 from r1export.device.state import CONFIG, STATE, Config, State, read_config, read_state
-from r1export.errors import InputError, R1ExportError, Unsupported
-from r1export.update.atomic_io import FILE_MODE, inside, remove, sync_folder
-from r1export.update.bundle import Bundle, read_bundle, split
+from r1export.errors import CheckFailed, InputError, R1ExportError, Unsupported
+from r1export.update.atomic_io import FILE_MODE, inside, read_regular, remove, sha256_bytes, sync_folder
+from r1export.update.bundle import MAX_BUNDLE, Bundle, read_bundle, split
 from r1export.update.envelope import PublicKey
 from r1export.update.factors import ExpertUpdate
 from r1export.update.manifest import Base, Manifest
-from r1export.update.release_manifest import Release, check_file
+from r1export.update.release_manifest import Release
 
 BUNDLE = "update.r1u"
 BASE = "base"
@@ -128,8 +128,15 @@ class Store:
         return inside(self.path, f"factors/{sha256}.safetensors")
 
     def _held(self, sha256: str) -> ExpertUpdate:
-        check_file(self.factors_path(sha256), sha256)
-        return ExpertUpdate.read(self.factors_path(sha256))
+        path = self.factors_path(sha256)
+        remedy = "apply an update that carries it: one made with a lower --since"
+        try:
+            data = read_regular(path, MAX_BUNDLE)
+        except FileNotFoundError:
+            raise CheckFailed(f"{path} is missing", remedy) from None
+        if (found := sha256_bytes(data)) != sha256:
+            raise CheckFailed(f"{path} is damaged: SHA-256 {found}, expected {sha256}", remedy)
+        return ExpertUpdate.parse(data, path)
 
     def state(self) -> State:
         """state.json, raised to what store.json and the installed versions prove. A missing or damaged file counts as empty."""

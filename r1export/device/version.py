@@ -89,16 +89,23 @@ class Version:
         assert self.rebuild is not None
         return self.rebuild.chunks(file.path) if file.parts is None else self.bundle.content(file, self.base.path)
 
-    def check(self, file: File) -> None:
-        """Derive a file without writing it.
+    def check(self, file: File) -> set[str]:
+        """Derive a file without writing it; returns the names of the merged tensors in it, each of which is the signed one too.
 
         Raises:
-            CheckFailed: it is not the signed one.   InputError: a part lies beyond the end of the base's file.
+            CheckFailed: it or a tensor is not the signed one.   InputError: a part lies beyond the end of the base's file.
         """
-        digest = hashlib.sha256()
-        for chunk in self.chunks(file):
-            digest.update(chunk)
+        assert self.bundle is not None
+        assert self.rebuild is not None
+        digest, checked = hashlib.sha256(), set()
+        pieces = self.rebuild.pieces(file.path) if file.parts is None else (("", c) for c in self.chunks(file))
+        for name, piece in pieces:
+            digest.update(piece)
+            if name:
+                check_digest(name, sha256_bytes(piece), self.bundle.manifest.tensors.get(name, "nothing"))
+                checked.add(name)
         check_digest(file.path, digest.hexdigest(), file.sha256)
+        return checked
 
     def tensors(self, weights: str) -> dict[str, np.ndarray]:
         """The merged tensors of the file `weights` by initializer name, each checked against its signed digest.

@@ -161,6 +161,7 @@ def build(device: Store, name: str) -> None:
     version = version_of(device, bundle, folder)
     assert version.rebuild is not None
     _check_changes(version.rebuild, bundle.manifest)
+    unchecked = set(bundle.manifest.tensors)
     for file in bundle.manifest.files:
         _check_source(base, file)
         if device.config.mode == "slot":
@@ -170,9 +171,9 @@ def build(device: Store, name: str) -> None:
         elif file.parts is None and file.path not in version.rebuild.merged_files:
             check_digest(file.path, base.manifest.files[file.path].sha256, file.sha256)  # hashed with the base
         else:
-            version.check(file)
+            unchecked -= version.check(file)
     if device.config.mode == "overlay":
-        for parameter in bundle.manifest.tensors:
+        for parameter in sorted(unchecked):
             check_tensor(parameter, version.rebuild.tensor(parameter), bundle.manifest.tensors)
 
 

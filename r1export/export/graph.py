@@ -70,7 +70,7 @@ def export_graphs(
         externalize_(placed, WeightMap(placements).layout(location), location)
     weights = WeightMap(placements)
     others = fill_with_sentinels_(model, PROOF_SEED)  # what a graph remembers of the first sentinels shows with these
-    prove({t: graphs[t.files.graph] for t in make_towers(model, image_size, context_length)}, weights, others)
+    prove({t.with_current_weights(): graphs[t.files.graph] for t in towers}, weights, others)
     for name, graph in graphs.items():
         write_graph(graph, folder / name)
     add_classifier_(graphs[VISUAL.graph], weights, VISUAL.weights)

@@ -22,19 +22,22 @@ from r1export.update.container import write_tensors
 
 
 def fill_with_sentinels_(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
-    """Overwrite all parameters and buffers with random tensors, scaled so that activations stay finite; returns them by name."""
-    generator = torch.Generator().manual_seed(seed)
+    """Overwrite all parameters and buffers with random tensors, scaled so that activations stay finite.
+
+    Returns them by name, as views of the model's own memory.
+    """
+    rng = np.random.Generator(np.random.SFC64(seed))
     variances = {
         id(module.running_var) for module in model.modules() if getattr(module, "running_var", None) is not None
     }
     sentinels = {}
-    with torch.no_grad():
-        for name, tensor in float_tensors(model).items():
-            fan_in = max(1, tensor[0].numel()) if tensor.ndim > 1 else 1
-            tensor.copy_(
-                (torch.rand(tensor.shape, generator=generator) - 0.5) / fan_in**0.5 + (id(tensor) in variances)
-            )
-            sentinels[name] = tensor.detach().cpu().numpy().copy()
+    for name, tensor in float_tensors(model).items():
+        values = tensor.detach().numpy()
+        fan_in = max(1, values[0].size) if values.ndim > 1 else 1
+        values[...] = rng.random(values.shape, np.float32)
+        values -= 0.5 - (id(tensor) in variances) * fan_in**0.5
+        values /= fan_in**0.5
+        sentinels[name] = values
     return sentinels
 
 

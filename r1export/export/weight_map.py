@@ -7,7 +7,6 @@ parameter that is folded into something else is not found, and the map refuses.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from r1export.update.container import DTYPES, NAMES, Layout, TensorSpec, plan, t
 from r1export.update.names import PARAMETER, PATH
 from r1export.update.strict_json import Fields, parse_json
 
+FIRST = 16  # values of a tensor that its fingerprint holds
 MAX_MAP, MAX_FILES, MAX_ITEMS = 64 << 20, 100, 100_000  # bytes; weights files; parameters of one of them
 
 
@@ -108,15 +108,15 @@ def place_parameters(
     Raises:
         Unsupported: a used parameter is missing, one stands twice, or two share an initializer; the message names it.
     """
-    initializers: dict[str, list[ir.Value]] = {}
+    initializers: dict[tuple[int, bytes], list[ir.Value]] = {}
     for value in graph.initializers.values():
         if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT:
-            initializers.setdefault(_digest(value.const_value.numpy()), []).append(value)
+            initializers.setdefault(_fingerprint(value.const_value.numpy()), []).append(value)
     placed: dict[Placement, ir.Value] = {}
     for name, parameter in parameters.items():
         straight, turned = (
-            initializers.get(_digest(parameter), []),
-            initializers.get(_digest(parameter.T), []) if parameter.ndim == 2 else [],
+            _equal(initializers, parameter),
+            _equal(initializers, parameter.T) if parameter.ndim == 2 else [],
         )
         matches = {id(value): value for value in straight + turned}
         if len(matches) != 1 and (matches or name in used):
@@ -156,5 +156,15 @@ def _point(value: ir.Value, spec: TensorSpec, location: str) -> None:
     )
 
 
-def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+def _equal(initializers: Mapping[tuple[int, bytes], list[ir.Value]], array: np.ndarray) -> list[ir.Value]:
+    """The initializers that hold `array`, value for value, in whatever shape."""
+    return [
+        value
+        for value in initializers.get(_fingerprint(array), [])
+        if value.const_value is not None and np.array_equal(value.const_value.numpy().reshape(array.shape), array)
+    ]
+
+
+def _fingerprint(array: np.ndarray) -> tuple[int, bytes]:
+    """Number of values, and the first of them: cheap, and different for almost all tensors that differ."""
+    return array.size, array.flat[:FIRST].tobytes()

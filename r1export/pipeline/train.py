@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,14 @@ from r1export.adapt.distillation import BATCH, DistillationTargets, distillation
 from r1export.adapt.evaluate import accuracy, all_classes
 from r1export.adapt.full_finetune import fine_tune_
 from r1export.adapt.inject import eject_experts_
-from r1export.adapt.input_span import Span, new_directions, parse_span, set_spans_, span_tensors
+from r1export.adapt.input_span import (
+    Span,
+    new_directions,
+    own_directions,
+    parse_span,
+    set_spans_,
+    span_tensors,
+)
 from r1export.adapt.metrics import stream_metrics
 from r1export.adapt.pack import load_rounded_factors_, pack_experts, pool_tensors, set_past_experts_, set_past_pools_
 from r1export.adapt.pool import Pools
@@ -39,6 +47,7 @@ from r1export.update.release_manifest import BaseModel
 from r1export.update.run_layout import TaskLayout
 from r1export.verify.results import Probe
 
+OWN_IMAGES = 256  # how many of a task's images show what it gives to the model before it
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
 
@@ -57,7 +66,9 @@ def train_tasks(context: RunContext) -> RunMetrics:
                     _train_task(context, number, task, updates, folder)
             distributed.wait()
             updates.append(ExpertUpdate.read(folder.factors))
-            with context.with_updates_applied(updates):
+            # What was measured needs no merge: else going on with task N would merge N^2 / 2 times.
+            merged = nullcontext() if folder.accuracy.exists() else context.with_updates_applied(updates)
+            with merged:
                 rows.append(_cached_accuracies(context, folder.accuracy, f"After {task.name}"))
             log_accuracies(context, number, rows[-1])
         metrics = _metrics(recipe, zero_shot, rows)
@@ -183,9 +194,8 @@ def _train_experts(job: TaskJob) -> _Trained:
     clip, recipe, training = job.context.learner.clip, job.context.recipe, job.training
     pools = inject_pools_(clip, recipe)
     try:
-        if recipe.train.protect:
-            set_spans_(pools, _earlier_spans(job, pools))
         reset_pools_(pools, recipe.train.seed, training.number)
+        earlier = _leave_spans_(job, pools)
         _set_past_(job, pools)
         losses = train_pools_(clip, pools, training, checkpoint=job.folder.checkpoint, on_step=job.on_step)
         update = pack_experts(pools, DTYPES[recipe.pool.factors])
@@ -193,7 +203,7 @@ def _train_experts(job: TaskJob) -> _Trained:
             load_rounded_factors_(pools, update)
         if distributed.is_first():
             write_tensors(job.folder.pool, pool_tensors(pools))
-            _write_directions(job, pools)
+            _write_directions(job, pools, earlier)
         return _Trained(losses, update, sum(p.numel() for pool in pools.values() for p in pool.learned()))
     finally:
         eject_experts_(clip.model)
@@ -210,15 +220,32 @@ def _set_past_(job: TaskJob, pools: Pools) -> None:
     set_past_pools_(pools, [read_tensors(layout.pool) for layout in layouts])
 
 
+def _leave_spans_(job: TaskJob, pools: Pools) -> list[Span]:
+    """Keep the experts off what earlier tasks' inputs span, which is returned, and off the task's own as the recipe says."""
+    settings, training = job.context.recipe.train, job.training
+    earlier = _earlier_spans(job, pools) if settings.protect else []
+    set_spans_(pools, earlier)
+    if settings.protect_own:
+        sample = training.visited()
+        if len(sample) > OWN_IMAGES:
+            sample = np.sort(np.random.default_rng(training.seed(5)).choice(sample, OWN_IMAGES, replace=False))
+        own = own_directions(job.context.learner.clip, pools, training.train, sample, settings.protect_own)
+        set_spans_(pools, [*earlier, own])
+    for pool in pools.values():
+        pool.leave_span_()
+    return earlier
+
+
 def _earlier_spans(job: TaskJob, pools: Pools) -> list[Span]:
     """What the inputs of every earlier task added to the span."""
     files = [job.context.task_layout(number).directions for number in range(1, job.training.number)]
     return [parse_span(read_tensors(file), pools, str(file)) for file in files]
 
 
-def _write_directions(job: TaskJob, pools: Pools) -> None:
+def _write_directions(job: TaskJob, pools: Pools, earlier: list[Span]) -> None:
     share, training = job.context.recipe.train.protect, job.training
     if share:
+        set_spans_(pools, earlier)
         clip = job.context.learner.clip
         prompts = task_prompts(clip, training)
         span = new_directions(clip, pools, training.train, prompts, share)

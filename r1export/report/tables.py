@@ -290,8 +290,9 @@ def accuracy_summary(report: Report) -> list[tuple[str, str]]:
     if accuracy and accuracy.forgetting:
         summary.append(("Worst forgetting", points(max(accuracy.forgetting))))
     if gaps:
-        summary += [("Merge gap (G1)", scientific(gaps.G1)), ("Freezing gap (G2)", points(gaps.G2))]
-        summary += [("Shrink gap (G3)", points(gaps.G3))] if gaps.G3 is not None else []
+        summary.append(("Merge gap (G1)", scientific(gaps.G1)))
+        measured = {"Freezing gap (G2)": gaps.G2, "Shrink gap (G3)": gaps.G3}
+        summary += [(title, points(gap)) for title, gap in measured.items() if gap is not None]
     return summary
 
 

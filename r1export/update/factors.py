@@ -22,7 +22,7 @@ import numpy as np
 
 from r1export.errors import InputError
 from r1export.update.atomic_io import write_file
-from r1export.update.container import plan, read_tensors, stored_bytes
+from r1export.update.container import parse_tensors, plan, read_tensors, stored_bytes
 from r1export.update.names import PARAMETER
 
 PROCEDURE = "r1-f64-v1"
@@ -179,7 +179,15 @@ class ExpertUpdate:
     @classmethod
     def read(cls, path: Path) -> ExpertUpdate:
         """Inverse of `write`. Raises InputError naming the file and the tensor."""
-        tensors = read_tensors(path)
+        return cls._of(read_tensors(path), path)
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> ExpertUpdate:
+        """Inverse of `to_bytes`; `path` names the file in errors. Raises like `read`."""
+        return cls._of(parse_tensors(data, path), path)
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, np.ndarray], path: Path) -> ExpertUpdate:
         names = {name.rpartition(".")[0] for name in tensors}
         if {f"{name}.{part}" for name in names for part in "uv"} != set(tensors):
             raise InputError(f"{path}: a factor has no partner", "expected NAME.u and NAME.v for each adapted linear")

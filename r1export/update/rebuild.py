@@ -72,13 +72,19 @@ class Rebuild:
 
     def chunks(self, path: str) -> Iterator[bytes | memoryview]:
         """The bytes of the version's file `path`, piece by piece. Raises InputError if the base's file is shorter than it says."""
+        return (piece for _, piece in self.pieces(path))
+
+    def pieces(self, path: str) -> Iterator[tuple[str, bytes | memoryview]]:
+        """`chunks`, a merged tensor in one piece together with its name; what is the base's has none."""
         position = 0
-        for parameter in self.merged_files.get(path, []):
-            entry = self._entry(parameter)
-            yield from read_range(self.base.path / path, position, entry.offset - position)
-            yield stored_bytes(self.tensor(parameter))
+        for name in self.merged_files.get(path, []):
+            entry = self._entry(name)
+            for piece in read_range(self.base.path / path, position, entry.offset - position):
+                yield "", piece
+            yield name, stored_bytes(self.tensor(name))
             position = entry.end
-        yield from read_range(self.base.path / path, position, self.base.manifest.files[path].nbytes - position)
+        for piece in read_range(self.base.path / path, position, self.base.manifest.files[path].nbytes - position):
+            yield "", piece
 
     def _entry(self, parameter: str) -> TensorEntry:
         if parameter not in self.base.manifest.tensors:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from r1export.errors import InputError
-from r1export.update.container import map_tensors, read_tensors, write_tensors
+from r1export.update.container import read_layout, read_tensors
 from r1export.update.golden_samples import SAMPLES, GoldenSamples
 from r1export.update.release_layout import GOLDEN, VISUAL
 from r1export.update.release_manifest import ReleaseManifest
@@ -21,6 +21,7 @@ from r1export.verify.parity import (
     ExecutionConfig,
     Gate,
     Inputs,
+    Outputs,
     compare,
     difference,
     run_in_batches,
@@ -35,21 +36,40 @@ FLOAT32 = 2.0**-24  # rounding of one operation
 ROUNDED = 16  # operations beside the products of a logit: exp, scale, bias, and a unit norm that is not quite one
 
 
+class GoldenRuns:
+    """What releases give for their golden samples in every batch size, each computed once per provider."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[tuple[Path, str], Outputs] = {}
+
+    def of(self, release: Path, provider: str) -> Outputs:
+        """Raises CheckFailed if the release cannot be run."""
+        if (release, provider) not in self._outputs:
+            samples = read_golden(release)
+            inputs = Inputs(samples.pixel_values, samples.input_ids)
+            configs = [ExecutionConfig(provider, "all", batch) for batch in BATCHES]
+            model = onnx_model(release, provider=provider)
+            self._outputs[release, provider] = run_in_batches(model, inputs, configs)
+        return self._outputs[release, provider]
+
+
 def golden_parity(
-    release: Path, manifest: ReleaseManifest, providers: Sequence[str] = ("cpu",), control: Parity | None = None
+    release: Path,
+    manifest: ReleaseManifest,
+    providers: Sequence[str] = ("cpu",),
+    control: Parity | None = None,
+    runs: GoldenRuns | None = None,
 ) -> Parity:
     """Stored outputs of torch against this release in onnxruntime on this machine, on all `providers`: one stage of parity.
 
-    `control` is the same stage of the base release. Raises CheckFailed if the release cannot be run, InputError as `manifest_gate`.
+    `control` is the same stage of the base release; `runs` has outputs that are known already.
+    Raises CheckFailed if the release cannot be run, InputError as `manifest_gate`.
     """
-    samples = read_golden(release)
-    inputs = Inputs(samples.pixel_values, samples.input_ids)
+    samples, gate, runs = read_golden(release), manifest_gate(manifest), runs or GoldenRuns()
     expected = Embeddings(samples.image_embeds, samples.text_embeds)
-    gate = manifest_gate(manifest)
     outputs: dict[ExecutionConfig, Embeddings] = {}
     for provider in providers:
-        configs = [ExecutionConfig(provider, "all", batch) for batch in BATCHES]
-        outputs |= run_in_batches(onnx_model(release, provider=provider), inputs, configs)
+        outputs |= runs.of(release, provider)
     return compare(expected, outputs, gate, control, of=len(TOWERS) * SAMPLES)
 
 
@@ -71,9 +91,9 @@ def manifest_gate(manifest: ReleaseManifest) -> Gate:
     return GATES[manifest.precision].no_laxer_than(manifest.golden.max_abs, manifest.golden.min_cosine)
 
 
-def check_golden(release: Path, manifest: ReleaseManifest) -> Check:
+def check_golden(release: Path, manifest: ReleaseManifest, runs: GoldenRuns | None = None) -> Check:
     """The stored samples are reproduced. Raises as `golden_parity`."""
-    parity = golden_parity(release, manifest)
+    parity = golden_parity(release, manifest, runs=runs)
     reproduced = Check(
         verdict=parity.verdict, looked_at=parity.looked_at, of=parity.of, detail=f"golden.safetensors: {parity.detail}"
     )
@@ -106,14 +126,16 @@ def golden_sensitivity(release: Path, manifest: ReleaseManifest) -> Sensitivity:
     """
     parameter = _middle_matrix(manifest)
     samples, gate = read_golden(release), manifest_gate(manifest)
-    tensors = {name: value.copy() for name, value in map_tensors(release / VISUAL.weights).items()}
-    target = manifest.tensors[parameter].scale or parameter
     with TemporaryDirectory() as folder:
-        shutil.copyfile(release / VISUAL.graph, Path(folder) / VISUAL.graph)
+        for name in (VISUAL.graph, VISUAL.weights):
+            shutil.copyfile(release / name, Path(folder) / name)
+        spec = read_layout(Path(folder) / VISUAL.weights).by_name[manifest.tensors[parameter].scale or parameter]
+        target = np.memmap(Path(folder) / VISUAL.weights, spec.dtype, "r+", spec.offset, spec.shape)
+        original = target.astype(np.float32)
 
         def notices(change: float) -> bool:
-            scaled = (tensors[target].astype(np.float32) * np.float32(1 + change)).astype(tensors[target].dtype)
-            write_tensors(Path(folder) / VISUAL.weights, tensors | {target: scaled})
+            target[...] = original * np.float32(1 + change)
+            target.flush()
             embeds = runner(open_session(Path(folder) / VISUAL.graph))({VISUAL.input: samples.pixel_values})
             distance = difference(samples.image_embeds, [embeds])
             return not (distance.max_abs is not None and distance.max_abs <= gate.max_abs)

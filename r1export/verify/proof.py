@@ -164,14 +164,15 @@ def _rung(digests: Mapping[str, tuple[str, str]], problems: Iterable[str], detai
     return Rung.judge(problems, looked_at=len(digests), of=of, detail=detail, digest=digest, expected=expected)
 
 
-def tell_apart(base: Path, unmerged: Path, feeds: Feeds) -> Check:
+def tell_apart(base: Path, unmerged: Path, feeds: Feeds, executed: Execution | None = None) -> Check:
     """Whether L1, L2 and L3 tell an unmerged tower from the base. The digests of L1 and L2 are structural, so weights play no part.
 
+    `executed` is what the base ran on the CPU, if that is known already.
     A control that cannot be run is inconclusive: the rungs may be blind.
     """
     try:
         graphs = [graph_digest(path, structural=True) for path in (base, unmerged)]
-        runs = [_execute(path, feeds, "cpu") for path in (base, unmerged)]
+        runs = [executed or _execute(base, feeds, "cpu"), _execute(unmerged, feeds, "cpu")]
     except (CheckFailed, Unsupported) as error:
         return Check.unmeasured(str(error), of=1)
     told_apart = {

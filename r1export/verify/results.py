@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, ClassVar, Self
 
@@ -409,18 +409,19 @@ class Drift:
 
 @dataclass(frozen=True, kw_only=True)
 class Gaps:
-    """What merging and freezing cost on one task: G1 in logits, G2 and G3 as differences of accuracies.
+    """What merging and freezing cost on one task: G1 in logits, G2 and G3 as differences of accuracies on `images` test images.
 
-    G3 is None for a sparse gate, which decides by itself how many experts are merged.
+    G2 and G3 are None where experts were fixed before the end of the training; G3 also for a sparse gate, which decides by itself
+    how many experts are merged.
     """
 
     G1: float
     G1_top1_agreement: float
-    G2: float
-    G2_batch_32: float
-    G3: float | None
-    images: int
-    accuracies: Mapping[str, float]
+    G2: float | None = None
+    G2_batch_32: float | None = None
+    G3: float | None = None
+    images: int = 0
+    accuracies: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,7 +429,7 @@ class RunGaps:
     """The largest G1, the means of G2 and G3, and the gaps of each task."""
 
     G1: float
-    G2: float
+    G2: float | None
     G3: float | None
     tasks: Mapping[str, Gaps]
 

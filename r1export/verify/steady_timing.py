@@ -99,13 +99,10 @@ def _time(folder: Path) -> None:
             meter,
         )
     clocks = readings.clocks
-    np.savez(
-        folder / READINGS,
-        clocks=clocks.names,
-        threads=clocks.threads,
-        uncounted=clocks.uncounted,
-        **{f"counts.{name}": values for name, values in readings.counts.items()},
-    )
+    facts = {"clocks": clocks.names, "threads": clocks.threads, "uncounted": clocks.uncounted}
+    arrays = {name: np.asarray(value) for name, value in facts.items()}
+    arrays |= {f"counts.{name}": values for name, values in readings.counts.items()}
+    np.savez(folder / READINGS, **arrays)
 
 
 def main(folder: Path) -> int:

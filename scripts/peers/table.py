@@ -18,7 +18,7 @@ COLUMNS = (
     "contender", "export, s: first / later", "release, MB", "parity, max-abs", "image tower, ms", "adapted / base [95 %]",
     "bytes of an update", "wrong merge fails the run", "damaged file fails the run",
 )  # fmt: skip
-HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
+BRIEF = ("tool", "next release", "latency vs. base [95 % CI]", "update of a device", "planted faults caught")
 FAULTS = {"merge": "the scaling of the LoRA counts twice", "file": "one weight has the wrong sign"}
 CLOSE = 1.05  # times within this factor count as equal, sizes within SAME_SIZE; each is one measurement
 SAME_SIZE = 1.01
@@ -43,7 +43,31 @@ Row = Mapping[str, Any]
 
 def table(rows: Mapping[str, Row]) -> str:
     """One line for each contender; one that failed says how."""
-    return HEAD + "".join(_line(TITLES[name], rows[name]) for name in TITLES if name in rows)
+    return _head(COLUMNS) + "".join(_line(TITLES[name], rows[name]) for name in TITLES if name in rows)
+
+
+def brief(rows: Mapping[str, Row]) -> str:
+    """The five columns that decide, one line for each contender."""
+    return _head(BRIEF) + "".join(_brief_line(TITLES[name], rows[name]) for name in TITLES if name in rows)
+
+
+def _head(columns: Sequence[str]) -> str:
+    return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
+
+
+def _brief_line(title: str, row: Row) -> str:
+    if "failed" in row:
+        return f"| {title} | failed: {cell(row['failed'])} | | | |\n"
+    caught = sum(bool(row["faults"][fault]["exit_code"]) for fault in FAULTS)
+    adapted = {kind: ratio for kind, ratio in row.get("timing", {}).get("ratios", {}).items() if kind == "adapted"}
+    cells = (
+        title,
+        f"{_seconds(row['later_seconds'])} s",
+        _ratio(adapted),
+        f"{row['update_bytes'] / 1e6:.1f} MB",
+        f"{caught} of {len(FAULTS)}",
+    )
+    return "| " + " | ".join(cells) + " |\n"
 
 
 def _line(title: str, row: Row) -> str:

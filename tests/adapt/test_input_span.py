@@ -17,6 +17,7 @@ from r1export.adapt.input_span import (
     _directions,
     input_moments,
     new_directions,
+    own_directions,
     parse_span,
     set_spans_,
     span_tensors,
@@ -58,6 +59,19 @@ def test_experts_read_nothing_of_an_earlier_span_after_the_reset_and_after_every
     assert len(worst) == 7
     assert max(worst) < 1e-6
     assert max(pool.lora_B.abs().max().item() for pool in pools.values()) > 1e-3
+
+
+def test_what_a_tasks_own_images_give_before_it_is_of_the_image_tower_alone_and_beyond_earlier_spans(lesson) -> None:
+    clip, pools, training = lesson
+    reset_pools_(pools, 0, 1)
+    earlier = span_of(lesson, 0.5)
+    set_spans_(pools, [earlier])
+    own = own_directions(clip, pools, training.train, np.arange(24), 0.9)
+    assert {rows.parameter.partition(".")[0] for rows in own} == {"visual"}
+    assert max(np.abs(columns.T @ earlier[rows]).max(initial=0) for rows, columns in own.items()) < 1e-5
+    set_spans_(pools, [earlier, own])
+    for rows, pool in pools.items():
+        assert pool.span.shape[1] == earlier[rows].shape[1] + (own[rows].shape[1] if rows in own else 0)
 
 
 def test_without_protection_experts_do_read_it(lesson) -> None:

@@ -85,6 +85,9 @@ def channel(lab, tmp_path):
 def fetch(address, kit, store):
     code = example("python", "channel.json").replace("https://models.example/camera/v1", address)
     code = code.replace('"r1device.pyz"', repr(str(kit))).replace("/data/model", str(store))
+    machine = store.parent / "machine-id"
+    machine.write_text("0123456789abcdef0123456789abcdef\n")
+    code = code.replace("/etc/machine-id", str(machine))
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
@@ -102,6 +105,51 @@ def test_a_device_reads_no_more_than_an_update_can_have(lab, slot_device, kit, c
     process = fetch(address, kit, slot_device.path)
     assert "3-since-0.r1u has more than 67108864 bytes" in process.stderr
     assert slot_device.store.current == "base"
+
+
+def set_percent(folder, percent):
+    channel = json.loads((folder / "channel.json").read_text())
+    (folder / "channel.json").write_text(json.dumps({**channel, "percent": percent}))
+
+
+def test_a_stage_of_nobody_changes_nothing_and_one_of_all_reaches_the_device(lab, slot_device, kit, channel):
+    folder, address = channel
+    set_percent(folder, 0)
+    assert fetch(address, kit, slot_device.path).returncode == 0
+    assert slot_device.store.current == "base"
+    set_percent(folder, 100)
+    (folder / "reports" / "3").mkdir(parents=True)
+    (folder / "reports" / "3" / "0").touch()
+    assert fetch(address, kit, slot_device.path).returncode == 0
+    assert slot_device.files() == fleet.hashes(lab.release(3))
+
+
+def names_of(block, device="d"):
+    """What an example defines, without running the part that talks to a server."""
+    defined = {}
+    code = example("python", block).partition("\nchannel = ")[0]
+    exec(code.replace('Path("/etc/machine-id").read_text().strip()', repr(device)), defined)
+    return defined
+
+
+def test_a_stage_grows_and_begins_with_other_devices_for_every_update():
+    def chosen(seq, percent):
+        return {i for i in range(1000) if names_of_device[i](seq, percent)}
+
+    names_of_device = [names_of("is_chosen", f"device-{i}")["is_chosen"] for i in range(1000)]
+    assert not chosen(3, 0)
+    assert len(chosen(3, 100)) == 1000
+    assert 70 < len(chosen(3, 10)) < 130
+    assert chosen(3, 1) < chosen(3, 10) < chosen(3, 50)
+    assert len(chosen(3, 10) & chosen(4, 10)) < 30
+
+
+@pytest.mark.parametrize(
+    ("percent", "passed", "failed", "expected"),
+    [(1, 20, 0, 1), (1, 150, 0, 10), (50, 900, 10, 100), (1, 100, 3, 0), (10, 1000, 30, 0), (100, 5000, 0, 100), (1, 148, 2, 10)],
+)  # fmt: skip
+def test_a_roll_out_goes_on_waits_or_stops(percent, passed, failed, expected):
+    assert names_of("next_percent")["next_percent"](percent, passed, failed) == expected
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")

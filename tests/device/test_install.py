@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from device import fleet
+from device.conftest import Device
 from device.steps import in_this_process
 
 from r1export.device import install, provision, worker
@@ -292,6 +293,14 @@ def test_a_file_that_comes_out_other_than_signed_is_refused(lab, device, tmp_pat
     refused(device, CheckFailed, with_file(lab, lab.bundle(1, 0), tmp_path, name, sha256="0" * 64), "SHA-256")
 
 
+def test_an_overlay_takes_no_tensor_that_comes_out_other_than_signed(lab, new_devices, tmp_path):
+    store = Path(shutil.copytree(new_devices["overlay"], tmp_path / "store", symlinks=True))
+    path = lab.bundle(1, 0)
+    for name in lab.read(path).manifest.tensors:
+        tensors = {**lab.read(path).manifest.tensors, name: "0" * 64}
+        refused(Device(store), CheckFailed, resigned(lab, path, tmp_path, tensors=tensors), f"{name} has SHA-256")
+
+
 def test_a_part_beyond_the_end_of_the_bases_file_is_refused(lab, device, tmp_path):
     parts = {"parts": (Part("base", 1 << 20, 12),), "nbytes": 12}
     refused(device, InputError, with_file(lab, lab.bundle(1, 0), tmp_path, "preprocess.json", **parts), "too short")
@@ -362,6 +371,22 @@ def test_a_hanging_health_check_is_ended(lab, device, monkeypatch):
     with_health(lab, device, "sh -c 'sleep 60'")
     monkeypatch.setitem(worker.SECONDS, "health", 0.2)
     refused(device, CheckFailed, lab.bundle(1, 0), "more than 0.2 seconds", run=worker.run)
+
+
+@pytest.mark.parametrize(
+    ("start", "error", "message", "tries"),
+    [
+        ("import sys; sys.exit(2)", Unsupported, "did not start: exit code 2", []),
+        ("import os; print('started', flush=True); os.kill(os.getpid(), 9)", Unsupported, "build was killed", []),
+        ("import os; print('started', flush=True); os.abort()", CheckFailed, "build ended with signal 6", [1]),
+    ],
+)
+def test_a_process_that_cannot_start_or_is_killed_is_no_try_and_one_that_crashes_is(
+    lab, slot_device, monkeypatch, start, error, message, tries
+):
+    monkeypatch.setattr(worker, "_START", start)
+    refused(slot_device, error, lab.bundle(1, 0), message, run=worker.run)
+    assert list(slot_device.store.state().tries.values()) == tries
 
 
 @pytest.fixture

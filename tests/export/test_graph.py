@@ -17,7 +17,9 @@ from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.export import graph as graph_module
 from r1export.export.audit import _walk, audit_reexport
 from r1export.export.graph import MAX_OPSET, MIN_OPSET, export_graphs
-from r1export.export.weight_map import WeightMap
+from r1export.export.sentinels import fill_with_sentinels_
+from r1export.export.towers import float_tensors
+from r1export.export.weight_map import WeightMap, place_parameters
 from r1export.update.release_layout import GRAPHS
 
 FP32 = 2e-6  # max-abs on unit-norm embeddings of the tiny model; sums of 32 terms are rounded in another order
@@ -221,3 +223,31 @@ def test_a_weight_map_reads_what_it_wrote_and_refuses_the_rest(exported, tmp_pat
     (tmp_path / "weight_map.json").write_text(json.dumps({"visual.safetensors": [{"parameter": "a"}]}))
     with pytest.raises(InputError, match="not a weight map"):
         WeightMap.read(tmp_path / "weight_map.json")
+
+
+def test_sentinels_are_the_model_s_own_memory_and_no_two_are_equal(exported) -> None:
+    model = copy.deepcopy(exported.model)
+    sentinels = fill_with_sentinels_(model, 1)
+    tensors = float_tensors(model)
+    assert sentinels.keys() == tensors.keys()
+    assert all(np.shares_memory(sentinels[name], tensor.detach().numpy()) for name, tensor in tensors.items())
+    assert len({values.tobytes() for values in sentinels.values()}) == len(sentinels)
+
+
+def test_a_parameter_is_found_by_all_of_its_values_not_by_the_first_alone() -> None:
+    """Two tensors with the same beginning: each is found where it stands, and one that differs in its last value nowhere."""
+    rng = np.random.default_rng(0)
+    left = rng.normal(size=(6, 8)).astype(np.float32)
+    right, other = left.copy(), left.copy()
+    right[-1, -1], other[-1, -1] = 5.0, 6.0
+    values = [
+        ir.val(name, const_value=ir.tensor(value, name=name)) for name, value in (("a", left), ("b", right.T.copy()))
+    ]
+    graph = ir.Graph([], [], nodes=[], initializers=values)
+    found = place_parameters(graph, {"left": left, "right": right}, {"left", "right"})
+    assert {(p.parameter, p.transposed): value.name for p, value in found.items()} == {
+        ("left", False): "a",
+        ("right", True): "b",
+    }
+    with pytest.raises(Unsupported, match="occurs 0 times"):
+        place_parameters(graph, {"other": other}, {"other"})

@@ -13,7 +13,7 @@ from r1export.update.container import read_tensors
 from r1export.update.factors import ExpertUpdate
 
 SETTINGS = (
-    "train.iterations=3", "train.protect=0.8", "train.distill_weight=0", "data.shots=2", "data.test_limit=20",
+    "train.iterations=3", "train.protect=0.8", "train.protect_own=0.5", "train.distill_weight=0", "data.shots=2", "data.test_limit=20",
 )  # fmt: skip
 SECOND = '[[tasks]]\nname = "arrows"\nsource = "builtin:arrows"\n'
 

@@ -11,10 +11,11 @@ from verify.manifests import manifest_of
 from r1export.errors import CheckFailed, InputError
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.release_manifest import GoldenGate, ReleaseManifest
-from r1export.verify.golden import check_classifier, check_golden, golden_parity, manifest_gate
+from r1export.verify import golden
+from r1export.verify.golden import GoldenRuns, check_classifier, check_golden, golden_parity, manifest_gate
 from r1export.verify.parity import GATES, Gate
 from r1export.verify.results import Check
-from r1export.verify.runtimes.runtime import open_session, runner
+from r1export.verify.runtimes.runtime import onnx_model, open_session, runner
 
 ENTRIES = {"visual": "pixel_values", "textual": "input_ids"}
 
@@ -141,3 +142,14 @@ def test_a_classifier_that_meets_no_task_or_no_image_does_not_pass(release) -> N
     golden = {name: values[:0] for name, values in read_tensors(path / "golden.safetensors").items()}
     write_tensors(path / "golden.safetensors", golden)
     assert judged(path).verdict != "pass"
+
+
+def test_golden_samples_go_through_a_release_once_per_provider(release, monkeypatch) -> None:
+    path, manifest = release
+    opened = []
+    monkeypatch.setattr(
+        golden, "onnx_model", lambda *args, **options: opened.append(args) or onnx_model(*args, **options)
+    )
+    runs = GoldenRuns()
+    checked, compared = check_golden(path, manifest, runs), golden_parity(path, manifest, runs=runs)
+    assert (checked.verdict, compared.verdict, len(opened)) == ("pass", "pass", 1)

@@ -9,36 +9,37 @@ import numpy as np
 from r1export.adapt.evaluate import all_classes, top1_among
 from r1export.data.task import Task
 from r1export.pipeline.variant import ReleaseRef
-from r1export.pipeline.verification.inputs import BATCH, accuracy_images
+from r1export.pipeline.verification.inputs import ImageEmbeddings, accuracy_images
 from r1export.update.container import read_tensors
-from r1export.update.release_layout import CLASS_EMBEDS, VISUAL, class_embeddings_file
+from r1export.update.release_layout import CLASS_EMBEDS, class_embeddings_file
 from r1export.update.release_manifest import ReleaseManifest
 from r1export.verify.results import Check
-from r1export.verify.runtimes.runtime import Run, open_session, runner
 
 SIGMAS = 3  # a true accuracy lies further off once in 370 times
 FLIPS = 2  # images whose answer may differ between runtimes
 
 
-def check_accuracies(ref: ReleaseRef, manifest: ReleaseManifest) -> Check:
+def check_accuracies(ref: ReleaseRef, manifest: ReleaseManifest, embeddings: ImageEmbeddings) -> Check:
     """Top-1 of every task within the error of the images that it is measured on again. Counts are tasks.
 
     Raises CheckFailed if the image tower cannot be run.
     """
     claimed = {task.name: task.accuracy for task in manifest.tasks}
-    run = runner(open_session(ref.path / VISUAL.graph))
-    problems = [problem for task in ref.context.tasks for problem in _problems(ref, run, task, claimed.get(task.name))]
+    problems = [
+        problem for task in ref.context.tasks for problem in _problems(ref, embeddings, task, claimed.get(task.name))
+    ]
     count = len(ref.context.tasks)
     return Check.judge(
         problems, looked_at=count, of=count, detail=f"the accuracies of {count} tasks were measured again"
     )
 
 
-def _problems(ref: ReleaseRef, run: Run, task: Task, claimed: float | None) -> list[str]:
+def _problems(ref: ReleaseRef, embeddings: ImageEmbeddings, task: Task, claimed: float | None) -> list[str]:
     if claimed is None:
         return [f"{task.name}: the manifest has no accuracy"]
     chosen = accuracy_images(ref.context, task)
-    measured, allowed = _measure(ref, run, task, chosen), allowed_error(claimed, len(chosen), len(task.test))
+    measured = _measure(ref, embeddings.of(ref.path, task, chosen), task, chosen)
+    allowed = allowed_error(claimed, len(chosen), len(task.test))
     if abs(measured - claimed) <= allowed:
         return []
     return [
@@ -56,11 +57,8 @@ def allowed_error(claimed: float, images: int, whole: int) -> float:
     return SIGMAS * sqrt(spread / images * missing) + FLIPS / images
 
 
-def _measure(ref: ReleaseRef, run: Run, task: Task, chosen: np.ndarray) -> float:
+def _measure(ref: ReleaseRef, embeds: np.ndarray, task: Task, chosen: np.ndarray) -> float:
     context = ref.context
-    pixels = context.tests[task.name].batch(chosen)
-    parts = [context.clip.preprocess.normalize(part).numpy() for part in pixels.split(BATCH)]
-    embeds = np.concatenate([run({VISUAL.input: part}) for part in parts])
     tested = Task(task.name, task.classes, task.templates, task.train, task.test.subset(chosen))
     if context.recipe.data.candidates == "all":
         with context.with_updates_applied(ref.updates):

@@ -16,6 +16,7 @@ from r1export.pipeline.context import RunContext
 from r1export.pipeline.golden import golden_inputs
 from r1export.pipeline.variant import ReleaseRef
 from r1export.pipeline.verification.accuracy import check_accuracies
+from r1export.pipeline.verification.inputs import ImageEmbeddings
 from r1export.update.atomic_io import json_bytes, sha256_file
 from r1export.update.factors import ExpertUpdate
 from r1export.update.golden_samples import PICTURES, SAMPLES
@@ -72,8 +73,8 @@ def _check_known(manifest: ReleaseManifest, required: Sequence[str]) -> Check:
     return Check.judge(problems, looked_at=count, of=max(count, len(required)), detail="each has its use")
 
 
-def check_contents(ref: ReleaseRef, manifest: ReleaseManifest) -> Contents:
-    """Everything that can be known of the contents of a run's release."""
+def check_contents(ref: ReleaseRef, manifest: ReleaseManifest, embeddings: ImageEmbeddings) -> Contents:
+    """Everything that can be known of the contents of a run's release; `embeddings` are those of test images."""
     context, path = ref.context, ref.path
     tasks = [task.name for task in context.tasks]
     identity = check_manifest_and_files(path, manifest, tasks, expected_fields(ref))
@@ -96,7 +97,7 @@ def check_contents(ref: ReleaseRef, manifest: ReleaseManifest) -> Contents:
         classes=attempt(lambda: _check_classes(ref), of=classes),
         classifier=attempt(lambda: check_classifier(path, tasks, parameters), of=len(tasks)),
         golden=attempt(lambda: _check_golden(ref, manifest), of=SAMPLES),
-        accuracy=attempt(lambda: check_accuracies(ref, manifest), of=len(tasks)),
+        accuracy=attempt(lambda: check_accuracies(ref, manifest, embeddings), of=len(tasks)),
         card=attempt(lambda: contents.check_text(path / MODEL_CARD, model_card(manifest)), of=1),
         signature=UNSIGNED,
     )

@@ -4,11 +4,15 @@ G1  merge exactness: largest logit difference and top-1 agreement of FROZEN and 
 G2  freezing gap: accuracy of per-input routing minus FROZEN with the same number of experts
 G3  shrink gap: accuracy of FROZEN with k_train experts minus FROZEN with the k_merge that are merged; None for a sparse
     gate, which itself decides how many are merged
+
+G2 and G3 exist where the experts were routed to the end. Those that were fixed earlier (train.consolidate) trained on alone, and the
+others stand as they were then: that function was never trained, and no gap to it says anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -27,13 +31,23 @@ from r1export.verify.results import Gaps, RunGaps
 BATCH = 32
 
 
-def measure_gaps(models: TorchModels, task: Task, test: LabelledImages, frozen: Embeddings, merged: Embeddings) -> Gaps:
-    """G1 on the parity samples, of which `frozen` and `merged` are the embeddings, and G2 and G3 on `test`.
+def measure_gaps(
+    models: TorchModels, task: Task, test: LabelledImages | None, frozen: Embeddings, merged: Embeddings
+) -> Gaps:
+    """G1 on the parity samples, of which `frozen` and `merged` are the embeddings, and G2 and G3 on `test` if it is given.
 
     Afterwards every pool routes as before.
     """
     scale = float(models.merged.model.logit_scale.exp())
     left, right = (scale * e.visual.astype(np.float64) @ e.textual.astype(np.float64).T for e in (frozen, merged))
+    exact = Gaps(
+        G1=float(np.abs(left - right).max()),
+        G1_top1_agreement=float((left.argmax(1) == right.argmax(1)).mean()),
+    )
+    return exact if test is None else _with_routing_gaps(exact, models, task, test)
+
+
+def _with_routing_gaps(exact: Gaps, models: TorchModels, task: Task, test: LabelledImages) -> Gaps:
     settings = next(iter(models.pools.values())).settings
     routings: dict[str, Callable[[ExpertPool], Routing]] = {
         f"frozen_{k}": partial(ExpertPool.frozen, k=k)
@@ -45,9 +59,8 @@ def measure_gaps(models: TorchModels, task: Task, test: LabelledImages, frozen: 
         with routed(models.pools.values(), choose):
             accuracies[name] = _accuracy(models.unmerged, task, test)
     as_trained = accuracies[f"frozen_{settings.k_train}"]
-    return Gaps(
-        G1=float(np.abs(left - right).max()),
-        G1_top1_agreement=float((left.argmax(1) == right.argmax(1)).mean()),
+    return replace(
+        exact,
         G2=accuracies["routed_batch_1"] - as_trained,
         G2_batch_32=accuracies["routed_batch_32"] - as_trained,
         G3=None if settings.gate == "sparse" else as_trained - accuracies[f"frozen_{settings.k_merge}"],
@@ -67,10 +80,15 @@ def summarize(by_task: Mapping[str, Gaps]) -> RunGaps | None:
     if not by_task:
         return None
     gaps = list(by_task.values())
-    shrink = [gap.G3 for gap in gaps if gap.G3 is not None]
     return RunGaps(
         G1=max(gap.G1 for gap in gaps),
-        G2=float(np.mean([gap.G2 for gap in gaps])),
-        G3=float(np.mean(shrink)) if shrink else None,
+        G2=_mean([gap.G2 for gap in gaps]),
+        G3=_mean([gap.G3 for gap in gaps]),
         tasks=by_task,
     )
+
+
+def _mean(gaps: list[float | None]) -> float | None:
+    """The mean of those that were measured."""
+    measured = [gap for gap in gaps if gap is not None]
+    return float(np.mean(measured)) if measured else None

@@ -11,6 +11,7 @@ from torch import Tensor, cat
 
 from r1export.data.task import Task
 from r1export.pipeline.context import RunContext
+from r1export.update.release_layout import VISUAL
 from r1export.verify.parity import Inputs
 from r1export.verify.runtimes.runtime import open_session, runner
 
@@ -62,16 +63,13 @@ class LabelledImages:
 
 def test_images(context: RunContext, task: Task) -> LabelledImages:
     """Test images of the task: `verify.images` of them."""
-    chosen = np.sort(
-        np.random.default_rng(context.recipe.train.seed).permutation(len(task.test))[: image_count(context)]
-    )
+    chosen = np.sort(_drawn(context, task, image_count(context)))
     return LabelledImages(context.tests[task.name].batch(chosen), task.test.labels[chosen])
 
 
 def accuracy_images(context: RunContext, task: Task) -> np.ndarray:
     """Which test images accuracies are measured on again: all that small models take in a second, fewer for large ones."""
-    count = _by_size(context, 64, 400)
-    return np.sort(np.random.default_rng(context.recipe.train.seed).permutation(len(task.test))[:count])
+    return np.sort(_drawn(context, task, _by_size(context, 64, 400)))
 
 
 def calibration(context: RunContext) -> dict[str, np.ndarray]:
@@ -85,10 +83,36 @@ def calibration(context: RunContext) -> dict[str, np.ndarray]:
     return {"pixel_values": values.numpy(), "input_ids": context.clip.tokenize(prompts).cpu().numpy()}
 
 
-def gallery(context: RunContext, release: Path) -> np.ndarray:
-    """Unit-norm embeddings (n, D) that a release gives to test images of all tasks."""
-    run, share = runner(open_session(release / "visual.onnx")), max(1, image_count(context) // len(context.tasks))
-    values = context.clip.preprocess.normalize(
-        cat([test_images(context, task).pixels[:share] for task in context.tasks])
-    ).numpy()
-    return np.concatenate([run({"pixel_values": values[i : i + BATCH]}) for i in range(0, len(values), BATCH)])
+def _drawn(context: RunContext, task: Task, count: int) -> np.ndarray:
+    """The first `count` test images of a task in the order of the seed: a larger count has those of a smaller one."""
+    return np.random.default_rng(context.recipe.train.seed).permutation(len(task.test))[:count]
+
+
+class ImageEmbeddings:
+    """Embeddings of test images by the image towers of releases, each computed once and used by all that ask for them."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._computed: dict[tuple[Path, str], dict[int, np.ndarray]] = {}
+
+    def of(self, release: Path, task: Task, images: np.ndarray) -> np.ndarray:
+        """Unit-norm (n, D) of the test images with these indices. Raises CheckFailed if the tower cannot be run."""
+        known = self._computed.setdefault((release, task.name), {})
+        missing = np.array([i for i in images if int(i) not in known], np.int64)
+        if len(missing):
+            run, pixels = runner(open_session(release / VISUAL.graph)), self._context.tests[task.name].batch(missing)
+            parts = [self._context.clip.preprocess.normalize(part).numpy() for part in pixels.split(BATCH)]
+            values = np.concatenate([run({VISUAL.input: part}) for part in parts])
+            known.update({int(i): value for i, value in zip(missing, values, strict=True)})
+        return np.stack([known[int(i)] for i in images])
+
+    def gallery(self, release: Path) -> np.ndarray:
+        """Unit-norm (n, D) of test images of all tasks."""
+        context = self._context
+        share = max(1, image_count(context) // len(context.tasks))
+        return np.concatenate(
+            [
+                self.of(release, task, np.sort(_drawn(context, task, image_count(context)))[:share])
+                for task in context.tasks
+            ]
+        )

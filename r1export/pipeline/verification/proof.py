@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,7 +38,8 @@ def release_proof(ref: ReleaseRef, inputs: parity.Inputs, base: Executions, prov
     folders = ref.base.path, ref.path
     base_graphs, graphs = ({name: folder / name for name in GRAPHS} for folder in folders)
     feeds = graph_feeds(inputs, embedding_width(ref))
-    return proof.prove(base_graphs, graphs, base, lambda: run_graphs(ref.path, feeds, providers), _control(ref, feeds))
+    run = cache(lambda: run_graphs(ref.path, feeds, providers))
+    return proof.prove(base_graphs, graphs, base, run, _control(ref, feeds, run))
 
 
 def embedding_width(ref: ReleaseRef) -> int:
@@ -45,20 +47,21 @@ def embedding_width(ref: ReleaseRef) -> int:
     return int(clip.encode_text(clip.tokenize([""])).shape[1])
 
 
-def _control(ref: ReleaseRef, feeds: Mapping[str, Feeds]) -> Check:
+def _control(ref: ReleaseRef, feeds: Mapping[str, Feeds], run: Callable[[], Executions]) -> Check:
     """Whether the unmerged model is told apart, in every tower that the last update changes."""
     if ref.is_base:
         return Check.not_applicable("the base release has no branches")
     if not ref.variant.is_reference:
         return Check.not_applicable("the control is run in fp32")
     towers = touched_towers(ref, ref.updates[-1:])
-    return proof.joined_controls({tower: _tower_control(ref, tower, feeds[f"{tower}.onnx"]) for tower in towers})
+    return proof.joined_controls({tower: _tower_control(ref, tower, feeds[f"{tower}.onnx"], run()) for tower in towers})
 
 
-def _tower_control(ref: ReleaseRef, tower: str, feeds: Feeds) -> Check:
+def _tower_control(ref: ReleaseRef, tower: str, feeds: Feeds, merged: Executions) -> Check:
+    graph = f"{tower}.onnx"
     try:
         with unmerged(ref, tower) as path:
-            return proof.tell_apart(ref.path / f"{tower}.onnx", path, feeds)
+            return proof.tell_apart(ref.path / graph, path, feeds, merged.runs.get(f"{graph} on cpu"))
     except Unsupported as error:
         return Check.unmeasured(str(error), of=1)
 

@@ -34,7 +34,14 @@ from r1export.verify.client_files import (
     client_embed,
 )
 from r1export.verify.contents import UNREADABLE, attempt
-from r1export.verify.golden import check_classifier, check_golden, golden_parity, golden_sensitivity, read_golden
+from r1export.verify.golden import (
+    GoldenRuns,
+    check_classifier,
+    check_golden,
+    golden_parity,
+    golden_sensitivity,
+    read_golden,
+)
 from r1export.verify.latency import DEFAULT_BUDGET, TimingBudget
 from r1export.verify.parity import GATES
 from r1export.verify.proof import Feeds
@@ -83,19 +90,19 @@ def verify_release(
     manifest, providers = ReleaseManifest.read(path), tuple(providers) or ("cpu",)
     for provider in providers:
         check_provider(provider)
-    signature = check_signature(path, manifest.name, update) if update else UNSIGNED
-    base = _neighbour(path)
+    signature, runs = check_signature(path, manifest.name, update) if update else UNSIGNED, GoldenRuns()
+    base = _neighbour(path, runs)
     report = ReleaseReport(
         created=now(),
         environment=environment(providers),
         release=_facts(path, manifest),
-        contents=replace(own_contents(path, manifest, limits, base), signature=signature),
+        contents=replace(own_contents(path, manifest, limits, base, runs), signature=signature),
         parity=ParityStages.unmeasured(SKIPPED),
         proof=Proof.unmeasured(SKIPPED),
         latency=Latency.unmeasured(SKIPPED),
     )
     if report.contents.golden.detail != SKIPPED:
-        report = _measured(report, path, manifest, base, providers, budget)
+        report = _measured(report, path, manifest, base, providers, budget, runs)
     if report.verdict is Verdict.FAIL or report.contents.verdict is not Verdict.PASS:
         remove_reports(path)
     return report
@@ -110,7 +117,7 @@ class Neighbour:
     sound: bool
 
 
-def _neighbour(path: Path) -> Neighbour | None:
+def _neighbour(path: Path, runs: GoldenRuns) -> Neighbour | None:
     """None for the base itself, and where there is none."""
     base = path.parent / "00-base"
     if not base.is_dir() or base.resolve() == path.resolve():
@@ -119,7 +126,7 @@ def _neighbour(path: Path) -> Neighbour | None:
         manifest = ReleaseManifest.read(base)
     except R1ExportError:
         return Neighbour(base, None, sound=False)
-    return Neighbour(base, manifest, sound=own_contents(base, manifest).verdict is Verdict.PASS)
+    return Neighbour(base, manifest, sound=own_contents(base, manifest, runs=runs).verdict is Verdict.PASS)
 
 
 def _measured(
@@ -129,10 +136,11 @@ def _measured(
     base: Neighbour | None,
     providers: Sequence[str],
     budget: TimingBudget | None,
+    runs: GoldenRuns,
 ) -> ReleaseReport:
     """The report of a release whose graphs can be run."""
     unknown = Parity.not_applicable(NO_RUN)
-    export = _export_parity(path, manifest, base, providers)
+    export = _export_parity(path, manifest, base, providers, runs)
     report = replace(report, parity=ParityStages(merge=unknown, export=export, total=unknown))
     if Verdict.FAIL in (report.contents.verdict, export.verdict):
         return report
@@ -144,9 +152,13 @@ def _measured(
 
 
 def own_contents(
-    path: Path, manifest: ReleaseManifest, limits: Limits | None = None, base: Neighbour | None = None
+    path: Path,
+    manifest: ReleaseManifest,
+    limits: Limits | None = None,
+    base: Neighbour | None = None,
+    runs: GoldenRuns | None = None,
 ) -> Contents:
-    """What a release can be asked without its run, but with the `base` next to it."""
+    """What a release can be asked without its run, but with the `base` next to it; its golden samples go through `runs`."""
     tasks = [task.name for task in manifest.tasks]
     identity = check_manifest_and_files(path, manifest, tasks, _expected_fields(manifest, base))
     if overall(check.verdict for check in identity.values()) is Verdict.FAIL:
@@ -164,7 +176,7 @@ def own_contents(
         tokenizer=attempt(lambda: check_tokenizer(path, read_golden(path)), of=SAMPLES),
         classes=attempt(lambda: _check_classes(path, manifest), of=classes),
         classifier=attempt(lambda: check_classifier(path, tasks, map_tensors(path / VISUAL.weights)), of=len(tasks)),
-        golden=attempt(lambda: check_golden(path, manifest), of=SAMPLES),
+        golden=attempt(lambda: check_golden(path, manifest, runs), of=SAMPLES),
         accuracy=Check.not_applicable(NO_RUN),
         card=attempt(lambda: _check_card(path, manifest), of=1),
         signature=UNSIGNED,
@@ -238,24 +250,26 @@ def _facts(path: Path, manifest: ReleaseManifest) -> ReleaseFacts:
     )
 
 
-def _export_parity(path: Path, manifest: ReleaseManifest, base: Neighbour | None, providers: Sequence[str]) -> Parity:
+def _export_parity(
+    path: Path, manifest: ReleaseManifest, base: Neighbour | None, providers: Sequence[str], runs: GoldenRuns
+) -> Parity:
     """Golden samples on every provider. A sound base next to the release calibrates the gate."""
     try:
-        control = _control(base, manifest, providers) if base else None
-        return golden_parity(path, manifest, providers, control)
+        control = _control(base, manifest, providers, runs) if base else None
+        return golden_parity(path, manifest, providers, control, runs)
     except Unsupported:  # says nothing about the release
         raise
     except UNREADABLE as error:
         return Parity.failed(str(error))
 
 
-def _control(base: Neighbour, manifest: ReleaseManifest, providers: Sequence[str]) -> Parity | None:
+def _control(base: Neighbour, manifest: ReleaseManifest, providers: Sequence[str], runs: GoldenRuns) -> Parity | None:
     """The golden samples of the base, if it is the one that the release names and passes by itself."""
     own = base.manifest
     if own is None or not base.sound or own.base != manifest.base or own.precision != manifest.precision:
         return None
     try:
-        return golden_parity(base.path, own, providers)
+        return golden_parity(base.path, own, providers, runs=runs)
     except UNREADABLE:
         return None
 

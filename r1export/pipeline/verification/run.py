@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from r1export.pipeline.environment import absent, environment, now
 from r1export.pipeline.variant import REFERENCE, ReleaseRef, Variant
 from r1export.pipeline.verification.examples import examples
 from r1export.pipeline.verification.freezing_gaps import summarize
-from r1export.pipeline.verification.inputs import gallery
+from r1export.pipeline.verification.inputs import ImageEmbeddings
 from r1export.pipeline.verification.parity import TorchRun
 from r1export.pipeline.verification.run_release import BaseMeasurements, Conditions, measure_base, verify_release
 from r1export.pipeline.verification.torch_models import torch_models
@@ -50,7 +49,7 @@ def verify_run(
     providers = tuple(providers) or default_providers()
     for provider in providers:
         check_provider(provider)
-    conditions = Conditions(providers, budget, environment(providers), now(), cache(partial(gallery, context)))
+    conditions = Conditions(providers, budget, environment(providers), now(), ImageEmbeddings(context))
     updates = context.run.updates(context.recipe)
     releases = _release_refs(context, updates)
     for ref in releases:

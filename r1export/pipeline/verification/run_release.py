@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-import numpy as np
 
 from r1export.errors import CheckFailed, R1ExportError
 from r1export.pipeline.variant import ReleaseRef
 from r1export.pipeline.verification.contents import WEIGHT_FILES, check_contents
 from r1export.pipeline.verification.freezing_gaps import measure_gaps
-from r1export.pipeline.verification.inputs import test_images
+from r1export.pipeline.verification.inputs import ImageEmbeddings, test_images
 from r1export.pipeline.verification.latency import release_latency, variant_speed
 from r1export.pipeline.verification.parity import TorchRun, base_control, release_parity
 from r1export.pipeline.verification.proof import embedding_width, graph_feeds, release_proof, run_graphs
@@ -49,24 +46,26 @@ from r1export.verify.results import (
 class Conditions:
     """Under what conditions a run is verified; without a `budget` nothing is timed.
 
-    `gallery` gives the embeddings of a release folder, computed once for each.
+    `embeddings` are those of test images by every release.
     """
 
     providers: tuple[str, ...]
     budget: TimingBudget | None
     environment: Environment
     created: str
-    gallery: Callable[[Path], np.ndarray]
+    embeddings: ImageEmbeddings
 
 
 @dataclass(frozen=True)
 class BaseMeasurements:
     """What the base release showed in one precision, which the releases after it are compared with.
 
-    `controls` are its export parity on the inputs of each task; `speed` is its time over that of the base in fp32, by
-    provider.
+    `manifest` (None if it cannot be read) and `contents` are its own. `controls` are its export parity on the inputs of each
+    task; `speed` is its time over that of the base in fp32, by provider.
     """
 
+    manifest: ReleaseManifest | None
+    contents: Contents
     parity: ParityStages
     controls: Mapping[str, Parity]
     executions: Executions
@@ -75,24 +74,25 @@ class BaseMeasurements:
 
 def measure_base(base: ReleaseRef, runs: Sequence[TorchRun], conditions: Conditions) -> BaseMeasurements:
     """Run the base on the inputs of every task: `runs` has one for each, the first of which its own report is made from."""
-    _, contents = _read_contents(base)
+    manifest, contents = _read_contents(base, conditions)
     if contents.verdict is Verdict.FAIL:
-        return BaseMeasurements(ParityStages.unmeasured(SKIPPED), {}, Executions({}, "its contents failed"))
+        skipped, not_run = ParityStages.unmeasured(SKIPPED), Executions({}, "its contents failed")
+        return BaseMeasurements(manifest, contents, skipped, {}, not_run)
     providers, first = conditions.providers, runs[0]
     parity = release_parity(base, first, None, providers)
     if parity.verdict is Verdict.FAIL:
-        return BaseMeasurements(parity, {}, Executions({}, "its export parity failed"))
+        return BaseMeasurements(manifest, contents, parity, {}, Executions({}, "its export parity failed"))
     controls = {first.task.name: parity.export}
     controls |= {run.task.name: base_control(base, run, providers) for run in runs[1:]}
     executions = run_graphs(base.path, graph_feeds(first.inputs, embedding_width(base)), providers)
     budget = None if base.variant.is_reference else conditions.budget
     speed = variant_speed(base.variant, first.inputs, providers, budget) if budget else None
-    return BaseMeasurements(parity, controls, executions, speed)
+    return BaseMeasurements(manifest, contents, parity, controls, executions, speed)
 
 
 def verify_release(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, conditions: Conditions) -> ReleaseReport:
     """One release, the base included. What is not the release that was written is not measured further."""
-    manifest, contents = _read_contents(ref)
+    manifest, contents = (base.manifest, base.contents) if ref.is_base else _read_contents(ref, conditions)
     report = ReleaseReport(
         created=conditions.created,
         environment=conditions.environment,
@@ -118,10 +118,10 @@ def verify_release(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, condi
     return report if report.proof.verdict is Verdict.FAIL else _with_time_and_gaps(report, ref, base, run, conditions)
 
 
-def _read_contents(ref: ReleaseRef) -> tuple[ReleaseManifest | None, Contents]:
+def _read_contents(ref: ReleaseRef, conditions: Conditions) -> tuple[ReleaseManifest | None, Contents]:
     try:
         manifest = ReleaseManifest.read(ref.path)
-        return manifest, check_contents(ref, manifest)
+        return manifest, check_contents(ref, manifest, conditions.embeddings)
     except R1ExportError as error:
         reason = f"{error.message} (write it again: delete {ref.path} and run r1export export)"
         return None, Contents.only(SKIPPED, manifest=Check.failed(reason, of=1))
@@ -162,9 +162,9 @@ def _variant_cost(ref: ReleaseRef, manifest: ReleaseManifest, base: BaseMeasurem
 
 
 def _gaps(ref: ReleaseRef, run: TorchRun) -> Gaps:
-    """G1 to G3 of the task learned last."""
-    answers = run.inputs.answers
-    test = test_images(ref.context, ref.task)
+    """G1 of the task learned last, and G2 and G3 if its experts were routed to the end."""
+    answers, routed = run.inputs.answers, ref.context.recipe.train.consolidate == 1
+    test = test_images(ref.context, ref.task) if routed else None
     return measure_gaps(run.models, ref.task, test, run.unmerged.among(answers), run.merged.among(answers))
 
 
@@ -176,7 +176,7 @@ def _drift(ref: ReleaseRef, conditions: Conditions) -> tuple[Drift, ...]:
         with suppress(CheckFailed):
             earlier = ReleaseManifest.read(before).embedding_space
             same = space is not None and earlier is not None and space.image == earlier.image
-            galleries = conditions.gallery(before), conditions.gallery(ref.path)
+            galleries = conditions.embeddings.gallery(before), conditions.embeddings.gallery(ref.path)
             found.append(embedding_drift(*galleries, against=before.name, same_space=same))
     return tuple(found)
 

@@ -105,6 +105,16 @@ def test_gaps_are_differences_of_accuracies_and_leave_the_pools_frozen(
     )
 
 
+def test_experts_that_were_fixed_before_the_end_have_a_merge_gap_alone(tiny_clip: Clip, stripes, pixels) -> None:
+    pools, frozen = taught(tiny_clip), embeddings_of(tiny_clip, pixels)
+    gaps = measure_gaps(TorchModels(tiny_clip, tiny_clip, pools), stripes, None, frozen, frozen)
+    assert gaps == Gaps(G1=0.0, G1_top1_agreement=1.0)
+    assert (gaps.G2, gaps.G3) == (None, None)
+    assert [row for row in accuracy_summary(run(gaps=summarize({"a": gaps}))) if "gap" in row[0]] == [
+        ("Merge gap (G1)", "0")
+    ]
+
+
 def test_texts_are_routed_in_batches_of_the_same_size_as_images(tiny_clip: Clip, stripes, pixels, monkeypatch) -> None:
     """Where the end of a text votes, the texts of a batch choose for each other."""
     taught(tiny_clip)
