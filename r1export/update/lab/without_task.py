@@ -15,10 +15,12 @@ from pathlib import Path
 
 from r1export.errors import InputError
 from r1export.update.atomic_io import sha256_bytes, sha256_file, write_file
+from r1export.update.container import read_tensors, write_tensors
 from r1export.update.factors import ExpertUpdate
+from r1export.update.golden_samples import GoldenSamples
 from r1export.update.rebuild import Rebuild
-from r1export.update.release_layout import class_embeddings_file, class_names_file
-from r1export.update.release_manifest import FileEntry, Release, TaskEntry
+from r1export.update.release_layout import GOLDEN, class_embeddings_file, class_names_file
+from r1export.update.release_manifest import FileEntry, Release, ReleaseManifest, TaskEntry
 
 # Rewrites in a release folder what follows from its weights: class embeddings, golden outputs.
 Refresh = Callable[[Path], None]
@@ -57,7 +59,7 @@ def release_without(
                 shutil.copyfile(source.path / path, folder / path)
         refresh(folder)
         changed = {parameter: _digest(after, parameter) for parameter in before.changed}
-        replace(
+        manifest = replace(
             target.manifest,
             name=f"{target.manifest.name}-without-{'-'.join(dropped)}",
             updates=kept,
@@ -67,8 +69,19 @@ def release_without(
                 name: replace(entry, sha256=changed.get(name, entry.sha256))
                 for name, entry in target.manifest.tensors.items()
             },
-        ).sealed().write(folder)
+        )
+        _in_its_space(manifest, folder).sealed().write(folder)
         yield Release.read(folder)
+
+
+def _in_its_space(manifest: ReleaseManifest, folder: Path) -> ReleaseManifest:
+    """The manifest with the embedding space that the smaller release has, after the golden samples were told; older ones have none."""
+    if manifest.embedding_space is None:
+        return manifest
+    space = manifest.space()
+    samples = GoldenSamples.from_tensors(read_tensors(folder / GOLDEN))
+    write_tensors(folder / GOLDEN, replace(samples, embedding_space=space).tensors())
+    return replace(manifest, embedding_space=space, files=_files(folder))
 
 
 def _unlearned(base: Release, dropped: Sequence[str]) -> set[str]:
