@@ -199,7 +199,8 @@ class Pool(_Section):
 
 
 class Train(_Section):
-    """Optimisation of one task. Defaults: arXiv 2601.22828, but for `distill_weight`, `consolidate`, `protect` and `protect_own`, which forget less (docs/experiments.md)."""
+    """Optimisation of one task. Defaults: arXiv 2601.22828, but for `distill_weight`, `consolidate`, `protect` and `protect_own`, which
+    forget less (docs/experiments.md)."""
 
     iterations: int = Field(500, ge=1)
     """Steps per task."""

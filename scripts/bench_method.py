@@ -106,7 +106,15 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Mean and, over seeds and orders, standard deviation."""
     first = next(iter(rows.values()))[0]
     lines = ["| method | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    nothing = [first["zero-shot of later tasks"], first["zero-shot"], first["zero-shot"]] + [first["probe before"], 0, 0, 0]
+    nothing = [
+        first["zero-shot of later tasks"],
+        first["zero-shot"],
+        first["zero-shot"],
+        first["probe before"],
+        0,
+        0,
+        0,
+    ]
     lines.append(
         "| zero-shot | "
         + " | ".join("-" if v is None else f"{v:.1f}" if i < 4 else "0" for i, v in enumerate(nothing))

@@ -28,7 +28,12 @@ COLUMNS = ("Transfer", "Avg", "Last", "probe")
 def table(methods: dict[str, list[dict[str, Any]]]) -> str:
     """Means over the runs of each method, in percent, after what the base model does without training."""
     first = next(iter(methods.values()))
-    before = (_mean(first, "zero-shot of later tasks"), _mean(first, "zero-shot"), _mean(first, "zero-shot"), _mean(first, "probe before"))
+    before = (
+        _mean(first, "zero-shot of later tasks"),
+        _mean(first, "zero-shot"),
+        _mean(first, "zero-shot"),
+        _mean(first, "probe before"),
+    )
     lines = [
         "| method | Transfer | Avg | Last | probe | shipped a task |",
         "|---" * 6 + "|",
