@@ -194,7 +194,7 @@ RULES = [
     ("update/factors.py", "if not np.isfinite(matrix[rows.start : rows.stop]).all():", "if False:"),
     ("device/install.py", "        check_not_revoked(_sequence(slot), state.min_seq)\n", ""),
     ("device/install.py", "        check_slot(device, slot)\n        if slot != BASE:", "        if slot != BASE:"),
-    ("device/install.py", '        run("health", offer.slot)\n', ""),
+    ("device/install.py", '        run("health", offer.slot)\n        device.switch', "        device.switch"),
     ("device/install.py", "if (digest := sha256_file(inside(partial, path))) != sha256:", "if False:"),
     ("device/install.py", "    if bundle.slot != slot:", "    if False:"),
     (
