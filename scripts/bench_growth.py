@@ -55,6 +55,8 @@ shots = 1
 [train]
 iterations = 1
 batch_size = 8
+protect = 0.0
+protect_own = 0.0
 [pool]
 alpha = 12.0
 """
