@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import io
-import json
-from contextlib import redirect_stderr, redirect_stdout, suppress
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+from faults.planting import in_its_space
+
 from r1export.cli import app
-from r1export.errors import R1ExportError
 from r1export.pipeline.context import NoProgress, RunContext
 from r1export.run_folder import RunFolder
 from r1export.update.atomic_io import sha256_bytes, sha256_file
-from r1export.update.container import read_tensors, write_tensors
-from r1export.update.release_layout import GOLDEN
+from r1export.update.container import read_tensors
 from r1export.update.release_manifest import FileEntry, ReleaseManifest
 from r1export.verify.graph_digest import graph_digest
 from r1export.verify.latency import TimingBudget
@@ -72,23 +74,8 @@ def reseal(release: Path) -> None:
         },
     )
     if sealed.embedding_space:
-        sealed = _in_its_space(sealed, release)
+        sealed = in_its_space(sealed, release)
     sealed.sealed().write(release)
-
-
-def _in_its_space(manifest: ReleaseManifest, release: Path) -> ReleaseManifest:
-    """With the embedding space of what is there now, in the golden samples too; what else a test did to these stays."""
-    space = manifest.space()
-    if space is None:
-        return manifest
-    with suppress(R1ExportError):
-        tensors = read_tensors(release / GOLDEN)
-        if "embedding_space" in tensors:
-            text = np.frombuffer(json.dumps(space.to_json(), ensure_ascii=False).encode(), np.uint8)
-            write_tensors(release / GOLDEN, tensors | {"embedding_space": text})
-    path = release / GOLDEN
-    entry = {GOLDEN: FileEntry(sha256_file(path), path.stat().st_size)} if GOLDEN in manifest.files else {}
-    return replace(manifest, embedding_space=space, files={**manifest.files, **entry})
 
 
 def context_of(run: Path) -> RunContext:

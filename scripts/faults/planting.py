@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from r1export.export.model_card import model_card
 from r1export.update.atomic_io import sha256_bytes, sha256_file
 from r1export.update.container import NAMES, read_layout, read_tensors, write_tensors
 from r1export.update.release_layout import GOLDEN, MANIFEST, MODEL_CARD, VISUAL, class_embeddings_file, class_names_file
-from r1export.update.release_manifest import ReleaseManifest, manifest_digest
+from r1export.update.release_manifest import FileEntry, ReleaseManifest, manifest_digest
 from r1export.verify.graph_digest import graph_digest
 
 ALONE, BESIDE, RUN = "release alone", "beside its base", "run"
@@ -131,6 +132,8 @@ def _write(release: Path, document: Document) -> None:
         manifest = ReleaseManifest.read(release).sealed()
     except R1ExportError:  # no manifest that anybody reads: the card stays
         return
+    if manifest.embedding_space:
+        manifest = in_its_space(manifest, release).sealed()
     manifest.write(release)
     (release / MODEL_CARD).write_text(model_card(manifest), encoding="utf-8")
 
@@ -240,3 +243,18 @@ def together(*plants: Plant) -> Plant:
 
 def class_files(task: str) -> tuple[str, str]:
     return class_embeddings_file(task), class_names_file(task)
+
+
+def in_its_space(manifest: ReleaseManifest, release: Path) -> ReleaseManifest:
+    """With the embedding space of what is there now, in the golden samples too; what else was done to these stays."""
+    space = manifest.space()
+    if space is None:
+        return replace(manifest, embedding_space=None)
+    with suppress(R1ExportError):
+        tensors = read_tensors(release / GOLDEN)
+        if "embedding_space" in tensors:
+            text = np.frombuffer(json.dumps(space.to_json(), ensure_ascii=False).encode(), np.uint8)
+            write_tensors(release / GOLDEN, tensors | {"embedding_space": text})
+    path = release / GOLDEN
+    entry = {GOLDEN: FileEntry(sha256_file(path), path.stat().st_size)} if GOLDEN in manifest.files else {}
+    return replace(manifest, embedding_space=space, files={**manifest.files, **entry})

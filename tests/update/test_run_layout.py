@@ -43,7 +43,7 @@ def test_every_file_of_a_release_is_documented_and_may_be_in_a_manifest() -> Non
     section = DOCS.split("## A release\n")[1].split("**`manifest.json`**")[0]
     documented = {line.split()[0] for line in section.splitlines() if re.match(r" {4}\S", line)}
     files = {
-        *release_layout.GRAPHS, *release_layout.WEIGHTS.values(), release_layout.PREPROCESS_GRAPH, release_layout.PREPROCESS,
+        *release_layout.GRAPHS, *release_layout.WEIGHTS.values(), release_layout.PREPROCESS_GRAPH, release_layout.PREPROCESS, release_layout.MODEL_CONFIG,
         f"{release_layout.TOKENIZER}/", release_layout.class_embeddings_file("TASK"), release_layout.class_names_file("TASK"),
         release_layout.GOLDEN, *release_layout.UNLISTED,
     }  # fmt: skip
