@@ -29,7 +29,7 @@ NOTES = 20  # lines about single pictures that `inspect` prints for people
 
 app = typer.Typer(
     name="r1export", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    help="Teach CLIP one task after another with rank-1 experts, merge them, and export ONNX models that are proven to cost nothing extra.",
+    help="Fine-tune CLIP on a sequence of tasks with rank-1 experts, merge them, and export ONNX models with no added inference cost, verified.",
 )  # fmt: skip
 
 
@@ -48,8 +48,8 @@ class Precision(StrEnum):
 RecipeFile = Annotated[Path, typer.Argument(readable=False, metavar="RECIPE", help="Recipe in TOML; see recipes/.")]
 Run = Annotated[Path, typer.Argument(readable=False, metavar="RUN", help="Folder of a run.")]
 Out = Annotated[Path, typer.Option("--out", "-o", readable=False, metavar="RUN", help="Folder for the run.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what is there and start anew.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume the existing run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the existing run first.")]
 Where = Annotated[Device, typer.Option("--device", help="Where to train and to run torch.")]
 Set = Annotated[
     list[str] | None,

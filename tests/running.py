@@ -78,6 +78,32 @@ def reseal(release: Path) -> None:
     sealed.sealed().write(release)
 
 
+@dataclass(frozen=True)
+class Lab:
+    """A verified run, and the update that takes a device from its base to its first release."""
+
+    run: Path
+    update: Path
+    public: Path
+
+    @classmethod
+    def of(cls, run: Path) -> Lab:
+        """Verify an exported run, make a key and sign the update, all beside it."""
+        folder = run.parent
+        lab = cls(run, folder / "update.r1u", folder / "fleet.pub")
+        for command in (
+            ("verify", run, "--no-latency"),
+            ("keygen", folder / "fleet"),
+            ("bundle", run, "--release", 1, "--key", folder / "fleet.key", "-o", lab.update),
+        ):
+            done = r1export(*command)
+            assert done.returncode == 0, done.output
+        return lab
+
+    def release(self, number: int) -> Path:
+        return next((self.run / "releases").glob(f"{number:02d}-*"))
+
+
 def context_of(run: Path) -> RunContext:
     """The run as the pipeline sees it."""
     return RunContext(RunFolder(run), RunFolder(run).recipe(), "cpu", NoProgress())

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from r1export.adapt.blocks import chosen_blocks
 from r1export.adapt.clip import Clip
-from r1export.adapt.image_cache import BUDGET, Pixels
+from r1export.adapt.image_cache import Pixels
 from r1export.adapt.pool import PoolSettings
 
 BATCH = 64  # images computed at a time
+BUDGET = 256 << 20  # bytes kept per set; larger than pixels, and a run has two sets for every task
 TOLERANCE = 1e-5  # on unit-norm embeddings: other batch sizes alone move them by 1e-7
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -41,13 +41,18 @@ def set_past_experts_(pools: Pools, earlier: ExpertUpdate) -> None:
         pool.set_past_(torch.from_numpy(earlier.factors[rows].u.astype(np.float32) / np.float32(pool.settings.scaling)))
 
 
-def set_past_pools_(pools: Pools, earlier: Sequence[Mapping[str, np.ndarray]]) -> None:
-    """Give every pool all columns of B of the pools of earlier tasks (as `pool_tensors` gives them), for the orthogonality loss.
+def set_past_pools_(pools: Pools, earlier: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Give every pool all columns of B of the pools of earlier tasks, for the orthogonality loss; `earlier` has their tensors by file.
 
     The authors' release does so: its filter for the experts that were merged never applies.
+
+    Raises InputError, which begins with the file, if a tensor is missing or of another shape.
     """
     for rows, pool in pools.items():
-        pool.set_past_(torch.from_numpy(np.concatenate([tensors[f"{rows}.lora_B"] for tensors in earlier], axis=1)))
+        name, columns = f"{rows}.lora_B", []
+        for file, tensors in earlier.items():
+            columns.append(_checked(tensors.get(name), tuple(pool.lora_B.shape), f"{file}: {name}"))
+        pool.set_past_(torch.from_numpy(np.concatenate(columns, axis=1)))
 
 
 def pool_tensors(pools: Pools) -> dict[str, np.ndarray]:
@@ -63,11 +68,15 @@ def load_pool_tensors_(pools: Pools, tensors: Mapping[str, np.ndarray], location
     """Inverse of `pool_tensors`. Raises InputError, which begins with `location`, if a tensor is missing or of another shape."""
     for rows, pool in pools.items():
         for name, target in pool.state_dict().items():
-            value = tensors.get(f"{rows}.{name}")
-            if value is None or value.shape != tuple(target.shape):
-                shape = "missing" if value is None else f"of shape {value.shape}"
-                raise InputError(
-                    f"{location}: {rows}.{name} is {shape}, expected {tuple(target.shape)}",
-                    "the file is damaged or of another recipe: train the task again",
-                )
+            value = _checked(tensors.get(f"{rows}.{name}"), tuple(target.shape), f"{location}: {rows}.{name}")
             target.copy_(torch.from_numpy(np.array(value)))
+
+
+def _checked(value: np.ndarray | None, shape: tuple[int, ...], location: str) -> np.ndarray:
+    """Raises InputError if it is missing or of another shape."""
+    if value is None or value.shape != shape:
+        found = "missing" if value is None else f"of shape {value.shape}"
+        raise InputError(
+            f"{location} is {found}, expected {shape}", "the file is damaged or of another recipe: train the task again"
+        )
+    return value

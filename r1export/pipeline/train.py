@@ -216,8 +216,8 @@ def _set_past_(job: TaskJob, pools: Pools) -> None:
     if job.context.recipe.pool.past == "merged":
         set_past_experts_(pools, ExpertUpdate.stack(job.earlier))
         return
-    layouts = (job.context.task_layout(number) for number in range(1, job.training.number))
-    set_past_pools_(pools, [read_tensors(layout.pool) for layout in layouts])
+    files = [job.context.task_layout(number).pool for number in range(1, job.training.number)]
+    set_past_pools_(pools, {str(file): read_tensors(file) for file in files})
 
 
 def _leave_spans_(job: TaskJob, pools: Pools) -> list[Span]:

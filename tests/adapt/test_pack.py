@@ -111,12 +111,15 @@ def test_pools_know_all_columns_of_earlier_pools_as_the_released_code_does(tiny_
     for _ in range(2):
         train_at_random_(pools)
         tasks.append({name: value.copy() for name, value in pool_tensors(pools).items()})
-    set_past_pools_(pools, tasks)
+    set_past_pools_(pools, {"first": tasks[0], "second": tasks[1]})
     rows, pool = next(iter(pools.items()))
     assert np.array_equal(pool.past, np.concatenate([task[f"{rows}.lora_B"] for task in tasks], axis=1))
     merged = pool.overlap()
     set_past_experts_(pools, pack_experts(pools))
     assert merged > pool.overlap()  # 24 columns instead of 4
+    del tasks[1][f"{rows}.lora_B"]
+    with pytest.raises(InputError, match=r"^second: .*lora_B is missing"):
+        set_past_pools_(pools, {"first": tasks[0], "second": tasks[1]})
 
 
 @pytest.mark.parametrize("change", ["missing", "shape"])

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from running import RECIPE, r1export, trained_run
+from running import RECIPE, Lab, trained_run
 
 from r1export.errors import Unsupported
 from r1export.layout.check import ClientResult, check_layout
@@ -20,31 +19,11 @@ OWN_PYTHON = ("openclip", "ovms")  # what r1export's own environment has
 REQUIRED = ("transformersjs", "fastembed")  # what has to run where R1EXPORT_CLIENTS=required says so
 
 
-@dataclass(frozen=True)
-class Lab:
-    """A verified run of one task with an fp16 and an int8 variant, and the update from its base to its first release."""
-
-    run: Path
-    update: Path
-    public: Path
-
-    def release(self, number: int) -> Path:
-        return next((self.run / "releases").glob(f"{number:02d}-*"))
-
-
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    folder = tmp_path_factory.mktemp("layout")
-    run = trained_run(folder, RECIPE + '[export]\nvariants = ["fp16", "int8"]\n', "train.iterations=20")
-    update = folder / "update.r1u"
-    for command in (
-        ("verify", run, "--no-latency"),
-        ("keygen", folder / "fleet"),
-        ("bundle", run, "--release", 1, "--key", folder / "fleet.key", "-o", update),
-    ):
-        done = r1export(*command)
-        assert done.returncode == 0, done.output
-    return Lab(run, update, folder / "fleet.pub")
+    """A run of one task with an fp16 and an int8 variant."""
+    recipe = RECIPE + '[export]\nvariants = ["fp16", "int8"]\n'
+    return Lab.of(trained_run(tmp_path_factory.mktemp("layout"), recipe, "train.iterations=20"))
 
 
 def run_client(folder: Path, kind: str) -> ClientResult:

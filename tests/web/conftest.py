@@ -11,13 +11,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from device.steps import in_this_process
-from running import r1export
+from running import Lab, r1export
 
 from r1export.device import install, provision
 from r1export.web import server as web
@@ -31,33 +30,15 @@ RECIPE = (
 )
 
 
-@dataclass(frozen=True)
-class Lab:
-    """A run of two tasks, and the update that takes a device from its base to its first release."""
-
-    run: Path
-    update: Path
-    public: Path
-
-    def release(self, number: int) -> Path:
-        return next((self.run / "releases").glob(f"{number:02d}-*"))
-
-
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """A run of two tasks."""
     folder = tmp_path_factory.mktemp("web")
     (folder / "recipe.toml").write_text(RECIPE)
-    run, update = folder / "run", folder / "update.r1u"
-    for command in (
-        ("train", folder / "recipe.toml", "--out", run),
-        ("export", run),
-        ("verify", run, "--no-latency"),
-        ("keygen", folder / "fleet"),
-        ("bundle", run, "--release", 1, "--key", folder / "fleet.key", "-o", update),
-    ):
+    for command in (("train", folder / "recipe.toml", "--out", folder / "run"), ("export", folder / "run")):
         done = r1export(*command)
         assert done.returncode == 0, done.output
-    return Lab(run, update, folder / "fleet.pub")
+    return Lab.of(folder / "run")
 
 
 @pytest.fixture
