@@ -59,7 +59,7 @@ def test_only_the_console_and_the_entry_points_print() -> None:
     }
     assert printers <= {
         "console.py",
-        "cli.py",
+        "cli/app.py",
         "device/__main__.py",
         "device/worker.py",
         "verify/steady_timing.py",

@@ -1,0 +1,322 @@
+"""Commands of a run: train, export, verify, and look at what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from r1export.cli.app import NOTES, app, finish, reopened
+from r1export.cli.options import Device, Json, Order, Out, Overwrite, Providers, RecipeFile, Resume, Run, Set, Where
+from r1export.command import open_terminal
+from r1export.errors import InputError
+
+if TYPE_CHECKING:
+    from r1export.console import Terminal
+    from r1export.pipeline.context import RunContext
+    from r1export.verify.results import Report, RunReport
+    from r1export.verify.signature import SignedUpdate
+
+
+@contextmanager
+def _open(
+    recipe_file: Path,
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    device: Device,
+    overrides: list[str] | None,
+    order: str | None,
+    terminal: Terminal,
+) -> Iterator[RunContext]:
+    from r1export.recipe import in_order, load_recipe
+    from r1export.run_folder import check_run
+
+    recipe = load_recipe(recipe_file, tuple(overrides or ()))
+    recipe = in_order(recipe, order) if order else recipe
+    check_run(out, recipe, resume=resume, overwrite=overwrite)  # before torch is loaded: an error is there at once
+    from r1export.pipeline.run import open_run_context
+
+    with open_run_context(recipe, out, device=device, resume=resume, overwrite=overwrite, progress=terminal) as context:
+        yield context
+
+
+def _read_report(folder: Path) -> Report:
+    from r1export.report.json_format import read_report
+
+    return read_report(folder / "report.json", f"write it again: r1export verify {folder}")
+
+
+def _read_run_report(folder: Path) -> RunReport:
+    """Raises InputError if it is the report of a release, or of a run that changed since."""
+    from r1export.report.freshness import check_fresh
+    from r1export.verify.results import RunReport
+
+    report: Report = _read_report(folder)
+    if not isinstance(report, RunReport):
+        raise InputError(
+            f"{folder}: the report of a release, expected one of a run", "give the folder of a verified run"
+        )
+    check_fresh(report, folder)
+    return report
+
+
+def _signed_update(bundle: Path | None, trust: list[Path], threshold: int) -> SignedUpdate | None:
+    from r1export.verify.signature import SignedUpdate
+
+    if (bundle is None) != (not trust):
+        raise InputError("--bundle and --trust need each other", "give the update and the public keys that may sign it")
+    return SignedUpdate.read(bundle, trust, threshold) if bundle else None
+
+
+def _show_outputs(terminal: Terminal, release: Path, outputs: Path) -> None:
+    """Compare embeddings that were computed elsewhere, and end with the exit code of the verdict."""
+    from r1export.verify.outputs import check_outputs
+
+    check = check_outputs(release, outputs)
+    terminal.say(f"{check.verdict}: {check.detail}")
+    terminal.document(asdict(check))
+    finish(check.verdict)
+
+
+def _show(terminal: Terminal, report: Report, note: str = "") -> None:
+    """Print a report and end with the exit code of its verdict."""
+    from r1export.report.json_format import to_json
+
+    terminal.report(report)
+    if note:
+        terminal.say(note)
+    terminal.document(to_json(report))
+    finish(report.verdict)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out: Out,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Where = Device.auto,
+    set: Set = None,
+    order: Order = None,
+    as_json: Json = False,
+) -> None:
+    """Train a stream of tasks, merge and export after each, and verify every release."""
+    with (
+        open_terminal(as_json) as terminal,
+        _open(recipe, out, resume, overwrite, device, set, order, terminal) as context,
+    ):
+        from r1export.pipeline.run import run_steps
+
+        report = run_steps(context)
+        if report is None:
+            return
+        terminal.accuracy(report.accuracy)
+        _show(terminal, report, f"Report: {out / 'report.html'}   Releases: {out / 'releases'}")
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    out: Out,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Where = Device.auto,
+    set: Set = None,
+    order: Order = None,
+    as_json: Json = False,
+) -> None:
+    """Train a stream of tasks; writes factors, pools and metrics, exports nothing."""
+    with (
+        open_terminal(as_json) as terminal,
+        _open(recipe, out, resume, overwrite, device, set, order, terminal) as context,
+    ):
+        from r1export.pipeline.train import train_tasks
+        from r1export.pipeline.verification.run import accuracy_of
+
+        metrics = train_tasks(context)
+        terminal.accuracy(accuracy_of(metrics))
+        terminal.document(metrics.to_json())
+
+
+@app.command()
+def export(
+    run: Run,
+    overwrite: Overwrite = False,
+    audit: Annotated[
+        bool,
+        typer.Option("--audit-reexport", help="Export the last merged model afresh and compare it with its release."),
+    ] = False,
+    device: Where = Device.auto,
+    as_json: Json = False,
+) -> None:
+    """Export the graphs of a trained run once, and write a release for the base and for every task."""
+    with open_terminal(as_json) as terminal, reopened(run, device, terminal) as context:
+        from r1export.pipeline.export import export_releases
+
+        releases = export_releases(context, overwrite=overwrite, audit=audit)
+        for path in releases:
+            terminal.say(str(path))
+        terminal.document({"releases": [str(path) for path in releases]})
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(readable=False, metavar="RUN|RELEASE", help="A run, or one release folder.")],
+    provider: Providers = None,
+    no_latency: Annotated[
+        bool, typer.Option("--no-latency", help="Time nothing; the verdict is that of all other checks.")
+    ] = False,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle", readable=False, metavar="FILE", help="A signed update that says what the release has to be."
+        ),
+    ] = None,
+    trust: Annotated[
+        list[Path] | None,
+        typer.Option("--trust", readable=False, metavar="KEY", help="Public key that may sign the update; repeatable."),
+    ] = None,
+    threshold: Annotated[
+        int, typer.Option("--threshold", help="How many of the trusted keys have to sign the update.")
+    ] = 1,
+    outputs: Annotated[
+        Path | None,
+        typer.Option(
+            "--outputs",
+            readable=False,
+            metavar="FILE",
+            help="Embeddings of a converted release (.npz): check only these.",
+        ),
+    ] = None,
+    device: Where = Device.auto,
+    as_json: Json = False,
+) -> None:
+    """Verify all releases of a run against the unmerged model, or one release by its own golden samples."""
+    with open_terminal(as_json) as terminal:
+        from r1export.verify.latency import DEFAULT_BUDGET
+
+        if outputs:
+            _show_outputs(terminal, path, outputs)
+        budget = None if no_latency else DEFAULT_BUDGET
+        update = _signed_update(bundle, trust or [], threshold)
+        if (path / "manifest.json").exists():
+            from r1export.pipeline.verification.release import verify_release
+
+            _show(terminal, verify_release(path, provider or (), budget, update=update))
+        elif update:
+            raise InputError(f"{path} is no release", "--bundle needs one release: a folder of RUN/releases")
+        else:
+            with reopened(path, device, terminal) as context:
+                from r1export.pipeline.verification.run import verify_run
+
+                _show(terminal, verify_run(context, provider or (), budget))
+
+
+@app.command()
+def report(
+    path: Annotated[
+        Path,
+        typer.Argument(readable=False, metavar="RUN|RELEASE", help="A verified run, or one verified release folder."),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show the report of a verified run or release and write its pages again; ends with the exit code of its verdict."""
+    with open_terminal(as_json) as terminal:
+        from r1export.report.freshness import check_fresh
+        from r1export.report.write import write_report
+        from r1export.verify.results import RunReport
+
+        report: Report = _read_report(path)
+        check_fresh(report, path)
+        write_report(report, path)
+        if isinstance(report, RunReport):
+            terminal.accuracy(report.accuracy)
+        _show(terminal, report)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            readable=False, metavar="RUN...", help="Folders of verified runs of the same tasks in the same order."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", readable=False, metavar="DIR", help="Write comparison.html and comparison.json there."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Compare verified runs, for example a method with its baselines, in one table and picture."""
+    with open_terminal(as_json) as terminal:
+        from r1export.report import compare_runs
+
+        comparison = compare_runs.compare_runs([(run.resolve().name, _read_run_report(run)) for run in runs])
+        terminal.comparison(comparison)
+        if out is not None:
+            compare_runs.write_comparison(comparison, out, overwrite=overwrite)
+            terminal.say(f"Comparison: {out / 'comparison.html'}")
+        terminal.document(comparison.to_json())
+        finish(comparison.verdict)
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            readable=False,
+            metavar="FILE|DIR|SOURCE",
+            help="A run, release, recipe, update, .onnx graph or safetensors file, or the pictures of a task as a recipe names them, for example folder:DIR.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", readable=False, metavar="FILE", help="Contact sheet of a task's pictures, in HTML."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Describe a file, a folder, or the pictures of a task."""
+    with open_terminal(as_json) as terminal:
+        from r1export.inspection import describe, describe_source, is_source
+
+        if is_source(str(path)):
+            with terminal.track("Decoding images", 0) as advance:
+                found = describe_source(str(path), advance, out)
+        elif out is not None:
+            raise InputError(f"--out: {path} holds no pictures of a task", "give a source, for example folder:DIR")
+        else:
+            found = describe(path)
+        for name, value in found.facts.items():
+            terminal.say(f"{name}: {value}")
+        if found.rows:
+            terminal.table(found.title, found.columns, found.rows)
+        for note in found.notes[:NOTES]:
+            terminal.say(f"  {note}")
+        if len(found.notes) > NOTES:
+            terminal.say(f"  and {len(found.notes) - NOTES} more; all of them with --json")
+        terminal.document(found.to_json())
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this environment: versions, providers, devices, and that a tiny graph runs."""
+    with open_terminal(as_json) as terminal:
+        from r1export.inspection import examine_environment
+
+        findings = examine_environment()
+        terminal.table("Environment", ["check", "found", "verdict"], [[f.check, f.found, f.verdict] for f in findings])
+        terminal.document({"findings": [asdict(finding) for finding in findings]})
+        if any(finding.verdict == "fail" for finding in findings):
+            raise typer.Exit(3)
