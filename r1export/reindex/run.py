@@ -98,7 +98,10 @@ def _pictures(source: Path) -> Iterator[str]:
     elif not source.is_file():
         raise InputError(f"{source} is not there", "check the path")
     elif source.suffix == ".txt":
-        yield from (line for line in source.read_text("utf-8").splitlines() if line)
+        try:
+            yield from (line for line in source.read_text("utf-8").splitlines() if line)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{source}: not UTF-8 at byte {error.start}", "write the list of paths in UTF-8") from None
     else:
         yield str(source)
 
@@ -110,6 +113,8 @@ def open_release(path: Path) -> tuple[Release, EmbeddingSpace]:
     """
     release = Release.read(path)
     for name in (VISUAL.graph, VISUAL.weights):
+        if name not in release.manifest.files:
+            raise InputError(f"{path}: manifest.json does not list {name}", "give a whole release of RUN/releases")
         check_file(path / name, release.manifest.files[name].sha256)
     if release.manifest.embedding_space is None:
         raise InputError(f"{path} does not state its embedding space", "export it again with this version of r1export")

@@ -12,7 +12,10 @@ from layout.conftest import NODE, run_client
 from running import r1export, trained_run
 
 from r1export.errors import CheckFailed
-from r1export.layout.write import read_source, write_layout
+from r1export.layout.check import judge, labels
+from r1export.layout.write import check_layout_files, read_source, write_layout
+from r1export.update.container import read_tensors
+from r1export.update.golden_samples import GoldenSamples
 from r1export.verify.results import Verdict
 
 
@@ -145,3 +148,44 @@ def test_transformersjs_takes_a_siglip(family_run, tmp_path) -> None:
 @pytest.mark.skipif("R1EXPORT_CLIENTS" not in os.environ, reason="set R1EXPORT_CLIENTS=required where they have to run")
 def test_the_required_clients_are_installed() -> None:
     assert (NODE / "node_modules/@huggingface/transformers").is_dir()
+
+
+@pytest.fixture
+def judged(made):
+    """What `judge` says of an answer that is the golden samples with some members changed."""
+    folder = made("transformersjs")
+    layout, golden = check_layout_files(folder), GoldenSamples.from_tensors(read_tensors(folder / "golden.safetensors"))
+    names = labels(golden)
+    rows = [golden.prompts.index(name) for name in names]
+    pictures = golden.image_embeds[: len(golden.pictures)]
+    best = (pictures @ golden.text_embeds[rows].T).argmax(1).tolist()
+    sound = {
+        "client": "a client", "image_embeds": golden.image_embeds.tolist(), "text_embeds": golden.text_embeds.tolist(),
+        "resized_picture_embeds": pictures.tolist(), "top1": best,
+    }  # fmt: skip
+    worst = (pictures @ golden.text_embeds[rows].T).argmin(1).tolist()
+
+    def judge_with(leave_out: tuple[str, ...] = (), **changes):
+        answer = {name: value for name, value in (sound | changes).items() if name not in leave_out}
+        return judge(layout, golden, answer).check
+
+    return judge_with, worst
+
+
+def test_golden_embeddings_and_answers_pass_and_nothing_does_not(judged) -> None:
+    judge_with, _ = judged
+    assert judge_with().verdict is Verdict.PASS
+    everything = ("image_embeds", "text_embeds", "resized_picture_embeds", "top1")
+    assert judge_with(leave_out=everything).verdict is not Verdict.PASS
+
+
+def test_other_answers_fail_whether_or_not_the_client_shows_its_embeddings(judged) -> None:
+    judge_with, worst = judged
+    assert judge_with(top1=worst).verdict is Verdict.FAIL
+    assert judge_with(leave_out=("resized_picture_embeds",), top1=worst).verdict is Verdict.FAIL
+
+
+def test_embeddings_that_are_not_finite_or_of_another_shape_fail(judged) -> None:
+    judge_with, _ = judged
+    assert judge_with(text_embeds=[[float("nan")]]).verdict is Verdict.FAIL
+    assert judge_with(resized_picture_embeds=[[1.0]]).verdict is Verdict.FAIL

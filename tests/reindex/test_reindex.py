@@ -18,6 +18,7 @@ from layout.conftest import PYTHON
 from PIL import Image
 from running import r1export, reseal
 
+from r1export.errors import InputError
 from r1export.reindex.run import Job, list_pictures, open_release, reindex
 from r1export.reindex.vectors import read_vectors
 from r1export.update.container import read_tensors, write_tensors
@@ -209,3 +210,9 @@ def test_the_qdrant_example_searches_before_and_after_an_update(lab, photos, ind
     assert after.returncode == 0, after.stderr
     expected = [run_snippet(0, lab.release(n), file, "a photo of stripes") for n, file in ((0, indexed), (1, new))]
     assert [before.stdout, after.stdout] == [done.stdout for done in expected]
+
+
+def test_a_list_that_is_not_utf8_is_named(tmp_path) -> None:
+    (tmp_path / "list.txt").write_bytes(b"caf\xe9.jpg\n")
+    with pytest.raises(InputError, match=r"list\.txt: not UTF-8 at byte 3"):
+        list_pictures([tmp_path / "list.txt"])
