@@ -65,10 +65,14 @@ def _run(folder: Path, on_block: Callable[[], None]) -> None:
         command, stdout=subprocess.PIPE, text=True, env=os.environ | {"GLIBC_TUNABLES": tunables}
     ) as child:
         assert child.stdout is not None  # it is a pipe
-        for line in child.stdout:
-            last = line.strip()
-            if last == "block":
-                on_block()
+        try:
+            for line in child.stdout:
+                last = line.strip()
+                if last == "block":
+                    on_block()
+        except BaseException:  # also an interruption: without this it would wait until the child has timed everything
+            child.kill()
+            raise
     if child.returncode:
         raise CheckFailed(
             f"the graphs cannot be timed: {last or f'exit code {child.returncode}'}", "write the release again"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import threading
 import time
 
@@ -74,3 +76,21 @@ def test_a_graph_that_cannot_be_timed_is_one_line(tmp_path) -> None:
     measure = steady_timing({"base": tmp_path / "broken.onnx", "merged": tmp_path / "broken.onnx"}, {"x": np.zeros(1)})
     with pytest.raises(CheckFailed, match=r"the graphs cannot be timed: .*refuses the model"):
         measure(Precision(12, 1.0), SHORT, lambda: None)
+
+
+def test_a_timing_that_is_interrupted_takes_its_process_along(write_graph, x, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(KeyboardInterrupt):
+        """As command.py raises it on SIGTERM."""
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    graph = write_graph("base")
+    children, popen = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **kwargs: children.append(popen(*args, **kwargs)) or children[-1]
+    )
+    endless = TimingBudget(blocks=100_000, patience=0.0)
+    with pytest.raises(Interrupted):
+        steady_timing({"base": graph, "merged": graph}, x)(Precision(100_000, 1.0), endless, interrupt)
+    assert [child.returncode for child in children] == [-signal.SIGKILL]
