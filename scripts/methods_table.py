@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Write README's table of methods from their results, docs/methods.json: `scripts/methods_table.py [--check]`.
+"""Write README's table of methods from their results, benchmarks/results/methods.json: `scripts/methods_table.py [--check]`.
 
-The results are what scripts/bench_method.py writes.
+The results are what benchmarks/method.py writes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-README, RESULTS = ROOT / "README.md", ROOT / "docs" / "methods.json"
+README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results" / "methods.json"
 BEGIN, END = "<!-- made by scripts/methods_table.py -->\n", "<!-- end -->\n"
 TITLES = {
     "ours": "**r1export's defaults**",

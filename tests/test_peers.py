@@ -1,4 +1,4 @@
-"""The parts of scripts/bench_peers.py that need no peer: the mapping of names and the tables."""
+"""The parts of benchmarks/against_peers.py that need no peer: the mapping of names and the tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from peers import table  # noqa: E402
 from peers.mapping import rows_of, to_open_clip  # noqa: E402

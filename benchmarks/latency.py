@@ -1,7 +1,7 @@
 """How sure is rung L5 on a busy machine? Verifies a run again and again beside busy loops, and times a slowed release.
 
     r1export run recipes/quickstart.toml --out runs/quickstart
-    python scripts/bench_latency.py runs/quickstart --repetitions 10 --loops 2 --json latency.json
+    python benchmarks/latency.py runs/quickstart --repetitions 10 --loops 2 --json latency.json
 
 Each repetition runs `r1export verify RUN`, whose reports say what L5 found of every release and of its unmerged control, and
 times a slowed release as L5 does: the last one with as many extra MatMul nodes as take 3 % of its time. `verify` refuses

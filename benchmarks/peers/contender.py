@@ -73,7 +73,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 def environment() -> dict[str, str]:
     """The environment of every process here: no hub, no telemetry, this folder and the project importable."""
-    return os.environ | OFFLINE | {"PYTHONPATH": os.pathsep.join((str(ROOT / "scripts"), str(ROOT)))}
+    return os.environ | OFFLINE | {"PYTHONPATH": os.pathsep.join((str(ROOT / "benchmarks"), str(ROOT)))}
 
 
 def run(*arguments: str, code: str = "", folder: Path | None = None) -> dict[str, Any]:

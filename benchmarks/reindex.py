@@ -1,6 +1,6 @@
 """`r1export reindex` against a plain loop around onnxruntime on the same pictures, in turns, each in a fresh process.
 
-    python scripts/bench_reindex.py [--pictures 600] [--rounds 5] [--release RELEASE] [--write]
+    python benchmarks/reindex.py [--pictures 600] [--rounds 5] [--release RELEASE] [--write]
 
 The loop decodes, crops and normalizes a batch as the release says and runs it, in one process. Without --release a base release of
 `builtin:photo` is made. Prints pictures per second of both, the median ratio of paired rounds, and the largest memory; --write puts
@@ -25,7 +25,7 @@ from sklearn.datasets import load_sample_image
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "search.md"
-BEGIN, END = "<!-- made by scripts/bench_reindex.py -->\n", "<!-- end of bench_reindex.py -->\n"
+BEGIN, END = "<!-- made by benchmarks/reindex.py -->\n", "<!-- end of benchmarks/reindex.py -->\n"
 SIDES = (640, 480)  # pixels of each JPEG
 RECIPE = """[base]
 model = "builtin:photo"

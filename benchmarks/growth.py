@@ -1,6 +1,6 @@
 """What a run costs as it grows: processor time, bytes and memory of every step over the number of tasks and of classes.
 
-    python scripts/bench_growth.py [--tasks 1 10 50 100 200] [--classes 10 100 1000 3000] [--json FILE]
+    python benchmarks/growth.py [--tasks 1 10 50 100 200] [--classes 10 100 1000 3000] [--json FILE]
 
 A small model (builtin:world) is adapted to one task for real; the experts of the others are those of that task in another
 order, so that they have their own digests and the same arithmetic. Tasks grow at 10 classes, classes at 10 tasks. Each point

@@ -1,6 +1,6 @@
 """Cost of one training step: our pools beside the plain variant, PEFT's LoRA and the arithmetic floor, in one run.
 
-    python scripts/bench_train.py --out bench_train.json            # PEFT and transformers only if they are installed
+    python benchmarks/train.py --out train.json            # PEFT and transformers only if they are installed
 
 ViT-B/32 with random weights, batch 32, both towers, experts beside all 144 linears of the blocks. Contenders:
 

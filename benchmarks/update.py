@@ -1,7 +1,7 @@
 """How large is a field update, and what does applying it cost? ViT-B/16, both towers, random weights.
 
-    python scripts/bench_update.py [--json bench_update.json] [--tasks 4]
-    python scripts/bench_update.py --only loads --run RUN      # any exported run
+    python benchmarks/update.py [--json update.json] [--tasks 4]
+    python benchmarks/update.py --only loads --run RUN      # any exported run
 
 Prints bytes of an update beside a binary patch of the same change and beside the whole file, time and memory of
 `r1device apply` beside the file writing and hashing that no updater can avoid, and how long an application loads the last

@@ -1,6 +1,6 @@
 """The method against its baselines on one stream of tasks: several seeds and orders, one table.
 
-    python scripts/bench_method.py recipes/mini-mtil.toml --seeds 1 2 3 --orders forward reversed --scaling 1 --out runs/methods
+    python benchmarks/method.py recipes/mini-mtil.toml --seeds 1 2 3 --orders forward reversed --scaling 1 --out runs/methods
 
 Each of recipes/baselines is laid over the stream's recipe and trained by `r1export train` in a process of its own, `--jobs`
 at a time on one thread each. What is there already is not trained again, so a stopped benchmark goes on.

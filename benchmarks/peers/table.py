@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-BEGIN, END = "<!-- made by scripts/bench_peers.py -->\n", "<!-- end of what scripts/bench_peers.py made -->\n"
+BEGIN, END = "<!-- made by benchmarks/against_peers.py -->\n", "<!-- end of what benchmarks/against_peers.py made -->\n"
 OURS = "r1export"
 TITLES = {
     "optimum": "Optimum, merged by PEFT",

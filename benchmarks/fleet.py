@@ -1,6 +1,6 @@
 """A fleet on one machine: many devices, each a process with the kit, against one server of static files.
 
-    python scripts/bench_fleet.py [--devices 500] [--together 8] [--json FILE]
+    python benchmarks/fleet.py [--devices 500] [--together 8] [--json FILE]
 
 Every device runs the program of docs/fleet.md with a store and an identity of its own, first at 10 percent and then at 100.
 One in fifty has a base that somebody damaged, and has to fail and say so. Counted are requests and bytes by what they are

@@ -1,7 +1,7 @@
 """The same CLIP and the same LoRA through Optimum, Olive, PEFT with torch.onnx, ONNX Runtime multi-LoRA and r1export.
 
-    python scripts/bench_peers.py --envs FOLDER --json peers.json --write      # ViT-B/32, about 20 minutes
-    python scripts/bench_peers.py --envs FOLDER --quick                        # a tiny CLIP: does it still work?
+    python benchmarks/against_peers.py --envs FOLDER --json peers.json --write      # ViT-B/32, about 20 minutes
+    python benchmarks/against_peers.py --envs FOLDER --quick                        # a tiny CLIP: does it still work?
 
 Weights are random: no model hub is asked. Peers live in environments of their own, made in FOLDER and used again; each
 runs in a process of its own, and one that fails becomes a row that says how. Image towers are timed together at the end,

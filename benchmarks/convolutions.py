@@ -1,7 +1,7 @@
 """What a convolutional CLIP costs here: export, release, update, latency against other forms, and one training step.
 
-    python scripts/bench_convolutions.py export MobileCLIP2-S0      # about two minutes
-    python scripts/bench_convolutions.py train MobileCLIP2-S0       # PEFT only if it is installed
+    python benchmarks/convolutions.py export MobileCLIP2-S0      # about two minutes
+    python benchmarks/convolutions.py train MobileCLIP2-S0       # PEFT only if it is installed
 
 Random weights at full size, experts in the image tower by the default targets, one thread. Forms of the image tower in
 onnxruntime, interleaved in random order at batch 1: ours; *plain*, the model as open_clip gives it by torch.onnx.export with its

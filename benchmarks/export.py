@@ -1,6 +1,6 @@
 """Export time, peak memory and latency of our graphs beside Optimum's, in one run: prints tables, writes JSON.
 
-    python scripts/bench_export.py --models ViT-B-32 ViT-B-16 --optimum OPTIMUM_VENV/bin/python --out bench_export.json
+    python benchmarks/export.py --models ViT-B-32 ViT-B-16 --optimum OPTIMUM_VENV/bin/python --out export.json
 
 Random weights: time depends on shapes. Optimum exports both towers as one graph; its image half is cut out of that.
 Every export runs in a process of its own, so that its peak memory is its own. A later release is what is written again:
