@@ -40,8 +40,16 @@ class Retired:
 RETIRED = (
     Retired("train.keep", None, "write train.distill_weight"),
     Retired("pool.towers", "text", 'write "textual"'),
-    Retired("pool.gate", "frequency", 'write "binary": weights by votes gained nothing (docs/experiments/negative-results.md)'),
-    Retired("train.orthogonality", "input", 'write "output": the input side gained nothing (docs/experiments/negative-results.md)'),
+    Retired(
+        "pool.gate",
+        "frequency",
+        'write "binary": weights by votes gained nothing (docs/experiments/negative-results.md)',
+    ),
+    Retired(
+        "train.orthogonality",
+        "input",
+        'write "output": the input side gained nothing (docs/experiments/negative-results.md)',
+    ),
 )
 
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
