@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from r1export.errors import InputError, refused
-from r1export.recipe_paths import resolve_fields, resolve_sources, sources
+from r1export.recipe_paths import find_recipe, resolve_fields, resolve_sources, shipped_recipes, sources
 from r1export.update.names import is_special
 
 
@@ -340,18 +340,20 @@ def in_order(recipe: Recipe, order: str) -> Recipe:
 
 
 def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe. Each override is `section.field=value` with a TOML value; a bare word counts as a string.
+    """Read a recipe: a file, or the name of one that comes with r1export.
+
+    Each override is `section.field=value` with a TOML value; a bare word counts as a string.
 
     `extends = "OTHER.toml"` at the top starts from another recipe, relative to this file, and changes only what is written here.
 
-    >>> load_recipe("recipes/quickstart.toml", ("train.iterations=50",)).train.iterations
+    >>> load_recipe("quickstart", ("train.iterations=50",)).train.iterations
     50
 
     Raises:
         InputError: no such file, not TOML, an unknown key, a name that is no longer used, a wrong type, an impossible
             value; the message names the key.
     """
-    path = Path(path)
+    path = find_recipe(Path(path))
     try:
         values, folders = _read(path)
         for override in overrides:
@@ -373,7 +375,8 @@ def _read(path: Path, extended: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin a file with a mark
     except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe", "see recipes/ for examples") from None
+        names = ", ".join(sorted(file.stem for file in shipped_recipes().glob("*.toml")))
+        raise InputError(f"{path}: no such recipe", f"give a file, or one of {names}") from None
     except PermissionError as error:
         raise refused(error, str(path)) from error
     except (OSError, ValueError) as error:  # also for a number of thousands of digits

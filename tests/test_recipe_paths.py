@@ -93,3 +93,26 @@ def test_a_run_that_was_started_with_relative_paths_goes_on_in_another_folder(la
     monkeypatch.chdir("/")
     result = r1export("export", lab / "run")
     assert result.returncode == 0, result.output
+
+
+def test_a_shipped_recipe_has_a_name_that_works_everywhere(lab) -> None:
+    assert [task.name for task in load_recipe("quickstart").tasks] == ["trash6", "clothing10", "signdigits"]
+
+
+def test_a_file_of_that_name_comes_first(lab) -> None:
+    Path("quickstart").write_text(BASE + TASKS)
+    assert [task.name for task in load_recipe("quickstart").tasks] == ["a", "b"]
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones(lab) -> None:
+    done = r1export("run", "quickstrat")
+    assert done.returncode == 2
+    assert "quickstrat: no such recipe" in done.stderr
+    assert "quickstart" in done.stderr
+
+
+def test_a_run_without_a_folder_goes_to_runs(lab) -> None:
+    (lab / "mine.toml").write_text(RECIPE)
+    done = r1export("train", lab / "mine.toml", "--set", "train.iterations=1", "--set", "data.test_limit=4")
+    assert done.returncode == 0, done.stderr
+    assert Path("runs/mine/metrics.json").is_file()

@@ -21,9 +21,19 @@ class Precision(StrEnum):
     int8 = "int8"
 
 
-RecipeFile = Annotated[Path, typer.Argument(readable=False, metavar="RECIPE", help="Recipe in TOML; see recipes/.")]
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        readable=False,
+        metavar="RECIPE",
+        help="A recipe in TOML, or the name of one that comes with r1export, such as quickstart.",
+    ),
+]
 Run = Annotated[Path, typer.Argument(readable=False, metavar="RUN", help="Folder of a run.")]
-Out = Annotated[Path, typer.Option("--out", "-o", readable=False, metavar="RUN", help="Folder for the run.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", readable=False, metavar="RUN", help="Folder for the run; by default runs/RECIPE."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the existing run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the existing run first.")]
 Where = Annotated[Device, typer.Option("--device", help="Where to train and to run torch.")]
