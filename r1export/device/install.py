@@ -49,8 +49,8 @@ class Outcome:
 
 
 def apply(
-    store: Path,
-    bundle: Path,
+    store: Path | str,
+    bundle: Path | str,
     *,
     now: float | None = None,
     retry: bool = False,
@@ -70,8 +70,8 @@ def apply(
         Unsupported: no space, no onnxruntime, another updater.
         Inconclusive: the clock is wrong.
     """
-    data = read_bundle(bundle)
-    device = Store.open(store)
+    data = read_bundle(Path(bundle))
+    device = Store.open(Path(store))
     with _plain_errors(), device.lock(wait) as descriptor:
         device.sweep()
         offer = Bundle.parse(data, device.trusted(), device.config.threshold)
