@@ -40,8 +40,16 @@ class Retired:
 RETIRED = (
     Retired("train.keep", None, "write train.distill_weight"),
     Retired("pool.towers", "text", 'write "textual"'),
-    Retired("pool.gate", "frequency", 'write "binary": weights by votes gained nothing (docs/experiments.md)'),
-    Retired("train.orthogonality", "input", 'write "output": the input side gained nothing (docs/experiments.md)'),
+    Retired(
+        "pool.gate",
+        "frequency",
+        'write "binary": weights by votes gained nothing (docs/experiments/negative-results.md)',
+    ),
+    Retired(
+        "train.orthogonality",
+        "input",
+        'write "output": the input side gained nothing (docs/experiments/negative-results.md)',
+    ),
 )
 
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -200,7 +208,7 @@ class Pool(_Section):
 
 class Train(_Section):
     """Optimisation of one task. Defaults: arXiv 2601.22828, but for `distill_weight`, `consolidate`, `protect` and `protect_own`, which
-    forget less (docs/experiments.md)."""
+    forget less (docs/experiments/forgetting.md)."""
 
     iterations: int = Field(500, ge=1)
     """Steps per task."""

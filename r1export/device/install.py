@@ -62,10 +62,13 @@ def apply(
     If it is current already, only what is damaged is derived again, and its signatures are replaced by those of `bundle`.
     `now` is the time in seconds since 1970, by default the clock's; `retry` forgets earlier failures of this update.
 
+    If it raises, the version that was current still is, unless the message says that it is not.
+
     Raises:
-        InputError: malformed.   CheckFailed: refused, or a check failed.
-        Unsupported: no space, no onnxruntime, another updater.   Inconclusive: the clock is wrong.
-        Whatever is raised, the version that was current is current still, unless the message says that it is not.
+        InputError: malformed.
+        CheckFailed: refused, or a check failed.
+        Unsupported: no space, no onnxruntime, another updater.
+        Inconclusive: the clock is wrong.
     """
     data = read_bundle(Path(bundle))
     device = Store.open(Path(store))

@@ -33,7 +33,7 @@ from r1export.verify.results import Contents, ReleaseReport, Verdict, named_chec
 
 REPORT = "report.json"
 # How many times as far as here the answers of another processor may be off. onnxruntime on aarch64 against x86-64, 18 towers
-# (docs/experiments.md): fp32 1.14; fp16 3.9, as it computes in float16 there and in float32 here; int8 1.00.
+# (docs/experiments/updates.md): fp32 1.14; fp16 3.9, as it computes in float16 there and in float32 here; int8 1.00.
 ROOM = {"fp32": 1.5, "fp16": 5.0, "int8": 1.02}
 
 

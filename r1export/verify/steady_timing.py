@@ -2,7 +2,7 @@
 
 In a process of its own because where a session's weights lie makes it faster or slower for its whole life: with pages of
 4 kB base and base again differed by 3 %, with pages of 2 MB, which the C library asks for only if it is told so when a
-process starts, by 1.3 % (docs/experiments.md).
+process starts, by 1.3 % (docs/experiments/latency.md).
 
     python -m r1export.verify.steady_timing FOLDER     times what FOLDER/request.json names, a line on stdout for each block
 """
