@@ -1,7 +1,7 @@
 """Fine-tune CLIP on a sequence of tasks, verify the releases, and see whether they may be deployed.
 
-    python examples/finetune.py RECIPE RUN [FIELD=VALUE ...]
-    python examples/finetune.py quickstart runs/quickstart train.iterations=30
+python examples/finetune.py RECIPE RUN [FIELD=VALUE ...]
+python examples/finetune.py quickstart runs/quickstart train.iterations=30
 """
 
 import sys

@@ -42,15 +42,15 @@ PLANTED = [  # fault, mode, exit code, what is said
     ("manifest: one tensor not in the map", ALONE, 1, "is not in the manifest's tensor map"),
     ("manifest: rows of a matrix end too early", ALONE, 1, "rows of visual.transformer.resblocks.1.mlp.c_fc.weight"),
     ("manifest: rows of q, k, v as one", RUN, 1, "the factors have other ones"),
-    ("manifest: a square matrix marked as transposed", BESIDE, 1, "lies elsewhere than in the base"),
+    ("manifest: a square matrix marked as transposed", BESIDE, 1, "has another place than in the base"),
     ("golden samples cut to one", ALONE, 1, "Golden samples"),
     ("golden pictures removed", ALONE, 4, "looked at 0 of 6"),
     ("eight times the same golden picture", ALONE, 1, "all images are the same"),
     ("class row zero", ALONE, 1, "classes/arrows.safetensors is stale"),
-    ("last task taken out with its files", ALONE, 1, "learned tasks are ['digits'], updates those of ['digits', 'arrows']"),
+    ("last task taken out with its files", ALONE, 1, "learned tasks are ['digits'], but the updates are of ['digits', 'arrows']"),
     ("preprocess.onnx deleted", ALONE, 1, "preprocess.onnx"),
     ("golden.max_abs = 10, min_cosine = -1, a matrix zeroed", ALONE, 1, "the visual tower differs by"),
-    ("precision int8 on a matrix x 1.05", ALONE, 1, "precision is int8, that of its tensors is fp32"),
+    ("precision int8 on a matrix x 1.05", ALONE, 1, "precision is int8, but its tensors are fp32"),
     ("a matrix x 1.05 beside such a base", BESIDE, 1, "the visual tower differs by"),
     ("a 00-base that does not reproduce its golden samples", BESIDE, 4, "does not pass by itself"),
     ("recipe: verify.max_abs = 0.5", RUN, 4, "verify.max_abs = 0.5 is laxer than 5e-05"),
@@ -63,7 +63,7 @@ PLANTED = [  # fault, mode, exit code, what is said
     ("base digest zeroed", BESIDE, 1, "base is BaseModel"),
     ("accuracies 0.999 in the manifest and metrics.json", RUN, 1, "the manifest claims 0.999"),
     ("metrics.json: zero_shot_avg 0.999", RUN, 1, "zero_shot_avg is 0.999"),
-    ("README.md with other code", ALONE, 1, "README.md is not what follows from the manifest"),
+    ("README.md with other code", ALONE, 1, "README.md differs from the one generated from the manifest"),
 ]  # fmt: skip
 
 

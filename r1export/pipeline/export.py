@@ -1,4 +1,4 @@
-"""Write releases: the graphs once, then for the base and after every task one folder that can be deployed."""
+"""Write releases: export the graphs once, then write one deployable folder for the base and after every task."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from r1export.verify.runtimes.runtime import open_session, runner
 
 
 def export_releases(context: RunContext, *, overwrite: bool = False, audit: bool = False) -> list[Path]:
-    """Write the graphs and releases that are not there, in every precision of the recipe; returns the release folders.
+    """Write the missing graphs and releases in every precision of the recipe; returns the release folders.
 
-    With `audit` the merged model of the last release is exported again and compared with it, node by node and byte by byte.
+    With `audit` the merged model of the last release is re-exported and compared with it, node by node and byte by byte.
 
     Raises CheckFailed if the audit finds a difference.
     """
@@ -47,7 +47,7 @@ def export_releases(context: RunContext, *, overwrite: bool = False, audit: bool
         for precision in ("fp32", *recipe.export.variants):
             variant = Variant(context, precision)
             if not variant.exports.graphs.exists():
-                context.progress.step(f"Exporting the graphs in {precision}, once")
+                context.progress.step(f"Exporting the {precision} graphs (once)")
                 with new_folder(variant.exports.graphs) as folder:
                     _write_graphs(variant, folder)
             releases += _write_releases(variant, updates)
@@ -61,7 +61,9 @@ def _write_graphs(variant: Variant, folder: Path) -> None:
     if variant.precision == FP32:
         opset, preprocess = context.recipe.export.opset, context.clip.preprocess
         export_graphs(context.clip.model, preprocess.size, _context_length(context), folder, opset=opset)
-        with suppress(Unsupported):  # some preprocessing has no faithful graph: preprocess.json alone describes it
+        with suppress(
+            Unsupported
+        ):  # some preprocessing can't be expressed exactly as a graph; preprocess.json describes it
             write_preprocess(preprocess.to_json(), folder / PREPROCESS_GRAPH, opset=opset)
         return
     WRITERS[variant.precision](source, folder)
@@ -74,7 +76,7 @@ def _write_graphs(variant: Variant, folder: Path) -> None:
 
 def _write_releases(variant: Variant, updates: list[ExpertUpdate]) -> list[Path]:
     context, releases = variant.context, variant.releases[: len(updates) + 1]
-    with context.progress.track(f"Writing releases in {variant.precision}", len(releases)) as advance:
+    with context.progress.track(f"Writing {variant.precision} releases", len(releases)) as advance:
         for number, path in enumerate(releases):
             if not path.exists():
                 with context.with_updates_applied(updates[:number]) as merged:
@@ -85,7 +87,7 @@ def _write_releases(variant: Variant, updates: list[ExpertUpdate]) -> list[Path]
 
 def _audit(context: RunContext, updates: list[ExpertUpdate]) -> None:
     last = Variant(context, FP32).releases[len(updates)]
-    context.progress.step(f"Exporting {last.name} again to compare")
+    context.progress.step(f"Re-exporting {last.name} for the audit")
     size, opset = context.clip.preprocess.size, context.recipe.export.opset
     with context.with_updates_applied(updates):
         audit_reexport(context.clip.model, size, _context_length(context), last, opset=opset)
@@ -98,7 +100,7 @@ def _context_length(context: RunContext) -> int:
 def _content(
     variant: Variant, number: int, updates: list[ExpertUpdate], merged: dict[str, np.ndarray]
 ) -> ReleaseContent:
-    """What release `number` of a run with `updates` holds; `merged` are the model's parameters, and it computes with them now."""
+    """The content of release `number` with `updates`; the model currently computes with the parameters `merged`."""
     context, clip = variant.context, variant.context.clip
     trained = context.recipe.stream[:number]
     tasks = tuple(
@@ -130,7 +132,7 @@ def _content(
 
 
 def _accuracies(context: RunContext, folder: Path, tasks: tuple[TaskClasses, ...]) -> dict[str, float]:
-    """Top-1 of a release's own image tower in onnxruntime, on all test images of every task."""
+    """Top-1 accuracy of a release's image tower in onnxruntime, on all test images of every task."""
     run = runner(open_session(folder / VISUAL.graph))
     union = all_classes(context.clip, context.tasks) if context.recipe.data.candidates == "all" else None
     accuracies = {}

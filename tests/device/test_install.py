@@ -478,7 +478,7 @@ def test_a_folder_that_holds_another_version_than_it_is_named_for_is_refused(lab
     shutil.rmtree(old)
     shutil.copytree(new, old)
     before = device.facts()
-    with pytest.raises(CheckFailed, match="holds version"):
+    with pytest.raises(CheckFailed, match="contains version"):
         device.rollback()
     assert device.facts() == before
 

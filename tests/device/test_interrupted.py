@@ -164,7 +164,7 @@ def full(monkeypatch):
 def test_an_update_that_can_be_neither_recorded_nor_taken_back_says_which_version_is_current(lab, used, full):
     with pytest.raises(Unsupported, match=r"version 00000003-\w+ is current.*No space left") as caught:
         used.apply(lab.bundle(3, 2))
-    assert "do the same again" in caught.value.remedy
+    assert "run the same command again" in caught.value.remedy
     assert used.files() == fleet.hashes(lab.release(3))
     full.undo()
     assert not used.apply(lab.bundle(3, 2)).changed

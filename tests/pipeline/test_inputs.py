@@ -123,4 +123,4 @@ def test_inspect_describes_the_pictures_of_a_task_and_writes_a_contact_sheet(pet
 def test_a_contact_sheet_of_something_else_is_refused(pets) -> None:
     result = r1export("inspect", pets, "--out", pets / "sheet.html")
     assert result.returncode == 2
-    assert "holds no pictures of a task (give a source, for example folder:DIR)" in result.stderr
+    assert "is not a task source (use a source such as folder:DIR)" in result.stderr

@@ -38,5 +38,5 @@ def test_pictures_are_inside_the_page_with_what_was_changed(page) -> None:
 
 
 def test_what_needs_a_look_is_listed(page) -> None:
-    for line in ("cat/2.png: broken", "same pixels in training and test: a.png and b.png", "left out: x.heic"):
+    for line in ("cat/2.png: broken", "identical in train and test: a.png and b.png", "left out: x.heic"):
         assert line in page

@@ -181,7 +181,7 @@ def test_a_changed_a_missing_a_linked_and_an_added_file_are_named(tmp_path: Path
     (tmp_path / "c").symlink_to(tmp_path / "more.txt")
     (tmp_path / "folder").symlink_to(tmp_path)
     assert check_files(tmp_path, manifest, (), ()).detail == (
-        "a is not the file that was released; b is missing; c is a link; folder is a link; more.txt is not listed in the manifest"
+        "a was modified; b is missing; c is a link; folder is a link; more.txt is not listed in the manifest"
     )
     assert "more.txt" not in check_files(tmp_path, manifest, (), ("more.txt",)).detail
 
