@@ -153,7 +153,7 @@ class TaskSource(_Section):
     @classmethod
     def _plain_name(cls, name: str) -> str:
         if is_special(name):
-            raise ValueError("the name is reserved on Windows or on devices: choose another")
+            raise ValueError("the name is reserved on Windows or on devices, choose another name")
         return name
 
 

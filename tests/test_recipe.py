@@ -219,7 +219,7 @@ def test_an_old_name_is_refused_with_the_new_one_wherever_it_stands(retired: Ret
 @pytest.mark.parametrize("retired", RETIRED, ids=str)
 def test_every_rename_is_in_the_changelog_and_what_replaces_it_loads(retired: Retired, tmp_path) -> None:
     assert retired.field in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("## 0.1.0")[0]
-    new = re.match(r'write "?(\w+(?:\.\w+)?)', retired.advice)[1]
+    new = re.match(r'use "?(\w+(?:\.\w+)?)', retired.advice)[1]
     text = with_retired(retired)
     text = text.replace("keep", new.split(".")[1]) if retired.value is None else text.replace(retired.value, new)
     load_recipe(write(tmp_path, text))
