@@ -51,7 +51,7 @@ PLANTED = [  # fault, mode, exit code, what is said
     ("preprocess.onnx deleted", ALONE, 1, "preprocess.onnx"),
     ("golden.max_abs = 10, min_cosine = -1, a matrix zeroed", ALONE, 1, "the visual tower differs by"),
     ("precision int8 on a matrix x 1.05", ALONE, 1, "precision is int8, but its tensors are fp32"),
-    ("a matrix x 1.05 beside such a base", BESIDE, 1, "the visual tower differs by"),
+    ("a matrix x 1.05 next to such a base", BESIDE, 1, "the visual tower differs by"),
     ("a 00-base that does not reproduce its golden samples", BESIDE, 4, "does not pass by itself"),
     ("recipe: verify.max_abs = 0.5", RUN, 4, "verify.max_abs = 0.5 is laxer than 5e-05"),
     ("preprocess.json: mean 0", ALONE, 1, "preprocess.json: picture 0 differs"),

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torchvision.datasets
 from running import RECIPE, r1export
 
+from r1export.data.request import Request
+from r1export.data.sources import load_task
 from r1export.recipe import Recipe, load_recipe
 
+SHIPPED = sorted((Path(__file__).parents[1] / "recipes").rglob("*.toml"))
 BASE = '[base]\nweights = "w.safetensors"\nconfig = "/abs/c.json"\n'
 TASKS = '[[tasks]]\nname = "a"\nsource = "folder:photos"\n[[tasks]]\nname = "b"\nsource = "npz:packs/b.npz"\n'
 PROBE = '[probe]\nsource = "folder:probe"\n'
@@ -116,3 +120,25 @@ def test_a_run_without_a_folder_goes_to_runs(lab) -> None:
     done = r1export("train", lab / "mine.toml", "--set", "train.iterations=1", "--set", "data.test_limit=4")
     assert done.returncode == 0, done.stderr
     assert Path("runs/mine/metrics.json").is_file()
+
+
+def header(recipe: Path) -> str:
+    """The comment at the top of a recipe."""
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    return "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipe_runs_as_it_is_or_says_at_the_top_what_it_requires(path: Path) -> None:
+    recipe = load_recipe(path)
+    if not recipe.base.model.startswith("builtin:"):
+        assert "open_clip downloads" in header(path)
+    for source in all_sources(recipe):
+        scheme, _, name = source.partition(":")
+        if scheme == "builtin":
+            assert len(load_task(Request(source, test_only=True)).test)
+        else:
+            assert scheme == "torchvision", source
+            assert hasattr(torchvision.datasets, name), source
+            assert "R1EXPORT_DATA" in header(path)
+            assert "data.download=true" in header(path)
