@@ -44,14 +44,21 @@ def golden_inputs(context: RunContext) -> GoldenInputs:
 
 
 @torch.inference_mode()
-def golden_samples(context: RunContext) -> GoldenSamples:
-    """The inputs, and what the model of the run makes of them with the updates that are applied to it now."""
-    clip, inputs = context.clip, golden_inputs(context)
+def golden_texts(context: RunContext, inputs: GoldenInputs) -> np.ndarray:
+    """What the text tower of the run makes of the prompts with the updates that are applied to it now: float32 (n, D)."""
+    embeds: np.ndarray = context.clip.encode_text(inputs.tokens).float().cpu().numpy()
+    return embeds
+
+
+@torch.inference_mode()
+def golden_samples(context: RunContext, inputs: GoldenInputs, text_embeds: np.ndarray) -> GoldenSamples:
+    """The inputs, what the image tower makes of them with the updates that are applied to it now, and `text_embeds` (n, D)."""
+    clip = context.clip
     return GoldenSamples(
         clip.preprocess.normalize(inputs.pixels).numpy(),
         clip.encode_image(inputs.pixels).float().cpu().numpy(),
         inputs.tokens.cpu().numpy(),
-        clip.encode_text(inputs.tokens).float().cpu().numpy(),
+        text_embeds,
         inputs.pictures,
         inputs.prompts,
     )
