@@ -1,6 +1,7 @@
 """Writes docs/models.md: which open_clip and timm models can be adapted, merged, exported and verified, each tried out.
 
     python scripts/models_table.py [NAME ...]        default: one of every family; with names, their rows alone are written anew
+    python scripts/models_table.py --full NAME ...   as deep as the models are; the rows are printed and not written
 
 Each is built with random weights and two layers where it has one number for them (the structure decides, not the depth),
 brought into its deployed form, given random experts, merged by the one merge, exported, and compared with torch at a batch
@@ -84,9 +85,9 @@ class Row:
         return f"| {self.name} | {self.verdict} | {self.routed} | {figures} |"
 
 
-def build(name: str) -> nn.Module:
-    """The model with random weights, two layers a tower and a small vocabulary, its BatchNorms as if they had seen images."""
-    model = _build(name)
+def build(name: str, *, full: bool = False) -> nn.Module:
+    """The model with random weights, its BatchNorms as if they had seen images; two layers a tower and a small vocabulary if not `full`."""
+    model = open_clip.create_model(name, load_weights=False).eval().requires_grad_(False) if full else _build(name)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
@@ -125,12 +126,12 @@ def _shallow(create):
     return shallow
 
 
-def examine(name: str) -> Row:
+def examine(name: str, *, full: bool = False) -> Row:
     """Adapt, merge, export and compare one model."""
     start = time.perf_counter()
     torch.manual_seed(0)
     try:
-        model = build(name)
+        model = build(name, full=full)
     except (RuntimeError, Unsupported) as error:
         return Row(name, f"refused: {str(error).splitlines()[0]}")
     inputs = _inputs(model)
@@ -222,13 +223,15 @@ unit-norm embeddings of three images and three texts; the limit of the last two 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=(*FAMILIES, *OF_TIMM))
+    parser.add_argument("--full", action="store_true", help="models at their full depth; print the rows, write nothing")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     for name in options.names:
-        row = examine(name)
+        row = examine(name, full=options.full)
         print(row.markdown(), f"{row.seconds:.0f} s", file=sys.stderr, flush=True)
-        write(row)
+        if not options.full:
+            write(row)
 
 
 def write(row: Row) -> None:
