@@ -168,7 +168,7 @@ def test_names_of_classes_may_stand_beside_the_folders(flat, file, content):
         ("classes.json", b'{"ant": "fire ant"}', "no class name for the folder bee"),
         ("classes.json", b'{"ant": 3, "bee": "x"}', "ant: found 3"),
         ("classes.json", b"[1]", "expected an object"),
-        ("classes.json", b'{"ant": "a", "ant": "b"}', "occurs twice"),
+        ("classes.json", b'{"ant": "a", "ant": "b"}', "duplicate key"),
         ("classes.txt", b"ant\nbee bee\n", "'ant' has no class name"),
         ("classes.txt", b"ant a\nant b\nbee c\n", "names a folder twice"),
         ("classes.txt", b"ant \xff\n", "not UTF-8"),

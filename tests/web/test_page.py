@@ -174,7 +174,7 @@ def test_a_manifest_whose_digest_of_itself_does_not_hold_is_refused(browser, rel
     path.write_text(path.read_text().replace('"accuracy": 0.', '"accuracy": 1.'))
     with serving(lambda: Served(sha256_file(path), served.files)) as url:
         assert settle(browser, url) == "Refused"
-    assert "its digest of itself says" in browser.do("page.innerText", "#versions .detail")
+    assert "(from its self-digest)" in browser.do("page.innerText", "#versions .detail")
 
 
 def test_the_digest_of_itself_is_python_s_whatever_stands_in_the_manifest(browser, lab, serve) -> None:
