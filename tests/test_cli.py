@@ -377,7 +377,7 @@ def test_wrong_overrides_are_refused_by_the_name_of_the_field(arguments, word: s
 def test_verify_export_report_and_inspect_say_what_they_need(tmp_path) -> None:
     for command in ("verify", "export", "inspect"):
         one_line_error(r1export(command, tmp_path), 2, "not a run")
-    one_line_error(r1export("report", tmp_path), 2, "write it again: r1export verify")
+    one_line_error(r1export("report", tmp_path), 2, "recreate it with r1export verify")
 
 
 @pytest.mark.parametrize(

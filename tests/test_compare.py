@@ -124,7 +124,7 @@ def test_a_folder_without_a_report_and_a_place_that_is_taken_are_refused_in_one_
 ) -> None:
     done = invoke("compare", runs[0], tmp_path)
     assert done.exit_code == 2
-    assert "write it again: r1export verify" in done.stderr
+    assert "recreate it with r1export verify" in done.stderr
     taken = invoke("compare", *runs, "--out", runs[0])
     assert taken.exit_code == 2
     assert "exists" in taken.stderr

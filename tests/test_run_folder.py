@@ -83,7 +83,7 @@ def test_a_file_without_a_json_object_is_refused(data: bytes, tmp_path: Path) ->
     with pytest.raises(InputError, match="no such file"):
         read_json(tmp_path / "gone.json", "write it again")
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(InputError, match="no regular file"):
+    with pytest.raises(InputError, match="not a regular file"):
         read_json(tmp_path / "folder.json", "write it again")
 
 

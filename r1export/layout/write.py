@@ -1,4 +1,4 @@
-"""Write a layout: next to its final name, and renamed when it is whole."""
+"""Write a layout to a temporary folder, and rename it once it is complete."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def write_layout(source: ReleaseSource, layout: str, out: Path, *, name: str = "
             described.write(folder)
         files = [path for path in out.rglob("*") if path.is_file()]
     except OSError as error:
-        raise refused(error, f"{out} could not be written") from error
+        raise refused(error, f"cannot write {out}") from error
     linked = sum(path.stat().st_size for path in shared_files(out, described) if path.stat().st_nlink > 1)
     added = sum(path.stat().st_size for path in files) - (linked if shared else 0)
     return WrittenLayout(out, described, shared, added, content.notes)
@@ -143,5 +143,5 @@ def check_layout_files(folder: Path) -> LayoutFile:
         check_file(inside(folder, path), sha256)
     for path in layout.paths:
         if not inside(folder, path).is_file():
-            raise Unsupported(f"{folder / path} is missing", f"make the layout again; {LAYOUT} lists it")
+            raise Unsupported(f"{folder / path} is missing", f"recreate the layout; {LAYOUT} lists the file")
     return layout

@@ -30,7 +30,7 @@ def test_a_sound_version_is_healthy_in_both_towers(lab, device):
 @pytest.mark.parametrize(
     ("limits", "name"),
     [
-        (Health(1e-4, 1.0, 0.0), "smallest cosine"),
+        (Health(1e-4, 1.0, 0.0), "lowest cosine"),
         (Health(1e-9, -1.0, 0.0), "largest difference"),
     ],
 )

@@ -73,7 +73,7 @@ def test_a_change_that_the_release_alone_cannot_know_of_is_found(release: Path, 
     assert r1export("verify", release, "--no-latency").returncode == 0
     done = verify(release)
     assert done.returncode == 1, done.output
-    assert signature(done)["detail"] == "manifest.json is not the file that was signed"
+    assert signature(done)["detail"] == "manifest.json differs from the signed file"
 
 
 def test_a_file_that_is_missing_or_another_is_found(release: Path, verify: Verify) -> None:
@@ -83,7 +83,7 @@ def test_a_file_that_is_missing_or_another_is_found(release: Path, verify: Verif
     assert done.returncode == 1, done.output
     detail = signature(done)["detail"]
     assert "classes/arrows.json is missing" in detail
-    assert "report.md is not the file that was signed" in detail
+    assert "report.md differs from the signed file" in detail
 
 
 def test_reports_may_be_missing_as_on_a_device(release: Path, verify: Verify) -> None:

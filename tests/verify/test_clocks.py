@@ -74,7 +74,7 @@ def test_graphs_are_timed_in_a_process_of_their_own_by_processor_time_of_one_thr
 def test_a_graph_that_cannot_be_timed_is_one_line(tmp_path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
     measure = steady_timing({"base": tmp_path / "broken.onnx", "merged": tmp_path / "broken.onnx"}, {"x": np.zeros(1)})
-    with pytest.raises(CheckFailed, match=r"timing the graphs failed: .*refuses the model"):
+    with pytest.raises(CheckFailed, match=r"timing the graphs failed: .*rejects the model"):
         measure(Precision(12, 1.0), SHORT, lambda: None)
 
 

@@ -166,7 +166,7 @@ def test_a_manifest_is_compared_with_its_own_digest_and_with_the_run(tmp_path: P
     manifest = manifest_of(tmp_path)
     assert check_manifest(manifest, {"name": "01-digits"}).verdict == "pass"
     edited = check_manifest(replace(manifest, procedure="r2"), {})
-    assert (edited.verdict, edited.detail) == ("fail", "manifest.json was edited: its digest of itself does not fit")
+    assert (edited.verdict, edited.detail) == ("fail", "manifest.json was edited: self-digest mismatch")
     assert check_manifest(manifest, {"name": "02"}).detail == "manifest.json: name is '01-digits', expected '02'"
 
 
