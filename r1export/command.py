@@ -1,7 +1,7 @@
-"""How every command begins and ends: its terminal, its signals, and exit codes for whatever it meets.
+"""What every command shares: its terminal, signal handling, and exit codes.
 
-Exit codes: 0 passed, 1 a check failed, 2 bad usage or bad input, 3 this environment cannot do it, 4 inconclusive, 70 an
-internal error; 128 + N for a command that signal N ended, as shells count it.
+Exit codes: 0 passed, 1 a check failed, 2 bad usage or bad input, 3 not supported by this environment, 4 inconclusive,
+70 internal error; 128 + N if signal N ended the command, as in a shell.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 
 class Ended(KeyboardInterrupt):
-    """A signal asked the command to end: whatever ends on Ctrl-C ends on the others too."""
+    """A signal asked the command to end. All of `SIGNALS` are handled like Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         self.number = signal.Signals(number)
 
 
 class Commands(TyperGroup):
-    """The commands; wrong usage is one line and, with --json, one document, as every other error."""
+    """The commands. A usage error is one line and, with --json, one document, like every other error."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
-        """Run the command that `args` name and exit with its code."""
+        """Run the command named in `args` and exit with its code."""
         arguments = list(sys.argv[1:] if args is None else args)
         try:
             sys.exit(super().main(arguments, *rest, **(extra | {"standalone_mode": False})) or 0)
@@ -62,7 +62,7 @@ def _terminal(as_json: bool) -> Terminal:
 
 @contextmanager
 def open_terminal(as_json: bool) -> Iterator[Terminal]:
-    """The terminal; what r1export or the operating system refuses becomes one line and an exit code."""
+    """The terminal. Errors of r1export or the operating system become one line and an exit code."""
     shown = _terminal(as_json)
     try:
         with _ended_by_signals():
@@ -72,7 +72,7 @@ def open_terminal(as_json: bool) -> Iterator[Terminal]:
         raise typer.Exit(128 + 13) from None  # SIGPIPE
     except KeyboardInterrupt as ended:
         number = ended.number if isinstance(ended, Ended) else signal.SIGINT
-        shown.error(R1ExportError(f"interrupted by {number.name}", "a run goes on with --resume"), 128 + number)
+        shown.error(R1ExportError(f"interrupted by {number.name}", "continue a run with --resume"), 128 + number)
         raise typer.Exit(128 + number) from None
     except Exception as error:
         expected = _expected(error)
@@ -83,9 +83,9 @@ def open_terminal(as_json: bool) -> Iterator[Terminal]:
 
 
 def _expected(error: Exception) -> R1ExportError | None:
-    """The error to print in one line; None for a defect of r1export."""
+    """The error to print in one line; None for an internal error."""
     if is_out_of_memory(error):
-        return Unsupported("out of memory", "close other programs, or use smaller batches (train.batch_size)")
+        return Unsupported("out of memory", "close other programs or lower train.batch_size")
     if isinstance(error, R1ExportError):
         return error
     return refused(error) if isinstance(error, OSError) else None
@@ -93,7 +93,7 @@ def _expected(error: Exception) -> R1ExportError | None:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Within it SIGINT, SIGTERM and SIGHUP raise `Ended`, so that what is half written is removed; those that are ignored stay so."""
+    """Raise `Ended` on SIGINT, SIGTERM and SIGHUP, so that partial files are removed. Ignored signals stay ignored."""
 
     def end(number: int, _: FrameType | None) -> NoReturn:
         raise Ended(number)
@@ -103,7 +103,7 @@ def _ended_by_signals() -> Iterator[None]:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, end)
-    except ValueError:  # not in the main thread: whoever runs r1export there takes care of signals
+    except ValueError:  # only the main thread can install handlers
         pass
     try:
         yield
@@ -113,14 +113,17 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def run_command(commands: typer.Typer) -> NoReturn:
-    """The entry point of a process. A defect of r1export ends with code 70 and a traceback, apart from checks that fail (code 1)."""
+    """The entry point of a process. An internal error exits with 70 and a traceback, which tells it from a failed check (1)."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # None where it was closed
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone
     try:
         commands()
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        sys.stderr.write("This is an internal error of r1export: please report it.\n")
+        defect = R1ExportError(
+            f"internal error: {type(error).__name__}: {error}", "please report it with the traceback"
+        )
+        _terminal("--json" in sys.argv).error(defect, INTERNAL_ERROR)
         sys.exit(INTERNAL_ERROR)
     sys.exit(0)

@@ -15,8 +15,21 @@ from rich.table import Table
 from rich.text import Text
 
 from r1export.errors import R1ExportError
-from r1export.update.plain_text import printable
-from r1export.verify.results import UNTIMED, Accuracy, Latency, ReleaseReport, Report, RunReport, Verdict
+from r1export.report.format import NOT_APPLICABLE, or_not_applicable
+from r1export.update.plain_text import ERROR, one_line, printable
+from r1export.verify.results import (
+    RUNGS,
+    TITLES,
+    UNTIMED,
+    Accuracy,
+    Check,
+    Latency,
+    ReleaseReport,
+    Report,
+    RunReport,
+    Verdict,
+    combined,
+)
 
 if TYPE_CHECKING:
     from r1export.report.compare_runs import Comparison
@@ -25,10 +38,10 @@ COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "not_applic
 
 
 class Terminal:
-    """People read stdout, or stderr where `json` puts a document for machines on stdout."""
+    """Prints text to stdout, or to stderr if `as_json` reserves stdout for one JSON document."""
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
-        """`quiet` says nothing but errors: one of several processes speaks for all."""
+        """With `quiet` only errors are printed: of several processes, one prints the progress."""
         self.as_json = as_json and not quiet
         self.people = Console(stderr=as_json, highlight=False, soft_wrap=False, quiet=quiet)
         self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -38,7 +51,7 @@ class Terminal:
 
     @contextmanager
     def track(self, title: str, total: int) -> Iterator[Callable[..., None]]:
-        """A bar that stays on the screen with its last note; one line where the output is no terminal."""
+        """A progress bar that stays on screen with its last note; a single line if the output isn't a terminal."""
         columns = (
             TextColumn("  {task.description}"),
             BarColumn(bar_width=24),
@@ -60,14 +73,12 @@ class Terminal:
             self.say(f"  {title}: {len(notes)} done{', ' + notes[-1] if notes and notes[-1] else ''}")
 
     def say(self, text: str) -> None:
-        """One line for people."""
+        """Print one line."""
         self.people.print(Text(printable(text)))
 
     def error(self, error: R1ExportError, exit_code: int) -> None:
-        """One line, whatever the width of the terminal, and the same for machines, as the device's kit prints it."""
-        self.errors.print(
-            Text.assemble(("Error: ", "bold red"), printable(" ".join(str(error).split()))), soft_wrap=True
-        )
+        """Print an error as one line to stderr, and as the JSON document. The device kit prints the same."""
+        self.errors.print(Text.assemble((ERROR, "bold red"), one_line(str(error))), soft_wrap=True)
         self.document({"error": {"message": error.message, "remedy": error.remedy}, "exit_code": exit_code})
 
     def document(self, value: Any) -> None:
@@ -76,7 +87,7 @@ class Terminal:
             print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
     def line(self, value: Any) -> None:
-        """One JSON document on one line of stdout, at once: for a command that goes on."""
+        """Print a JSON document on one line of stdout and flush: for a command that keeps running."""
         if self.as_json:
             print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
 
@@ -113,21 +124,23 @@ class Terminal:
         self.say(summary)
 
     def report(self, report: Report) -> None:
-        """Verdicts of all releases and the reasons for what is not a pass."""
+        """The verdict of each release, and the reasons for every verdict other than a pass."""
         releases = report.releases if isinstance(report, RunReport) else (report,)
         self.table(
-            "Verification (max. difference, same program, latency vs. base)",
-            ["release", "merge", "export", "total", "program", "latency", "unmerged", "verdict"],
+            "Verification (max abs. difference, same graph, latency vs. base)",
+            ["release", "merge", "export", "total", "graph", "latency", "unmerged", "verdict"],
             [_release_row(release) for release in releases],
         )
         for reason in report.reasons:
             self.say(f"  {reason}")
+        for line in _not_applicable(report) if isinstance(report, ReleaseReport) else ():
+            self.say(f"  {line}")
         untimed = any(release.latency.detail == UNTIMED for release in releases)
-        rest = ", of all checks but latency (--no-latency)" if untimed else ""
+        rest = " (latency not measured: --no-latency)" if untimed else ""
         self.people.print(Text.assemble("Verdict: ", (report.verdict, f"bold {COLOURS[report.verdict]}"), rest))
 
     def comparison(self, comparison: Comparison) -> None:
-        """One row per run; what was not measured is a dash."""
+        """One row per run; a dash for values that were not measured."""
         from r1export.report import compare_runs
         from r1export.report.format import NOT_MEASURED
 
@@ -138,11 +151,28 @@ class Terminal:
 
 def _release_row(report: ReleaseReport) -> list[str]:
     stages, latency = (report.parity.merge, report.parity.export, report.parity.total), report.latency
-    errors = ["-" if stage.max_abs is None else f"{stage.max_abs:.1e}" for stage in stages]
-    program = report.proof.verdict
-    ratio = "-" if latency.ratio is None else f"{latency.ratio:.3f}{_half_width(latency)}"
-    unmerged = "-" if latency.unmerged_ratio is None else f"{latency.unmerged_ratio:.2f}"
-    return [report.name, *errors, "-" if program is Verdict.INCONCLUSIVE else program, ratio, unmerged, report.verdict]
+    errors = [_figure(stage, None if stage.max_abs is None else f"{stage.max_abs:.1e}") for stage in stages]
+    graph = combined(getattr(report.proof, name).verdict for name in RUNGS)
+    ratio = _figure(latency, None if latency.ratio is None else f"{latency.ratio:.3f}{_half_width(latency)}")
+    unmerged = None if latency.unmerged_ratio is None else f"{latency.unmerged_ratio:.2f}"
+    shown = {Verdict.INCONCLUSIVE: "-", Verdict.NOT_APPLICABLE: "n/a"}.get(graph, graph.value)
+    return [report.name, *errors, shown, ratio, _figure(report.proof.control, unmerged), report.verdict]
+
+
+def _figure(check: Check, figure: str | None) -> str:
+    """The figure of a check; a dash if there is none, n/a if the check does not apply."""
+    shown = or_not_applicable(check, figure or "-")
+    return "n/a" if shown == NOT_APPLICABLE else shown
+
+
+def _not_applicable(report: ReleaseReport) -> Iterator[str]:
+    """The checks that do not apply, by reason."""
+    titles: dict[str, list[str]] = {}
+    for key, check in report.checks():
+        if check.verdict is Verdict.NOT_APPLICABLE and check.detail != UNTIMED:
+            titles.setdefault(check.detail, []).append(TITLES[key])
+    for reason, named in titles.items():
+        yield f"Not applicable: {', '.join(named)} ({reason})"
 
 
 def _half_width(latency: Latency) -> str:

@@ -1,15 +1,15 @@
-"""What can go wrong, each with the exit code of the command line.
+"""The exceptions of r1export, each with its exit code.
 
-0 passed, 1 a check failed, 2 bad usage or bad input, 3 this environment cannot do it, 4 inconclusive.
+0 passed, 1 a check failed, 2 bad usage or bad input, 3 not supported by this environment, 4 inconclusive.
 """
 
 import errno
 
 
 class R1ExportError(Exception):
-    """Root of all errors that r1export raises on purpose; printed as one line, without a traceback.
+    """Base class of all errors that r1export raises on purpose. Printed as one line, without a traceback.
 
-    `message` says what was found and what was expected, `remedy` what to do next.
+    `message` says what was found and what was expected, `remedy` how to fix it.
     """
 
     exit_code = 2
@@ -24,31 +24,31 @@ class R1ExportError(Exception):
 
 
 class InputError(R1ExportError):
-    """A recipe, a file, a folder or an argument is not what it has to be."""
+    """A recipe, a file, a folder or an argument is invalid."""
 
     exit_code = 2
 
 
 class CheckFailed(R1ExportError):
-    """A check did not hold."""
+    """A check failed."""
 
     exit_code = 1
 
 
 class Unsupported(R1ExportError):
-    """This model, machine or installation cannot do what was asked."""
+    """This model, machine or installation doesn't support the request."""
 
     exit_code = 3
 
 
 class Inconclusive(R1ExportError):
-    """A check could be neither passed nor failed with the evidence at hand."""
+    """The evidence is not enough to pass or fail a check."""
 
     exit_code = 4
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of an exception's text, at most `limit` characters of it, or its type if it has none."""
+    """The first line of an exception's message, cut to `limit` characters; its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
 
 
@@ -56,7 +56,7 @@ _ALLOCATION = ("can't allocate memory", "not enough memory", "failed to allocate
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, in Python, torch or onnxruntime, which have no common error for it."""
+    """Whether memory ran out. Python, torch and onnxruntime have no common exception for it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _ALLOCATION)
@@ -66,7 +66,7 @@ NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAM
 
 
 def refused(error: OSError, what: str = "") -> R1ExportError:
-    """What the operating system refused, by default with its place: a path that is not what it has to be, else the environment."""
+    """An OSError as an InputError if the path is wrong, else as Unsupported. `what` replaces the path in the message."""
     message = f"{what or error.filename or 'a file'}: {error.strerror or error}"
     if error.errno in NOT_THERE:
         return InputError(message, "check the path")

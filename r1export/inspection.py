@@ -1,4 +1,4 @@
-"""What is this file, and can this machine do the work? The answers of `inspect` and `doctor`."""
+"""The answers of `inspect` (what is this file?) and `doctor` (does this environment work?)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from r1export.update.release_manifest import ReleaseManifest
 
 
 class Description(NamedTuple):
-    """What `inspect` prints: a title, facts, a table, and lines about single things in it."""
+    """What `inspect` prints: a title, facts, a table, and notes."""
 
     title: str
     facts: dict[str, object]
@@ -36,14 +36,14 @@ class Description(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
-        """The document of `inspect --json`."""
+        """The JSON document of `inspect --json`."""
         rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
         return {"kind": self.title, **self.facts, "rows": rows, **({"notes": self.notes} if self.notes else {})}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of `doctor`. `verdict` is pass, fail or not measured."""
+    """One line of `doctor`; `verdict` is "pass", "fail" or "not measured"."""
 
     check: str
     found: str
@@ -63,16 +63,16 @@ MODULES = (
     "tokenizers",
     "cryptography",
 )
-EXTRAS = ("openvino",)  # what is missing here is measured less, not worse
+EXTRAS = ("openvino",)  # optional: if one is missing, less is measured
 
 
 def is_source(text: str) -> bool:
-    """Whether `text` names the pictures of a task as a recipe does, for example folder:DIR."""
+    """Whether `text` is a task source as in a recipe, for example folder:DIR."""
     return text.partition(":")[0] in READERS and ":" in text
 
 
 def describe_source(source: str, advance: Callable[[], None], sheet: Path | None) -> Description:
-    """Describe the pictures of a task, all of which are decoded, and write a contact sheet if a file is given for it."""
+    """Describe the images of a task after decoding all of them, and write a contact sheet if `sheet` is given."""
     task = read_task(Request(source, Path(), skip_broken=True))
     found = survey(task, advance)
     if sheet is not None:
@@ -83,7 +83,7 @@ def describe_source(source: str, advance: Callable[[], None], sheet: Path | None
         "classes": len(found.classes),
         "images": f"{len(task.train)} to train, {len(task.test)} to test",
         "refused": found.refused,
-        "twins": f"{len(found.twins)} test images have the pixels of a training image",
+        "twins": f"{len(found.twins)} test images are identical to a training image",
     }
     lines = (*found.notes, *(line for each in found.classes for line in each.refused), *map(_twins, found.twins))
     columns, rows = [column.lower() for column in table.columns], [list(row) for row in table.rows]
@@ -91,11 +91,11 @@ def describe_source(source: str, advance: Callable[[], None], sheet: Path | None
 
 
 def _twins(pair: tuple[str, str]) -> str:
-    return f"same pixels: {pair[0]} and {pair[1]}"
+    return f"identical: {pair[0]} and {pair[1]}"
 
 
 def describe(path: Path) -> Description:
-    """Describe a file or folder. Raises InputError for what r1export does not know."""
+    """Describe a file or folder. Raises InputError for an unknown kind."""
     if not path.exists():
         raise InputError(f"{path}: no such file or folder", "check the path")
     if path.is_dir():
@@ -160,7 +160,7 @@ def _graph(path: Path) -> Description:
 
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError is not part of its public interface
+    except Exception as error:  # protobuf's DecodeError is not public
         raise InputError(f"{path}: not an ONNX graph: {error}", "export it again") from error
     ends = [
         f"{v.name} {[d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim]}"
@@ -202,13 +202,13 @@ def _bundle(path: Path) -> Description:
     rows += [[file["path"], size(file["bytes"])] for file in summary["files"]]
     facts: dict[str, object] = {
         "update": str(path),
-        "signatures": "listed, not verified: that is done on the device",
+        "signatures": "listed, not verified (the device verifies them)",
     }
     return Description("Update", facts, ["field", "value"], rows)
 
 
 def _update(update: Mapping[str, Any]) -> str:
-    content = f"{update['experts']} experts" if update["carried"] else "on the device already"
+    content = f"{update['experts']} experts" if update["carried"] else "already on the device"
     return f"{update['task']}, {content}, {update['sha256'][:16]}"
 
 
@@ -224,7 +224,7 @@ def examine_environment() -> list[Finding]:
     ):
         try:
             findings.append(Finding(name, trial(), "pass"))
-        except Exception as error:  # whatever is broken in this environment is the finding
+        except Exception as error:  # any exception is a finding
             kind = type(error).__name__
             text = f"{kind}: {first_line(error)}" if str(error).strip() else kind
             findings.append(Finding(name, text[:140], "fail"))
@@ -232,7 +232,7 @@ def examine_environment() -> list[Finding]:
 
 
 def _module(name: str, packages: Mapping[str, list[str]]) -> Finding:
-    """A module as Python finds it, whichever package it comes from: several have an onnxruntime."""
+    """A module as Python finds it, from whichever package: several packages provide onnxruntime."""
     if find_spec(name) is None:
         return Finding(name, "not installed", "fail" if name in MODULES else "not measured")
     owners = sorted(set(packages.get(name, [])))
@@ -240,7 +240,7 @@ def _module(name: str, packages: Mapping[str, list[str]]) -> Finding:
         version(owner) if _plain(owner) == _plain(name) else f"{owner} {version(owner)}" for owner in owners
     )
     if len(owners) > 1:
-        found += f"; Python gets {_origin(name)}: they overwrite each other, so uninstall all of them and install one"
+        found += f"; Python imports {_origin(name)}. They overwrite each other: uninstall all of them and install one"
     return Finding(name, found or "from an unknown package", "pass")
 
 
@@ -249,7 +249,7 @@ def _plain(name: str) -> str:
 
 
 def _origin(name: str) -> str:
-    """The package that wrote the files that Python imports, as onnxruntime's own build says; else where they lie."""
+    """The package that Python imports, by onnxruntime's build info; else its path."""
     module = import_module(name)
     try:
         return str(import_module(f"{name}.capi.build_and_package_info").package_name)
@@ -263,7 +263,7 @@ def _try_torch() -> str:
 
     torchvision.ops.nms(
         torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([1.0]), 0.5
-    )  # fails with a torch it was not built for
+    )  # fails if it was built for another torch
     return f"{torch.get_num_threads()} threads, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no CUDA device'}"
 
 

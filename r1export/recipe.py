@@ -1,4 +1,4 @@
-"""A recipe: everything that decides what a run computes, as one TOML file."""
+"""A recipe: one TOML file with everything that determines the result of a run."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from r1export.errors import InputError, refused
-from r1export.recipe_paths import resolve_fields, resolve_sources, sources
+from r1export.recipe_paths import find_recipe, resolve_fields, resolve_sources, shipped_recipes, sources
 from r1export.update.names import is_special
 
 
 @dataclass(frozen=True)
 class Retired:
-    """A field of earlier recipes, or a value of one, and what to write now."""
+    """A removed field, or a removed value of a field, and its replacement."""
 
     field: str
     value: str | None
-    """None if any value of the field is meant."""
+    """None matches any value."""
     advice: str
 
     def __str__(self) -> str:
         return f"{self.field}" if self.value is None else f'{self.field} = "{self.value}"'
 
     def used_in(self, values: Mapping[str, Any]) -> bool:
-        """Whether the tables of a recipe say so."""
+        """Whether a recipe uses it."""
         section, _, name = self.field.partition(".")
         table = values.get(section)
         if not isinstance(table, dict) or name not in table:
@@ -38,17 +38,17 @@ class Retired:
 
 
 RETIRED = (
-    Retired("train.keep", None, "write train.distill_weight"),
-    Retired("pool.towers", "text", 'write "textual"'),
-    Retired("pool.gate", "frequency", 'write "binary": weights by votes gained nothing (docs/experiments.md)'),
-    Retired("train.orthogonality", "input", 'write "output": the input side gained nothing (docs/experiments.md)'),
+    Retired("train.keep", None, "use train.distill_weight"),
+    Retired("pool.towers", "text", 'use "textual"'),
+    Retired("pool.gate", "frequency", 'use "binary": weights from votes had no benefit'),
+    Retired("train.orthogonality", "input", 'use "output": penalizing the input side had no benefit'),
 )
 
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
 class _Section(BaseModel):
-    """A table of a recipe. Types are strict: true is no number, and "20" is none either."""
+    """A table of a recipe. Types are strict: neither true nor "20" is a number."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, strict=True
@@ -57,7 +57,7 @@ class _Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _arrays(cls, values: Any) -> Any:
-        """TOML's arrays as tuples, which is what strict types expect."""
+        """TOML arrays as tuples, as strict types expect."""
         if not isinstance(values, dict):
             return values
         return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -67,175 +67,175 @@ Colour = tuple[float, float, float]
 
 
 class Base(_Section):
-    """The CLIP model that is fine-tuned: an open_clip name with a pretrained tag, a folder or repository, local weights, or `builtin:NAME`."""
+    """The CLIP model to fine-tune: an open_clip name with a pretrained tag, a folder or repository, local weights, or `builtin:NAME`."""
 
     model: str = ""
-    """open_clip model name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME` (as open_clip saves them), or one that comes with r1export:
-    `builtin:photo` knows photographs, `builtin:world` drawn shapes."""
+    """open_clip model name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME` (in open_clip's format), or a built-in model:
+    `builtin:photo` (photographs) or `builtin:world` (drawn shapes)."""
     pretrained: str = ""
-    """Pretrained tag of open_clip for `model`."""
+    """open_clip's pretrained tag for `model`."""
     weights: str = ""
-    """Local `.safetensors` file instead of a tag."""
+    """Local `.safetensors` file, instead of a tag."""
     config: str = ""
-    """open_clip config JSON for `weights`, with or without `preprocess_cfg`, where `model` is not one of open_clip's own names."""
+    """open_clip config (JSON) for `weights`, with or without `preprocess_cfg`, if `model` is not an open_clip name."""
     tokenizer: str = ""
-    """Local `tokenizer.json`, or a folder with one, in place of the tokenizer that the model's config names."""
+    """Local `tokenizer.json`, or a folder with one; replaces the tokenizer in the model's config."""
     image_size: int | None = Field(None, ge=1, le=4096)
-    """Side of the images in pixels, where it is not that of the config: position embeddings are resized."""
+    """Image size in pixels, if it differs from the config; position embeddings are resized."""
     mean: Colour | None = None
-    """Mean of red, green and blue as shares of 1; unset takes that of the config, the tag, or all tags of the model."""
+    """Mean of red, green and blue in 0..1. Default: from the config, the tag, or all tags of the model."""
     std: Colour | None = None
-    """Standard deviation of red, green and blue, likewise."""
+    """Standard deviation of red, green and blue in 0..1. Default: as for `mean`."""
     interpolation: Literal["bicubic", "bilinear"] | None = None
-    """Filter with which images are resized, likewise."""
+    """Interpolation when images are resized. Default: as for `mean`."""
     resize_mode: Literal["shortest", "longest", "squash"] | None = None
-    """Whether the shortest side is resized and the rest cropped, the longest and the rest filled, or both sides, likewise."""
+    """Resize the shortest side and crop, the longest side and pad, or both sides (squash). Default: as for `mean`."""
     quick_gelu: bool | None = None
-    """Whether the model computes with QuickGELU, as OpenAI's do; unset takes that of the config or the tag."""
+    """Use QuickGELU, as OpenAI's models do. Default: from the config or the tag."""
     allow_pickle: bool = False
-    """Read weights that are a pickle (`.pt`, `.bin`), which can run code: for sources that you trust."""
+    """Load pickled weights (`.pt`, `.bin`). Unpickling can run code: only for sources that you trust."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.model.startswith("builtin:"):
             if others := self.model_dump(exclude_defaults=True).keys() - {"model"}:
-                raise ValueError(f"{self.model} is complete: remove {', '.join(sorted(others))}")
+                raise ValueError(f"{self.model} needs no other settings: remove {', '.join(sorted(others))}")
             return self
         if self.model.startswith(("local-dir:", "hf-hub:")):
             if self.pretrained or self.weights or self.config:
-                raise ValueError(f"{self.model} has weights and a config: remove pretrained, weights and config")
+                raise ValueError(f"{self.model} includes weights and config: remove pretrained, weights and config")
             return self
         if bool(self.pretrained) == bool(self.weights):
-            raise ValueError("give either pretrained (a tag) or weights (a .safetensors file)")
+            raise ValueError("set either pretrained (a tag) or weights (a .safetensors file)")
         if bool(self.model) == bool(self.config):
-            raise ValueError("give model (an open_clip name) or config (a JSON file), one of them")
+            raise ValueError("set either model (an open_clip name) or config (a JSON file)")
         return self
 
     @model_validator(mode="after")
     def _colours(self) -> Self:
         if self.std is not None and min(self.std) <= 0:
-            raise ValueError(f"std {list(self.std)} has to be greater than 0")
+            raise ValueError(f"std is {list(self.std)}, expected values greater than 0")
         return self
 
 
 class Data(_Section):
-    """Where images come from."""
+    """The images."""
 
     root: str = ""
-    """Folder to which relative paths in sources refer, by default that of the recipe; torchvision keeps its data sets there."""
+    """Base folder of relative paths in sources, and of torchvision's data sets. Default: the recipe's folder."""
     shots: int = Field(0, ge=0)
-    """Training images per class; 0 takes all."""
+    """Training images per class; 0 uses all."""
     test_limit: int = Field(0, ge=0)
-    """Test images per task, drawn by seed; 0 takes all."""
+    """Test images per task, sampled by seed; 0 uses all."""
     download: bool = False
-    """Let torchvision or the Hugging Face Hub download a data set that is not there."""
+    """Let torchvision or the Hugging Face Hub download missing data sets."""
     decode: Literal["r1export", "open_clip"] = "r1export"
-    """`r1export` decodes pictures as clients show them (docs/inputs.md); `open_clip` leaves that to open_clip's transform."""
+    """`r1export` decodes images as viewers show them (docs/inputs.md); `open_clip` uses open_clip's transform only."""
     skip_broken: bool = False
-    """Leave out pictures that cannot be read, and list them in the report, instead of ending with an error."""
+    """Skip unreadable images and list them in the report, instead of failing."""
     augment: Literal["none", "crop"] = "none"
-    """`crop` trains on random crops of 90 to 100 % of each image: one of each where `shots` are few, anew at every visit where all are taken."""
+    """`crop` trains on random crops of 90 to 100 % of each image: one fixed crop with `shots`, a new one in every epoch otherwise."""
     candidates: Literal["task", "all"] = "task"
-    """Classes among which a test image is classified: those of its task, or of all tasks together (X-TAIL)."""
+    """Candidate classes of a test image: the classes of its task, or of all tasks (X-TAIL)."""
 
 
 class TaskSource(_Section):
     """One task of the sequence."""
 
     name: TaskName
-    """Name of the task, of letters, digits, `_`, `.` and `-`; releases, updates and files are named after it."""
+    """Name of the task (letters, digits, `_`, `.`, `-`), used for releases, updates and files."""
     source: str
     """`torchvision:NAME`, `folder:DIR`, `npz:FILE`, `hf:NAME` (Hugging Face; `hf:NAME:CONFIG`) or `builtin:NAME`."""
     templates: tuple[str, ...] = ()
-    """Prompts with one `{}` for the class name; empty takes those of the source."""
+    """Prompts with one `{}` for the class name. Default: the prompts of the source."""
 
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str) -> str:
         if is_special(name):
-            raise ValueError("Windows or a device treats files of this name specially: choose another name")
+            raise ValueError("the name is reserved on Windows or on devices, choose another name")
         return name
 
 
 class Pool(_Section):
-    """The pool of rank-1 experts in every adapted linear. Defaults: arXiv 2601.22828."""
+    """The pool of rank-1 experts of every adapted layer. Defaults: arXiv 2601.22828."""
 
     rank: int = Field(12, ge=1, le=4096)
-    """Experts in the pool."""
+    """Number of experts in the pool."""
     k_train: int = Field(8, ge=1)
-    """Experts that one batch trains."""
+    """Number of experts that a batch trains."""
     k_merge: int = Field(4, ge=1)
-    """Experts that are merged at the end of a task."""
+    """Number of experts that are merged at the end of a task."""
     alpha: float = Field(1.0, gt=0)
-    """Scaling is alpha / rank."""
+    """LoRA scaling: alpha / rank."""
     dropout: float = Field(0.2, ge=0, lt=1)
     """Dropout on the input of the experts."""
     factors: Literal["fp32", "fp16"] = "fp32"
-    """Precision in which merged experts are packed and shipped: `fp16` halves the updates of devices."""
+    """Precision of the merged experts; `fp16` halves the size of updates."""
     router: Literal["random", "straight-through"] = "random"
-    """`random` keeps the router as it was drawn, as the published code does; `straight-through` trains it."""
+    """`random` keeps the router at its random initialization, as the published code does; `straight-through` trains it."""
     text_token: Literal["start", "end"] = "start"
-    """Token that votes in the text tower: the start sees nothing of the text, the end carries the label."""
+    """Router input in the text tower: the start token, which sees no text, or the end token, which sees all of it."""
     past: Literal["merged", "pool"] = "merged"
-    """Experts of earlier tasks that the orthogonality loss keeps new ones off: those merged, or all of their pools, as the released code does."""
+    """Experts of earlier tasks in the orthogonality loss: the merged ones, or all of their pools, as in the published code."""
     gate: Literal["binary", "sparse"] = "binary"
-    """Weights of merged experts: 1, or trained and made sparse (CoDyRA; no router then)."""
+    """Expert weights: `binary` (1), or `sparse` (trained with soft thresholds, without a router; CoDyRA)."""
     towers: tuple[Literal["visual", "textual"], ...] = ("visual", "textual")
-    """Towers that get experts."""
+    """Towers with experts."""
     targets: tuple[Literal["q", "k", "v", "out", "fc", "proj", "conv"], ...] = ("q", "k", "v", "out", "fc", "proj")
-    """Layers of a block that get experts: attention q, k, v, out; fc and proj, the linears of an MLP or the pointwise
-    convolutions (the last is proj); conv, convolutions with larger kernels. Depthwise and grouped ones never do."""
+    """Layers with experts in each block: attention q, k, v, out; fc and proj, the linears of an MLP or the pointwise
+    convolutions (the last is proj); conv, convolutions with larger kernels. Grouped convolutions are never adapted."""
     layers: tuple[int, ...] = ()
-    """Blocks of each tower that get experts, counted from 0 over all stages; empty takes all. Negative numbers count from the last
-    block, which is -1, and a tower with fewer blocks has experts in those that it has."""
+    """Blocks of each tower with experts, numbered from 0 over all stages; empty means all. Negative numbers count from the
+    last block (-1); those beyond a tower's first block are ignored."""
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
         if max(self.k_train, self.k_merge) > self.rank:
-            raise ValueError(f"k_train {self.k_train} and k_merge {self.k_merge} may not exceed rank {self.rank}")
+            raise ValueError(f"k_train {self.k_train} and k_merge {self.k_merge} must not exceed rank {self.rank}")
         if not self.towers or not self.targets:
-            raise ValueError("towers and targets may not be empty")
+            raise ValueError("towers and targets must not be empty")
         return self
 
 
 class Train(_Section):
-    """Optimisation of one task. Defaults: arXiv 2601.22828, but for `distill_weight`, `consolidate`, `protect` and `protect_own`, which
-    forget less (docs/experiments.md)."""
+    """Training of each task. Defaults: arXiv 2601.22828, except `distill_weight`, `consolidate`, `protect` and `protect_own`, which
+    reduce forgetting."""
 
     iterations: int = Field(500, ge=1)
-    """Steps per task."""
+    """Iterations per task."""
     batch_size: int = Field(32, ge=2)
-    """Images per step."""
+    """Images per iteration."""
     learning_rate: float = Field(2e-3, gt=0)
-    """Peak learning rate of AdamW."""
+    """Initial learning rate of AdamW."""
     min_learning_rate: float = Field(1e-6, ge=0)
-    """Where the cosine schedule ends."""
+    """Final learning rate of the cosine schedule."""
     weight_decay: float = Field(1e-2, ge=0)
     """Weight decay of AdamW."""
     method: Literal["experts", "full"] = "experts"
-    """`full` fine-tunes every weight: a baseline for `r1export train`, whose updates are as large as the model."""
+    """`full` fine-tunes all weights: a baseline for `r1export train` only, with updates as large as the model."""
     loss: Literal["in-batch", "all-classes"] = "in-batch"
-    """Contrastive among the classes of a batch, or cross-entropy over every class of the task."""
+    """Contrastive over the classes in a batch, or cross-entropy over all classes of the task."""
     orthogonality: Literal["output", "none"] = "output"
-    """`output` penalizes overlap with the experts that earlier tasks merged."""
+    """`output` penalizes overlap with the output directions of earlier tasks' experts."""
     orthogonality_weight: float = Field(0.1, ge=0)
     """Weight of the activation-guided orthogonality loss, from the second task on."""
     protect: float = Field(0.9, ge=0, lt=1)
-    """Share of the energy of earlier tasks' inputs whose directions new experts don't read, so that earlier answers hardly move; 0 is off."""
+    """Fraction of the energy of earlier tasks' inputs to protect: new experts ignore these input directions. 0 disables it."""
     protect_own: float = Field(0.8, ge=0, lt=1)
-    """The same for the inputs that the task's own images give before it is trained: they stand for what the model knows; 0 is off."""
+    """The same for the inputs that the task's own images produce before training, as a proxy for pretraining data. 0 disables it."""
     distill_weight: float = Field(1.0, ge=0)
-    """Weight of the distillation loss, which preserves the previous model's predictions on the task's images and reference names; 0 is off."""
+    """Weight of the distillation loss, which preserves the previous model's predictions on the task's images and reference names. 0 disables it."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` computes the frozen model under autocast; experts and their optimiser stay in float32."""
+    """`bf16` runs the frozen model under autocast; experts and optimizer state stay in float32."""
     consolidate: float = Field(0.3, ge=0, le=1)
-    """Share of the iterations after which the experts with the most votes are fixed and trained alone; 1 never fixes them."""
+    """Fraction of the iterations after which the selection of experts is fixed and only these are trained. 1 disables it."""
     checkpoint_every: int = Field(50, ge=1)
-    """Steps between checkpoints inside a task."""
+    """Iterations between checkpoints within a task."""
     tensorboard: bool = False
-    """Log losses, images per second and accuracies into RUN/tensorboard; needs the extra `tensorboard`."""
+    """Log losses, throughput and accuracies to RUN/tensorboard; requires the `tensorboard` extra."""
     seed: int = Field(42, ge=0)
-    """Decides images, batches, initial factors and dropout."""
+    """Random seed of image selection, batches, initialization and dropout."""
 
 
 class Export(_Section):
@@ -244,26 +244,26 @@ class Export(_Section):
     opset: int = Field(20, ge=18, le=23)
     """ONNX opset of the graphs."""
     variants: tuple[Literal["fp16", "int8"], ...] = ()
-    """Precisions in which every release is written besides fp32, each with its own graphs, gates and accuracy."""
+    """Additional precisions of every release, each with its own graphs, tolerances and accuracy."""
 
 
 class Verify(_Section):
-    """Parity and latency."""
+    """Verification: parity and latency."""
 
     samples: int = Field(0, ge=0)
-    """Real test images and prompts of each task that parity is measured on; 0 takes 32, fewer for large models."""
+    """Test images and prompts per task for the parity check; 0 uses 32, fewer for large models."""
     batches: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 5), min_length=1)
     """Batch sizes of the parity check."""
     max_abs: float = Field(5e-5, gt=0)
-    """Largest allowed difference of unit-norm embeddings; four times the base model's own error is allowed if larger."""
+    """Max. absolute difference of unit-norm embeddings, or four times the base model's export error if that is larger."""
     min_cosine: float = Field(1 - 1e-6, gt=0, le=1)
-    """Smallest allowed cosine of any sample."""
+    """Lowest allowed cosine of any sample."""
     margin: float = Field(0.02, gt=0, lt=1)
-    """Merged and base latency count as equal within this share."""
+    """Relative margin within which merged and base latency count as equal."""
     pairs: int = Field(400, ge=20)
-    """Interleaved base/merged pairs of the latency check, at least: it goes on until the interval is narrow; fewer if they take over 12 s."""
+    """Minimum number of interleaved base/merged pairs in the latency check, which continues until the interval is narrow; fewer if they take over 12 s."""
     images: int = Field(0, ge=0)
-    """Test images of each task on which the freezing and shrink gaps (G2, G3) and the embedding drift are measured; 0 takes 200, fewer for large models."""
+    """Test images per task for the freezing and shrink gaps (G2, G3) and the embedding drift; 0 uses 200, fewer for large models."""
 
 
 class Recipe(_Section):
@@ -272,9 +272,9 @@ class Recipe(_Section):
     base: Base
     tasks: tuple[TaskSource, ...] = Field(min_length=1)
     order: tuple[str, ...] = ()
-    """Task names in the order in which they are trained; empty takes the order of `tasks`."""
+    """Training order of the tasks, by name. Default: the order of `tasks`."""
     probe: TaskSource | None = None
-    """Test-only data that shows how much the base model forgets."""
+    """Test-only task that measures how much the base model forgets."""
     data: Data = Data()
     pool: Pool = Pool()
     train: Train = Train()
@@ -294,9 +294,9 @@ class Recipe(_Section):
         if len({name.lower() for name in names}) != len(names):
             raise ValueError("two tasks have the same name")
         if self.probe and self.probe.name.lower() in {name.lower() for name in names}:
-            raise ValueError(f"the probe and a task are both named {self.probe.name}: give probe.name another")
+            raise ValueError(f"the probe and a task are both named {self.probe.name}: change probe.name")
         if self.order and sorted(self.order) != sorted(names):
-            raise ValueError(f"order must name each task once: {', '.join(names)}")
+            raise ValueError(f"order must list each task exactly once: {', '.join(names)}")
         return self
 
     @model_validator(mode="after")
@@ -304,13 +304,13 @@ class Recipe(_Section):
         gate, consolidate = self.pool.gate, self.train.consolidate
         if gate == "sparse" and consolidate < 1:
             raise ValueError(
-                f'pool.gate "sparse" is thresholded until the end, train.consolidate {consolidate} fixes it before: set it to 1'
+                f'pool.gate "sparse" needs train.consolidate = 1, found {consolidate}: its gates are thresholded until the end'
             )
         return self
 
     @property
     def stream(self) -> tuple[TaskSource, ...]:
-        """The tasks in the order in which they are trained."""
+        """The tasks in training order."""
         by_name = {task.name: task for task in self.tasks}
         return tuple(by_name[name] for name in self.order) if self.order else self.tasks
 
@@ -320,30 +320,32 @@ class Recipe(_Section):
 
 
 def in_order(recipe: Recipe, order: str) -> Recipe:
-    """The recipe with its tasks in another order: their names with commas between them, or `reversed`.
+    """The recipe with its tasks in another order: comma-separated names, or `reversed`.
 
-    Raises InputError if it does not name each task once.
+    Raises InputError unless it lists each task exactly once.
     """
     names = [task.name for task in recipe.stream]
     wanted = names[::-1] if order == "reversed" else [name.strip() for name in order.split(",")]
     if sorted(wanted) != sorted(names):
-        raise InputError(f"--order {order}", f"name each task once: {','.join(names)}")
+        raise InputError(f"--order {order}", f"list each task exactly once: {','.join(names)}")
     return recipe.model_copy(update={"order": tuple(wanted)})
 
 
 def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe. Each override is `section.field=value` with a TOML value; a bare word counts as a string.
+    """Read a recipe: a file, or the name of one that comes with r1export.
 
-    `extends = "OTHER.toml"` at the top starts from another recipe, relative to this file, and changes only what is written here.
+    Each override is `section.field=value` with a TOML value; a bare word is a string.
 
-    >>> load_recipe("recipes/quickstart.toml", ("train.iterations=50",)).train.iterations
+    With `extends = "OTHER.toml"` at the top, a recipe overrides another one, whose path is relative to this file.
+
+    >>> load_recipe("quickstart", ("train.iterations=50",)).train.iterations
     50
 
     Raises:
-        InputError: no such file, not TOML, an unknown key, a name that is no longer used, a wrong type, an impossible
-            value; the message names the key.
+        InputError: the file is missing or not TOML, or has an unknown or removed key, a wrong type or an invalid value.
+            The message names the key.
     """
-    path = Path(path)
+    path = find_recipe(Path(path))
     try:
         values, folders = _read(path)
         for override in overrides:
@@ -353,26 +355,27 @@ def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
         resolve_sources(values, folders)
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{path}: {_describe(error)}", "see the field list in docs/recipe.md") from None
+        raise InputError(f"{path}: {_describe(error)}", "docs/recipe.md lists all fields") from None
     except RecursionError:
-        raise InputError(f"{path}: nested too deeply", "a recipe has tables of fields, no deeper") from None
+        raise InputError(f"{path}: nested too deeply", "use tables of fields only") from None
 
 
 def _read(path: Path, extended: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Path]]:
-    """The tables of a recipe and of those that it extends, and the folder that each of its sources is written in."""
+    """The tables of a recipe with those that it extends, and the folder of the file that sets each source."""
     if path.resolve() in extended:
         raise InputError(f"{path}: extends itself", "remove the cycle in extends")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin a file with a mark
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors on Windows write a byte order mark
     except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe", "see recipes/ for examples") from None
+        names = ", ".join(sorted(file.stem for file in shipped_recipes().glob("*.toml")))
+        raise InputError(f"{path}: no such recipe", f"give a file, or one of {names}") from None
     except PermissionError as error:
         raise refused(error, str(path)) from error
-    except (OSError, ValueError) as error:  # also for a number of thousands of digits
-        raise InputError(f"{path}: not a readable TOML file: {error}", "fix the TOML syntax") from error
+    except (OSError, ValueError) as error:  # also for a number with thousands of digits
+        raise InputError(f"{path}: invalid TOML: {error}", "fix the TOML syntax") from error
     _refuse_retired(values, str(path))
     if not isinstance(parent := values.pop("extends", ""), str):
-        raise InputError(f"{path}: extends is {parent!r}", "give the name of one recipe")
+        raise InputError(f"{path}: extends is {parent!r}, expected a file name", "set it to the path of one recipe")
     folder = path.resolve().parent
     resolve_fields(values, folder)
     if not parent:
@@ -388,7 +391,7 @@ def _refuse_retired(values: Mapping[str, Any], location: str) -> None:
 
 
 def _over(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`values` with `changes` on top, table by table; lists are replaced as a whole."""
+    """`values` updated with `changes`, table by table; lists are replaced as a whole."""
     merged = dict(values)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -412,7 +415,7 @@ def _set(values: dict[str, Any], override: str) -> None:
         table[int(last) if isinstance(table, list) else last] = value
     except (ValueError, IndexError, TypeError, AttributeError):
         raise InputError(
-            f"--set {override}: there is no {key}", "expected section.field=value or tasks.0.field=value"
+            f"--set {override}: unknown key {key}", "expected section.field=value or tasks.0.field=value"
         ) from None
 
 

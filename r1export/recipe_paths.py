@@ -1,6 +1,8 @@
-"""Relative paths in a recipe: they refer to the folder of the file that they are written in, on the command line to the current folder.
+"""Where recipes are, and what their paths are relative to.
 
-A source with a relative path refers to `data.root` instead, if the recipe has one.
+A recipe that comes with r1export has a name: `quickstart` is recipes/quickstart.toml. Relative paths in a recipe are
+relative to the recipe file; on the command line, to the current folder. If the recipe sets `data.root`, relative paths in
+sources are relative to that.
 """
 
 from __future__ import annotations
@@ -10,13 +12,26 @@ from pathlib import Path
 from typing import Any
 
 FIELDS = (("base", "weights"), ("base", "config"), ("base", "tokenizer"), ("data", "root"))
-MODEL_FOLDER = "local-dir"  # the scheme of a base.model that is a folder
-SOURCES = ("folder", "npz", "hf")  # schemes of sources whose address is a path; that of hf may be a name instead
-Tables = dict[str, Any]  # a recipe as TOML has it, not yet checked
+MODEL_FOLDER = "local-dir"  # the scheme of a base.model in a folder
+SOURCES = ("folder", "npz", "hf")  # sources whose address is a path; for hf it may be a name instead
+Tables = dict[str, Any]  # a parsed recipe before validation
+PACKAGE = Path(__file__).parent
+
+
+def shipped_recipes() -> Path:
+    """The folder of the recipes that come with r1export: in a wheel inside the package, in a checkout next to it."""
+    inside = PACKAGE / "recipes"
+    return inside if inside.is_dir() else PACKAGE.parent / "recipes"
+
+
+def find_recipe(name: Path) -> Path:
+    """`name` itself, or the shipped recipe of that name if there is no such file."""
+    shipped = shipped_recipes() / name.with_suffix(".toml")
+    return shipped if not name.exists() and name == Path(name.stem) and shipped.is_file() else name
 
 
 def resolve_fields(values: Tables, folder: Path) -> None:
-    """Make the paths of `base` and `data` absolute, in place: those that are relative are below `folder`."""
+    """Make the paths of `base` and `data` absolute, in place; relative ones are resolved against `folder`."""
     for section, name in FIELDS:
         table = values.get(section)
         if isinstance(table, dict) and isinstance(value := table.get(name), str) and value:
@@ -27,7 +42,7 @@ def resolve_fields(values: Tables, folder: Path) -> None:
 
 
 def resolve_sources(values: Tables, folders: Mapping[str, Path]) -> None:
-    """Make the paths in sources absolute, in place, unless there is a `data.root`; `folders` has one for each source as written."""
+    """Make the paths in sources absolute, in place, unless `data.root` is set; `folders` has the folder of each source."""
     data = values.get("data")
     if isinstance(data, dict) and data.get("root"):
         return
@@ -46,7 +61,7 @@ def tasks(values: Mapping[str, Any]) -> Iterator[Tables]:
 
 
 def sources(values: Mapping[str, Any], folder: Path) -> dict[str, Path]:
-    """The folder that the relative paths of each source refer to, where all of them are written in the same file."""
+    """The folder of each source, if all of them are in the same file."""
     return {str(table.get("source")): folder for table in tasks(values)}
 
 
@@ -58,5 +73,5 @@ def _resolve_address(text: str, schemes: tuple[str, ...], folder: Path) -> str:
 
 
 def _absolute(path: str, folder: Path) -> str:
-    """`path` below `folder`; one that starts with a home folder or a variable stays as it is, since it may be another tomorrow."""
+    """`path` resolved against `folder`. A leading `~` or variable is kept: it is expanded when the path is used."""
     return path if path.startswith(("~", "$")) else str(folder / path)

@@ -1,6 +1,6 @@
-"""What a run says of itself: its recipe, base model, accuracies and experts, and how far it has come.
+"""A run on disk: its recipe, base model, accuracies, experts, and how far it has come.
 
-Whether a step is done is read from the files themselves, which appear whole or not at all.
+Whether a step is done follows from its files, which are written atomically.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """metrics.json: top-1 in 0..1. `accuracy[i][j]` is that on task j after task i; `transfer` is None for a single task."""
+    """metrics.json: top-1 accuracies in 0..1. `accuracy[i][j]` is measured on task j after task i; `transfer` is None for a single task."""
 
     __pydantic_config__ = _STRICT
 
@@ -51,7 +51,7 @@ class RunMetrics:
     def __post_init__(self) -> None:
         count = len(self.tasks)
         if {len(self.zero_shot), len(self.accuracy), len(self.forgetting), *map(len, self.accuracy)} != {count}:
-            raise ValueError(f"the accuracies are not those of {count} tasks")
+            raise ValueError(f"the accuracies don't match {count} tasks")
         if self.probe and len(self.probe.values) != count + 1:
             raise ValueError(f"the probe has {len(self.probe.values)} accuracies, expected {count + 1}")
 
@@ -61,7 +61,7 @@ class RunMetrics:
         return dict(zip(self.tasks, row, strict=True))
 
     def to_json(self) -> dict[str, Any]:
-        """The document, its members in the order of the file."""
+        """The JSON document, keys in file order."""
         return asdict(self)
 
 
@@ -78,20 +78,20 @@ class RunRecord:
     started: str
 
     def to_json(self) -> dict[str, Any]:
-        """The document, its members in the order of the file."""
+        """The JSON document, keys in file order."""
         return asdict(self) | {"base": self.base.to_json()}
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """inputs.json: the pictures of every task, the probe last."""
+    """inputs.json: the images of every task, the probe last."""
 
     __pydantic_config__ = _STRICT
 
     tasks: tuple[TaskInputs, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The document, its members in the order of the file."""
+        """The JSON document, keys in file order."""
         return asdict(self)
 
 
@@ -103,16 +103,16 @@ class RunFolder(RunLayout):
         """Raises InputError if this is not a run."""
         if not self.recipe_file.exists():
             raise InputError(
-                f"{self.path}: not a run, it has no recipe.toml",
-                "give the --out folder of r1export run, or a release folder",
+                f"{self.path}: not a run: no recipe.toml",
+                "use the --out folder of r1export run, or a release folder",
             )
         return load_recipe(self.recipe_file)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Within it no other command works on the run; what a killed one left half-written is removed first.
+        """Lock the run against other commands, and remove partial files that a killed command left.
 
-        Raises InputError if another command works on the run.
+        Raises InputError if another command is working on the run.
         """
         lock = FileLock(self.path / LOCK)
         try:
@@ -120,7 +120,7 @@ class RunFolder(RunLayout):
         except Timeout:
             raise InputError(
                 f"{self.path}: another r1export command is working on this run",
-                "wait for its end, or choose another --out",
+                "wait until it ends, or choose another --out",
             ) from None
         try:
             for path in self.path.rglob(f".*{PARTIAL}*"):
@@ -130,34 +130,34 @@ class RunFolder(RunLayout):
             lock.release()
 
     def updates(self, recipe: Recipe) -> list[ExpertUpdate]:
-        """The factors of all tasks trained so far, in order: those up to the first task that has none."""
+        """The factors of the tasks trained so far, in order."""
         files = (self.task(i, task.name).factors for i, task in enumerate(recipe.stream, 1))
         return [ExpertUpdate.read(file) for file in takewhile(Path.exists, files)]
 
     def keep_gaps(self, number: int, name: str, gaps: Mapping[str, object]) -> None:
-        """Put G1 to G3 of a task, which `verify` measures, into its metrics.json, next to what training wrote."""
+        """Add G1 to G3 of a task, which `verify` measures, to the metrics.json that training wrote."""
         path = self.task(number, name).metrics
         metrics = read_json(path, "delete the file and verify again") if path.exists() else {}
         write_json(path, metrics | {"gaps": dict(gaps)})
 
     def base(self) -> BaseModel:
-        """The base model. Raises InputError if the run was not started, or run.json is damaged."""
-        remedy = "train the run first: r1export train, or delete it and start again with --overwrite"
+        """The base model. Raises InputError if run.json is missing or corrupted."""
+        remedy = "train the run with r1export train, or start over with --overwrite"
         return read_value(RunRecord, self.run_json, remedy).base
 
     def metrics(self) -> RunMetrics:
-        """Raises InputError if the run has not been trained, or metrics.json is damaged."""
+        """Raises InputError if metrics.json is missing (the run was not trained) or corrupted."""
         return read_value(RunMetrics, self.metrics_file, "train the run first: r1export train")
 
     def inputs(self) -> tuple[TaskInputs, ...]:
-        """What training noted of the pictures; nothing for runs of older versions. Raises InputError if inputs.json is damaged."""
+        """What training recorded about the images; empty for runs of older versions. Raises InputError if inputs.json is corrupted."""
         if not self.inputs_file.exists():
             return ()
-        return read_value(RunInputs, self.inputs_file, "delete the file, and run again with --resume").tasks
+        return read_value(RunInputs, self.inputs_file, "delete the file and run again with --resume").tasks
 
 
 def read_value(kind: type[T], path: Path, remedy: str) -> T:
-    """The JSON object in a file as a value of `kind`. Raises InputError with `remedy` if it is missing or not one."""
+    """The JSON object in a file as a value of `kind`. Raises InputError with `remedy` if it is missing or invalid."""
     try:
         data = read_regular(path, MAX_JSON)
         parse_json(data, "JSON", MAX_JSON)
@@ -165,51 +165,49 @@ def read_value(kind: type[T], path: Path, remedy: str) -> T:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", remedy) from None
     except InputError as error:
-        raise InputError(f"{path}: damaged: {error.message}", remedy) from None
+        raise InputError(f"{path}: corrupted: {error.message}", remedy) from None
     except ValidationError as error:
-        raise InputError(f"{path}: damaged: {_faults(error)}", remedy) from None
+        raise InputError(f"{path}: corrupted: {_faults(error)}", remedy) from None
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file as it stands. Raises InputError with `remedy` if it is missing or damaged."""
+    """The JSON object in a file. Raises InputError with `remedy` if it is missing or corrupted."""
     return read_value(dict[str, Any], path, remedy)
 
 
 def _faults(error: ValidationError) -> str:
-    """The members that are missing, or the first one that is not what it has to be."""
+    """The missing keys, or the first invalid one."""
     faults = [(".".join(map(str, fault["loc"])), fault["type"], fault["msg"]) for fault in error.errors()]
     if missing := [member for member, kind, _ in faults if kind == "missing"]:
-        return f"it lacks {', '.join(missing)}"
+        return f"missing keys: {', '.join(missing)}"
     member, _, message = faults[0]
     return f"{member}: {message}" if member else message
 
 
 def check_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """Look whether `open_run` may go ahead, without touching anything.
+    """Check whether `open_run` would succeed, without writing anything.
 
     Raises:
-        InputError: the folder is not empty and neither was asked for, it holds another recipe, or it is no run at all.
+        InputError: the folder is not empty and neither flag is set, it has another recipe, or it is not a run.
     """
     run = RunFolder(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path.is_dir() and run.recipe_file.exists()):
-        raise InputError(f"{path} is not empty and not a run", "choose another --out; nothing was touched")
+        raise InputError(f"{path}: the folder is not empty and not a run", "choose another --out; nothing was modified")
     if not (resume or overwrite):
-        raise InputError(
-            f"{path} already holds a run", "continue it with --resume, or delete it first with --overwrite"
-        )
+        raise InputError(f"{path}: a run already exists", "resume it with --resume, or delete it with --overwrite")
     if resume and not overwrite and run.recipe() != recipe:
         raise InputError(
-            f"{path} holds a run of another recipe: {_difference(run.recipe(), recipe)}",
-            "choose another --out, or --overwrite",
+            f"{path}: a run of another recipe already exists: {_difference(run.recipe(), recipe)}",
+            "choose another --out, or use --overwrite",
         )
 
 
 def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
-    """A new run, or the one that is there: `resume` continues it, `overwrite` deletes it first.
+    """A new run, or the existing one: `resume` continues it, `overwrite` deletes it first.
 
-    Raises InputError as `check_run` does, Unsupported if the disk is full or the folder may not be written.
+    Raises InputError as `check_run` does, Unsupported if the disk is full or the folder is not writable.
     """
     check_run(path, recipe, resume=resume, overwrite=overwrite)
     run = RunFolder(path)
@@ -221,7 +219,7 @@ def open_run(path: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Ru
         if not run.recipe_file.exists():
             write_file(run.recipe_file, recipe.dumps().encode())
     except OSError as error:
-        raise refused(error, f"{path} could not be written") from error
+        raise refused(error, f"cannot write {path}") from error
     return run
 
 

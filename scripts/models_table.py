@@ -204,14 +204,14 @@ def _export(model: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> Embe
         )
 
 
-HEAD = """# Models
+HEAD = """# Supported models and runtimes
 
 Written by `scripts/models_table.py`. One model of each family that open_clip {version} has, and ten towers that it does not list by
-`base.config` with a name of timm {timm} (torch {torch}), were built with random weights, two layers a tower where one number says how many
-there are, brought into their deployed form, given random experts, merged by the one merge, exported at opset 20 and run in
-onnxruntime. Towers are told apart by their parts, not by their names, so other sizes of a family behave the same.
+`base.config` with a name of timm {timm} (torch {torch}), were built with random weights (two layers per tower where one number sets the depth),
+brought into their deployed form, given random experts, merged, exported at opset 20 and run in
+onnxruntime. Towers are recognized by their parts, not by their names, so other sizes of a family behave the same.
 
-*image*, *text*: adapted layers of each tower by the default targets. *folded*: the original model against its deployed form, - where
+*image*, *text*: adapted layers of each tower with the default targets. *folded*: the original model against its deployed form, - if
 there is nothing to fold. *merge*: unmerged torch against merged torch. *export*: merged torch against onnxruntime. All are max-abs on
 unit-norm embeddings of three images and three texts; the limit of the last two is {limit}. *votes*: the token on which experts are routed.
 

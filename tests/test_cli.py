@@ -275,7 +275,9 @@ def test_a_release_with_one_changed_byte_fails_with_the_name_of_the_file(run, tm
 
 def test_an_existing_run_is_neither_touched_nor_continued_unasked(run, recipe) -> None:
     before = (run[0] / "metrics.json").stat().st_mtime_ns
-    one_line_error(r1export("run", recipe, "--out", run[0], *FAST), 2, "already holds a run", "--resume", "--overwrite")
+    one_line_error(
+        r1export("run", recipe, "--out", run[0], *FAST), 2, "a run already exists", "--resume", "--overwrite"
+    )
     one_line_error(
         r1export("run", recipe, "--out", run[0], "--resume", *FAST, "--set", "train.seed=7"),
         2,
@@ -287,7 +289,7 @@ def test_an_existing_run_is_neither_touched_nor_continued_unasked(run, recipe) -
 def test_a_folder_that_is_no_run_is_never_deleted(recipe, tmp_path) -> None:
     (tmp_path / "photo.jpg").write_text("precious")
     one_line_error(
-        r1export("run", recipe, "--out", tmp_path, "--overwrite"), 2, "not empty and not a run", "nothing was touched"
+        r1export("run", recipe, "--out", tmp_path, "--overwrite"), 2, "not empty and not a run", "nothing was modified"
     )
     assert (tmp_path / "photo.jpg").read_text() == "precious"
 
@@ -375,7 +377,7 @@ def test_wrong_overrides_are_refused_by_the_name_of_the_field(arguments, word: s
 def test_verify_export_report_and_inspect_say_what_they_need(tmp_path) -> None:
     for command in ("verify", "export", "inspect"):
         one_line_error(r1export(command, tmp_path), 2, "not a run")
-    one_line_error(r1export("report", tmp_path), 2, "write it again: r1export verify")
+    one_line_error(r1export("report", tmp_path), 2, "recreate it with r1export verify")
 
 
 @pytest.mark.parametrize(
@@ -417,7 +419,7 @@ def test_an_interrupted_command_says_so_to_machines_as_well(tmp_path, monkeypatc
 
     monkeypatch.setattr("r1export.inspection.describe", interrupt)
     result = r1export("inspect", tmp_path, "--json")
-    one_line_error(result, 130, "interrupted by SIGINT (a run goes on with --resume)")
+    one_line_error(result, 130, "interrupted by SIGINT (continue a run with --resume)")
     assert json.loads(result.stdout)["exit_code"] == 130
 
 

@@ -56,6 +56,45 @@ def test_wrong_usage_is_one_line_and_one_document(arguments: list[str], words: s
     assert result.stderr == f"Error: {document['error']['message']} ({document['error']['remedy']})\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["rollback"], 2), (["status", "nowhere"], 2), (["apply", "nowhere", "x", "--wait", "soon"], 2)],
+    ids=["missing argument", "bad input", "wrong type"],
+)
+@pytest.mark.parametrize("command", [["-m", "r1export", "device"], ["-m", "r1export.device"]], ids=" ".join)
+def test_the_device_kit_prints_errors_in_the_same_form(command: list[str], arguments: list[str], code: int) -> None:
+    done = subprocess.run([sys.executable, *command, *arguments, "--json"], env=BARE, capture_output=True, text=True)
+    assert done.returncode == code
+    document = json.loads(done.stdout)
+    assert document["exit_code"] == code
+    assert done.stderr == f"Error: {document['error']['message']} ({document['error']['remedy']})\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["-m", "r1export", "inspect", "nowhere"], ["-m", "r1export.device", "inspect", "nowhere"]],
+    ids=["r1export", "r1device"],
+)
+@pytest.mark.parametrize(
+    ("setting", "prefix"),
+    [
+        ({}, "\x1b[1;31mError: \x1b[0m"),
+        ({"NO_COLOR": "1"}, "\x1b[1mError: \x1b[0m"),
+        ({"TERM": "dumb"}, "Error: "),
+    ],
+    ids=["colour", "NO_COLOR", "dumb"],
+)
+def test_both_command_lines_colour_errors_alike(command: list[str], setting: dict[str, str], prefix: str) -> None:
+    environment = BARE | {"TERM": "xterm"} | setting
+    leader, follower = os.openpty()
+    done = subprocess.run([sys.executable, *command], env=environment, stderr=follower, timeout=60)
+    os.close(follower)
+    shown = os.read(leader, 4096).decode()
+    os.close(leader)
+    assert done.returncode == 2
+    assert shown.startswith(f"{prefix}nowhere: no such file")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_ends_a_run_in_one_line_and_the_run_can_be_resumed(recipe, tmp_path, number) -> None:
     out = tmp_path / "run"
@@ -69,7 +108,7 @@ def test_a_signal_ends_a_run_in_one_line_and_the_run_can_be_resumed(recipe, tmp_
         finally:
             started.kill()
     assert started.returncode == 128 + number, stderr
-    assert stderr == f"Error: interrupted by {number.name} (a run goes on with --resume)\n"
+    assert stderr == f"Error: interrupted by {number.name} (continue a run with --resume)\n"
     assert not list(out.rglob(".*.partial*"))
 
 
@@ -249,7 +288,7 @@ def test_doctor_says_which_of_two_onnxruntimes_python_gets(tmp_path) -> None:
     done = process("doctor", "--json", environment=BARE | {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     found = {finding["check"]: finding for finding in json.loads(done.stdout)["findings"]}["onnxruntime"]
     assert "9.9, onnxruntime-gpu" in found["found"]
-    assert "Python gets onnxruntime-gpu: they overwrite each other" in found["found"]
+    assert "Python imports onnxruntime-gpu. They overwrite each other" in found["found"]
 
 
 def test_doctor_accepts_an_onnxruntime_of_any_package(monkeypatch) -> None:

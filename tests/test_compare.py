@@ -116,7 +116,7 @@ def test_a_report_about_a_release_that_changed_since_is_not_shown(damage: str, r
 def test_a_release_is_no_run_to_compare(runs: list[Path]) -> None:
     done = invoke("compare", runs[0], runs[1] / "releases" / "01-digits")
     assert done.exit_code == 2
-    assert "the report of a release, expected one of a run" in done.stderr
+    assert "report of a release, expected the report of a run" in done.stderr
 
 
 def test_a_folder_without_a_report_and_a_place_that_is_taken_are_refused_in_one_line(
@@ -124,10 +124,10 @@ def test_a_folder_without_a_report_and_a_place_that_is_taken_are_refused_in_one_
 ) -> None:
     done = invoke("compare", runs[0], tmp_path)
     assert done.exit_code == 2
-    assert "write it again: r1export verify" in done.stderr
+    assert "recreate it with r1export verify" in done.stderr
     taken = invoke("compare", *runs, "--out", runs[0])
     assert taken.exit_code == 2
-    assert "is already there" in taken.stderr
+    assert "exists" in taken.stderr
 
 
 def test_the_json_of_report_is_the_report(runs: list[Path]) -> None:

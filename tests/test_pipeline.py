@@ -110,14 +110,14 @@ def test_a_file_of_a_run_without_what_it_should_hold_is_named(recipe, tmp_path) 
     train_tasks(context)
     for file, words, step in (
         ("run.json", "it lacks r1export, seed, base", train_tasks),
-        ("zero_shot.json", "no accuracy of digits, arrows", train_tasks),
-        ("tasks/02-arrows/accuracy.json", "no accuracy of digits, arrows", train_tasks),
+        ("zero_shot.json", "no accuracy for digits, arrows", train_tasks),
+        ("tasks/02-arrows/accuracy.json", "no accuracy for digits, arrows", train_tasks),
         ("metrics.json", "it lacks tasks, .*probe", export_releases),
     ):
         whole = (context.run.path / file).read_text()
         for text, said in (("{}", words), ("[]", "expected an object")):
             (context.run.path / file).write_text(text)
-            with pytest.raises(InputError, match=rf"{file}: damaged: .*{said}"):
+            with pytest.raises(InputError, match=rf"{file}: corrupted: .*{said}"):
                 step(context)
         (context.run.path / file).write_text(whole)
 
@@ -132,7 +132,7 @@ def test_an_accuracy_that_is_no_share_is_damage(recipe, tmp_path) -> None:
         ('"0.5"', "digits: Input should be a valid number"),
     ):
         (context.run.path / "zero_shot.json").write_text(f'{{"digits": {value}, "arrows": 0.5}}')
-        with pytest.raises(InputError, match=rf"zero_shot\.json: damaged: .*{message}"):
+        with pytest.raises(InputError, match=rf"zero_shot\.json: corrupted: .*{message}"):
             train_tasks(context)
 
 
@@ -147,7 +147,7 @@ def test_checking_the_inputs_leaves_the_model_as_it_was(recipe, tmp_path) -> Non
 def test_a_run_is_overwritten_only_when_asked(recipe, tmp_path) -> None:
     run = open_run(tmp_path / "run", recipe, resume=False, overwrite=False)
     (run.path / "metrics.json").write_text("{}")
-    with pytest.raises(InputError, match="already holds a run"):
+    with pytest.raises(InputError, match="a run already exists"):
         check_run(run.path, recipe, resume=False, overwrite=False)
     open_run(run.path, recipe, resume=False, overwrite=True)
     assert not (run.path / "metrics.json").exists()
@@ -156,7 +156,7 @@ def test_a_run_is_overwritten_only_when_asked(recipe, tmp_path) -> None:
 
 def test_a_file_in_the_place_of_the_run_is_refused(recipe, tmp_path) -> None:
     (tmp_path / "run").write_text("something else")
-    with pytest.raises(InputError, match="nothing was touched"):
+    with pytest.raises(InputError, match="nothing was modified"):
         open_run(tmp_path / "run", recipe, resume=True, overwrite=True)
     assert (tmp_path / "run").read_text() == "something else"
 

@@ -98,7 +98,7 @@ def test_tasks_may_be_learned_in_another_order(tmp_path) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL + '[[tasks]]\nname = "b"\nsource = "builtin:photos"\n'))
     for order in ("reversed", "b, a"):
         assert [task.name for task in in_order(recipe, order).stream] == ["b", "a"]
-    with pytest.raises(InputError, match="name each task once"):
+    with pytest.raises(InputError, match="list each task exactly once"):
         in_order(recipe, "a,a")
 
 
@@ -139,38 +139,38 @@ def test_every_field_says_what_it_means() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x = [", "not a readable TOML file"),
+        ("x = [", "invalid TOML"),
         (MINIMAL + "[train]\niterationz = 5\n", r"train\.iterationz: unknown key"),
         (MINIMAL + '[train]\niterations = "many"\n', r"train\.iterations: .*'many'"),
         (MINIMAL + "[train]\niterations = 0\n", r"train\.iterations: .*0"),
-        (MINIMAL + "[pool]\nk_merge = 13\n", "may not exceed rank 12"),
+        (MINIMAL + "[pool]\nk_merge = 13\n", "must not exceed rank 12"),
         (MINIMAL + '[pool]\ntowers = ["audio"]\n', r"pool\.towers"),
         (MINIMAL + 'order = ["b"]\n', r"tasks\.0\.order: unknown key"),
-        ('order = ["b"]\n' + MINIMAL, "order must name each task once: a"),
+        ('order = ["b"]\n' + MINIMAL, "order must list each task exactly once: a"),
         (MINIMAL + '[[tasks]]\nname = "A"\nsource = "x"\n', "two tasks have the same name"),
         (MINIMAL.replace('"a"', '"../a"'), r"tasks\.0\.name"),
         ('[base]\nmodel = "ViT-B-16"\n[[tasks]]\nname = "a"\nsource = "x"\n', "either pretrained"),
-        ('[base]\nweights = "w"\n[[tasks]]\nname = "a"\nsource = "x"\n', "give model"),
+        ('[base]\nweights = "w"\n[[tasks]]\nname = "a"\nsource = "x"\n', "set either model"),
         ('[base]\nmodel = "builtin:world"\n', "tasks"),
-        (MINIMAL.replace('"\n[[', '"\nweights = "w"\n[[', 1), "builtin:world is complete: remove weights"),
-        (BASE.format('model = "ViT-B-32"\nconfig = "c"\nweights = "w"'), r"give model .* or config .*, one of them"),
-        (BASE.format('model = "local-dir:x"\nweights = "w"'), r"local-dir:\S*x has weights and a config: remove"),
-        (BASE.format('model = "hf-hub:a/b"\npretrained = "openai"'), "hf-hub:a/b has weights and a config"),
+        (MINIMAL.replace('"\n[[', '"\nweights = "w"\n[[', 1), "builtin:world needs no other settings: remove weights"),
+        (BASE.format('model = "ViT-B-32"\nconfig = "c"\nweights = "w"'), r"set either model .* or config "),
+        (BASE.format('model = "local-dir:x"\nweights = "w"'), r"local-dir:\S*x includes weights and config: remove"),
+        (BASE.format('model = "hf-hub:a/b"\npretrained = "openai"'), "hf-hub:a/b includes weights and config"),
         (
             BASE.format('config = "c"\nweights = "w"\nstd = [0.5, 0.0, 0.5]'),
-            r"std \[0\.5, 0\.0, 0\.5\] has to be greater than 0",
+            r"std is \[0\.5, 0\.0, 0\.5\], expected values greater than 0",
         ),
         (BASE.format('config = "c"\nweights = "w"\nmean = [0.5, 0.5]'), r"base\.mean"),
         (BASE.format('config = "c"\nweights = "w"\nresize_mode = "crop"'), r"base\.resize_mode"),
         (BASE.format('config = "c"\nweights = "w"\nimage_size = 0'), r"base\.image_size"),
-        (MINIMAL + '[pool]\ngate = "sparse"\n', r"train\.consolidate 0\.3 fixes it before: set it to 1"),
+        (MINIMAL + '[pool]\ngate = "sparse"\n', r"needs train\.consolidate = 1, found 0\.3"),
         (MINIMAL + "[verify]\nbatches = [1, 0]\n", r"verify\.batches\.1: .*0"),
         (MINIMAL + "[verify]\nbatches = []\n", r"verify\.batches"),
         (MINIMAL + "[train]\nseed = -1\n", r"train\.seed: .*-1"),
         (MINIMAL + "[verify]\nmax_abs = inf\n", r"verify\.max_abs: .*finite.*inf"),
         (MINIMAL + "[train]\ndistill_weight = nan\n", r"train\.distill_weight: .*nan"),
         (MINIMAL + "[pool]\nalpha = inf\n", r"pool\.alpha: .*inf"),
-        (MINIMAL + '[probe]\nname = "A"\nsource = "x"\n', r"both named A: give probe\.name another"),
+        (MINIMAL + '[probe]\nname = "A"\nsource = "x"\n', r"both named A: change probe\.name"),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused_by_the_name_of_the_field(text: str, message: str, tmp_path) -> None:
@@ -219,7 +219,7 @@ def test_an_old_name_is_refused_with_the_new_one_wherever_it_stands(retired: Ret
 @pytest.mark.parametrize("retired", RETIRED, ids=str)
 def test_every_rename_is_in_the_changelog_and_what_replaces_it_loads(retired: Retired, tmp_path) -> None:
     assert retired.field in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("## 0.1.0")[0]
-    new = re.match(r'write "?(\w+(?:\.\w+)?)', retired.advice)[1]
+    new = re.match(r'use "?(\w+(?:\.\w+)?)', retired.advice)[1]
     text = with_retired(retired)
     text = text.replace("keep", new.split(".")[1]) if retired.value is None else text.replace(retired.value, new)
     load_recipe(write(tmp_path, text))
@@ -235,7 +235,7 @@ def test_an_old_name_ends_the_command_with_exit_code_2(tmp_path) -> None:
     run.mkdir()
     (run / "recipe.toml").write_text(MINIMAL + "[train]\nkeep = 0.2\n", encoding="utf-8")
     result = r1export("verify", run)
-    assert (result.returncode, "write train.distill_weight" in result.stderr) == (2, True)
+    assert (result.returncode, "use train.distill_weight" in result.stderr) == (2, True)
     assert str(run / "recipe.toml") in result.stderr.replace("\n", "")
 
 

@@ -45,7 +45,7 @@ def test_accuracies_after_a_task_are_by_name_and_zero_shot_is_the_start() -> Non
 @pytest.mark.parametrize("value", [True, "0.5", 1.5, -1, {}, [[0.5, "x"]], ["a", 1]])
 def test_a_member_that_cannot_be_is_named(member: str, value: object, tmp_path: Path) -> None:
     write_json(tmp_path / "metrics.json", METRICS.to_json() | {member: value})
-    with pytest.raises(InputError, match=rf"metrics\.json: damaged: .*{member}") as caught:
+    with pytest.raises(InputError, match=rf"metrics\.json: corrupted: .*{member}") as caught:
         RunFolder(tmp_path).metrics()
     assert "train the run first" in caught.value.remedy
 
@@ -55,7 +55,7 @@ def test_a_member_that_cannot_be_is_named(member: str, value: object, tmp_path: 
     [{"tasks": []}, {"accuracy": [[0.5, 0.5]]}, {"accuracy": [[0.5], [0.5]]}, {"zero_shot": [0.5]}, {"forgetting": []},
      {"probe": {"name": "photos", "values": [0.5]}}],
 )  # fmt: skip
-def test_accuracies_of_another_number_of_tasks_are_damaged(change: dict, tmp_path: Path) -> None:
+def test_accuracies_of_another_number_of_tasks_are_refused(change: dict, tmp_path: Path) -> None:
     write_json(tmp_path / "metrics.json", METRICS.to_json() | change)
     with pytest.raises(InputError, match="accuracies"):
         RunFolder(tmp_path).metrics()
@@ -68,22 +68,22 @@ def test_missing_and_unknown_members_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="it lacks avg, last"):
         RunFolder(tmp_path).metrics()
     write_json(tmp_path / "metrics.json", METRICS.to_json() | {"more": 1})
-    with pytest.raises(InputError, match="damaged: more"):
+    with pytest.raises(InputError, match="corrupted: more"):
         RunFolder(tmp_path).metrics()
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"{", b"[]", b'{"a": NaN}', b'{"a": 1, "a": 2}', b"\xff", b'{"a": "\\ud800"}', b"[" * 100_000]
 )
-def test_what_is_no_json_object_is_damaged(data: bytes, tmp_path: Path) -> None:
+def test_a_file_without_a_json_object_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(data)
-    with pytest.raises(InputError, match=r"x\.json: damaged: ") as caught:
+    with pytest.raises(InputError, match=r"x\.json: corrupted: ") as caught:
         read_json(tmp_path / "x.json", "write it again")
     assert caught.value.remedy == "write it again"
     with pytest.raises(InputError, match="no such file"):
         read_json(tmp_path / "gone.json", "write it again")
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(InputError, match="no regular file"):
+    with pytest.raises(InputError, match="not a regular file"):
         read_json(tmp_path / "folder.json", "write it again")
 
 

@@ -1,1 +1,1 @@
-"""What registries and auditors ask of a release: a signature in the OpenSSF format, and a bill of materials."""
+"""Attestations of a release: a signature in the OpenSSF format, and a bill of materials."""

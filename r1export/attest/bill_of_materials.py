@@ -1,7 +1,7 @@
-"""A CycloneDX 1.6 bill of materials of a release: the model, what it was made from, and every file with its SHA-256.
+"""A CycloneDX 1.6 bill of materials of a release: the model, its components, and every file with its SHA-256.
 
-Format: CycloneDX 1.6 (ECMA-424), `machine-learning-model` components with a model card. It follows from the manifest alone, so two
-runs give the same bytes: no serial number, no time.
+Format: CycloneDX 1.6 (ECMA-424), `machine-learning-model` components with a model card. It depends only on the manifest, without serial
+number or time, so it is reproducible.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ PAYLOAD_TYPE = "application/vnd.in-toto+json"
 PREDICATE_TYPE = "https://model_signing/signature/v1.0"
 MAX_KEY = 1 << 16  # bytes
 IGNORED = (".git", ".gitattributes", ".github", ".gitignore")  # by the library, wherever it verifies
-KEY_HINT = "make one: openssl ecparam -name prime256v1 -genkey -noout -out model.key"
+KEY_HINT = "create one: openssl ecparam -name prime256v1 -genkey -noout -out model.key"
 
 
 def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -31,9 +31,9 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_pem_private_key(read_regular(path, MAX_KEY), None)
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: no P-256 key in PEM: {first_line(error)}", KEY_HINT) from error
+        raise InputError(f"{path}: not a P-256 key in PEM: {first_line(error)}", KEY_HINT) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise InputError(f"{path}: a key of another kind, expected P-256", KEY_HINT)
+        raise InputError(f"{path}: not a P-256 key", KEY_HINT)
     return key
 
 
@@ -65,11 +65,11 @@ def _digests(folder: Path, out: Path) -> dict[str, str]:
     found = {}
     for path in sorted(path.relative_to(folder) for path in folder.rglob("*")):
         if (folder / path).is_symlink():
-            raise InputError(f"{folder / path} is a link", "put the file itself there")
+            raise InputError(f"{folder / path} is a link", "replace the link with the file")
         if (folder / path).is_file() and path.parts[0] not in IGNORED and path.as_posix() not in own:
             found[path.as_posix()] = sha256_file(folder / path)
     if not found:
-        raise InputError(f"{folder} has no files to sign", "give a release folder")
+        raise InputError(f"{folder} has no files to sign", "use a release folder")
     return found
 
 

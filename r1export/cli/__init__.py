@@ -1,6 +1,6 @@
 """The command line: one function per command, heavy imports inside the function.
 
-Exit codes: 0 passed, 1 a check failed, 2 bad usage or bad input, 3 this environment cannot do it, 4 inconclusive.
+Exit codes: 0 passed, 1 a check failed, 2 bad usage or bad input, 3 not supported by this environment, 4 inconclusive.
 """
 
 from __future__ import annotations
@@ -13,5 +13,5 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Entry point of the command `r1export`."""
+    """Entry point of the `r1export` command."""
     run_command(app)

@@ -1,4 +1,4 @@
-"""The application that commands register with, and how a verdict becomes an exit code."""
+"""The Typer application that commands register with, and the exit code of a verdict."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from r1export.console import Terminal
     from r1export.pipeline.context import RunContext
 
-NOTES = 20  # lines about single pictures that a command prints for people
+NOTES = 20  # notes that a command prints
 VERDICT_CODES = {"pass": 0, "fail": 1, "inconclusive": 4}
 
 app = typer.Typer(
@@ -27,7 +27,7 @@ app = typer.Typer(
 
 @contextmanager
 def reopened(path: Path, device: Device, terminal: Terminal) -> Iterator[RunContext]:
-    """A run that was trained. Raises InputError before torch is loaded if there is none."""
+    """A trained run. Raises InputError before torch is loaded if there is none."""
     from r1export.run_folder import RunFolder
 
     RunFolder(path).recipe()  # before torch is loaded
@@ -38,7 +38,7 @@ def reopened(path: Path, device: Device, terminal: Terminal) -> Iterator[RunCont
 
 
 def finish(verdict: str) -> None:
-    """End with the exit code of a verdict."""
+    """Exit with the code of a verdict."""
     raise typer.Exit(VERDICT_CODES[verdict])
 
 

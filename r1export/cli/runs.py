@@ -1,4 +1,4 @@
-"""Commands of a run: train, export, verify, and look at what came out."""
+"""Commands that work on runs: run, train, export, verify, report, compare, inspect, doctor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @contextmanager
 def _open(
     recipe_file: Path,
-    out: Path,
+    out: Path | None,
     resume: bool,
     overwrite: bool,
     device: Device,
@@ -38,7 +38,8 @@ def _open(
 
     recipe = load_recipe(recipe_file, tuple(overrides or ()))
     recipe = in_order(recipe, order) if order else recipe
-    check_run(out, recipe, resume=resume, overwrite=overwrite)  # before torch is loaded: an error is there at once
+    out = out or Path("runs", recipe_file.stem)
+    check_run(out, recipe, resume=resume, overwrite=overwrite)  # before torch is loaded, so that an error is immediate
     from r1export.pipeline.run import open_run_context
 
     with open_run_context(recipe, out, device=device, resume=resume, overwrite=overwrite, progress=terminal) as context:
@@ -48,18 +49,18 @@ def _open(
 def _read_report(folder: Path) -> Report:
     from r1export.report.json_format import read_report
 
-    return read_report(folder / "report.json", f"write it again: r1export verify {folder}")
+    return read_report(folder / "report.json", f"recreate it with r1export verify {folder}")
 
 
 def _read_run_report(folder: Path) -> RunReport:
-    """Raises InputError if it is the report of a release, or of a run that changed since."""
+    """Raises InputError for the report of a release, or of a run that changed since."""
     from r1export.report.freshness import check_fresh
     from r1export.verify.results import RunReport
 
     report: Report = _read_report(folder)
     if not isinstance(report, RunReport):
         raise InputError(
-            f"{folder}: the report of a release, expected one of a run", "give the folder of a verified run"
+            f"{folder}: report of a release, expected the report of a run", "use the folder of a verified run"
         )
     check_fresh(report, folder)
     return report
@@ -69,12 +70,12 @@ def _signed_update(bundle: Path | None, trust: list[Path], threshold: int) -> Si
     from r1export.verify.signature import SignedUpdate
 
     if (bundle is None) != (not trust):
-        raise InputError("--bundle and --trust need each other", "give the update and the public keys that may sign it")
+        raise InputError("--bundle and --trust must be used together", "pass the update and the trusted public keys")
     return SignedUpdate.read(bundle, trust, threshold) if bundle else None
 
 
 def _show_outputs(terminal: Terminal, release: Path, outputs: Path) -> None:
-    """Compare embeddings that were computed elsewhere, and end with the exit code of the verdict."""
+    """Compare embeddings that another runtime computed, and exit with the code of the verdict."""
     from r1export.verify.outputs import check_outputs
 
     check = check_outputs(release, outputs)
@@ -84,7 +85,7 @@ def _show_outputs(terminal: Terminal, release: Path, outputs: Path) -> None:
 
 
 def _show(terminal: Terminal, report: Report, note: str = "") -> None:
-    """Print a report and end with the exit code of its verdict."""
+    """Print a report and exit with the code of its verdict."""
     from r1export.report.json_format import to_json
 
     terminal.report(report)
@@ -97,7 +98,7 @@ def _show(terminal: Terminal, report: Report, note: str = "") -> None:
 @app.command()
 def run(
     recipe: RecipeFile,
-    out: Out,
+    out: Out = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     device: Where = Device.auto,
@@ -105,7 +106,7 @@ def run(
     order: Order = None,
     as_json: Json = False,
 ) -> None:
-    """Train a stream of tasks, merge and export after each, and verify every release."""
+    """Fine-tune on a sequence of tasks, export a release after each, and verify all releases."""
     with (
         open_terminal(as_json) as terminal,
         _open(recipe, out, resume, overwrite, device, set, order, terminal) as context,
@@ -116,13 +117,15 @@ def run(
         if report is None:
             return
         terminal.accuracy(report.accuracy)
-        _show(terminal, report, f"Report: {out / 'report.html'}   Releases: {out / 'releases'}")
+        _show(
+            terminal, report, f"Report: {context.run.path / 'report.html'}   Releases: {context.run.path / 'releases'}"
+        )
 
 
 @app.command()
 def train(
     recipe: RecipeFile,
-    out: Out,
+    out: Out = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     device: Where = Device.auto,
@@ -130,7 +133,7 @@ def train(
     order: Order = None,
     as_json: Json = False,
 ) -> None:
-    """Train a stream of tasks; writes factors, pools and metrics, exports nothing."""
+    """Fine-tune on a sequence of tasks without exporting; writes factors, pools and metrics."""
     with (
         open_terminal(as_json) as terminal,
         _open(recipe, out, resume, overwrite, device, set, order, terminal) as context,
@@ -149,12 +152,12 @@ def export(
     overwrite: Overwrite = False,
     audit: Annotated[
         bool,
-        typer.Option("--audit-reexport", help="Export the last merged model afresh and compare it with its release."),
+        typer.Option("--audit-reexport", help="Re-export the last merged model and compare it with its release."),
     ] = False,
     device: Where = Device.auto,
     as_json: Json = False,
 ) -> None:
-    """Export the graphs of a trained run once, and write a release for the base and for every task."""
+    """Export the graphs of a trained run once, and write a release for the base and for each task."""
     with open_terminal(as_json) as terminal, reopened(run, device, terminal) as context:
         from r1export.pipeline.export import export_releases
 
@@ -166,23 +169,21 @@ def export(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(readable=False, metavar="RUN|RELEASE", help="A run, or one release folder.")],
+    path: Annotated[Path, typer.Argument(readable=False, metavar="RUN|RELEASE", help="Run folder or release folder.")],
     provider: Providers = None,
     no_latency: Annotated[
-        bool, typer.Option("--no-latency", help="Time nothing; the verdict is that of all other checks.")
+        bool, typer.Option("--no-latency", help="Skip the latency measurement; the verdict covers all other checks.")
     ] = False,
     bundle: Annotated[
         Path | None,
-        typer.Option(
-            "--bundle", readable=False, metavar="FILE", help="A signed update that says what the release has to be."
-        ),
+        typer.Option("--bundle", readable=False, metavar="FILE", help="Signed update that the release must match."),
     ] = None,
     trust: Annotated[
         list[Path] | None,
-        typer.Option("--trust", readable=False, metavar="KEY", help="Public key that may sign the update; repeatable."),
+        typer.Option("--trust", readable=False, metavar="KEY", help="Trusted public key. Repeatable."),
     ] = None,
     threshold: Annotated[
-        int, typer.Option("--threshold", help="How many of the trusted keys have to sign the update.")
+        int, typer.Option("--threshold", help="Number of trusted keys that must have signed the update.")
     ] = 1,
     outputs: Annotated[
         Path | None,
@@ -190,13 +191,13 @@ def verify(
             "--outputs",
             readable=False,
             metavar="FILE",
-            help="Embeddings of a converted release (.npz): check only these.",
+            help="Check only these embeddings (.npz) of a converted release.",
         ),
     ] = None,
     device: Where = Device.auto,
     as_json: Json = False,
 ) -> None:
-    """Verify all releases of a run against the unmerged model, or one release by its own golden samples."""
+    """Verify all releases of a run against the unmerged model, or one release against its golden samples."""
     with open_terminal(as_json) as terminal:
         from r1export.verify.latency import DEFAULT_BUDGET
 
@@ -209,7 +210,7 @@ def verify(
 
             _show(terminal, verify_release(path, provider or (), budget, update=update))
         elif update:
-            raise InputError(f"{path} is no release", "--bundle needs one release: a folder of RUN/releases")
+            raise InputError(f"{path} is not a release", "--bundle needs a release: a folder in RUN/releases")
         else:
             with reopened(path, device, terminal) as context:
                 from r1export.pipeline.verification.run import verify_run
@@ -221,11 +222,11 @@ def verify(
 def report(
     path: Annotated[
         Path,
-        typer.Argument(readable=False, metavar="RUN|RELEASE", help="A verified run, or one verified release folder."),
+        typer.Argument(readable=False, metavar="RUN|RELEASE", help="Verified run folder or release folder."),
     ],
     as_json: Json = False,
 ) -> None:
-    """Show the report of a verified run or release and write its pages again; ends with the exit code of its verdict."""
+    """Show the report of a verified run or release and re-render its pages. Exits with the code of its verdict."""
     with open_terminal(as_json) as terminal:
         from r1export.report.freshness import check_fresh
         from r1export.report.write import write_report
@@ -243,20 +244,18 @@ def report(
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(
-            readable=False, metavar="RUN...", help="Folders of verified runs of the same tasks in the same order."
-        ),
+        typer.Argument(readable=False, metavar="RUN...", help="Verified runs of the same tasks in the same order."),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", readable=False, metavar="DIR", help="Write comparison.html and comparison.json there."
+            "--out", "-o", readable=False, metavar="DIR", help="Folder for comparison.html and comparison.json."
         ),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Compare verified runs, for example a method with its baselines, in one table and picture."""
+    """Compare verified runs, e.g. a method with its baselines, in one table and one plot."""
     with open_terminal(as_json) as terminal:
         from r1export.report import compare_runs
 
@@ -276,18 +275,18 @@ def inspect(
         typer.Argument(
             readable=False,
             metavar="FILE|DIR|SOURCE",
-            help="A run, release, recipe, update, .onnx graph or safetensors file, or the pictures of a task as a recipe names them, for example folder:DIR.",
+            help="Run, release, recipe, update, .onnx graph, safetensors file, or a task source such as folder:DIR.",
         ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", readable=False, metavar="FILE", help="Contact sheet of a task's pictures, in HTML."
+            "--out", "-o", readable=False, metavar="FILE", help="Write a contact sheet (HTML) of the images of a task."
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Describe a file, a folder, or the pictures of a task."""
+    """Describe a file, a folder, or the images of a task."""
     with open_terminal(as_json) as terminal:
         from r1export.inspection import describe, describe_source, is_source
 
@@ -295,7 +294,7 @@ def inspect(
             with terminal.track("Decoding images", 0) as advance:
                 found = describe_source(str(path), advance, out)
         elif out is not None:
-            raise InputError(f"--out: {path} holds no pictures of a task", "give a source, for example folder:DIR")
+            raise InputError(f"--out: {path} is not a task source", "use a source such as folder:DIR")
         else:
             found = describe(path)
         for name, value in found.facts.items():
@@ -305,13 +304,13 @@ def inspect(
         for note in found.notes[:NOTES]:
             terminal.say(f"  {note}")
         if len(found.notes) > NOTES:
-            terminal.say(f"  and {len(found.notes) - NOTES} more; all of them with --json")
+            terminal.say(f"  and {len(found.notes) - NOTES} more (--json lists all)")
         terminal.document(found.to_json())
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check this environment: versions, providers, devices, and that a tiny graph runs."""
+    """Check the environment: versions, providers, devices, and that a small graph runs."""
     with open_terminal(as_json) as terminal:
         from r1export.inspection import examine_environment
 

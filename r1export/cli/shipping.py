@@ -1,4 +1,4 @@
-"""Commands of releases: updates, devices, client layouts, stored vectors, attestations, the page."""
+"""Commands that work on releases: updates, devices, client layouts, stored vectors, attestations, the web page."""
 
 from __future__ import annotations
 
@@ -40,18 +40,16 @@ if TYPE_CHECKING:
 def keygen(
     prefix: Annotated[
         Path,
-        typer.Argument(
-            readable=False, metavar="PREFIX", help="Writes PREFIX.key, readable by its owner only, and PREFIX.pub."
-        ),
+        typer.Argument(readable=False, metavar="PREFIX", help="Writes PREFIX.key (mode 0600) and PREFIX.pub."),
     ],
     as_json: Json = False,
 ) -> None:
-    """Make an Ed25519 key pair that signs field updates."""
+    """Create an Ed25519 key pair for signing updates."""
     with open_terminal(as_json) as terminal:
         from r1export.update.envelope import keygen as make_keys
 
         public = make_keys(prefix)
-        terminal.say(f"{prefix}.key stays here; {prefix}.pub goes to the devices. Key id {public.keyid}")
+        terminal.say(f"Keep {prefix}.key secret; install {prefix}.pub on the devices. Key id: {public.keyid}")
         terminal.document({"key": f"{prefix}.key", "public": f"{prefix}.pub", "keyid": public.keyid})
 
 
@@ -70,10 +68,10 @@ def bundle(
     min_seq: MinSeq = 0,
     expires: Expires = 0,
     accept_inconclusive: AcceptInconclusive = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write what a device lacks to run a verified release, signed: the factors of the tasks since its own release."""
+    """Write a signed update that takes a device from one verified release to another."""
     with open_terminal(as_json) as terminal:
         from r1export.update.envelope import SecretKey
         from r1export.update.lab.publish import Step, Terms
@@ -87,7 +85,7 @@ def bundle(
             published = write_bundle(context, Order(step, terms, keys, accept_inconclusive), out, overwrite=overwrite)
         size = out.stat().st_size
         for reason in published.accepted:
-            terminal.say(f"Accepted: {reason}")
+            terminal.say(f"Accepted although inconclusive: {reason}")
         terminal.say(f"{out}: {size / 1000:.1f} kB, from release {since} to {release}")
         facts = {"bundle": str(out), "bytes": size, "release": release, "since": since}
         terminal.document(facts | {"accepted": list(published.accepted)})
@@ -97,11 +95,9 @@ def bundle(
 def layout(
     path: Annotated[
         Path,
-        typer.Argument(
-            readable=False, metavar="RELEASE|LAYOUT", help="A release folder; with --check alone, a layout."
-        ),
+        typer.Argument(readable=False, metavar="RELEASE|LAYOUT", help="Release folder; with --check alone, a layout."),
     ],
-    out: Annotated[Path | None, typer.Argument(readable=False, metavar="OUT", help="Folder for the layout.")] = None,
+    out: Annotated[Path | None, typer.Argument(readable=False, metavar="OUT", help="Layout folder to create.")] = None,
     to: Annotated[
         str,
         typer.Option(
@@ -110,46 +106,44 @@ def layout(
             help="transformersjs, fastembed, immich, openclip, ortpackage, triton, ovms or oci.",
         ),
     ] = "",
-    name: Annotated[
-        str, typer.Option("--name", help="What the client calls the model, where it has a name for it.")
-    ] = "",
+    name: Annotated[str, typer.Option("--name", help="Model name in the client, if the client uses one.")] = "",
     variants: Annotated[
         bool,
-        typer.Option("--variants/--no-variants", help="With the run's fp16 and int8 releases, for transformersjs."),
+        typer.Option(
+            "--variants/--no-variants", help="Include the run's fp16 and int8 releases (transformersjs only)."
+        ),
     ] = True,
     check: Annotated[
-        bool, typer.Option("--check", help="Open the layout with its client and compare with the golden samples.")
+        bool, typer.Option("--check", help="Load the layout with its client and compare with the golden samples.")
     ] = False,
     python: Annotated[
         Path | None,
-        typer.Option("--python", readable=False, help="The interpreter that has the client; by default this one."),
+        typer.Option("--python", readable=False, help="Python interpreter that has the client. Default: this one."),
     ] = None,
     node_modules: Annotated[
         Path | None,
-        typer.Option("--node-modules", readable=False, help="A folder below which npm installed the client."),
+        typer.Option("--node-modules", readable=False, help="Folder where npm installed the client."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a release the folder that a client opens, or check such a folder with the client."""
+    """Convert a release to the folder layout of a client, or check such a layout with the client."""
     with open_terminal(as_json) as terminal:
         from r1export.layout.check import check_layout
         from r1export.layout.table import layout_named
-        from r1export.layout.write import read_source, write_layout
+        from r1export.layout.write import layout_release
 
         document: dict[str, object] = {}
         if out is not None:
-            kind = layout_named(to)
-            source = read_source(path, variants=variants and kind.takes_variants)
-            written = write_layout(source, to, out, name=name)
-            terminal.say(
-                f"{out}: {len(written.layout.paths)} files for {kind.opened_by}, {written.added / 1000:.1f} kB added"
-            )
+            written = layout_release(path, to, out, name=name, variants=variants)
+            client = layout_named(to).opened_by
+            terminal.say(f"{out}: {len(written.layout.paths)} files for {client}, {written.added / 1000:.1f} kB added")
             for note in written.notes:
                 terminal.say(f"  {note}")
             document |= {"layout": str(out), "shared": written.shared, "added_bytes": written.added}
         elif to or not check:
             raise InputError(
-                "layout needs a folder to write to", "r1export layout RELEASE OUT --to NAME, or LAYOUT --check"
+                "layout needs an output folder",
+                "use r1export layout RELEASE OUT --to NAME, or r1export layout LAYOUT --check",
             )
         result = check_layout(out or path, python=python, node_modules=node_modules) if check else None
         if result:
@@ -168,12 +162,14 @@ def reindex(
         typer.Argument(
             readable=False,
             metavar="IMAGES|FILES...",
-            help="Folders of pictures, picture files, or .txt with a path a line.",
+            help="Image folders, image files, or .txt files with one path per line.",
         ),
     ],
-    release: Annotated[Path, typer.Option("--release", readable=False, metavar="RELEASE", help="Embeds the pictures.")],
+    release: Annotated[
+        Path, typer.Option("--release", readable=False, metavar="RELEASE", help="Release that computes the embeddings.")
+    ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", readable=False, metavar="FILE", help="Vectors: a .parquet or .npy.")
+        Path, typer.Option("--out", "-o", readable=False, metavar="FILE", help="Output file, .parquet or .npy.")
     ],
     old: Annotated[
         Path | None,
@@ -181,23 +177,23 @@ def reindex(
             "--from",
             readable=False,
             metavar="OLD",
-            help="Vectors of an earlier release; kept where the verdict allows it.",
+            help="Vectors of an earlier release; kept if the re-index verdict allows it.",
         ),
     ] = None,
     workers: Annotated[
-        int, typer.Option("--workers", min=-1, max=256, help="Processes that decode; -1 is one per two cores.")
+        int, typer.Option("--workers", min=-1, max=256, help="Decoder processes; -1 is one per two cores.")
     ] = -1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Embed pictures with a release, and again with the next one as far as its re-index verdict says; resumes by itself."""
+    """Compute embeddings of images with a release, or update those of an earlier release. Resumes automatically."""
     with open_terminal(as_json) as terminal:
         from r1export.reindex.run import Job, default_workers, list_pictures, open_release
         from r1export.reindex.run import reindex as embed_pictures
 
         opened, space = open_release(release)
         job = Job(opened, space, list_pictures(pictures), workers=default_workers() if workers < 0 else workers)
-        with terminal.track("Embedding pictures", len(job.paths)) as advance:
+        with terminal.track("Embedding images", len(job.paths)) as advance:
             done = embed_pictures(job, out, old=old, overwrite=overwrite, advance=advance)
         verdict = f"; re-index {done.verdict}" if done.verdict else ""
         terminal.say(
@@ -210,15 +206,15 @@ def reindex(
 
 @app.command()
 def attest(
-    release: Annotated[Path, typer.Argument(readable=False, metavar="RELEASE", help="A release folder.")],
-    out: Annotated[Path, typer.Option("--out", "-o", readable=False, metavar="DIR", help="Folder for the files.")],
+    release: Annotated[Path, typer.Argument(readable=False, metavar="RELEASE", help="Release folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", readable=False, metavar="DIR", help="Output folder.")],
     key: Annotated[
         Path | None,
-        typer.Option("--key", readable=False, help="P-256 secret key in PEM that signs; without one, no model.sig."),
+        typer.Option("--key", readable=False, help="P-256 secret key (PEM). Without it no model.sig is written."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a CycloneDX bill of materials of a release, and a signature that the model-signing library verifies."""
+    """Write a CycloneDX bill of materials of a release, and a signature for the model-signing library."""
     with open_terminal(as_json) as terminal:
         from r1export.attest.bill_of_materials import BOM, bill_of_materials
         from r1export.attest.model_signature import SIGNATURE, read_key, write_signature
@@ -240,12 +236,12 @@ def attest(
 @app.command("device-kit")
 def device_kit(
     out: Annotated[
-        Path, typer.Option("--out", "-o", readable=False, metavar="FILE", help="The kit, for example r1device.pyz.")
+        Path, typer.Option("--out", "-o", readable=False, metavar="FILE", help="Output file, e.g. r1device.pyz.")
     ],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the one file that a device needs to install updates, with numpy and nothing else."""
+    """Write the single file that a device needs to install updates. It requires only Python and numpy."""
     with open_terminal(as_json) as terminal:
         from r1export.device.kit import device_kit as write_kit
 
@@ -259,7 +255,7 @@ def device_kit(
     add_help_option=False,
 )
 def device(context: typer.Context) -> None:
-    """What the kit does on a device: init, apply, status, rollback, doctor, inspect."""
+    """Run the device kit: init, apply, status, rollback, doctor, inspect."""
     from r1export.device.__main__ import main as run_verb
 
     raise typer.Exit(run_verb(context.args or ["--help"], program="r1export device"))
@@ -270,20 +266,22 @@ def serve(
     path: Annotated[
         Path,
         typer.Argument(
-            readable=False, metavar="RELEASE|STORE", help="A release folder, or a device's store: its current version."
+            readable=False,
+            metavar="RELEASE|STORE",
+            help="Release folder, or a device store (serves its current version).",
         ),
     ],
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")
+        int, typer.Option("--port", min=0, max=65535, help="Port on 127.0.0.1; 0 picks a free one.")
     ] = 8000,
     as_json: Json = False,
 ) -> None:
-    """Serve a page on this machine that tests a release in the browser and classifies pictures with it."""
+    """Serve a local web page that tests a release in the browser and classifies images with it."""
     with open_terminal(as_json) as terminal:
         from r1export.web.server import Server
         from r1export.web.source import open_source
 
         with Server(open_source(path), port) as server, suppress(KeyboardInterrupt):
-            terminal.say(f"Serving {path} at {server.url} until Ctrl-C")
+            terminal.say(f"Serving {path} at {server.url} (press Ctrl-C to stop)")
             terminal.line({"url": server.url})
             server.serve_forever()

@@ -1,10 +1,10 @@
-"""A task from pictures in folders by class, as torchvision's ImageFolder has them.
+"""A task from images in one folder per class, as in torchvision's ImageFolder.
 
-DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg    the split is given; also Train/, TEST/, and val/ or validation/ for test/
-DIR/CLASS/*.jpg                                   a fifth of each class is held out for the test
+DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg    given split; also Train/, TEST/, and val/ or validation/ for test/
+DIR/CLASS/*.jpg                                   a fifth of each class is the test split
 DIR/classes.json or DIR/classes.txt               names of the classes by folder: {"n01440764": "tench"}, or lines "n01440764 tench"
 
-Pictures in sub-folders of a class belong to it. What is no picture, and what is hidden, is left out and noted.
+Images in sub-folders of a class belong to the class. Other files and hidden entries are skipped and noted.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from r1export.update.atomic_io import read_regular
 from r1export.update.names import PRINTABLE
 from r1export.update.strict_json import parse_json
 
-TESTS = ("test", "val", "valid", "validation")  # the first that is there is the test
+TESTS = ("test", "val", "valid", "validation")  # the first that exists is the test split
 MAX_NAMES = 16 << 20  # bytes of classes.json or classes.txt
-NAMED = 3  # files that a note names; the rest are counted
+NAMED = 3  # files named in a note; the rest are counted
 
 Files = dict[str, list[Path]]  # by name of the class folder
 
@@ -37,21 +37,21 @@ def read(request: Request) -> Task:
 
 
 def read_folder(folder: Path, seed: int, *, test_only: bool = False) -> Task:
-    """The pictures under `folder`; a class is named after its folder, with spaces for underscores, or by classes.json or classes.txt.
+    """The images under `folder`; a class is named after its folder, with spaces for underscores, or by classes.json or classes.txt.
 
-    `seed` splits a folder that has no train and test. With `test_only`, such a folder is all test, and train may be missing.
+    `seed` splits a folder without train and test. With `test_only`, such a folder is all test, and train may be missing.
 
     Raises:
-        InputError: no class folders, half a split, a picture in a format that is not read, a name that is no Unicode, or names of
-            classes that do not fit the folders.
-        Unsupported: a folder that may not be read.
+        InputError: no class folders, an incomplete split, an unsupported image format, a name that is not Unicode, or class
+            names that don't match the folders.
+        Unsupported: an unreadable folder.
     """
     return _Reader(folder, UPRIGHT_RGB).task(seed, test_only=test_only)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads one folder and collects what it leaves out, by kind."""
+    """Reads one folder and collects the skipped entries by kind."""
 
     folder: Path
     decoding: Decoding
@@ -60,12 +60,13 @@ class _Reader:
 
     def task(self, seed: int, *, test_only: bool) -> Task:
         if not self.folder.is_dir():
-            raise InputError(f"{self.folder}: no such folder", "give a folder with one sub-folder of images per class")
+            raise InputError(f"{self.folder}: no such folder", "use a folder with one sub-folder of images per class")
         train, test = self._given_split(test_only) or self._own_split(seed, test_only)
         names = sorted(train | test)
         if not names:
             raise InputError(
-                f"{self.folder}: no folders in it", "put the images of each class into a folder named after the class"
+                f"{self.folder}: no class folders",
+                "put the images of each class into a folder with the name of the class",
             )
         classes = self._class_names(names)
         self._refuse_foreign()
@@ -79,7 +80,7 @@ class _Reader:
         )
 
     def _given_split(self, test_only: bool) -> tuple[Files, Files] | None:
-        """None unless a folder of a split holds folders: one that holds images is a class of that name."""
+        """None unless a split folder contains folders: one that contains images is a class of that name."""
         splits = {name: self._by_class(path) for name, path in self._splits().items()}
         present = [name for name, files in splits.items() if files]
         if not present:
@@ -88,13 +89,13 @@ class _Reader:
         if not tests or not ("train" in present or test_only):
             missing = "test" if "train" in present else "train"
             raise InputError(
-                f"{self.folder}: has {present[0]}/ but no {missing}/ with a folder per class",
+                f"{self.folder}: has {present[0]}/ but no {missing}/ with class folders",
                 f"add {missing}/, or move the class folders up",
             )
         used = {"train", tests[0]}
         for sub in self._entries(self.folder):
             if sub.is_dir() and sub.name.lower() not in used:
-                self._leave_out("folder that belongs to no split", sub)
+                self._leave_out("folder outside of the splits", sub)
         return splits.get("train", {}), splits[tests[0]]
 
     def _splits(self) -> dict[str, Path]:
@@ -124,11 +125,11 @@ class _Reader:
             if path.is_dir():
                 files[_unicode(path).name] = list(self._pictures(path))
             elif path.suffix.lower() in SUFFIXES | FOREIGN_SUFFIXES:
-                self._leave_out("picture outside of a class folder", path)
+                self._leave_out("image outside of a class folder", path)
         return files
 
     def _pictures(self, folder: Path) -> Iterator[Path]:
-        """The files of a class that are pictures, sub-folders after the folder itself."""
+        """The image files of a class, sub-folders after the folder itself."""
         subs = []
         for path in self._entries(folder):
             if path.is_dir():
@@ -136,14 +137,14 @@ class _Reader:
             elif path.suffix.lower() in SUFFIXES:
                 yield path
             elif path.suffix.lower() in FOREIGN_SUFFIXES:
-                self._leave_out("picture in a format that is not read", path)
+                self._leave_out("unsupported image format", path)
             else:
-                self._leave_out("file that is no picture", path)
+                self._leave_out("not an image", path)
         for sub in subs:
             yield from self._pictures(sub)
 
     def _entries(self, folder: Path) -> Iterator[Path]:
-        """What is in a folder, sorted; hidden entries are left out."""
+        """The entries of a folder, sorted, without hidden ones."""
         for path in _listed(folder):
             if path.name.startswith("."):
                 self._leave_out("hidden entry", path)
@@ -154,16 +155,16 @@ class _Reader:
         self.left_out.setdefault(kind, set()).add(path.relative_to(self.folder).as_posix())
 
     def _refuse_foreign(self) -> None:
-        foreign = self.left_out.get("picture in a format that is not read", set())
+        foreign = self.left_out.get("unsupported image format", set())
         if foreign and not self.skip_broken:
             raise InputError(
-                f"{self.folder}: {_some(foreign)}: not in a format that r1export reads",
+                f"{self.folder}: {_some(foreign)}: unsupported image format",
                 "convert to JPEG or PNG, or set data.skip_broken = true",
             )
 
     def _notes(self) -> Iterator[str]:
         for kind, names in self.left_out.items():
-            yield f"left out, {kind}: {_some(names)}"
+            yield f"skipped ({kind}): {_some(names)}"
 
     def _class_names(self, folders: list[str]) -> tuple[str, ...]:
         """The names of classes in the order of their folders."""
@@ -172,7 +173,7 @@ class _Reader:
             return tuple(name.replace("_", " ") for name in folders)
         if missing := [name for name in folders if name not in given]:
             raise InputError(
-                f"{self.folder}: the class names have none for the folder {_some(missing)}",
+                f"{self.folder}: no class name for the folder {_some(missing)}",
                 "add a line for each folder",
             )
         if unknown := sorted(set(given) - set(folders)):
@@ -180,10 +181,10 @@ class _Reader:
         return tuple(given[name] for name in folders)
 
     def _given_names(self) -> Mapping[str, str] | None:
-        """The content of classes.json or classes.txt, None if there is neither."""
+        """The content of classes.json or classes.txt; None if neither exists."""
         files = [self.folder / name for name in ("classes.json", "classes.txt") if (self.folder / name).exists()]
         if len(files) > 1:
-            raise InputError(f"{self.folder}: both classes.json and classes.txt", "keep one of them")
+            raise InputError(f"{self.folder}: both classes.json and classes.txt exist", "remove one of them")
         return _read_names(files[0]) if files else None
 
     def _images(self, files: Files, names: list[str]) -> ImageSet:
@@ -195,21 +196,21 @@ def _listed(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except PermissionError:
-        raise Unsupported(f"{folder}: permission denied", "let your user read the folder") from None
+        raise Unsupported(f"{folder}: permission denied", "make the folder readable for your user") from None
 
 
 def _unicode(path: Path) -> Path:
-    """Refuses a name that no prompt can hold."""
+    """Raises InputError for a name that can't be part of a prompt."""
     try:
         path.name.encode()
     except UnicodeEncodeError:
         name = os.fsencode(path.name).decode("ascii", "backslashreplace")
-        raise InputError(f"{path.parent}: the folder {name!r} has a name that is not UTF-8", "rename it") from None
+        raise InputError(f"{path.parent}: the folder name {name!r} is not UTF-8", "rename it") from None
     return path
 
 
 def _read_names(file: Path) -> dict[str, str]:
-    remedy = 'write {"FOLDER": "class name"}' if file.suffix == ".json" else "write lines of FOLDER and class name"
+    remedy = 'use {"FOLDER": "class name"}' if file.suffix == ".json" else "use lines of FOLDER and class name"
     data = read_regular(file, MAX_NAMES)
     if file.suffix == ".json":
         try:

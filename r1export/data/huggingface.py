@@ -1,11 +1,11 @@
-"""A task from a data set of the Hugging Face Hub, or from a folder laid out like one; needs the extra `hf`.
+"""A task from a Hugging Face data set, on the Hub or in a local folder; requires the `hf` extra.
 
-hf:OWNER/NAME          from the Hub's cache on this machine; data.download fetches what is not there
+hf:OWNER/NAME          from the local Hub cache, or downloaded with data.download
 hf:DIR                 a folder that `datasets.load_dataset` reads: Parquet, images by folder, ...
 hf:OWNER/NAME:CONFIG   one configuration of several
 
-The first column of images and the first of class labels count. The test is the split `test`, else `validation`, else
-a fifth of each class. No code of the data set is run: `datasets` knows no loading scripts since its version 4.
+The first image column and the first class label column are used. The test split is `test`, else `validation`, else a
+fifth of each class. No code of the data set is run: `datasets` has no loading scripts since version 4.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from r1export.errors import InputError, Unsupported
 
 
 def read(request: Request) -> Task:
-    """The reader of `hf:NAME` and `hf:NAME:CONFIG`: labels are read now, images when asked for.
+    """The reader of `hf:NAME` and `hf:NAME:CONFIG`. Labels are read immediately, images on demand.
 
     Raises:
-        InputError: not there, no such configuration, or no column of images or of class labels.
-        Unsupported: the package `datasets` is missing.
+        InputError: no such data set or configuration, or no column of images or class labels.
+        Unsupported: the package `datasets` is not installed.
     """
     name, _, config = request.address.partition(":")
     splits = _splits(name, expand_path(name, request.root), config, request.download)
@@ -54,14 +54,14 @@ def _splits(name: str, folder: Path, config: str, download: bool) -> dict[str, A
         )
     except (OSError, ValueError) as error:
         if download:
-            raise InputError(f"hf:{name}: {_line(error)}", "check its name and the network") from error
+            raise InputError(f"hf:{name}: {_line(error)}", "check the name and the network") from error
         raise InputError(
-            f"hf:{name}: neither a folder nor in the Hub's cache", "let it be fetched: data.download = true"
+            f"hf:{name}: neither a folder nor in the local Hub cache", "set data.download = true to download it"
         ) from error
     try:
         splits: dict[str, Any] = datasets.load_dataset(str(path), config or None)
-    except Exception as error:  # pyarrow, YAML and JSON parsers raise what they meet in damaged files
-        remedy = "name a configuration as hf:NAME:CONFIG, or repair the data set"
+    except Exception as error:  # pyarrow, YAML and JSON parsers raise various exceptions for corrupted files
+        remedy = "choose a configuration with hf:NAME:CONFIG, or fix the data set"
         raise InputError(f"hf:{name}: {_line(error)}", remedy) from error
     return splits
 
@@ -79,7 +79,8 @@ def _columns(name: str, split: Any) -> tuple[str, str, tuple[str, ...]]:
     if not images or not labels:
         columns = ", ".join(f"{column} ({type(kind).__name__})" for column, kind in split.features.items())
         raise InputError(
-            f"hf:{name}: columns {columns}; expected one Image and one ClassLabel", "cast them, or use another data set"
+            f"hf:{name}: columns {columns}; expected one Image and one ClassLabel",
+            "cast the columns, or use another data set",
         )
     return images[0], labels[0], tuple(each.replace("_", " ") for each in split.features[labels[0]].names)
 
@@ -111,7 +112,7 @@ class _Columns:
         labels = splits[split][self.label][:]
         if None in labels:
             row = labels.index(None)
-            raise InputError(f"hf:{self.name}: row {row} of {split} has no label", "label it or remove the row")
+            raise InputError(f"hf:{self.name}: row {row} of {split} has no label", "add a label or remove the row")
         return ImageSet(np.asarray(labels, np.int64), read)
 
 

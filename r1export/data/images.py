@@ -1,9 +1,9 @@
-"""Picture files and bytes, decoded to RGB by one rule: the formats that docs/inputs.md promises, and no others.
+"""Decode image files and bytes to RGB, in the formats listed in docs/inputs.md only.
 
-The rule is what a client sees: the EXIF orientation is applied; of an animation the first frame counts; palettes, bilevel
-and CMYK pictures are converted before anything resizes them; gray of 16 bits is scaled by its range, gray of 32 bits and
-floating point by the values of the picture; transparency is composited on the fill color of the model.
-`Decoding("open_clip")` leaves a picture as it is stored, so that open_clip's own transform converts it after resizing.
+Images are decoded as a viewer shows them: the EXIF orientation is applied; the first frame of an animation is used; palette,
+bilevel and CMYK images are converted before resizing; 16-bit gray is scaled by its range, 32-bit and floating-point gray by
+the values of the image; transparency is composited on the fill color of the model.
+`Decoding("open_clip")` keeps the stored mode, so that open_clip's own transform converts it after resizing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from r1export.data.task import ImageSet, Picture
 from r1export.errors import InputError, R1ExportError, first_line, refused
 
-# Pillow goes by a file's bytes, not by its name. Without this list an EPS named .jpg would start Ghostscript.
+# Pillow detects the format by content. Without this list an EPS file named .jpg would start Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = frozenset(
     [
@@ -46,7 +46,7 @@ SUFFIXES = frozenset(
         ".webp",
     ]
 )
-# Pictures that are not read, so that a folder with some of them is told apart from one with notes or caches.
+# Unsupported image formats, which are an error, unlike other files in a folder.
 FOREIGN_SUFFIXES = frozenset(
     [
         ".arw",
@@ -70,31 +70,31 @@ FOREIGN_SUFFIXES = frozenset(
         ".tga",
     ]
 )
-MAX_PIXELS = 80_000_000  # 240 MB once decoded; below the size at which Pillow warns of a decompression bomb
+MAX_PIXELS = 80_000_000  # 240 MB decoded; below Pillow's warning about decompression bombs
 
-_REMEDY = "replace the picture, remove it, or set data.skip_broken = true"
-_OWN_RANGE = frozenset({"I", "F"})  # gray without a range of its own
-_warning_filter = threading.Lock()  # images are decoded in threads, and warnings.catch_warnings is not safe in them
+_REMEDY = "replace or remove the image, or set data.skip_broken = true"
+_OWN_RANGE = frozenset({"I", "F"})  # gray without a fixed range
+_warning_filter = threading.Lock()  # images are decoded in threads, where warnings.catch_warnings is not safe
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How stored pictures become RGB: by the rule of this module, with the RGB color under transparency, or as open_clip does."""
+    """How stored images become RGB: by the rule of this module, with the RGB `fill` under transparency, or as open_clip does."""
 
     rule: Literal["r1export", "open_clip"] = "r1export"
     fill: tuple[int, int, int] = (0, 0, 0)
 
 
-UPRIGHT_RGB = Decoding()  # where no model says a fill color
+UPRIGHT_RGB = Decoding()  # default without a model
 
 
 def decode(source: Path | bytes, location: str, decoding: Decoding = UPRIGHT_RGB) -> Picture:
-    """The picture in a file or in its bytes: RGB, or for `Decoding("open_clip")` in the mode it is stored in.
+    """Decode an image file or its bytes to RGB, or for `Decoding("open_clip")` to its stored mode.
 
     Raises:
-        InputError: not a regular file, none of FORMATS, damaged, a single color, or more than MAX_PIXELS; the message begins
-            with `location`.
-        Unsupported: the file may not be read.
+        InputError: not a regular file, none of FORMATS, corrupted, a single color, or more than MAX_PIXELS; the message
+            begins with `location`.
+        Unsupported: the file is not readable.
     """
     try:
         with _open(source) as image:
@@ -108,18 +108,16 @@ def decode(source: Path | bytes, location: str, decoding: Decoding = UPRIGHT_RGB
     except PermissionError as error:
         raise refused(error, location) from error
     except UnidentifiedImageError as error:
-        raise InputError(
-            f"{location}: cannot be read as an image (it is none of {', '.join(FORMATS)})", _REMEDY
-        ) from error
-    except Exception as error:  # Pillow has no base error: each format raises what its parser meets in damaged bytes
-        raise InputError(f"{location}: cannot be read as an image ({first_line(error, 80)})", _REMEDY) from error
+        raise InputError(f"{location}: not an image in a supported format ({', '.join(FORMATS)})", _REMEDY) from error
+    except Exception as error:  # Pillow has no base error: each format raises its own exceptions for corrupted bytes
+        raise InputError(f"{location}: cannot decode the image ({first_line(error, 80)})", _REMEDY) from error
     raise InputError(f"{location}: {size}, expected at most {MAX_PIXELS}", _REMEDY)
 
 
 def _open(source: Path | bytes) -> Image.Image:
-    """The header is read, pixels are not. A size that Pillow would warn of is an error."""
+    """Read the header only. A size that Pillow would warn about is an error."""
     if isinstance(source, Path) and not source.is_file():
-        raise FileNotFoundError("no such file")  # also for a pipe, from which reading would never return
+        raise FileNotFoundError("no such file")  # also for a pipe, which would block
     with _warning_filter, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
@@ -127,12 +125,12 @@ def _open(source: Path | bytes) -> Image.Image:
 
 def _convert(stored: Image.Image, location: str, decoding: Decoding) -> Picture:
     changes, size, mode = [], stored.size, stored.mode
-    if getattr(stored, "n_frames", 1) > 1 and stored.format != "MPO":  # the other frames of an MPO are its previews
+    if getattr(stored, "n_frames", 1) > 1 and stored.format != "MPO":  # the other frames of an MPO are previews
         changes.append("first frame of several")
     stored.load()
     image, turned = _upright(stored)
     if turned:
-        changes.append("turned as EXIF says")
+        changes.append("rotated by EXIF orientation")
     rgb, change = _to_rgb(image, decoding.fill)
     if not np.ptp(np.asarray(rgb), axis=(0, 1)).any():
         raise InputError(f"{location}: every pixel has the same value", _REMEDY)
@@ -142,19 +140,19 @@ def _convert(stored: Image.Image, location: str, decoding: Decoding) -> Picture:
 
 
 def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The picture as its EXIF orientation says; damaged EXIF says nothing."""
+    """The image with its EXIF orientation applied; corrupted EXIF is ignored."""
     try:
         if image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
             return ImageOps.exif_transpose(image), True
-    except Exception:  # the parser of EXIF raises what it meets; the pixels are sound
+    except Exception:  # the EXIF parser raises various exceptions; the pixels are intact
         pass
     return image, False
 
 
 def _to_rgb(image: Image.Image, fill: tuple[int, int, int]) -> tuple[Image.Image, str]:
-    """The picture as RGB, and what was done that a plain conversion after resizing would not have done; often nothing."""
+    """The image as RGB, and the changes beyond a plain conversion after resizing; usually none."""
     if image.mode in _OWN_RANGE or image.mode.startswith("I;16"):
-        return _gray(image).convert("RGB"), f"gray of {16 if ';' in image.mode else 32} bits scaled by its range"
+        return _gray(image).convert("RGB"), f"{16 if ';' in image.mode else 32}-bit gray scaled by its range"
     if image.has_transparency_data:
         background = Image.new("RGBA", image.size, (*fill, 255))
         return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB"), "transparency composited"
@@ -166,11 +164,11 @@ def _gray(image: Image.Image) -> Image.Image:
     """Gray of more than 8 bits as 8 bits, rounded: 0 to 65,535 become 0 to 255; 32 bits and floats from their least to their largest value."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
-        raise ValueError("pixels that are not finite")
+        raise ValueError("non-finite pixels")
     low, high = (values.min(), values.max()) if image.mode in _OWN_RANGE else (0.0, 65535.0)
     return Image.fromarray(np.rint((values - low) * (255 / max(high - low, np.finfo(float).tiny))).astype(np.uint8))
 
 
 def images_from_files(files: Sequence[Path], labels: Sequence[int], decoding: Decoding = UPRIGHT_RGB) -> ImageSet:
-    """One picture per file, decoded when it is read."""
+    """One image per file, decoded on access."""
     return ImageSet(np.asarray(labels, np.int64), lambda i: decode(files[i], str(files[i]), decoding))

@@ -32,10 +32,10 @@ def read(request: Request) -> Task:
 
 
 def read_pack(file: Path, decoding: Decoding = UPRIGHT_RGB) -> Task:
-    """The images in `file`. The compressed bytes stay in memory, images are decoded when they are read.
+    """The images in `file`. The compressed bytes stay in memory, images are decoded on access.
 
     Raises:
-        InputError: no such file, a missing array, or an array that is pickled or not laid out as above.
+        InputError: no such file, a missing array, or an array that is pickled or has another layout than above.
     """
     pack = _read_arrays(file)
     _check_layout(pack, file)
@@ -52,34 +52,36 @@ def read_pack(file: Path, decoding: Decoding = UPRIGHT_RGB) -> Task:
 
 def _read_arrays(file: Path) -> dict[str, np.ndarray]:
     if not file.is_file():
-        raise InputError(f"{file}: no such file", "give a .npz pack of images")
+        raise InputError(f"{file}: no such file", "use a .npz pack of images")
     try:
         with zipfile.ZipFile(file) as archive:
             missing = [key for key in _KINDS if f"{key}.npy" not in archive.namelist()]
             arrays = {} if missing else {key: _read_array(archive, f"{key}.npy") for key in _KINDS}
-    except Exception as error:  # zipfile, zlib and numpy raise what their parsers meet in damaged bytes
+    except Exception as error:  # zipfile, zlib and numpy raise various exceptions for corrupted bytes
         raise InputError(
-            f"{file}: not a pack of plain arrays: {error}", "write it with numpy.savez; pickled objects are never read"
+            f"{file}: not an .npz of plain arrays: {error}", "write it with numpy.savez; pickled objects are never read"
         ) from error
     if missing:
-        raise InputError(f"{file}: no array {', '.join(missing)}", f"a pack of images holds {', '.join(_KINDS)}")
+        raise InputError(
+            f"{file}: no array {', '.join(missing)}", f"a pack of images has the arrays {', '.join(_KINDS)}"
+        )
     return arrays
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """One array of an archive. Memory grows with the bytes that are there, never with what a header says of them.
+    """One array of an archive. Memory use depends on the actual bytes, never on the size claimed in a header.
 
-    Raises ValueError for objects, which are pickles, and for a header whose size is not that of the archive's member.
+    Raises ValueError for pickled objects, and for a header whose size differs from the archive's member.
     """
     member = archive.getinfo(name)
     with archive.open(member) as opened:
         read_header = _HEADERS[np.lib.format.read_magic(opened)]
         shape, fortran_order, dtype = read_header(opened)
         if dtype.hasobject:
-            raise ValueError(f"{name} holds Python objects")
+            raise ValueError(f"{name} contains Python objects")
         size = math.prod(shape) * dtype.itemsize
         if opened.tell() + size != member.file_size:
-            raise ValueError(f"{name} is {member.file_size} bytes, its header says {opened.tell() + size}")
+            raise ValueError(f"{name} has {member.file_size} bytes, expected {opened.tell() + size} by its header")
         data = opened.read()
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
 
@@ -92,12 +94,12 @@ def _check_layout(pack: dict[str, np.ndarray], file: Path) -> None:
             expected = {"u": "uint8", "iu": "integers", "U": "strings"}[_KINDS[key]]
             shape = f"({lengths[key]},)" if key in lengths else "one row"
             raise InputError(
-                f"{file}: {key} is {array.dtype} {array.shape}, expected {expected} {shape}", "write the pack again"
+                f"{file}: {key} is {array.dtype} {array.shape}, expected {expected} {shape}", "recreate the pack"
             )
     if pack["blob"].dtype != np.uint8:
-        raise InputError(f"{file}: blob is {pack['blob'].dtype}, expected uint8", "write the pack again")
+        raise InputError(f"{file}: blob is {pack['blob'].dtype}, expected uint8", "recreate the pack")
     off = pack["off"].astype(np.int64)
     if off[0] < 0 or off[-1] > pack["blob"].size or (np.diff(off) < 0).any():
         raise InputError(
-            f"{file}: off does not rise within the {pack['blob'].size} bytes of blob", "write the pack again"
+            f"{file}: off is not increasing within the {pack['blob'].size} bytes of blob", "recreate the pack"
         )

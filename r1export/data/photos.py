@@ -1,6 +1,6 @@
-"""Two real photographs that ship with scikit-learn, cut into pieces: the task is to name the photograph of a piece.
+"""A task from two photographs of scikit-learn, cut into pieces: classify which photograph a piece is from.
 
-Pieces for training come from the left of each photograph and pieces for testing from the right, so none is seen twice.
+Training pieces come from the left of each photograph, test pieces from the right, so that they don't overlap.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ NAMES = {
     "flower": "flower.jpg",
 }  # (427, 640, 3) each, CC BY, see scikit-learn's images/README.txt
 SIDE = 128  # pixels of a piece
-CUT = 400  # column that parts training from testing
+CUT = 400  # column between training and test pieces
 COUNTS = {"train": 200, "test": 200}
 
 
 @cache
 def _photo(name: str) -> np.ndarray:
-    from sklearn.datasets import load_sample_image  # reading it takes a second that the other tasks need not pay
+    from sklearn.datasets import load_sample_image  # imported here: it takes a second
 
     photo: np.ndarray = load_sample_image(NAMES[name])
     return photo

@@ -1,4 +1,4 @@
-"""What a recipe asks a reader of images for, and where relative paths start."""
+"""The request of a recipe to an image reader, and the expansion of paths."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from r1export.errors import InputError
 class Request:
     """One source of a recipe, `SCHEME:ADDRESS`.
 
-    `root` is where relative paths start and torchvision keeps its data sets. `seed` splits what has no train and test.
-    With `test_only` no training images are needed, and what has no split is all test. With `skip_broken` pictures that cannot
-    be read are left out and noted.
+    `root` is the base of relative paths and torchvision's data folder. `seed` splits sources without train and test. With
+    `test_only` no training images are needed, and a source without a split is all test. With `skip_broken` unreadable images
+    are skipped and noted.
     """
 
     source: str
@@ -53,7 +53,7 @@ def expand_path(path: str | Path, root: Path | None = None) -> Path:
         if not os.environ.get(match[1]):
             raise InputError(
                 f"{path}: environment variable {match[1]} is not set",
-                f"export {match[1]}=DIR, or write the path itself",
+                f"export {match[1]}=DIR, or use the path itself",
             )
         return os.environ[match[1]]
 
@@ -61,5 +61,5 @@ def expand_path(path: str | Path, root: Path | None = None) -> Path:
     try:
         expanded = Path(text).expanduser()
     except RuntimeError:
-        raise InputError(f"{path}: this machine has no such home folder", "write the path itself") from None
+        raise InputError(f"{path}: no such home folder", "use the path itself") from None
     return expanded if root is None else expand_path(root) / expanded

@@ -1,10 +1,10 @@
-"""Where a task comes from: `load_task` turns the `source` of a recipe into a checked `Task`.
+"""Task sources: `load_task` turns the `source` of a recipe into a checked `Task`.
 
 folder:DIR         images in folders by class: DIR/train/CLASS/* and DIR/test/CLASS/*, or DIR/CLASS/* (split 80/20)
 npz:FILE           packed images (arrays `blob`, `off`, `label`, `split`, `names`)
 torchvision:NAME   one of the eleven MTIL sets, or CIFAR10
-hf:NAME            of the Hugging Face Hub, or a folder laid out like one of its data sets
-builtin:NAME       comes with r1export: drawn, or in an installed package
+hf:NAME            a Hugging Face data set, on the Hub or in a local folder
+builtin:NAME       included in r1export: drawn, or from an installed package
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def read_task(request: Request) -> Task:
     """The task that `request` names as its reader gives it, unchecked. Raises as `load_task` does, but for what `check_task` finds."""
     if request.scheme not in READERS or not request.address:
         raise InputError(
-            f"source {request.source!r} is unknown",
-            "write folder:DIR, npz:FILE, torchvision:NAME, hf:NAME or builtin:NAME",
+            f"unknown source {request.source!r}",
+            "use folder:DIR, npz:FILE, torchvision:NAME, hf:NAME or builtin:NAME",
         )
     return READERS[request.scheme](request)
 
 
 def load_task(request: Request, *, name: str = "", templates: tuple[str, ...] = ()) -> Task:
-    """The task that `request` names, checked (see `check_task`); images are decoded only when they are read.
+    """The checked task of `request` (see `check_task`); images are decoded on access.
 
     `name` and `templates`, where they are not empty, replace those of the source.
 

@@ -1,4 +1,4 @@
-"""What the pictures of a task are, looked at one by one: sizes, modes, what decoding changes, what cannot be read, and twins."""
+"""A survey of all images of a task: sizes, modes, changes made by decoding, unreadable images, and duplicates."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from PIL import Image
 from r1export.data.task import ImageSet, Task, check_labels
 from r1export.errors import InputError
 
-THUMBNAILS = 12  # pictures of a class that a contact sheet shows
+THUMBNAILS = 12  # images per class on a contact sheet
 SIDE = 96  # pixels of the longer side of a thumbnail
 Advance = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small copy of a decoded picture, where it comes from, and what decoding changed."""
+    """A small copy of a decoded image, its location, and the changes made by decoding."""
 
     image: Image.Image
     location: str
@@ -30,7 +30,7 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class ClassSurvey:
-    """The pictures of one class. `sizes` are (width, height) of the smallest and the largest; None if none could be read."""
+    """The images of one class. `sizes` are (width, height) of the smallest and the largest; None if none is readable."""
 
     name: str
     train: int
@@ -44,7 +44,7 @@ class ClassSurvey:
 
 @dataclass(frozen=True)
 class Survey:
-    """A task as its pictures are. `twins` are locations of pictures with the same pixels in train and test: (train, test)."""
+    """The survey of a task. `twins` are locations of identical images in train and test: (train, test)."""
 
     task: str
     classes: tuple[ClassSurvey, ...]
@@ -58,7 +58,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class _Look:
-    """One picture: its class and split, and either the reason why it was refused or what it is."""
+    """One image: its class and split, and either its properties or the reason why it is unreadable."""
 
     label: int
     split: str
@@ -72,7 +72,7 @@ class _Look:
 
 
 def survey(task: Task, advance: Advance = lambda: None) -> Survey:
-    """Decode every picture of `task` once, in threads; `advance` is called for each. Memory holds the few thumbnails of each class.
+    """Decode every image of `task` once, in threads; `advance` is called for each. Only a few thumbnails per class are kept.
 
     Raises InputError for a label outside of the classes.
     """
@@ -126,7 +126,7 @@ def _of_class(name: str, looks: list[_Look]) -> ClassSurvey:
 
 
 def _twins(looks: list[_Look]) -> Iterator[tuple[str, str]]:
-    """Pictures of the test with the same pixels as one of the training, whatever their files are called."""
+    """Test images with the same pixels as a training image, whatever their file names."""
     trained = {look.pixels: look.location for look in reversed(looks) if look.split == "train" and look.pixels}
     for look in looks:
         if look.split == "test" and look.pixels in trained:

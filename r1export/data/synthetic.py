@@ -1,8 +1,8 @@
-"""The offline default: tasks that are drawn or ship with scikit-learn, and the small base model that knows the drawn world.
+"""Offline tasks that are drawn or from scikit-learn, and the small base model of the drawn world.
 
-`builtin:world` measures what the base model could do before any task (coloured shapes, see scripts/make_world_base.py).
-`builtin:patterns`, `builtin:arrows`, `builtin:digits` (real scans) and `builtin:photos` (pieces of two real photographs) are new
-to it, and a run trains them one after another.
+`builtin:world` (coloured shapes, see scripts/make_world_base.py) measures what the base model can do without training.
+`builtin:patterns`, `builtin:arrows`, `builtin:digits` (real scans) and `builtin:photos` (pieces of two real photographs) are
+new to it.
 Image i of a split is a pure function of (task, split, i): drawn when read, the same on every machine.
 """
 
@@ -241,7 +241,7 @@ def _drawn_task(name: str, classes: tuple[str, ...], template: str, draw: Draw, 
 @cache
 def _scans() -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's scanned digits: images (1797, 8, 8) with values 0..16, labels (1797,)."""
-    from sklearn.datasets import load_digits  # reading it takes a second that the other tasks need not pay
+    from sklearn.datasets import load_digits  # imported here: it takes a second
 
     data = load_digits()
     return data.images, data.target.astype(np.int64)
@@ -281,5 +281,5 @@ def read(request: Request) -> Task:
 def load_builtin(name: str) -> Task:
     """The task `builtin:NAME`. Raises `InputError` for a name that is not known."""
     if name not in _TASKS:
-        raise InputError(f"there is no builtin task {name!r}", f"known: {', '.join(_TASKS)}")
+        raise InputError(f"unknown built-in task {name!r}", f"known: {', '.join(_TASKS)}")
     return _TASKS[name]()

@@ -1,4 +1,4 @@
-"""A task: images with labels, the names of their classes, and the prompts that name them to CLIP."""
+"""A task: images with labels, class names, and prompt templates."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
 class Picture(NamedTuple):
-    """A decoded image, where it comes from, the (width, height) and mode it is stored in, and what was done to it.
+    """A decoded image, its location, stored (width, height) and mode, and the changes made by decoding.
 
-    `changes` are those that open_clip's own transform would not have made.
+    `changes` are beyond open_clip's own transform.
     """
 
     image: Image.Image
@@ -30,9 +30,9 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images that are decoded one at a time, when asked for.
+    """Images that are decoded one at a time, on access.
 
-    `labels` is int64 of shape (n,); `picture(i)` returns image i and raises `InputError` if it cannot be decoded.
+    `labels` is int64 of shape (n,); `picture(i)` returns image i and raises `InputError` if decoding fails.
     """
 
     labels: np.ndarray
@@ -43,7 +43,7 @@ class ImageSet:
 
     @classmethod
     def drawn(cls, labels: np.ndarray, draw: Callable[[int], Image.Image]) -> ImageSet:
-        """Images that are made in memory: nothing was stored, so nothing was changed."""
+        """Images that are generated in memory."""
         return cls(labels, lambda i: Picture(draw(i)))
 
     def read(self, i: int) -> Image.Image:
@@ -65,16 +65,16 @@ class Task:
     train: ImageSet
     test: ImageSet
     notes: tuple[str, ...] = ()
-    """What a reader left out, for people."""
+    """What a reader skipped."""
 
 
 def few_shot(images: ImageSet, shots: int, seed: int) -> ImageSet:
-    """The first `shots` images of each class in a shuffle by `seed`; 0 takes all images, a smaller class gives all it has.
+    """The first `shots` images of each class in a shuffle by `seed`; 0 takes all images, a smaller class contributes all.
 
     Law: for one seed, the images for fewer shots are among those for more.
     """
     if shots < 0:
-        raise InputError(f"shots = {shots}", "give the images per class, or 0 for all")
+        raise InputError(f"shots = {shots}", "set it to the number of images per class, or 0 for all")
     if shots == 0 or not len(images):
         return images
     order = np.random.default_rng(seed).permutation(len(images))
@@ -84,13 +84,13 @@ def few_shot(images: ImageSet, shots: int, seed: int) -> ImageSet:
 
 
 def readable(images: ImageSet, advance: Callable[[], None]) -> tuple[ImageSet, tuple[str, ...]]:
-    """The images that can be read, and a line about each of the others. All are decoded, in threads; `advance` is called once for each."""
+    """The readable images, and a line about each of the others. All are decoded, in threads; `advance` is called for each."""
 
     def problem(i: int) -> str:
         try:
             images.picture(i)
         except InputError as error:
-            return f"left out, {error.message}"
+            return f"skipped: {error.message}"
         return ""
 
     problems = []
@@ -112,8 +112,8 @@ def held_out(count: int, seed: int) -> set[int]:
 
 
 def check_task(task: Task, location: str, *, test_only: bool = False) -> None:
-    """Refuse a task that cannot be trained and measured. `test_only` does without training images, and may repeat a name
-    (as ImageNet's lists do): images of either class are then right with that name.
+    """Raise InputError for a task that can't be trained and tested. With `test_only` it needs no training images and may repeat
+    a class name (as ImageNet's lists do): images of either class are then correct with that name.
 
     Raises:
         InputError: fewer than two classes, two of one name that are trained, a class without training images, no test images,
@@ -125,7 +125,7 @@ def check_task(task: Task, location: str, *, test_only: bool = False) -> None:
     _check_templates(task.templates, location)
     check_labels(task, location)
     if not len(task.test):
-        raise InputError(f"{location}: no test images", "add some: without them nothing can be measured")
+        raise InputError(f"{location}: no test images", "add test images")
     if not test_only:
         _check_train(task, location)
 
@@ -137,7 +137,7 @@ def check_labels(task: Task, location: str) -> None:
         if len(outside):
             raise InputError(
                 f"{location}: label {outside[0]} in {split}, expected 0 to {len(task.classes) - 1}",
-                "correct the labels or the class names",
+                "fix the labels or the class names",
             )
 
 
@@ -145,42 +145,42 @@ def _check_classes(classes: tuple[str, ...], location: str) -> None:
     if len(classes) < 2:
         raise InputError(
             f"{location}: {len(classes)} class(es), expected two or more",
-            "a classification task needs something to tell apart",
+            "add classes",
         )
     if not all(name.strip() for name in classes):
         raise InputError(
             f"{location}: class {[name.strip() for name in classes].index('')} has an empty name",
-            "give it a name that a prompt can hold",
+            "give the class a name",
         )
 
 
 def _check_distinct(classes: tuple[str, ...], location: str) -> None:
     if len(set(classes)) < len(classes):
         duplicate = next(name for name in classes if classes.count(name) > 1)
-        raise InputError(
-            f"{location}: two classes are named {duplicate!r}", "rename one: their prompts would be the same"
-        )
+        raise InputError(f"{location}: two classes are named {duplicate!r}", "rename one of them")
 
 
 def _check_templates(templates: tuple[str, ...], location: str) -> None:
     if not templates:
-        raise InputError(f"{location}: no templates", f"give at least one, for example {DEFAULT_TEMPLATES[0]!r}")
+        raise InputError(f"{location}: no templates", f"add at least one, e.g. {DEFAULT_TEMPLATES[0]!r}")
     for template in templates:
         before, hole, after = template.partition("{}")
         if not hole or set("{}") & set(before + after):
             raise InputError(
                 f"{location}: template {template!r}",
-                "write exactly one {} where the class name goes, and no other braces",
+                "use exactly one {} for the class name, and no other braces",
             )
 
 
 def _check_train(task: Task, location: str) -> None:
     if not len(task.train):
-        raise InputError(f"{location}: no training images", "add some, or use it as a probe, which is only tested")
+        raise InputError(
+            f"{location}: no training images", "add training images, or use the task as a probe, which is only tested"
+        )
     empty = np.flatnonzero(np.bincount(task.train.labels, minlength=len(task.classes)) == 0)
     if len(empty):
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
         raise InputError(
             f"{location}: class {task.classes[empty[0]]!r} has no training images{more}",
-            "add images of it, or take the class out",
+            "add images, or remove the class",
         )

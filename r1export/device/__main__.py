@@ -1,7 +1,7 @@
 """The device's command line: `python r1device.pyz apply STORE update.r1u`, with numpy and nothing else installed.
 
-Exit codes: 0 passed, 1 a check failed, 2 bad usage or bad input, 3 this environment cannot do it, 4 inconclusive.
-70: a defect of the kit itself; with R1EXPORT_TRACEBACK=1 it says where.
+Exit codes: 0 passed, 1 a check failed, 2 bad usage or bad input, 3 not supported by this environment, 4 inconclusive,
+70 internal error (set R1EXPORT_TRACEBACK=1 for a traceback).
 """
 
 from __future__ import annotations
@@ -13,57 +13,85 @@ import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, TextIO, Tuple
+from typing import Any, Callable, Iterable, Mapping, NoReturn, TextIO, Tuple
 
 from r1export.device import doctor, install, provision
 from r1export.device.policy import MAX_SEQ_JUMP
 from r1export.device.state import MODES
-from r1export.errors import R1ExportError, Unsupported, refused
+from r1export.errors import InputError, R1ExportError, Unsupported, is_out_of_memory, refused
 from r1export.update import bundle
-from r1export.update.plain_text import printable
+from r1export.update.plain_text import ERROR, one_line, printable
 
 Answer = Mapping[str, Any]  # one JSON document
 Verb = Callable[[argparse.Namespace], Tuple[int, Answer]]
-DEFECT = 70  # EX_SOFTWARE
+DEFECT = 70  # EX_SOFTWARE of sysexits.h
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports wrong usage like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises InputError."""
+        raise InputError(message, f"see {self.prog} --help")
 
 
 def main(arguments: list[str] | None = None, program: str = "r1device") -> int:
     """Run one verb and return the exit code; an error is one line on standard error, or JSON with --json."""
-    options = _parser(program).parse_args(arguments)
-    verb: Verb = options.verb
+    given = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in given
     try:
+        options = _parser(program).parse_args(given)
+        verb: Verb = options.verb
         code, answer = verb(options)
-    except R1ExportError as error:
-        return _fail(options, error.exit_code, error.message, error.remedy)
-    except OSError as error:
-        return _fail(options, refused(error).exit_code, refused(error).message, refused(error).remedy)
-    except MemoryError:
-        return _fail(options, Unsupported.exit_code, "out of memory", "free memory, or use a smaller base")
     except Exception as error:
-        if os.environ.get("R1EXPORT_TRACEBACK"):
-            traceback.print_exc()
-        message = f"internal error: {type(error).__name__}: {error}"
-        return _fail(options, DEFECT, message, "please report it, with the output under R1EXPORT_TRACEBACK=1")
-    _print([json.dumps(answer)] if options.json else _lines(answer), sys.stdout)
+        return _fail(error, as_json)
+    _print([json.dumps(answer)] if as_json else _lines(answer), sys.stdout)
     return code
 
 
-def _fail(options: argparse.Namespace, code: int, message: str, remedy: str) -> int:
-    if options.json:
-        document = {"error": {"message": message, "remedy": remedy}, "exit_code": code}
+def _fail(error: Exception, as_json: bool) -> int:
+    """Print an error as `r1export` does: one line to stderr, and one JSON document with --json. Returns the exit code."""
+    known = _known(error)
+    if known is None and os.environ.get("R1EXPORT_TRACEBACK"):
+        traceback.print_exc()
+    shown = known or _internal(error)
+    code = known.exit_code if known else DEFECT
+    _print([one_line(str(shown))], sys.stderr, _emphasized(ERROR, sys.stderr))
+    if as_json:
+        document = {"error": {"message": shown.message, "remedy": shown.remedy}, "exit_code": code}
         _print([json.dumps(document)], sys.stdout)
-    else:
-        _print([f"error: {message} ({remedy})" if remedy else f"error: {message}"], sys.stderr)
     return code
 
 
-def _print(lines: Iterable[str], stream: TextIO) -> None:
-    """The one way from the kit to a terminal. Much of what it says was written by others, so each line is made plain."""
+def _known(error: Exception) -> R1ExportError | None:
+    """The error to print; None for an internal one."""
+    if is_out_of_memory(error):
+        return Unsupported("out of memory", "free memory or use a smaller base model")
+    if isinstance(error, R1ExportError):
+        return error
+    return refused(error) if isinstance(error, OSError) else None
+
+
+def _internal(error: Exception) -> R1ExportError:
+    message = f"internal error: {type(error).__name__}: {error}"
+    return R1ExportError(message, "please report it with the output of R1EXPORT_TRACEBACK=1")
+
+
+def _emphasized(text: str, stream: TextIO) -> str:
+    """Bold red by the rules of rich, which prints for `r1export`: on a terminal that is not dumb, bold only with NO_COLOR."""
+    if not stream.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
+        return text
+    return f"\x1b[{'1' if os.environ.get('NO_COLOR') else '1;31'}m{text}\x1b[0m"
+
+
+def _print(lines: Iterable[str], stream: TextIO, prefix: str = "") -> None:
+    """Print lines to a terminal. Names can come from untrusted files, so control characters are escaped."""
     encoding = stream.encoding or "ascii"
     try:
         for line in lines:
-            print(printable(line).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
-    except BrokenPipeError:  # whoever reads has seen enough; what is left must not fail once more when Python ends
+            plain = printable(line).encode(encoding, "backslashreplace").decode(encoding)
+            print(prefix + plain, file=stream, flush=True)
+    except BrokenPipeError:  # the reader closed the pipe; Python must not fail again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -110,68 +138,72 @@ def _inspect(options: argparse.Namespace) -> tuple[int, Answer]:
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program, description="Field updates for CLIP models: signed, bit-exact, crash-safe."
-    )
+    parser = Parser(prog=program, description="Signed, bit-exact, crash-safe updates for CLIP models.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def verb(name: str, function: Any, text: str, subject: str = "store") -> argparse.ArgumentParser:
+    def verb(
+        name: str, function: Any, text: str, subject: str = "store", about: str = "store folder"
+    ) -> argparse.ArgumentParser:
         command = verbs.add_parser(name, help=text, description=text)
-        command.add_argument(subject, type=Path, metavar=subject.upper())
-        command.add_argument("--json", action="store_true", help="print one JSON document")
+        command.add_argument(subject, type=Path, metavar=subject.upper(), help=about)
+        command.add_argument("--json", action="store_true", help="print one JSON document to stdout")
         command.set_defaults(verb=function)
         return command
 
-    command = verb("init", _init, "make a store from a base release")
+    command = verb("init", _init, "create a store from a base release")
     _add_init_options(command)
-    command = verb("apply", _apply, "install an update and make it current; repair the current version")
-    command.add_argument("update", type=Path, metavar="UPDATE")
-    command.add_argument("--retry", action="store_true", help="forget that this update failed before")
-    command.add_argument("--wait", type=float, default=install.WAIT, help="seconds to wait for another updater")
-    command = verb("rollback", _rollback, "make an older version current again")
-    command.add_argument("--to", type=int, help="its sequence number; 0 is the base")
-    command.add_argument("--wait", type=float, default=install.WAIT, help="seconds to wait for another updater")
-    verb("status", _status, "show which version is current and which ones are kept")
-    verb("doctor", _doctor, "look for damage, and show what repairs it")
-    verb("inspect", _inspect, "describe an update, or a store as status does", subject="path")
+    command = verb("apply", _apply, "install an update and make it current, or repair the current version")
+    command.add_argument("update", type=Path, metavar="UPDATE", help="update file (.r1u)")
+    command.add_argument("--retry", action="store_true", help="retry an update that failed before")
+    command.add_argument("--wait", type=float, default=install.WAIT, help="seconds to wait for a running update")
+    command = verb("rollback", _rollback, "switch back to an older version")
+    command.add_argument("--to", type=int, help="sequence number of the version; 0 is the base")
+    command.add_argument("--wait", type=float, default=install.WAIT, help="seconds to wait for a running update")
+    verb("status", _status, "show the current version and the installed ones")
+    verb("doctor", _doctor, "check the store for corruption and show how to repair it")
+    verb("inspect", _inspect, "describe an update or a store", "path", "update file (.r1u) or store folder")
     return parser
 
 
 def _add_init_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--base", type=Path, required=True, help="the folder of the base release, 00-base")
+    command.add_argument("--base", type=Path, required=True, help="base release folder (00-base)")
+    command.add_argument("--trust", type=Path, action="append", required=True, help="trusted public key; repeatable")
     command.add_argument(
-        "--trust", type=Path, action="append", required=True, help="a public key; give it once for each key"
+        "--threshold", type=int, default=1, help="number of trusted keys that must have signed an update"
     )
-    command.add_argument("--threshold", type=int, default=1, help="how many of these keys have to sign an update")
-    command.add_argument("--product", default="default", help="updates for another product are refused")
-    command.add_argument("--device-class", default="default", help="updates for another class are refused")
+    command.add_argument("--product", default="default", help="accept only updates for this product")
+    command.add_argument("--device-class", default="default", help="accept only updates for this device class")
     command.add_argument(
         "--mode",
         choices=MODES,
         default="slot",
-        help="slot: files are rebuilt; overlay: kilobytes are kept, tensors rebuilt at load",
+        help="slot: store the files of each version; overlay: store only the factors and merge at load",
     )
     command.add_argument(
-        "--health", default="onnxruntime", help="onnxruntime, none, or a command that gets the new version's folder"
+        "--health",
+        default="onnxruntime",
+        help="onnxruntime, none, or a command that is called with the folder of the new version",
     )
     command.add_argument(
         "--layout",
         type=Path,
         action="append",
         default=[],
-        help="a folder that `r1export layout` made of the base: it will follow the current version; repeatable",
+        help="layout of the base release (from `r1export layout`), kept in sync with the current version; repeatable",
     )
-    command.add_argument("--keep", type=int, default=2, help="how many versions to keep besides the base")
+    command.add_argument("--keep", type=int, default=2, help="number of versions to keep in addition to the base")
     command.add_argument(
-        "--base-sha256", default="", metavar="SHA256", help="the digest that the base's manifest.json has to have"
+        "--base-sha256", default="", metavar="SHA256", help="expected SHA-256 of the base's manifest.json"
     )
     command.add_argument(
         "--max-seq-jump",
         type=int,
         default=MAX_SEQ_JUMP,
-        help="how far above the newest version an update's number may lie",
+        help="largest accepted increase of the sequence number",
     )
-    command.add_argument("--min-seq", type=int, default=0, help="the lowest version that may ever run, for a new start")
+    command.add_argument(
+        "--min-seq", type=int, default=0, help="lowest version that may run, for a store that replaces another"
+    )
 
 
 def _lines(answer: Answer) -> list[str]:

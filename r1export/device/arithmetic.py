@@ -1,7 +1,7 @@
-"""Does this machine add like the lab's? Known answers for every step where processors and settings could differ.
+"""Does this machine's arithmetic match the build host's? Known answers for every step where processors or settings could differ.
 
-A tie, one unit beyond it, subnormal results (flushed to zero if another library changed the processor's mode), the two
-roundings of float16, experts whose order shows in the result, and a sum that an x87 unit would round twice.
+The cases are: a tie, one unit beyond it, subnormal results (flushed to zero if another library changed the processor's
+mode), the two roundings of float16, experts whose order changes the result, and a sum that an x87 unit would round twice.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from r1export.update.factors import ExpertUpdate, Factors, Rows
 TINY = 2.0**-149  # the smallest float32
 # (weight's type, weight, products to add in order as (u, v), result)
 KNOWN_ANSWERS: list[tuple[str, float, list[tuple[float, float]], float]] = [
-    ("f4", 1.0, [(2.0**-12, 2.0**-12)], 1.0),  # half a unit: to even, down
-    ("f4", 1 + 2.0**-23, [(2.0**-12, 2.0**-12)], 1 + 2.0**-22),  # half a unit: to even, up
+    ("f4", 1.0, [(2.0**-12, 2.0**-12)], 1.0),  # half a unit: rounds to even, down
+    ("f4", 1 + 2.0**-23, [(2.0**-12, 2.0**-12)], 1 + 2.0**-22),  # half a unit: rounds to even, up
     ("f4", 1.0, [(2.0**-12 * (1 + 2.0**-23), 2.0**-12)], 1 + 2.0**-23),  # just above half a unit
     ("f4", 3 * TINY, [(2.0**-75, 2.0**-75)], 4 * TINY),  # a tie between subnormals
     ("f4", TINY, [(0.0, 0.0)], TINY),  # a subnormal is kept
@@ -47,7 +47,7 @@ KNOWN_ANSWERS: list[tuple[str, float, list[tuple[float, float]], float]] = [
 def known_answers_hold() -> None:
     """Merge each known case. Raises Unsupported if a result differs in a single bit.
 
-    `worker.known_answers_hold_in_fresh_process` does it where no other library can have changed the processor's mode.
+    `worker.known_answers_hold_in_fresh_process` does the same where no other library can have changed the processor's mode.
     """
     for number, (dtype, weight, products, expected) in enumerate(KNOWN_ANSWERS, 1):
         base = _filled(weight, dtype)

@@ -1,4 +1,4 @@
-"""What a device has, and whether all of it is still what it was: bit rot found, with what repairs it."""
+"""The status of a device, and checks of its store for corruption, each with its repair."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from r1export.device.version import version_in
 from r1export.errors import CheckFailed, InputError, R1ExportError, refused
 from r1export.update.release_manifest import check_file
 
-FRESH = "make a new store with `init` (and --min-seq, to go on from there) from the base release, then apply the newest update"
-AGAIN = "apply the same update again, signed by keys that are trusted now: what is damaged is derived again"
+FRESH = "create a new store with `init` from the base release (--min-seq keeps the lowest allowed version), then apply the newest update"
+AGAIN = "apply the same update again, signed with keys that are trusted now: only corrupted files are rebuilt"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `fault` is empty where it is as it should be, `remedy` says what repairs it.
+    """The result of one check. `fault` is empty if it passed, `remedy` says how to repair it.
 
-    `note` says why it could not be looked at, which is no fault.
+    `note` says why it could not be checked, which is not a fault.
     """
 
     name: str
@@ -38,9 +38,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Status:
-    """What a device is and has. Times are seconds since 1970 UTC, None where the current version states none.
+    """The identity and the versions of a device. Times are seconds since 1970 UTC, None if the current version has none.
 
-    `expired` says that the current version should have been replaced by now; it goes on running.
+    `expired`: the current version should have been replaced by now; it keeps running.
     """
 
     store: str
@@ -62,9 +62,9 @@ class Status:
 
 
 def status(store: Path, *, now: float | None = None) -> Status:
-    """What the device is, which version is current, which ones it has; `now` is the time, by default the clock's.
+    """The status of a device; `now` defaults to the system clock.
 
-    Raises InputError if there is no store, or the current version's update is damaged.
+    Raises InputError if there is no store, or the current version's update is corrupted.
     """
     device = Store.open(store)
     state, current, unfinished = device.state(), device.current, device.unfinished()
@@ -91,13 +91,13 @@ def status(store: Path, *, now: float | None = None) -> Status:
 
 
 def doctor(store: Path) -> list[Finding]:
-    """Look at every part of the store; nothing is changed. Raises InputError if there is no store at all."""
+    """Check every part of the store without changing it. Raises InputError if there is no store."""
     try:
         device = Store.open(store)
     except InputError as error:
         if not (store / CONFIG).is_file():
             raise
-        return [Finding(CONFIG, error.message, FRESH)]  # what the rest should be like stands there
+        return [Finding(CONFIG, error.message, FRESH)]  # the other checks need store.json
     found = [_look(name, remedy, check) for name, remedy, check in _checks(device)]
     return [Finding(CONFIG), *found, *_unchecked(device)]
 
@@ -113,11 +113,11 @@ def _look(name: str, remedy: str, check: Callable[[], object]) -> Finding:
 
 def _checks(device: Store) -> Iterator[tuple[str, str, Callable[[], object]]]:
     yield "arithmetic", "run in a fresh process and check the processor's floating-point mode", known_answers_hold
-    yield "trusted keys", "put the fleet's public keys into trust/ again", lambda: _check_keys(device)
+    yield "trusted keys", "copy the fleet's public keys to trust/ again", lambda: _check_keys(device)
     yield "base", FRESH, lambda: check_slot(device, BASE)
     yield (
         "state.json",
-        "nothing: it is derived from the versions, and the next update writes it again",
+        "nothing to do: the next update recreates it from the installed versions",
         lambda: read_state(device.path / STATE),
     )
     yield (
@@ -130,11 +130,11 @@ def _checks(device: Store) -> Iterator[tuple[str, str, Callable[[], object]]]:
     for path in sorted((device.path / "factors").glob("*.safetensors")):
         name = path.stem
         yield f"factors/{path.name}", "apply a newer update, made with --since 0", partial(check_file, path, name)
-    yield "leftovers", "nothing: the next update removes them", lambda: _check_leftovers(device)
+    yield "leftovers", "nothing to do: the next update removes them", lambda: _check_leftovers(device)
 
 
 def _unchecked(device: Store) -> Iterator[Finding]:
-    """What the health check of this device leaves out. Damage is found by the checks before."""
+    """What the health check skips on this device. Corruption is found by the other checks."""
     if device.config.health == "onnxruntime":
         with suppress(R1ExportError, OSError):
             if note := unchecked_tokenizer(version_in(device, device.current)):
@@ -147,12 +147,12 @@ def _check_keys(device: Store) -> None:
         raise CheckFailed(f"{len(set(keys))} keys, {device.config.threshold} signatures are required")
     names = {path.name for path in (device.path / "trust").iterdir()}
     if strange := names ^ {f"{key.keyid}.pub" for key in keys}:
-        raise CheckFailed(f"trust/{sorted(strange)[0]} is not named by its key's id")
+        raise CheckFailed(f"trust/{sorted(strange)[0]} is not named after its key id")
 
 
 def _check_current(device: Store) -> None:
     if not device.folder(device.current).is_dir():
-        raise InputError(f"{device.path}/current names {device.current}, which is not there")
+        raise InputError(f"{device.path}/current points to {device.current}, which does not exist")
 
 
 def _check_leftovers(device: Store) -> None:

@@ -1,6 +1,6 @@
-"""Does a version answer as it did in the lab? Golden samples through onnxruntime, against the outputs that were signed.
+"""The health check: golden inputs through onnxruntime, compared with the signed golden outputs.
 
-Hashes prove that the bytes are right; this proves that the machine computes with them as it should.
+Digests prove that the bytes are right; this proves that the machine computes the right outputs from them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from r1export.update.container import parse_tensors
 from r1export.update.manifest import Health
 from r1export.update.release_layout import GOLDEN, TOWERS
 
-CEILING = Health(0.1, 0.97, 0.9)  # the gate of int8, the coarsest precision there is: no version may ask for less
-DEVIATIONS = 4.0  # an error of no preferred direction goes further than this along a given one once in 30,000 answers
+CEILING = Health(0.1, 0.97, 0.9)  # the gate of int8, the coarsest precision: no version may be more tolerant
+DEVIATIONS = 4.0  # a random error exceeds this along a given direction once in 30,000 answers
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a tower's embeddings (n, D) are from the expected ones; `top1` is the share of `answers` that are equal."""
+    """The difference of a tower's embeddings (n, D) from the expected ones; `top1` is the share of equal `answers`."""
 
     tower: str
     samples: int
@@ -36,7 +36,7 @@ class Agreement:
 
 
 def limits_of(version: Version) -> Health:
-    """The signed limits of a version, those of its manifest for the base; neither may be laxer than CEILING."""
+    """The signed limits of a version, or the limits in the manifest of the base; never looser than CEILING."""
     if version.bundle:
         limits = version.bundle.manifest.health
     else:
@@ -48,11 +48,11 @@ def limits_of(version: Version) -> Health:
 
 
 def check_health(version: Version, limits: Health) -> list[Agreement]:
-    """Run the golden inputs of every tower that the version has, and what clients do before the towers.
+    """Run the golden inputs through every tower of the version, and check its client files.
 
     Raises:
-        CheckFailed: a graph does not run, an answer is further off than `limits`, the version has no golden inputs at all,
-            or none of a tower that its updates change; a picture or prompt becomes something else than in the lab.
+        CheckFailed: a graph does not run, an output exceeds `limits`, the version has no golden inputs, or none for a
+            tower that its updates change; or a client file gives other inputs than expected.
         Unsupported: onnxruntime is not installed.
     """
     golden, classes = _tensors(version, GOLDEN), _class_embeds(version)
@@ -77,14 +77,14 @@ def check_health(version: Version, limits: Health) -> list[Agreement]:
 
 
 def _answer(version: Version, graph: str, answer: str, given: np.ndarray) -> np.ndarray:
-    """What `graph` computes for its first input. A graph is foreign code: whatever onnxruntime raises is its fault."""
+    """The output of `graph`. A graph is untrusted: any exception of onnxruntime is a failed check."""
     try:
         session = version.session(graph)
         (embeds,) = session.run([answer], {session.get_inputs()[0].name: given})
         return np.asarray(embeds, np.float64)
     except (R1ExportError, OSError):
         raise
-    except Exception as error:  # onnxruntime's exceptions have no class in common
+    except Exception as error:  # onnxruntime's exceptions have no common base class
         raise CheckFailed(f"{graph} does not run: {first_line(error)}", REMEDY) from error
 
 
@@ -93,17 +93,17 @@ def compare(
 ) -> Agreement:
     """Differences of embeddings (n, D), and the share of equal nearest classes over all lists of class embeddings (C, D).
 
-    An answer counts where errors that `min_cosine` allows do not explain another one. Such an error e of a unit-norm
-    embedding has |e|^2 = 2 (1 - cosine), and along the line between two class embeddings, which is one of D directions, a
-    standard deviation of |e| / sqrt(D). So an answer may flip where the embedding is less than DEVIATIONS times that, or |e|,
-    away from the border between the two classes.
+    An answer counts only if errors that `min_cosine` allows can't flip it. Such an error e of a unit-norm embedding has
+    |e|^2 = 2 (1 - cosine), and along the line between two class embeddings, one of D directions, a standard deviation of
+    |e| / sqrt(D). So an answer may flip if the embedding is less than DEVIATIONS times that, or less than |e|, away from
+    the border between the two classes.
 
-    Raises CheckFailed if the embeddings are not finite or have another shape than the expected ones.
+    Raises CheckFailed if the embeddings are not finite or have the wrong shape.
     """
     embeds, expected = embeds.astype(np.float64), expected.astype(np.float64)
     if embeds.shape != expected.shape or embeds.ndim != 2 or not np.isfinite(embeds).all():
         raise CheckFailed(
-            f"{tower}: embeddings {embeds.shape}, or not finite; expected (n, D) as in {expected.shape}", REMEDY
+            f"{tower}: embeddings of shape {embeds.shape} or not finite, expected shape {expected.shape}", REMEDY
         )
     norms = np.linalg.norm(embeds, axis=1) * np.linalg.norm(expected, axis=1)
     cosine = (embeds * expected).sum(1) / np.maximum(norms, 1e-30)
@@ -122,7 +122,7 @@ def compare(
 
 
 def _count_answers(embeds: np.ndarray, expected: np.ndarray, classes: np.ndarray, reach: float) -> tuple[int, int]:
-    """Answers that nothing within `reach` of `expected` could change, and flips over a border beyond it, which count among them."""
+    """The number of answers that no error within `reach` of `expected` can flip, and how many of them flipped."""
     scores, rows = expected @ classes.T, np.arange(len(expected))
     best, now = scores.argmax(1), (embeds @ classes.T).argmax(1)
     squares = (classes**2).sum(1)
@@ -137,8 +137,8 @@ def _count_answers(embeds: np.ndarray, expected: np.ndarray, classes: np.ndarray
 
 def _judge(result: Agreement, limits: Health) -> None:
     for name, value, limit, within in (
-        ("largest difference", result.max_abs, limits.max_abs, result.max_abs <= limits.max_abs),
-        ("smallest cosine", result.min_cosine, limits.min_cosine, result.min_cosine >= limits.min_cosine),
+        ("max. difference", result.max_abs, limits.max_abs, result.max_abs <= limits.max_abs),
+        ("lowest cosine", result.min_cosine, limits.min_cosine, result.min_cosine >= limits.min_cosine),
         (f"equal top-1 of {result.answers}", result.top1, limits.min_agreement, result.top1 >= limits.min_agreement),
     ):
         if not within:

@@ -1,4 +1,4 @@
-"""Take an update, or go back: every step leaves either the old version active or the new one, never a mixture.
+"""Install an update, or roll back. After every step either the old or the new version is active, never a mixture.
 
 lock - read - verify - parse - policy - record the try - factors - build in a fresh process - hash again
      - sync - health check - switch `current` by one rename - record - remove what is no longer kept
@@ -35,13 +35,13 @@ from r1export.update.atomic_io import (
 from r1export.update.bundle import Bundle, read_bundle
 from r1export.update.release_manifest import check_file
 
-WAIT = 60.0  # seconds that an updater waits for another one
+WAIT = 60.0  # seconds to wait for the lock
 Step = Callable[[str, str], None]  # (verb, name of the folder in slots/): `Run` in one store
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `apply` or `rollback` did: the version that is active now, the one before, and whether anything changed."""
+    """The result of `apply` or `rollback`: the active version, the previous one, and whether anything changed."""
 
     slot: str
     previous: str
@@ -49,8 +49,8 @@ class Outcome:
 
 
 def apply(
-    store: Path,
-    bundle: Path,
+    store: Path | str,
+    bundle: Path | str,
     *,
     now: float | None = None,
     retry: bool = False,
@@ -59,16 +59,19 @@ def apply(
 ) -> Outcome:
     """Install the update `bundle` and make it current.
 
-    If it is current already, only what is damaged is derived again, and its signatures are replaced by those of `bundle`.
-    `now` is the time in seconds since 1970, by default the clock's; `retry` forgets earlier failures of this update.
+    If it is already current, only corrupted files are rebuilt, and its signatures are replaced by those of `bundle`.
+    `now` is in seconds since 1970 and defaults to the system clock; `retry` ignores earlier failures of this update.
+
+    After an error the previous version is still current, unless the message says otherwise.
 
     Raises:
-        InputError: malformed.   CheckFailed: refused, or a check failed.
-        Unsupported: no space, no onnxruntime, another updater.   Inconclusive: the clock is wrong.
-        Whatever is raised, the version that was current is current still, unless the message says that it is not.
+        InputError: malformed.
+        CheckFailed: refused, or a check failed.
+        Unsupported: no space, no onnxruntime, another update is running.
+        Inconclusive: the clock is wrong.
     """
-    data = read_bundle(bundle)
-    device = Store.open(store)
+    data = read_bundle(Path(bundle))
+    device = Store.open(Path(store))
     with _plain_errors(), device.lock(wait) as descriptor:
         device.sweep()
         offer = Bundle.parse(data, device.trusted(), device.config.threshold)
@@ -86,10 +89,10 @@ def apply(
 
 
 def rollback(store: Path, to: int | None = None, *, wait: float = WAIT, run: Run = worker.run) -> Outcome:
-    """Make an older version on the device current again: the newest below the current one, or that of sequence `to` (0: the base).
+    """Switch to an older version: the newest below the current one, or the one with sequence number `to` (0: the base).
 
     Raises:
-        InputError: no such version.   CheckFailed: it is damaged, unhealthy, or a signed update forbade it.
+        InputError: no such version.   CheckFailed: it is corrupted, fails the health check, or a signed update forbids it.
     """
     device = Store.open(store)
     with _plain_errors(), device.lock(wait) as descriptor:
@@ -98,7 +101,7 @@ def rollback(store: Path, to: int | None = None, *, wait: float = WAIT, run: Run
         _settle(device)
         slot = _choose(device, previous, to)
         if slot == previous:
-            sync_folder(device.path)  # whoever switched to it may have died before that was certain
+            sync_folder(device.path)  # the process that switched to it may have died before the rename was synced
             return Outcome(slot, slot, False)
         state = device.state()
         check_not_revoked(_sequence(slot), state.min_seq)
@@ -117,18 +120,20 @@ def rollback(store: Path, to: int | None = None, *, wait: float = WAIT, run: Run
 
 
 def _space(device: Store, offer: Bundle) -> tuple[int, int]:
-    """Bytes that are free, and bytes that installing `offer` takes: its files, and the update twice, as such and as factors."""
+    """Free bytes, and the bytes that installing `offer` takes: its files, the update, and its factors."""
     files = offer.manifest.nbytes if device.config.mode == "slot" else 0
     files += layouts.extra_bytes(device)
     return shutil.disk_usage(device.path).free, files + 2 * len(offer.to_bytes())
 
 
 def _attempt(device: Store, offer: Bundle, previous: str, run: Step) -> None:
-    """Build, check and switch; on any failure put everything back as it was."""
+    """Build, check and switch; on any failure restore the previous state."""
     before = device.state()
     others = {digest: count for digest, count in before.tries.items() if digest != offer.digest}
     tries = {**others, offer.digest: before.tries.get(offer.digest, 0) + 1}
-    device.write_state(replace(before, pending=offer.digest, tries=tries))  # a machine that dies below finds this count
+    device.write_state(
+        replace(before, pending=offer.digest, tries=tries)
+    )  # counts as a failed try if the machine dies below
     added: list[Path] = []
     try:
         _write_factors(device, offer, added)
@@ -149,7 +154,7 @@ def _attempt(device: Store, offer: Bundle, previous: str, run: Step) -> None:
 
 
 def _build(device: Store, offer: Bundle, run: Step) -> None:
-    """Derive the version under a hidden name, and only then give it its own; a damaged one of that name goes."""
+    """Build the version under a hidden name, then rename it; a corrupted slot of the same name is removed."""
     folder = device.folder(offer.slot)
     if folder.exists():
         retire(folder)
@@ -157,7 +162,7 @@ def _build(device: Store, offer: Bundle, run: Step) -> None:
 
 
 def _derive(device: Store, offer: Bundle, run: Step) -> Path:
-    """Make the files of the version in a hidden folder, hash what was written and sync it. Returns the folder."""
+    """Write the files of the version to a hidden folder, hash and sync them. Returns the folder."""
     partial = device.folder(f".{offer.slot}.partial")
     make_folder(partial)
     write_new(partial / BUNDLE, [offer.to_bytes()])
@@ -165,7 +170,7 @@ def _derive(device: Store, offer: Bundle, run: Step) -> Path:
     for path, sha256 in _files(device, offer).items():
         if (digest := sha256_file(inside(partial, path))) != sha256:
             raise CheckFailed(
-                f"{path} came out with SHA-256 {digest}, signed is {sha256}", "have the update made again for this base"
+                f"{path} has SHA-256 {digest}, expected {sha256} as signed", "build the update again for this base"
             )
     layouts.derive(device, offer, partial)
     _sync_tree(partial)
@@ -173,7 +178,7 @@ def _derive(device: Store, offer: Bundle, run: Step) -> Path:
 
 
 def _repair(device: Store, offer: Bundle, run: Step) -> bool:
-    """Make the current version whole, if it is not, and give it the signatures of `offer`. Returns whether anything changed."""
+    """Repair the current version if needed, and store the signatures of `offer`. Returns whether anything changed."""
     factors: list[Path] = []
     _write_factors(device, offer, factors)
     damaged = not _is_whole(device, offer)
@@ -183,14 +188,14 @@ def _repair(device: Store, offer: Bundle, run: Step) -> bool:
         _replace_damaged(device, offer, run)
         run("health", offer.slot)
     renewed = _store_bundle(device, offer)
-    sync_folder(device.path)  # whoever switched to this version may have died before that was certain
+    sync_folder(device.path)  # the process that switched to it may have died before the rename was synced
     return damaged or renewed or bool(factors)
 
 
 def _replace_damaged(device: Store, offer: Bundle, run: Step) -> None:
-    """Derive the current version again and replace what differs, file by file.
+    """Rebuild the current version and replace the files that differ, one by one.
 
-    So whoever reads meanwhile, and a power cut, finds each file as it was or as it should be, and never none.
+    A concurrent reader, or a restart after a power cut, finds either the old or the repaired file.
     """
     partial, folder = _derive(device, offer, run), device.folder(offer.slot)
     if not folder.is_dir():
@@ -207,7 +212,7 @@ def _replace_damaged(device: Store, offer: Bundle, run: Step) -> None:
 
 
 def _clear(folder: Path, path: str) -> None:
-    """Make sure that the file `path` can be written in `folder`: what stands there or on the way and is no such thing goes."""
+    """Make room for the file `path` in `folder`: remove links, and anything that blocks the path."""
     for parent in [folder / parent for parent in reversed(Path(path).parents[:-1])]:
         if parent.is_symlink() or not parent.is_dir():
             remove(parent)
@@ -219,7 +224,7 @@ def _clear(folder: Path, path: str) -> None:
 def _has_digest(path: Path, sha256: str) -> bool:
     try:
         return _is_regular(path) and sha256_file(path) == sha256
-    except OSError:  # a bad sector: as good as other bytes
+    except OSError:  # a bad sector counts as a difference
         return False
 
 
@@ -237,7 +242,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _store_bundle(device: Store, offer: Bundle) -> bool:
-    """Keep `offer` as the update that its version was made from, with the signatures that it has now. Returns whether it is new."""
+    """Store `offer` with its current signatures as the update of its version. Returns whether that changed anything."""
     folder, data = device.folder(offer.slot), offer.to_bytes()
     if _has_digest(folder / BUNDLE, sha256_bytes(data)):
         return False
@@ -256,11 +261,11 @@ def _write_factors(device: Store, offer: Bundle, added: list[Path]) -> None:
         write_new(partial, [update.to_bytes()])
         added.append(path)
         partial.rename(path)
-    sync_folder(device.path / "factors")  # also for those that were there: an updater may have died before this
+    sync_folder(device.path / "factors")  # also if nothing changed: an updater may have died before the sync
 
 
 def _rotten(device: Store, offer: Bundle) -> bool:
-    """Whether the base or factors that the update builds on are damaged, which is no fault of the update."""
+    """Whether the base or the factors that the update builds on are corrupted, which is not the update's fault."""
     try:
         device.base().check()
         for update in offer.manifest.updates:
@@ -272,7 +277,7 @@ def _rotten(device: Store, offer: Bundle) -> bool:
 
 
 def _revert(device: Store, previous: str, added: list[Path], state: State) -> None:
-    """Put the store back as it was. Where a step fails the rest waits for the next update, which finds this one pending."""
+    """Restore the previous state. If a step fails, the next update does the rest: this one is recorded as pending."""
     with suppress(OSError):
         _switch_back(device, previous)
         for path in added:
@@ -283,7 +288,7 @@ def _revert(device: Store, previous: str, added: list[Path], state: State) -> No
 
 
 def _switch_back(device: Store, previous: str) -> None:
-    """Make `previous` current for good: before that, after a power cut `current` could name what is removed next."""
+    """Make `previous` current and sync it. Otherwise `current` could name a removed version after a power cut."""
     if device.active != previous:
         if previous:
             device.switch(previous)
@@ -293,22 +298,22 @@ def _switch_back(device: Store, previous: str) -> None:
 
 
 def _check_reverted(device: Store, previous: str, error: BaseException) -> None:
-    """Raises Unsupported if after `error` another version than before is current."""
+    """Raises Unsupported if `error` left another version current than before."""
     if (active := device.active) != previous:
         raise Unsupported(
-            f"version {active} is current, which could neither be recorded nor taken back: {error}",
-            "check disk space and permissions, then do the same again: that completes it",
+            f"version {active} is current, but could neither be recorded nor reverted: {error}",
+            "check disk space and permissions, then run the same command again to complete it",
         ) from error
 
 
 def _settle(device: Store, forget: str = "") -> None:
-    """Close the account of an update that was interrupted: unless it became current its version goes, its try stays counted.
+    """Clean up after an interrupted update: unless it became current, remove its version. It counts as a failed try.
 
-    `forget` names an update whose tries do not.
+    `forget` names an update whose tries are not counted.
     """
     state = device.state()
     if unfinished := device.unfinished():
-        sync_folder(device.path)  # else a power cut could bring back a `current` that names it
+        sync_folder(device.path)  # otherwise `current` could name it again after a power cut
         retire(device.folder(unfinished))
     installed = state.pending if state.awaits(device.active) else ""
     tries = {digest: count for digest, count in state.tries.items() if digest not in (forget, installed)}
@@ -317,7 +322,7 @@ def _settle(device: Store, forget: str = "") -> None:
 
 
 def _is_whole(device: Store, offer: Bundle) -> bool:
-    """Whether the version that `offer` makes is on the device, every byte of it; its own copy of the update does not matter."""
+    """Whether the version of `offer` is installed and intact, whatever signatures its stored update has."""
     try:
         _check_contents(device, offer)
     except (R1ExportError, OSError):
@@ -326,10 +331,10 @@ def _is_whole(device: Store, offer: Bundle) -> bool:
 
 
 def _check_contents(device: Store, bundle: Bundle) -> None:
-    """Hash all that the version of `bundle` is made of. Raises InputError or CheckFailed if it is damaged or not there."""
+    """Hash all files of the version of `bundle`. Raises InputError or CheckFailed if it is corrupted or missing."""
     folder = device.folder(bundle.slot)
     if not folder.is_dir():
-        raise InputError(f"{folder} is not there", "apply the update again")
+        raise InputError(f"{folder} does not exist", "apply the update again")
     device.update(bundle)
     for path, sha256 in _files(device, bundle).items():
         check_file(inside(folder, path), sha256)
@@ -337,27 +342,27 @@ def _check_contents(device: Store, bundle: Bundle) -> None:
 
 
 def _files(device: Store, bundle: Bundle) -> dict[str, str]:
-    """The files that lie in the version's folder besides the update, with their SHA-256."""
+    """The files in the version's folder except the update, with their SHA-256."""
     return {file.path: file.sha256 for file in bundle.manifest.files} if device.config.mode == "slot" else {}
 
 
 def check_slot(device: Store, slot: str) -> None:
-    """Verify a version as if it had just arrived, with today's keys, and hash all that it is made of.
+    """Verify an installed version with the current keys, and hash all of its files.
 
     Raises:
-        InputError, CheckFailed: damaged, or signed by keys that are trusted no more.
+        InputError, CheckFailed: corrupted, or signed with keys that are no longer trusted.
     """
     if slot == BASE:
         device.base().check()
         return layouts.check(device, BASE)
     bundle = Bundle.parse(read_bundle(device.folder(slot) / BUNDLE), device.trusted(), device.config.threshold)
     if bundle.slot != slot:
-        raise CheckFailed(f"{device.folder(slot)} holds version {bundle.slot}", "apply the update again")
+        raise CheckFailed(f"{device.folder(slot)} contains version {bundle.slot}", "apply the update again")
     return _check_contents(device, bundle)
 
 
 def _prune(device: Store, slot: str, previous: str) -> None:
-    """Keep the current slot, the one before and the newest, `keep` in all; failures leave a slot more, which does no harm."""
+    """Keep the current slot, the previous one and the newest, `keep` in total. Slots that can't be removed do no harm."""
     spare = [name for name in reversed(device.slots()) if name not in (slot, previous)]
     room = max(0, device.config.keep - len({slot, previous} - {BASE, ""}))
     for name in spare[room:]:
@@ -385,7 +390,7 @@ def _sequence(slot: str) -> int:
 
 @contextmanager
 def _swept(device: Store) -> Iterator[None]:
-    """Remove what a step that fails leaves behind."""
+    """Sweep the store if the block fails."""
     try:
         yield
     except BaseException:

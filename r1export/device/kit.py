@@ -1,4 +1,4 @@
-"""`r1device.pyz`: all that a device needs in one file that Python runs, the same bytes every time it is made."""
+"""`r1device.pyz`: all that a device needs in one file that Python runs. Builds are reproducible byte for byte."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from r1export.errors import InputError
 from r1export.update.atomic_io import write_file
 
 PACKAGE = Path(__file__).parents[1]
-MODULES = {  # what a device runs; the rest of the package stays in the lab
+MODULES = {  # the part of the package that devices run
     "": ("__init__", "errors"),
     "update": (
         "__init__",
@@ -53,11 +53,11 @@ MODULES = {  # what a device runs; the rest of the package stays in the lab
     ),
 }
 OLDEST_PYTHON = (3, 8)
-# Older Pythons have to be able to read this much, to say that they are too old.
+# Older Pythons must be able to parse this to report that they are too old.
 MAIN = f"""import sys
 
 if sys.version_info < {OLDEST_PYTHON}:
-    sys.stderr.write("error: r1device needs Python {".".join(map(str, OLDEST_PYTHON))} or newer, this is %s\\n" % sys.version.split()[0])
+    sys.stderr.write("Error: r1device needs Python {".".join(map(str, OLDEST_PYTHON))} or newer, this is %s\\n" % sys.version.split()[0])
     sys.exit(3)
 
 from r1export.device.__main__ import main
@@ -67,9 +67,9 @@ sys.exit(main())
 
 
 def device_kit(out: Path, *, overwrite: bool = False) -> Path:
-    """Write the kit to `out` and return it. Raises InputError if it exists and is not to be replaced."""
+    """Write the kit to `out` and return the path. Raises InputError if it exists and `overwrite` is not set."""
     if out.exists() and not overwrite:
-        raise InputError(f"{out} exists", "choose another name, or overwrite it on purpose")
+        raise InputError(f"{out} exists", "choose another name, or use --overwrite")
     sources = {
         f"r1export/{folder}/{name}.py".replace("//", "/"): PACKAGE / folder / f"{name}.py"
         for folder, names in MODULES.items()
@@ -77,7 +77,9 @@ def device_kit(out: Path, *, overwrite: bool = False) -> Path:
     }
     archive = io.BytesIO(b"")
     archive.write(b"#!/usr/bin/env python3\n")
-    with zipfile.ZipFile(archive, "a", zipfile.ZIP_STORED) as pyz:  # stored: compressors differ between machines
+    with zipfile.ZipFile(
+        archive, "a", zipfile.ZIP_STORED
+    ) as pyz:  # not compressed: compressors differ between machines
         for name, data in {
             **{name: path.read_bytes() for name, path in sources.items()},
             "__main__.py": MAIN.encode(),

@@ -1,7 +1,7 @@
-"""Folders that clients open, kept up to date: each version has its own in layouts/NAME, and `current` switches them with it.
+"""Client layouts that follow the current version: each version has its own in layouts/NAME, and `current` switches them with it.
 
-`init` takes a folder that `r1export layout` made of the base release and leaves a link to STORE/current/layouts/NAME in its
-place. So whoever opens the folder gets one version or the other, and a rollback brings back the folder too.
+`init` replaces a folder that `r1export layout` made of the base release with a link to STORE/current/layouts/NAME. A client
+that opens the folder gets one version or the other, and a rollback also restores the folder.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from r1export.update.release_layout import GOLDEN
 from r1export.update.release_manifest import check_file
 
 LAYOUTS = "layouts"
-OCI, OPEN_CLIP = "oci", "openclip"  # the layouts that do not follow from links alone
+OCI, OPEN_CLIP = "oci", "openclip"  # the layouts that need more than links
 MAX_INDEX = 1 << 20  # bytes of an OCI index
-AGAIN = "make the layout again: r1export layout BASE FOLDER --to NAME --no-variants"
+AGAIN = "recreate the layout: r1export layout BASE FOLDER --to NAME --no-variants"
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A layout that a store is made with: where it is, and what its layout.json says."""
+    """A layout for a new store: its path and its layout.json."""
 
     path: Path
     layout: LayoutFile
@@ -54,19 +54,19 @@ def take(paths: Sequence[Path], base_manifest: str, mode: str) -> list[Taken]:
     """Read and check the layouts for `init`; `base_manifest` is the digest of the base's manifest.json.
 
     Raises:
-        InputError: not a layout, one of another release, with variants, two of a kind, or the mode keeps no files.
-        CheckFailed: a file that was made for the client is damaged.
+        InputError: not a layout, a layout of another release or with variants, two of a kind, or a mode without files.
+        CheckFailed: a generated file is corrupted.
     """
     found = [Taken(path, LayoutFile.read(path)) for path in paths]
     if found and mode != "slot":
-        raise InputError(f"--layout needs files, which mode {mode} does not keep", "use --mode slot")
+        raise InputError(f"--layout needs files, which mode {mode} does not store", "use --mode slot")
     kinds = [taken.layout.layout for taken in found]
     for path, layout in [(taken.path, taken.layout) for taken in found]:
         if path.is_symlink() or kinds.count(layout.layout) > 1:
-            raise InputError(f"{path}: a link, or the second {layout.layout} layout", "give one folder of each kind")
+            raise InputError(f"{path} is a link, or the second {layout.layout} layout", "pass one folder of each kind")
         if layout.origin.sha256 != base_manifest or layout.variants:
             what = "with variants" if layout.variants else f"of release {layout.origin.name}"
-            raise InputError(f"{path} is a layout {what}, expected one of the base alone", AGAIN)
+            raise InputError(f"{path} is a layout {what}, expected a layout of the base without variants", AGAIN)
         for name, sha256 in layout.made.items():
             check_file(inside(path, name), sha256)
     return found
@@ -85,7 +85,7 @@ def add(device: Store, taken: Sequence[Taken]) -> None:
 
 
 def hand_over(store: Path, taken: Sequence[Taken]) -> None:
-    """Put a link to the current version's layout in the place of each folder; only here is it missing for a moment."""
+    """Replace each folder with a link to the current version's layout. The folder is missing for a moment."""
     for one in taken:
         target = store / "current" / LAYOUTS / one.layout.layout
         hidden, old = (one.path.with_name(f".{one.path.name}.{end}.partial") for end in ("new", "old"))
@@ -106,7 +106,7 @@ def derive(device: Store, offer: Bundle, folder: Path) -> None:
 
 
 def check(device: Store, slot: str) -> None:
-    """Every layout of a version is whole. Raises InputError, CheckFailed."""
+    """Check every layout of a version. Raises InputError, CheckFailed."""
     for base in _base_layouts(device):
         version = device.folder(slot)
         folder = version / LAYOUTS / base.name
@@ -116,11 +116,11 @@ def check(device: Store, slot: str) -> None:
             check_file(inside(folder, path), sha256)
         for path, name in layout.files.items():
             if not _same(inside(folder, path), inside(source, name)):
-                raise CheckFailed(f"{folder / path} is not {name} of its version", "apply the update again")
+                raise CheckFailed(f"{folder / path} differs from {name} of its version", "apply the update again")
 
 
 def repair(device: Store, slot: str, derived: Path) -> None:
-    """Make the layouts of a version that is in use whole, file by file; `derived` is the same version, freshly made."""
+    """Repair the layouts of a version in use, file by file; `derived` is a fresh build of the same version."""
     version = device.folder(slot)
     for base in _base_layouts(device):
         fresh, folder = derived / LAYOUTS / base.name, version / LAYOUTS / base.name
@@ -138,7 +138,7 @@ def repair(device: Store, slot: str, derived: Path) -> None:
 
 
 def extra_bytes(device: Store) -> int:
-    """What the layouts of one more version take besides links."""
+    """The bytes that the layouts of one more version need in addition to links."""
     total = 0
     for base in _base_layouts(device):
         layout = LayoutFile.read(base)
@@ -159,10 +159,10 @@ def _refresh(device: Store, offer: Bundle, base: Path, version: Path, target: Pa
     layout = LayoutFile.read(base)
     origin = Origin("update", offer.manifest.name, offer.digest)
     for path, sha256 in layout.made.items():
-        check_file(inside(base, path), sha256)  # what is damaged must not be handed on
+        check_file(inside(base, path), sha256)  # a corrupted file must not be copied
         if not (layout.layout == OCI and path == INDEX):
             link_or_copy(inside(base, path), inside(target, path))
-    if layout.layout == OCI:  # what was published stays; the update refers to it
+    if layout.layout == OCI:  # published blobs stay; the update refers to them
         _link(layout.files, device.folder(BASE), target)
         replace(layout, origin=origin, made=_add_referrer(layout, offer, base, version, target)).write(target)
         return
@@ -179,10 +179,10 @@ def _link(files: Mapping[str, str], source: Path, target: Path) -> None:
 
 
 def _convert(device: Store, layout: LayoutFile, version: Path, target: Path) -> Mapping[str, str]:
-    """Write what follows from all weights; path -> SHA-256. Raises InputError for a layout that this updater cannot convert."""
+    """Write the converted files; path -> SHA-256. Raises InputError for a layout that this updater can't convert."""
     if layout.converted and layout.layout != OPEN_CLIP:
         raise InputError(
-            f"layout {layout.layout} needs a conversion that this updater does not know", "update it first"
+            f"layout {layout.layout} needs a conversion that this updater doesn't support", "update the updater first"
         )
     for path in layout.converted:
         make_folder(inside(target, path).parent)
@@ -191,7 +191,7 @@ def _convert(device: Store, layout: LayoutFile, version: Path, target: Path) -> 
 
 
 def _add_referrer(layout: LayoutFile, offer: Bundle, base: Path, version: Path, target: Path) -> Mapping[str, str]:
-    """Add the update to an OCI layout as a manifest that refers to the base's; the digests of all that was made for it."""
+    """Add the update to an OCI layout as a manifest that refers to the base's; returns the digests of the new blobs."""
     index = json.loads(read_regular(base / INDEX, MAX_INDEX))
     subject = {name: index["manifests"][0][name] for name in ("mediaType", "digest", "size")}
     data = offer.to_bytes()
@@ -221,7 +221,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _same(path: Path, other: Path) -> bool:
-    """Whether both are one file, or have the same bytes."""
+    """Whether both are the same file, or have the same bytes."""
     if path.is_symlink() or not path.is_file():
         return False
     return os.path.samefile(path, other) or sha256_file(path) == sha256_file(other)

@@ -1,6 +1,6 @@
-"""Whether a device takes an update: rules over values alone, no files and no clock of its own.
+"""The rules for accepting an update, as pure functions: no files, no clock.
 
-Each rule is a sentence; the first that fails refuses the update and says why.
+The first failed rule rejects the update with its reason.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from r1export.errors import CheckFailed, Inconclusive, R1ExportError, Unsupported
 from r1export.update.manifest import Base, Manifest
 
-MAX_TRIES = 3  # an update that failed its checks, or the device with it, this often is given up
-CLOCK_SLACK = 86_400  # seconds that a device's clock may lag behind the lab's before it is not believed
-RESERVE = 4 << 20  # bytes that stay free on the device
-# How far an update's number may lie above the highest that the device knows. Without a bound one update with the number
+MAX_TRIES = 3  # tries before an update is given up
+CLOCK_SLACK = 86_400  # seconds that a device's clock may lag behind the signing time
+RESERVE = 4 << 20  # bytes to keep free on the device
+# Largest allowed jump of the sequence number. Without a limit, one update with the number
 # 2^53 - 1 leaves no higher one, for ever, even if its key is revoked; in steps of a million that takes nine billion updates.
 MAX_SEQ_JUMP = 1_000_000
 
 
 @dataclass(frozen=True)
 class Installed:
-    """What a device is and has.
+    """The state of a device.
 
     `seq` is the highest number ever installed and `digest` its manifest's, `min_seq` the lowest that may run, `clock` the
     latest signed time seen (seconds since 1970), `held` the digests of the factors it has, `tries` the failures of each update.
@@ -56,15 +56,15 @@ def check_offer(manifest: Manifest, digest: str, installed: Installed, *, now: i
     if installed.tries.get(digest, 0) >= MAX_TRIES:
         raise CheckFailed(
             f"update {manifest.seq} failed {MAX_TRIES} times and is given up",
-            "look at the cause, then apply it with --retry",
+            "fix the cause, then apply it with --retry",
         )
     check_space(free, needed)
 
 
 def check_repair(manifest: Manifest, installed: Installed, *, free: int, needed: int) -> None:
-    """Accept the update as the source of the damaged version that is current already, or raise.
+    """Accept the update as the source for repairing the current version, or raise.
 
-    Its age, its expiry and its failures do not matter: the version runs, and could not be left otherwise where no other may.
+    Its age, expiry and failures don't matter: the version is already running, and there may be no other one.
 
     Raises:
         CheckFailed: meant for another device, forbidden since, or without factors that the device lacks.
@@ -77,7 +77,7 @@ def check_repair(manifest: Manifest, installed: Installed, *, free: int, needed:
 
 
 def check_target(manifest: Manifest, installed: Installed) -> None:
-    """The update is for this product, this class of device and the base that the device has."""
+    """The update is for this product, this device class and this base."""
     for name, offered, own in (
         ("product", manifest.product, installed.product),
         ("device class", manifest.device_class, installed.device_class),
@@ -86,47 +86,46 @@ def check_target(manifest: Manifest, installed: Installed) -> None:
     ):
         if offered != own:
             raise CheckFailed(
-                f"the update is for {name} {offered}, this device has {own}", "get the update for this device"
+                f"the update is for {name} {offered}, this device has {own}", "use the update for this device"
             )
 
 
 def check_sequence(manifest: Manifest, digest: str, installed: Installed) -> None:
-    """The update is newer than everything ever installed, but not by far; or it is the newest itself, rolled back from meanwhile."""
+    """The update is newer than everything ever installed, within the allowed jump; or it is the newest, after a rollback."""
     if manifest.seq < installed.seq or (manifest.seq == installed.seq and digest != installed.digest):
         raise CheckFailed(
             f"update {manifest.seq} is not newer than {installed.seq}",
-            "get a newer update; going back takes `rollback`",
+            "use a newer update, or `rollback` to go back",
         )
     check_not_revoked(manifest.seq, installed.min_seq)
     highest = max(installed.seq, installed.min_seq)
     if manifest.seq > highest + installed.max_seq_jump:
         raise CheckFailed(
-            f"update {manifest.seq} is more than {installed.max_seq_jump} above {highest}",
-            "have it made with a lower --seq, or make the store again with a larger --max-seq-jump",
+            f"the sequence number {manifest.seq} is more than {installed.max_seq_jump} above {highest}",
+            "build it with a lower --seq, or create a new store with a larger --max-seq-jump",
         )
 
 
 def check_not_revoked(seq: int, min_seq: int) -> None:
-    """A signed update has not said that versions below `min_seq` must not run any more."""
+    """No signed update has forbidden the version by raising `min_seq`."""
     if seq < min_seq:
-        raise CheckFailed(
-            f"version {seq} is below {min_seq}, the lowest that is allowed to run", "choose a newer version"
-        )
+        raise CheckFailed(f"version {seq} is below {min_seq}, the lowest allowed version", "choose a newer version")
 
 
 def check_time(manifest: Manifest, installed: Installed, now: int) -> None:
-    """The update has not expired, by a clock that is not behind a time that was signed."""
+    """The update has not expired, by a clock that is not behind a signed time."""
     if not manifest.expires:
         return
     latest = max(manifest.created, installed.clock)
     if is_expired(manifest, installed.clock, now):
         raise CheckFailed(
-            f"the update expired at {manifest.expires}, it is {max(now, latest)} (seconds since 1970)",
-            "get a newer update",
+            f"the update expired at {manifest.expires}, the time is {max(now, latest)} (seconds since 1970)",
+            "use a newer update",
         )
     if now < latest - CLOCK_SLACK:
         raise Inconclusive(
-            f"the clock says {now}, but something signed at {latest} is here", "set the clock and apply again"
+            f"the clock is at {now}, before the signing time {latest} of an update",
+            "set the clock and apply the update again",
         )
 
 
@@ -138,21 +137,19 @@ def is_expired(manifest: Manifest, clock: int, now: int) -> bool:
 def check_space(free: int, needed: int) -> None:
     """`needed` bytes can be written, and a reserve stays free."""
     if free < needed + RESERVE:
-        raise Unsupported(
-            f"{free} bytes are free, {needed + RESERVE} are needed", "free space, or use a store in overlay mode"
-        )
+        raise Unsupported(f"{free} bytes free, {needed + RESERVE} needed", "free space, or use a store in overlay mode")
 
 
 def check_held(manifest: Manifest, installed: Installed) -> None:
-    """Every update of the version is in the bundle or on the device."""
+    """The factors of every update are in the bundle or on the device."""
     for update in manifest.updates:
         if not update.experts and update.sha256 not in installed.held:
             raise CheckFailed(
                 f"the factors of {update.task} are neither in the update nor on this device",
-                "get a bundle made with a lower --since",
+                "use a bundle with a lower --since",
             )
 
 
 def counts_as_try(error: BaseException) -> bool:
-    """Whether a failure speaks against the update; a full disk or an interruption does not."""
+    """Whether a failure counts against the update; a full disk or an interruption does not."""
     return isinstance(error, R1ExportError) and not isinstance(error, Unsupported)

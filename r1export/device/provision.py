@@ -1,4 +1,4 @@
-"""Make a device's store: a base release as its first version, and the keys that it will trust."""
+"""Create a device store from a base release and the trusted keys."""
 
 from __future__ import annotations
 
@@ -46,20 +46,19 @@ def init(
     layout: Sequence[Path] = (),
     run: Run = worker.run,
 ) -> Store:
-    """Make a store from a base release and public keys; the base is its first version.
+    """Create a store from a base release and public keys; the base is its first version.
 
-    `base_sha256` is the digest that the base's manifest.json has to have; without one, whatever lies in `base` is believed.
-    With `health` onnxruntime the base has to give its own golden outputs. A command is not run: a store may be made on
-    another machine than the one that it is for. Each folder of `layout`, made of the base for a client, becomes a link to
-    that of the current version.
+    `base_sha256` is the expected digest of the base's manifest.json; without it, any base is accepted. With `health`
+    onnxruntime the base has to reproduce its golden outputs. A health command is not run, since a store can be created on
+    another machine. Each folder of `layout`, a client layout of the base, is replaced by a link to that of the current version.
 
     Raises:
-        InputError: the store exists, the release is no base, a layout is not of it, or an argument does not fit.
-        CheckFailed: the release is another one or damaged, or does not pass the health check. No store is left.
-        Unsupported: onnxruntime is missing while `health` asks for it.
+        InputError: the store exists, the release is not a base, a layout is of another release, or an argument is invalid.
+        CheckFailed: the release is another one or corrupted, or fails the health check. No store is left behind.
+        Unsupported: `health` is onnxruntime, which is not installed.
     """
     if store.exists():
-        raise InputError(f"{store} exists", "choose another folder; a store is changed by `apply` and `rollback` only")
+        raise InputError(f"{store} exists", "choose another folder, or use `apply` to update the store")
     keys = {PublicKey.read(path) for path in trust}
     release = _read_base(base, base_sha256)
     config = Config(
@@ -87,7 +86,7 @@ def init(
 def _check_config(config: Config, keys: int) -> None:
     for name, value in (("product", config.product), ("device class", config.device_class)):
         if not NAME.fullmatch(value):
-            raise InputError(f"{name} {ascii(value)[:100]}", "use letters, digits and ._+-, as updates have to name it")
+            raise InputError(f"{name} {ascii(value)[:100]}", "use letters, digits and ._+-")
     if config.mode not in MODES or not 1 <= config.keep <= MAX_KEEP or not 1 <= config.threshold <= keys:
         raise InputError(
             f"mode {config.mode}, {config.threshold} of {keys} keys, keep {config.keep}",
@@ -96,29 +95,29 @@ def _check_config(config: Config, keys: int) -> None:
     if not 1 <= config.max_seq_jump <= MAX_INTEGER or not 0 <= config.min_seq <= MAX_INTEGER:
         raise InputError(
             f"max-seq-jump {config.max_seq_jump}, min-seq {config.min_seq}",
-            f"the first is a number from 1 to {MAX_INTEGER}, the second from 0",
+            f"max-seq-jump is 1 to {MAX_INTEGER}, min-seq 0 or more",
         )
     health_command(config.health)
     if len(config.health) > 1000 or not config.health.isprintable():
-        raise InputError("the health command is too long or not printable", "put it into a script")
+        raise InputError("the health command is too long or not printable", "put the command into a script")
     if config.health == "onnxruntime" and not has_onnxruntime():
-        raise Unsupported("onnxruntime is not installed", "install it, or use --health none to rely on hashes alone")
+        raise Unsupported("onnxruntime is not installed", "install it, or use --health none to check digests only")
 
 
 def _read_base(base: Path, sha256: str) -> Release:
     """The release in `base`, if its manifest is the one with digest `sha256` (empty: any)."""
     if sha256 and not DIGEST.fullmatch(sha256):
-        raise InputError(f"{ascii(sha256)[:100]} is no SHA-256", "give the 64 digits that sha256sum prints")
+        raise InputError(f"{ascii(sha256)[:100]} is not a SHA-256", "use the 64 hex digits that sha256sum prints")
     release = Release.read(base)
     if sha256 and release.manifest_sha256 != sha256:
         raise CheckFailed(
             f"{base / MANIFEST} has SHA-256 {release.manifest_sha256}, expected {sha256}",
-            "get the base release that was named again",
+            "copy the expected base release again",
         )
     if release.manifest.updates:
         raise InputError(
-            f"{base} is release {release.manifest.sequence} with {len(release.manifest.updates)} updates",
-            "give the base release, 00-base",
+            f"{base} is release {release.manifest.sequence} with {len(release.manifest.updates)} updates, expected the base",
+            "use the base release, 00-base",
         )
     return release
 
@@ -135,7 +134,7 @@ def _fill(device: Store, release: Release, keys: set[PublicKey]) -> None:
 
 
 def _copy(release: Release, to: Path) -> None:
-    """Copy a release, read-only and for good: a store that is there is whole, after a power cut too."""
+    """Copy a release read-only and synced, so that an existing store is complete even after a power cut."""
     digests = {path: file.sha256 for path, file in release.manifest.files.items()}
     for path, sha256 in {**digests, MANIFEST: release.manifest_sha256}.items():
         target = inside(to, path)
@@ -147,7 +146,7 @@ def _copy(release: Release, to: Path) -> None:
 
 
 def _chunks(path: Path, sha256: str) -> Iterator[bytes]:
-    """A file's bytes, hashed as they pass, so that what was checked is what is written. Raises CheckFailed at the end if they are others."""
+    """A file's bytes, hashed while they are copied. Raises CheckFailed at the end on a digest mismatch."""
     digest = hashlib.sha256()
     try:
         for chunk in read_chunks(path):
@@ -169,6 +168,4 @@ def _check_health(device: Store, run: Run) -> None:
         try:
             run(device, descriptor, "health", BASE)
         except R1ExportError as error:
-            raise type(error)(
-                f"the base release does not pass the health check: {error.message}", error.remedy
-            ) from error
+            raise type(error)(f"the base release fails the health check: {error.message}", error.remedy) from error

@@ -1,6 +1,6 @@
-"""What a device has written down: store.json, fixed by `init`, and state.json, which only ever rises.
+"""The persistent state of a device: store.json, fixed by `init`, and state.json, whose values never decrease.
 
-Both carry a digest of themselves, so that a flipped bit is damage and not another device or another history.
+Both have a self-digest, so that a flipped bit is detected and never becomes another configuration or history.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _ANY = re.compile(r"(?s).{0,1000}")
 
 @dataclass(frozen=True)
 class Config:
-    """What a device is, fixed by `init`. `health` is onnxruntime, none, or the command line of a check; `keep` counts slots.
+    """The configuration of a device, fixed by `init`. `health` is onnxruntime, none, or a command line; `keep` counts slots.
 
-    `min_seq` is the lowest version that may run whatever the updates say: a store that replaces another one keeps its floor.
+    `min_seq` is the lowest allowed version: a store that replaces another one keeps its limit.
     """
 
     product: str
@@ -47,7 +47,7 @@ class Config:
 
 @dataclass(frozen=True)
 class State:
-    """What must survive: the highest sequence with its digest, the lowest that may run, the latest signed time, failed tries."""
+    """The highest sequence number with its digest, the lowest allowed one, the latest signed time, and failed tries."""
 
     seq: int = 0
     digest: str = ""
@@ -57,11 +57,11 @@ class State:
     tries: Mapping[str, int] = field(default_factory=dict)
 
     def awaits(self, slot: str) -> bool:
-        """Whether `slot` is the version of the update that is being installed, or was when the machine died."""
+        """Whether `slot` is the version of the update that is being installed, or was interrupted."""
         return bool(self.pending) and slot.endswith(f"-{self.pending[:16]}")
 
     def raised(self, manifest: Manifest, digest: str) -> State:
-        """This state after `manifest` was installed: nothing in it ever falls."""
+        """This state after `manifest` was installed. Values never decrease."""
         newer = manifest.seq > self.seq
         return replace(
             self,
@@ -73,17 +73,17 @@ class State:
 
 
 def write_config(path: Path, config: Config) -> None:
-    """Write store.json with a digest of itself: one flipped bit could make one signature of three enough."""
+    """Write store.json with a self-digest: a flipped bit could lower the signature threshold."""
     body = {"format": FORMAT, **asdict(config)}
     write_json(path, {**body, "sha256": _digest(body)})
 
 
 def read_config(path: Path) -> Config:
-    """Read store.json, also one that lacks the digest or newer members. Raises InputError if it is missing or damaged."""
+    """Read store.json, also without the digest or newer members. Raises InputError if it is missing or corrupted."""
     try:
         fields = parse_json(read_regular(path, MAX_BYTES), str(path), MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path.parent} is no store: it has no {CONFIG}", "make one with `init`") from None
+        raise InputError(f"{path.parent} is not a store: it has no {CONFIG}", "create one with `init`") from None
     members = set(fields)
     form = fields.text("format", re.compile(re.escape(FORMAT)))
     config = Config(
@@ -99,8 +99,8 @@ def read_config(path: Path) -> Config:
     )
     body = {name: value for name, value in {"format": form, **asdict(config)}.items() if name in members}
     if "sha256" in fields and fields.digest("sha256") != _digest(body):
-        raise InputError(f"{path} is damaged", "make a new store with `init` from the base release")
-    fields.done()  # a flipped bit in the name of the digest's member must not make it an old file
+        raise InputError(f"{path} is damaged", "create a new store with `init` from the base release")
+    fields.done()  # a flipped bit in the key of the digest must not make it look like an old file
     return config
 
 
@@ -109,7 +109,7 @@ def read_state(path: Path) -> State:
     try:
         fields = parse_json(read_regular(path, MAX_BYTES), str(path), MAX_BYTES)
     except FileNotFoundError:
-        raise InputError(f"{path} is missing", "the next update writes it again") from None
+        raise InputError(f"{path} is missing", "the next update recreates it") from None
     digest, body = fields.digest("sha256"), fields.object("state")
     tries = body.object("tries")
     state = State(
@@ -121,7 +121,7 @@ def read_state(path: Path) -> State:
         tries={name: tries.integer(name) for name in tries},
     )
     if _digest(asdict(state)) != digest:
-        raise InputError(f"{path} is damaged", "the next update writes it again")
+        raise InputError(f"{path} is damaged", "the next update recreates it")
     return state
 
 

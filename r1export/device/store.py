@@ -1,12 +1,12 @@
-"""A device's store: the base, the versions derived from it, which one is current, and what must never be forgotten.
+"""A device store: the base, the versions derived from it, the current one, and the persistent state.
 
-    STORE/store.json   what the device is: product, class, mode, keys needed     trust/*.pub   whom it believes
+    STORE/store.json   configuration: product, class, mode, threshold     trust/*.pub   trusted keys
           base/        the base release, never written again
-          slots/SEQ-HASH/   one version each: update.r1u, and in slot mode every file of the release
+          slots/SEQ-HASH/   one version: update.r1u, and in slot mode every file of the release
           current ->   base or slots/SEQ-HASH: one symlinked folder, switched by rename
           factors/     experts by the SHA-256 of their file      state.json   highest sequence, tries      lock
 
-What `current` names is the truth. state.json only adds to it, so its loss lowers nothing that the slots still prove.
+`current` is authoritative. state.json only adds to it, so losing it lowers nothing that the slots still prove.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SLOT = re.compile(r"[0-9]{8,16}-[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class Store:
-    """The files of one device. Readers need nothing; whoever writes holds `lock`."""
+    """The files of one device. Readers need no lock; writers hold `lock`."""
 
     path: Path
     config: Config
@@ -57,7 +57,8 @@ class Store:
         release = Release.read(self.path / BASE)
         if release.manifest_sha256 != self.config.base_manifest:
             raise InputError(
-                f"{release.path}/manifest.json is not the one of `init`", "make the store again from the base release"
+                f"{release.path}/manifest.json differs from the one at `init`",
+                "create the store again from the base release",
             )
         return release
 
@@ -67,7 +68,7 @@ class Store:
 
     @property
     def active(self) -> str:
-        """Name of the current slot, `base`, or nothing if `current` names neither."""
+        """Name of the current slot, or `base`; empty if `current` points to neither."""
         try:
             target = os.readlink(self.path / "current")
         except OSError:
@@ -78,23 +79,23 @@ class Store:
 
     @property
     def current(self) -> str:
-        """Name of the current slot, or `base`. Raises InputError if `current` names neither."""
+        """Name of the current slot, or `base`. Raises InputError if `current` points to neither."""
         if not (name := self.active):
-            raise InputError(f"{self.path}/current names no version", "run `rollback --to SEQ` to choose one")
+            raise InputError(f"{self.path}/current points to no version", "run `rollback --to SEQ` to choose one")
         return name
 
     def folder(self, slot: str) -> Path:
-        """Where a version lies. Raises InputError if that is not in the store."""
+        """The folder of a version. Raises InputError if it leads out of the store."""
         return inside(self.path, _target(slot))
 
     def slots(self) -> list[str]:
-        """Names of the versions on the device but the base, lowest sequence first."""
+        """Names of the installed versions except the base, lowest sequence number first."""
         return sorted(path.name for path in (self.path / "slots").glob("*") if _SLOT.fullmatch(path.name))
 
     def unfinished(self) -> str:
         """The slot of an update that was interrupted before it became current, or nothing.
 
-        It proves nothing and may not be chosen; whoever next holds the lock removes it.
+        It can't be chosen; the next holder of the lock removes it.
         """
         state = self._recorded()
         if state.pending == state.digest:  # an installed version that was being applied again
@@ -102,7 +103,7 @@ class Store:
         return next((slot for slot in self.slots() if state.awaits(slot) and slot != self.active), "")
 
     def bundle(self, slot: str) -> Bundle:
-        """The update that a slot was made from; it was verified when it was installed, now only its identity is checked.
+        """The update of a slot. It was verified at installation; only its identity is checked now.
 
         Raises:
             InputError, CheckFailed: damaged since.
@@ -124,12 +125,12 @@ class Store:
         )
 
     def factors_path(self, sha256: str) -> Path:
-        """Where the experts with this digest are kept. Raises InputError if that is not in the store."""
+        """The file of the experts with this digest. Raises InputError if it leads out of the store."""
         return inside(self.path, f"factors/{sha256}.safetensors")
 
     def _held(self, sha256: str) -> ExpertUpdate:
         path = self.factors_path(sha256)
-        remedy = "apply an update that carries it: one made with a lower --since"
+        remedy = "apply an update that contains it: one with a lower --since"
         try:
             data = read_regular(path, MAX_BUNDLE)
         except FileNotFoundError:
@@ -139,7 +140,7 @@ class Store:
         return ExpertUpdate.parse(data, path)
 
     def state(self) -> State:
-        """state.json, raised to what store.json and the installed versions prove. A missing or damaged file counts as empty."""
+        """state.json, raised to what store.json and the installed versions prove. A missing or corrupted file counts as empty."""
         state, unfinished = self._recorded(), self.unfinished()
         state = replace(state, min_seq=max(state.min_seq, self.config.min_seq))
         for slot in self.slots():
@@ -148,22 +149,22 @@ class Store:
             try:
                 bundle = self.bundle(slot)
             except R1ExportError:
-                continue  # doctor names it; the others still count
+                continue  # doctor reports it; the others still count
             state = state.raised(bundle.manifest, bundle.digest)
         return state
 
     def _recorded(self) -> State:
         try:
             return read_state(self.path / STATE)
-        except (R1ExportError, OSError):  # also a file that cannot be read: the next update writes it again
+        except (R1ExportError, OSError):  # also an unreadable file: the next update recreates it
             return State()
 
     def write_state(self, state: State) -> None:
-        """Replace state.json atomically and make it, and every rename before it in the store's folder, survive a power cut."""
+        """Replace state.json atomically, and sync it and all earlier renames in the store's folder."""
         state_files.write_state(self.path / STATE, state)
 
     def installed(self) -> Installed:
-        """What the policy needs to know about this device."""
+        """The input of the policy."""
         base, state = self.base(), self.state()
         return Installed(
             product=self.config.product,
@@ -180,19 +181,19 @@ class Store:
 
     def switch(self, slot: str) -> None:
         """Make `slot` the current one with a single rename; `write_state` makes it survive a power cut."""
-        sync_folder(self.path / "slots")  # whoever gave the slot its name may have died before that was certain
+        sync_folder(self.path / "slots")  # the process that renamed the slot may have died before the rename was synced
         temporary = self.path / ".current.partial"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(_target(slot))
         os.replace(temporary, self.path / "current")
 
     def leftovers(self) -> list[Path]:
-        """What an interrupted update left behind: hidden files and folders that were to be renamed."""
+        """Files of an interrupted update: hidden ones that were to be renamed."""
         slots, factors = self.path / "slots", self.path / "factors"
         return sorted([*self.path.glob(_PARTIAL), *slots.rglob(_PARTIAL), *factors.glob(_PARTIAL)])
 
     def sweep(self) -> None:
-        """Remove what an interrupted update left behind."""
+        """Remove the files of an interrupted update."""
         for path in self.leftovers():
             remove(path)
 
@@ -200,16 +201,18 @@ class Store:
     def lock(self, wait: float) -> Iterator[int]:
         """Hold the store's lock; yields its descriptor. Raises Unsupported if another updater has it for `wait` seconds.
 
-        The file is its owner's alone: whoever can open it, if only to read, can hold the lock and stop all updates.
+        The file is accessible to its owner only: any process that can open it can hold the lock and block all updates.
         """
         descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, LOCK_MODE)
         try:
-            if stat.S_IMODE(os.fstat(descriptor).st_mode) != LOCK_MODE:  # an older kit's, or another umask
+            if (
+                stat.S_IMODE(os.fstat(descriptor).st_mode) != LOCK_MODE
+            ):  # written by an older kit or under another umask
                 os.fchmod(descriptor, LOCK_MODE)
             deadline = time.monotonic() + wait
             while not _locked(descriptor):
                 if time.monotonic() > deadline:
-                    raise Unsupported(f"another update of {self.path} is running", "wait for its end and try again")
+                    raise Unsupported(f"another update of {self.path} is running", "wait until it ends and try again")
                 time.sleep(0.02)
             yield descriptor
         finally:
@@ -230,7 +233,7 @@ def _locked(descriptor: int) -> bool:
 
 
 def retire(path: Path) -> None:
-    """Take a name away for good and only then what it names, so that after a power cut too what is there is whole."""
+    """Remove a folder by syncing a rename first, so that a partially deleted one never has its name, even after a power cut."""
     hidden = path.with_name(f".{path.name}.partial")
     path.rename(hidden)
     sync_folder(path.parent)
@@ -241,7 +244,7 @@ def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write a file that does not exist yet and sync its data; the caller syncs the folder. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
     with os.fdopen(descriptor, "wb") as file:
-        path.chmod(FILE_MODE)  # whatever the umask is
+        path.chmod(FILE_MODE)  # independent of the umask
         for chunk in chunks:
             file.write(chunk)
         file.flush()

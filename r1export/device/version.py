@@ -1,9 +1,9 @@
-"""A version as an application uses it: files to read and onnxruntime sessions, the same in slot and in overlay mode.
+"""A version for applications: its files and onnxruntime sessions, the same in slot and in overlay mode.
 
-    version = open_version(Path("STORE"))
+    version = open_version("STORE")
     session = version.session("visual.onnx")
 
-Open a version once and keep it: `current` may be switched at any moment, an opened version stays what it is.
+Open a version once and keep it: `current` can switch at any time, an opened version does not change.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CPU = ("CPUExecutionProvider",)
 
 @dataclass(frozen=True)
 class Version:
-    """One version on a device. `bundle` is None for the base; `files_there` says whether `folder` holds the files themselves."""
+    """One version on a device. `bundle` is None for the base; `files_there` says whether `folder` contains the files."""
 
     folder: Path
     base: Release
@@ -57,7 +57,7 @@ class Version:
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        """The signed SHA-256 of each file; of the base, that of `init`."""
+        """The signed SHA-256 of each file; for the base, the one at `init`."""
         if self.bundle:
             return {file.path: file.sha256 for file in self.bundle.manifest.files}
         listed = {path: file.sha256 for path, file in self.base.manifest.files.items()}
@@ -68,7 +68,7 @@ class Version:
 
         Raises:
             InputError: the version has none of that name.
-            CheckFailed: they are not the signed ones.
+            CheckFailed: a digest mismatch.
         """
         self._check_there(path)
         if self.bundle is None or self.files_there:
@@ -90,7 +90,7 @@ class Version:
         return self.rebuild.chunks(file.path) if file.parts is None else self.bundle.content(file, self.base.path)
 
     def check(self, file: File) -> set[str]:
-        """Derive a file without writing it; returns the names of the merged tensors in it, each of which is the signed one too.
+        """Derive a file without writing it; returns the names of its merged tensors, whose digests are checked too.
 
         Raises:
             CheckFailed: it or a tensor is not the signed one.   InputError: a part lies beyond the end of the base's file.
@@ -116,7 +116,7 @@ class Version:
             return {}
         names = {spec.offset: spec.name for spec in read_layout(self.base.path / weights).specs}
         parameters = self.rebuild.merged_files.get(weights, [])
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # numpy's elementwise loops run side by side
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # numpy's elementwise loops release the GIL
             tensors = list(pool.map(self._checked, parameters))
         return {
             names[self.rebuild.base.manifest.tensors[parameter].offset]: tensor
@@ -147,7 +147,7 @@ class Version:
             Unsupported: onnxruntime is not installed.
             CheckFailed: the base or the factors are damaged.
         """
-        self.read(graph)  # a graph is a program: another one than was signed must not run
+        self.read(graph)  # a graph is code: only the signed one may run
         try:
             import onnxruntime
         except ImportError:
@@ -164,27 +164,27 @@ class Version:
 
 
 def check_tensor(parameter: str, tensor: np.ndarray, digests: dict[str, str]) -> None:
-    """Raises CheckFailed if the stored bytes of `tensor` have not the signed digest."""
+    """Raises CheckFailed if the stored bytes of `tensor` don't have the signed digest."""
     digest = sha256_bytes(stored_bytes(tensor))
     check_digest(parameter, digest, digests.get(parameter, "nothing"))
 
 
 def check_digest(name: str, digest: str, signed: str) -> None:
-    """Raises CheckFailed if what `name` came out as is not what was signed."""
+    """Raises CheckFailed if the digest of `name` differs from the signed one."""
     if digest != signed:
         raise CheckFailed(
-            f"{name} has SHA-256 {digest}, signed is {signed}",
-            "run `doctor`: if it finds no damage, have the update made again for this base",
+            f"{name} has SHA-256 {digest}, expected {signed} as signed",
+            "run `doctor`; if it finds nothing, build the update again for this base",
         )
 
 
-def open_version(store: Path, slot: str = "") -> Version:
+def open_version(store: Path | str, slot: str = "") -> Version:
     """The current version of a store, or that of `slot` (a folder's name in slots/, or base).
 
     Raises:
         InputError, CheckFailed: no such store or version, or it is damaged.
     """
-    device = Store.open(store)
+    device = Store.open(Path(store))
     return version_in(device, slot or device.current)
 
 

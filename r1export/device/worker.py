@@ -1,8 +1,8 @@
-"""The two steps that run in a fresh process: deriving a version's files, and the health check.
+"""The two steps that run in a fresh process: building a version's files, and the health check.
 
-Fresh, because another library may have changed the processor's floating-point mode or may crash; a crash there is a
-failed check, not the end of the updater. The process inherits the store's lock, so no other updater starts meanwhile;
-a health command of the device's owner does not, since what it leaves running would hold the lock.
+A fresh process, because another library may have changed the processor's floating-point mode, and because a crash is then
+a failed check and not the end of the updater. The process inherits the store's lock, so that no other updater starts; a
+custom health command does not inherit it, since its background processes would hold the lock.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from r1export.update.rebuild import Rebuild
 from r1export.update.release_manifest import Release, is_graph
 
 Run = Callable[[Store, int, str, str], None]  # `run` below, or a stand-in
-SECONDS = {"build": 3600, "health": 600, "arithmetic": 60}  # a step that takes longer hangs
+SECONDS = {"build": 3600, "health": 600, "arithmetic": 60}  # timeout
 _ERRORS = {kind.exit_code: kind for kind in (CheckFailed, InputError, Unsupported, Inconclusive)}
-_STARTED = b"started"  # the first line that a fresh process of ours prints
+_STARTED = b"started"  # the first line that the fresh process prints
 _START = "import sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; from r1export.device.worker import main; main(*sys.argv[1:])"
 
 
@@ -40,7 +40,7 @@ def run(device: Store, descriptor: int, verb: str, name: str) -> None:
     """Do `verb` (build or health) for `base` or the folder `name` of slots/ in a fresh process that keeps `descriptor` open.
 
     Raises:
-        R1ExportError: what the step raised there; CheckFailed if the process died or hung.
+        R1ExportError: the error of the step; CheckFailed if the process died or hung.
     """
     if verb == "health" and device.config.health == "none":
         return
@@ -53,7 +53,7 @@ def run(device: Store, descriptor: int, verb: str, name: str) -> None:
 
 
 def known_answers_hold_in_fresh_process() -> None:
-    """`known_answers_hold` in a process of its own: the libraries of this one may have changed the floating-point mode.
+    """`known_answers_hold` in a fresh process: the libraries of this one may have changed the floating-point mode.
 
     Raises Unsupported if a result differs, CheckFailed if the process died.
     """
@@ -61,32 +61,32 @@ def known_answers_hold_in_fresh_process() -> None:
 
 
 def _do_in_fresh_process(verb: str, name: str, arguments: list[str], inherited: list[int]) -> None:
-    root = Path(__file__.replace("\\", "/")).parents[2]  # the folder, or the .pyz, that holds this package
+    root = Path(__file__.replace("\\", "/")).parents[2]  # the folder or .pyz that contains this package
     command = [sys.executable, "-W", "ignore", "-c", _START, str(root.resolve()), verb, *arguments]
     process = _finish(verb, name, command, inherited)
     if not process.returncode:
         return
     if not process.stdout.startswith(_STARTED):
         raise Unsupported(
-            f"the process for {verb} of {name} did not start: {_how_it_ended(process)}",
-            "check this device's Python and numpy; nothing was changed",
+            f"{verb} of {name}: the process did not start: {_how_it_ended(process)}",
+            "check Python and numpy on this device; nothing was modified",
         )
     raise _failure(verb, process)
 
 
 def health_command(text: str) -> list[str]:
-    """The words of a health command. Raises InputError if there are none, or a quote is not closed."""
+    """Split a health command. Raises InputError if it is empty or a quote is not closed."""
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise InputError(f"health command {text!r}: {error}", "write it as for a shell") from None
+        raise InputError(f"health command {text!r}: {error}", "quote it as for a shell") from None
     if not words:
         raise InputError("the health command is empty", 'use "onnxruntime", "none" or a command')
     return words
 
 
 def _finish(verb: str, name: str, command: list[str], inherited: list[int]) -> subprocess.CompletedProcess[bytes]:
-    """Run a command to its end, or end it with all that it started. Raises CheckFailed if it takes too long."""
+    """Run a command; on a timeout kill its process group. Raises CheckFailed on a timeout."""
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -102,7 +102,8 @@ def _finish(verb: str, name: str, command: list[str], inherited: list[int]) -> s
                 os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
                 raise CheckFailed(
-                    f"{verb} of {name} took more than {SECONDS[verb]} seconds", "see what keeps it; nothing was changed"
+                    f"{verb} of {name} took more than {SECONDS[verb]} seconds",
+                    "find out what blocks it; nothing was modified",
                 ) from None
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
@@ -113,9 +114,11 @@ def _failure(verb: str, process: subprocess.CompletedProcess[bytes]) -> R1Export
         report = json.loads(process.stdout.splitlines()[-1])
         return _ERRORS[process.returncode](report["message"], report["remedy"])
     except (ValueError, LookupError, TypeError):
-        if process.returncode == -signal.SIGKILL:  # sent from outside, as a rule because memory is short
-            return Unsupported(f"{verb} was killed", "free memory, or see who ended it; nothing was changed")
-        return CheckFailed(f"{verb} ended with {_how_it_ended(process)}", "nothing was changed; try it by hand")
+        if process.returncode == -signal.SIGKILL:  # from outside, usually the OOM killer
+            return Unsupported(f"{verb} was killed", "free memory, or find out what killed it; nothing was modified")
+        return CheckFailed(
+            f"{verb} ended with {_how_it_ended(process)}", "run the command manually to see why; nothing was modified"
+        )
 
 
 def _how_it_ended(process: subprocess.CompletedProcess[bytes]) -> str:
@@ -125,7 +128,7 @@ def _how_it_ended(process: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def main(verb: str, store: str = "", name: str = "") -> None:
-    """Entry of the fresh process: exit code as everywhere, and one JSON line about an error on standard output."""
+    """Entry point of the fresh process: the usual exit codes, and one JSON line about an error on stdout."""
     print(_STARTED.decode(), flush=True)
     try:
         if verb == "arithmetic":
@@ -135,7 +138,7 @@ def main(verb: str, store: str = "", name: str = "") -> None:
     except R1ExportError as error:
         _report(error)
     except MemoryError:
-        _report(Unsupported("out of memory", "free memory, or use a smaller base"))
+        _report(Unsupported("out of memory", "free memory or use a smaller base model"))
     except OSError as error:
         message = f"{error.filename or store}: {error.strerror or error}"
         _report(Unsupported(message, "check disk space and permissions, then try again"))
@@ -147,11 +150,11 @@ def _report(error: R1ExportError) -> NoReturn:
 
 
 def build(device: Store, name: str) -> None:
-    """Derive the files of the version in slots/NAME from its bundle: in slot mode written and synced, in overlay mode checked only.
+    """Build the files of the version in slots/NAME from its bundle: written and synced in slot mode, only checked in overlay mode.
 
     Raises:
-        CheckFailed: the base is damaged, or a result is not the signed one.
-        Unsupported: this machine's arithmetic is not the lab's.
+        CheckFailed: the base is corrupted, or a result has another digest than the signed one.
+        Unsupported: this machine's arithmetic differs from the build host's.
     """
     known_answers_hold()
     folder = device.path / "slots" / name
@@ -179,24 +182,25 @@ def build(device: Store, name: str) -> None:
 
 def _check_changes(rebuild: Rebuild, manifest: Manifest) -> None:
     if set(rebuild.changed) != set(manifest.tensors) or rebuild.procedure != manifest.algorithm:
-        raise CheckFailed(
-            "the manifest's tensors or algorithm are not those that the updates need", "have the update made again"
-        )
+        raise CheckFailed("the manifest's tensors or algorithm don't match its updates", "build the update again")
 
 
 def _check_source(base: Release, file: File) -> None:
-    """A file is the base's or made of parts; graphs and weights are the base's, since an overlay opens those and no others."""
+    """A file is the base's or made of parts. Graphs and weights must be the base's, since an overlay opens only those."""
     own = base.manifest.files.get(file.path)
     if file.parts is None and (own is None or own.nbytes != file.nbytes):
         raise InputError(
-            f"{file.path} is said to be {file.nbytes} bytes of the base, which has {own.nbytes if own else 'no such file'}",
-            "have the update made again",
+            f"{file.path} should be {file.nbytes} bytes of the base, which has {own.nbytes if own else 'no such file'}",
+            "build the update again",
         )
     if is_graph(file.path) and (own is None or own.sha256 != file.sha256):
-        raise CheckFailed(f"{file.path} is not the base's graph", "a new graph needs a new base: `init` another store")
+        raise CheckFailed(
+            f"{file.path} is not the base's graph", "a new graph needs a new base: create another store with `init`"
+        )
     if file.path in base.manifest.weights and file.parts is not None:
         raise CheckFailed(
-            f"{file.path} holds weights, but is made of parts", "have it derived from the base and factors"
+            f"{file.path} holds weights, but is made of parts",
+            "build the update so that weights are derived from the base and factors",
         )
 
 

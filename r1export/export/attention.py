@@ -3,7 +3,7 @@
     scores = (q * scale) k^T [+ mask]        out = softmax(scores) v        per head, scale = 1 / sqrt(d / heads)
 
 It works on a flat stream (n*tokens, d), so that every linear is one Gemm with its bias inside and its weight as torch
-stores it. Which forms were measured, and against what, is in docs/experiments.md.
+stores it. Which forms were measured, and against what, is in docs/experiments/export.md.
 """
 
 from __future__ import annotations

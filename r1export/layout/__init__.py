@@ -1,1 +1,1 @@
-"""A release as the folder that a client opens: one module for each client, one table of them all."""
+"""Releases in the folder layouts of clients: one module per client, and a table of all."""

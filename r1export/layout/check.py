@@ -1,11 +1,11 @@
-"""Open a layout with the client that it is for, and compare what that gives with the golden samples.
+"""Load a layout with its client, and compare the outputs with the golden samples.
 
-The client runs in a process of its own, by a program of `clients/`, so that nothing of r1export is between it and the folder.
+The client runs in a separate process, started by a program in `clients/`, without r1export between it and the folder.
 A program gets the layout's folder and a folder of inputs (`_write_inputs`), and prints one JSON object as its last line:
 
     {"client": "fastembed 0.9.1", "image_embeds": [[...]], "picture_embeds": [[...]], "text_embeds": [[...]], "top1": [...]}
 
-It leaves out what its client does not do; `ClientResult` says what the members are.
+Members that the client doesn't support are omitted; see `ClientResult`.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from r1export.update.release_layout import GOLDEN
 from r1export.verify.results import Check
 
 PROGRAMS = Path(__file__).with_name("clients")
-SECONDS = 600  # a client that takes longer hangs
-MISSING = (  # what programs say whose client is not there, or too old
+SECONDS = 600  # timeout
+MISSING = (  # messages of a missing or outdated client
     "ModuleNotFoundError",
     "MODULE_NOT_FOUND",
     "has no attribute 'ModelPackageContext'",
     "No such file or directory: 'skopeo'",
 )
-RESIZED = 0.9  # least cosine of a picture that a client resizes with filters of its own
+RESIZED = 0.9  # lowest cosine of an image that a client resizes with its own filters
 
 
 @dataclass(frozen=True)
 class Client:
-    """What opens a layout: its program, and how to get what that needs."""
+    """The client of a layout: its program, and how to install its requirements."""
 
     program: str
     install: str
@@ -69,7 +69,7 @@ CLIENTS: Mapping[str, Client] = {
 
 @dataclass(frozen=True)
 class ClientResult:
-    """What a client made of the golden samples: largest differences of embeddings, NaN-free, and equal top-1 answers.
+    """The result of a client: max. differences of embeddings, and equal top-1 classes.
 
     `differences` maps image, text, short_text (given without padding), picture (resized by the client with Pillow) and
     resized_picture (with filters of its own) to the largest absolute difference. `same_top1` of `classified` pictures got
@@ -123,21 +123,21 @@ def _run(client: Client, command: list[str]) -> dict[str, Any]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
     except subprocess.TimeoutExpired:
-        raise CheckFailed(f"{client.program} took more than {SECONDS} seconds", "try it by hand") from None
+        raise CheckFailed(f"{client.program} took more than {SECONDS} seconds", "run it manually to see why") from None
     except OSError as error:
-        raise Unsupported(f"{command[0]}: {error.strerror}", "name the interpreter with --python") from None
+        raise Unsupported(f"{command[0]}: {error.strerror}", "set the interpreter with --python") from None
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         if any(words in done.stderr for words in MISSING):
             raise Unsupported(f"the client of this layout is not installed: {lines[-1][:200]}", client.install)
         errors = [line for line in lines if "rror" in line]
         raise CheckFailed(
-            f"the client refused the layout: {(errors or lines or ['no message'])[-1][:300]}", client.install
+            f"the client rejected the layout: {(errors or lines or ['no message'])[-1][:300]}", client.install
         )
     try:
         return dict(json.loads(done.stdout.splitlines()[-1]))
     except (IndexError, ValueError):
-        raise CheckFailed(f"{client.program} ended without an answer", "try it by hand") from None
+        raise CheckFailed(f"{client.program} exited without a result", "run it manually to see why") from None
 
 
 def _write_inputs(golden: GoldenSamples, folder: Path, layout: LayoutFile, inputs: Path) -> None:
@@ -198,7 +198,7 @@ def judge(layout: LayoutFile, golden: GoldenSamples, answer: Mapping[str, Any]) 
         if name == "resized_picture":
             cosine = float((values * expected[name]).sum(1).min())
             if cosine < RESIZED:
-                problems.append(f"pictures that the client resizes: cosine {cosine:.3f}, expected {RESIZED} or more")
+                problems.append(f"images that the client resizes: cosine {cosine:.3f}, expected {RESIZED} or more")
         elif differences[name] > layout.max_abs:
             problems.append(f"{name} embeddings differ by {differences[name]:.2g}, allowed {layout.max_abs:.2g}")
     resized = found["resized_picture"] if "resized_picture" in differences else None
@@ -224,5 +224,7 @@ def _top1(golden: GoldenSamples, answers: list[int], embeds: np.ndarray | None) 
         apart = float(np.linalg.norm(golden.text_embeds[rows[best]] - golden.text_embeds[rows[answer]]))
         # Cauchy-Schwarz: by no more can resizing move the margin. A client that shows no embeddings of what it resized has no excuse.
         if cosines[best] - cosines[answer] > moved * apart:
-            problems.append(f"picture {index} is {labels(golden)[answer]!r:.40}, expected {labels(golden)[best]!r:.40}")
+            problems.append(
+                f"image {index} is classified as {labels(golden)[answer]!r:.40}, expected {labels(golden)[best]!r:.40}"
+            )
     return same, problems

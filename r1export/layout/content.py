@@ -1,4 +1,4 @@
-"""What a layout holds, as a value, before any file is written."""
+"""The contents of a layout as a value, before any file is written."""
 
 from __future__ import annotations
 

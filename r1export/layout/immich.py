@@ -53,8 +53,8 @@ def content(source: ReleaseSource, name: str) -> LayoutContent:
     }
     weights = {f"{root}/{tower.name}/{tower.weights}": tower.weights for tower in (VISUAL, TEXTUAL)}
     notes = (
-        f"Copy clip/{chosen} into the server's model cache and choose the model {chosen}.",
-        "Whether to run Smart Search for all pictures again is what the re-index verdict in the release's report says.",
+        f"Copy clip/{chosen} to the server's model cache and select the model {chosen}.",
+        "The re-index verdict in the release's report says whether Smart Search must be run again for all images.",
     )
     return LayoutContent(weights | tokenizer_files(source, f"{root}/textual/"), made, notes=notes)
 
@@ -63,11 +63,12 @@ def _name(dimension: int, name: str) -> str:
     fitting = [known for known, size in KNOWN.items() if size == dimension]
     if not fitting:
         raise Unsupported(
-            f"immich: embeddings of {dimension} numbers, its models have {sorted(set(KNOWN.values()))}",
-            "use a base model of one of these dimensions",
+            f"immich has no model with {dimension}-dimensional embeddings, only {sorted(set(KNOWN.values()))}",
+            "use a base model with one of these dimensions",
         )
     if name and name not in fitting:
         raise InputError(
-            f"--name {name!r:.80}: not a model of immich with {dimension} numbers", f"choose {', '.join(fitting)}"
+            f"--name {name!r:.80}: not an immich model with {dimension}-dimensional embeddings",
+            f"choose {', '.join(fitting)}",
         )
     return name or fitting[0]

@@ -18,14 +18,14 @@ def content(source: ReleaseSource, name: str) -> LayoutContent:
     manifest, config = source.release.manifest, source.open_clip_config
     if manifest.base.deployed_form:
         raise Unsupported(
-            f"{manifest.name}: its image tower is in its deployed form, which open_clip cannot build",
+            f"{manifest.name}: the image tower is in its deployed form, which open_clip can't build",
             "fine-tune a base model without BatchNorm, or use another layout",
         )
     if manifest.precision != "fp32":
-        raise Unsupported(f"{manifest.name} is {manifest.precision}", "give the release in fp32")
+        raise Unsupported(f"{manifest.name} is {manifest.precision}, expected fp32", "use the fp32 release")
     text = config["model_cfg"]["text_cfg"]
     if isinstance(text, dict) and text.get("hf_model_name"):
-        raise Unsupported("open_clip fetches the text tower of transformers from a hub", "use another layout")
+        raise Unsupported("open_clip downloads text towers of transformers from a hub", "use another layout")
     own = not (isinstance(text, dict) and text.get("hf_tokenizer_name"))
     files = {} if own else tokenizer_files(source)  # CLIP's own tokenizer is part of open_clip
     return LayoutContent(files, {"open_clip_config.json": json_bytes(config)}, (WEIGHTS,))

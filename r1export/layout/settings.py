@@ -1,4 +1,4 @@
-"""What clients' own configs are made from: how a release prepares pictures and texts."""
+"""Preprocessing and padding settings of a release, for the configs of clients."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Preprocessing:
     def read(cls, release: Path) -> Preprocessing:
         """Raises InputError."""
         if not (release / PREPROCESS).is_file():
-            raise InputError(f"{release} has no {PREPROCESS}", "give a release that was exported whole")
+            raise InputError(f"{release} has no {PREPROCESS}", "use a complete release")
         return cls(PreprocessConfig.read(release))
 
     def check_for(self, client: str) -> None:
@@ -52,8 +52,8 @@ class Preprocessing:
         height, width = self.config.size
         if self.config.resize_mode == "longest" or (self.config.resize_mode == "shortest" and height != width):
             raise Unsupported(
-                f"{client} cannot prepare pictures like this: {self.config.resize_mode} side to {height} x {width}",
-                "use a model that crops squares or squashes, or feed pixel_values by yourself",
+                f"{client} does not support the preprocessing: {self.config.resize_mode} side to {height} x {width}",
+                "use a model that crops squares or squashes, or compute pixel_values yourself",
             )
 
     def processor(self, kind: str) -> dict[str, Any]:
@@ -95,7 +95,9 @@ class Texts:
         length = textual.graph.input[0].type.tensor_type.shape.dim[1].dim_value
         padding = read_json(release / TOKENIZER / "tokenizer.json").get("padding")
         if not isinstance(padding, dict) or not length:
-            raise Unsupported(f"{release}: texts have no fixed length", "export it again with this version of r1export")
+            raise Unsupported(
+                f"{release}: the text length is not fixed", "export it again with this version of r1export"
+            )
         client = ClientTokenizer(release)
         ends = {int(row[-1]) for row in client([text * length for text in LONG])}
         end_id = ends.pop() if len(ends) == 1 else None

@@ -1,4 +1,4 @@
-"""All layouts, by the names that the command line takes."""
+"""All layouts by name."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ LAYOUTS: Mapping[str, Layout] = {
 def layout_named(name: str) -> Layout:
     """Raises InputError for a name that is not in the table."""
     if name not in LAYOUTS:
-        raise InputError(f"layout {name!r:.80}: there is none of this name", f"choose {', '.join(LAYOUTS)}")
+        raise InputError(f"unknown layout {name!r:.80}", f"use one of {', '.join(LAYOUTS)}")
     return LAYOUTS[name]

@@ -1,4 +1,4 @@
-"""Write a layout: next to its final name, and renamed when it is whole."""
+"""Write a layout to a temporary folder, and rename it once it is complete."""
 
 from __future__ import annotations
 
@@ -45,6 +45,23 @@ def read_source(release: Path, *, variants: bool) -> ReleaseSource:
     return ReleaseSource(found, {name: ReleaseSource(variant) for name, variant in there.items()})
 
 
+def layout_release(
+    release: Path | str, layout: str, out: Path | str, *, name: str = "", variants: bool = True
+) -> WrittenLayout:
+    """Make `out` the folder in which a client opens `release`; weights are hard-linked where the disk allows it.
+
+    `layout` is one of r1export.layout.table.LAYOUTS, for example "fastembed"; `name` is what the client calls the model,
+    where it has a name for it. A layout that has room for the run's fp16 and int8 releases gets them unless `variants` is False.
+
+    Raises:
+        InputError: `release` is no release, no such layout, `out` exists, or `name` does not fit.
+        CheckFailed: the release is damaged.
+        Unsupported: the layout cannot carry this release; no space, no permission. Nothing half-written is left.
+    """
+    source = read_source(Path(release), variants=variants and layout_named(layout).takes_variants)
+    return write_layout(source, layout, Path(out), name=name)
+
+
 def write_layout(source: ReleaseSource, layout: str, out: Path, *, name: str = "") -> WrittenLayout:
     """Make the folder `out`; `name` is what the client calls the model, where it has a name for it.
 
@@ -63,7 +80,7 @@ def write_layout(source: ReleaseSource, layout: str, out: Path, *, name: str = "
             described.write(folder)
         files = [path for path in out.rglob("*") if path.is_file()]
     except OSError as error:
-        raise refused(error, f"{out} could not be written") from error
+        raise refused(error, f"cannot write {out}") from error
     linked = sum(path.stat().st_size for path in shared_files(out, described) if path.stat().st_nlink > 1)
     added = sum(path.stat().st_size for path in files) - (linked if shared else 0)
     return WrittenLayout(out, described, shared, added, content.notes)
@@ -126,5 +143,5 @@ def check_layout_files(folder: Path) -> LayoutFile:
         check_file(inside(folder, path), sha256)
     for path in layout.paths:
         if not inside(folder, path).is_file():
-            raise Unsupported(f"{folder / path} is missing", f"make the layout again; {LAYOUT} lists it")
+            raise Unsupported(f"{folder / path} is missing", f"recreate the layout; {LAYOUT} lists the file")
     return layout

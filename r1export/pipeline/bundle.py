@@ -1,6 +1,6 @@
-"""Field updates of a run: what a device lacks, signed. The rules are in r1export.update; here they meet the models.
+"""Signed updates of a run for devices. The format and its rules are in r1export.update; this module applies them to a run.
 
-Only what was verified is signed: a release by its report, a version without a task by a verification of its own.
+Only verified releases are signed: a release needs a report, and a version without a task is verified here.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from r1export.verify.golden import manifest_gate
 from r1export.verify.results import Contents, ReleaseReport, Verdict, named_checks
 
 REPORT = "report.json"
-# How many times as far as here the answers of another processor may be off. onnxruntime on aarch64 against x86-64, 18 towers
-# (docs/experiments.md): fp32 1.14; fp16 3.9, as it computes in float16 there and in float32 here; int8 1.00.
+# Allowed growth of the error on another processor. Measured with onnxruntime on aarch64 vs. x86-64, 18 towers
+# (docs/experiments/updates.md): fp32 1.14; fp16 3.9, since aarch64 computes in float16 and x86-64 in float32; int8 1.00.
 ROOM = {"fp32": 1.5, "fp16": 5.0, "int8": 1.02}
 
 
 @dataclass(frozen=True)
 class Order:
-    """The update that somebody wants: which step, on which terms, signed with which keys.
+    """A requested update: from which release to which, its conditions, and the signing keys.
 
-    `accept_inconclusive`: a release whose verification decided not everything may be signed all the same.
+    `accept_inconclusive` allows signing a release whose verification is inconclusive.
     """
 
     step: Step
@@ -52,24 +52,24 @@ class Order:
 
 @dataclass(frozen=True)
 class Published:
-    """An update as written, and what was inconclusive in the verification of its release."""
+    """The written update, and the inconclusive checks of its release that were accepted."""
 
     bundle: Bundle
     accepted: tuple[str, ...]
 
 
 def write_bundle(context: RunContext, order: Order, out: Path, *, overwrite: bool = False) -> Published:
-    """Write to `out` what a device lacks to take a step between two releases of the run, if its target was verified.
+    """Write an update between two releases of the run to `out`, if the target release is verified.
 
     Raises:
         InputError: `out` exists, the report cannot be read, and what `make_bundle` raises.
-        CheckFailed: there is no report, it is about other files, is not of a verification of the run, or says fail; a
-            version without a task does not pass; or a device's health check would refuse the version.
-        Inconclusive: the report says so, and the order does not accept that.
-        Unsupported: this machine does not add as devices do.
+        CheckFailed: there is no report, it is about other files, it is not from a verification of the run, or its verdict
+            is fail; a version without a task does not pass; or a device's health check would reject the version.
+        Inconclusive: the report's verdict is inconclusive and `accept_inconclusive` is not set.
+        Unsupported: this machine's arithmetic differs from that of devices.
     """
     if out.exists() and not overwrite:
-        raise InputError(f"{out} exists", "choose another name, or overwrite it on purpose")
+        raise InputError(f"{out} exists", "choose another name, or use --overwrite")
     step = order.step
     known_answers_hold_in_fresh_process()
     delivery = plan_delivery(context.run.path, step)
@@ -87,34 +87,34 @@ def write_bundle(context: RunContext, order: Order, out: Path, *, overwrite: boo
 
 
 def _read_report(run: Path, release: Release) -> ReleaseReport:
-    """The report of a verification of the run about exactly the files of `release`. Raises as `write_bundle`."""
+    """The report on exactly the files of `release`, from a verification of the run. Raises as `write_bundle`."""
     path, remedy = release.path / REPORT, f"verify it first: r1export verify {run}"
     if not path.is_file():
         raise CheckFailed(f"{release.path} has no {REPORT}", remedy)
     report = read_report(path, remedy)
     if not isinstance(report, ReleaseReport) or report.release.manifest_sha256 != release.manifest_sha256:
-        raise CheckFailed(f"{path} is about another release", remedy)
+        raise CheckFailed(f"{path} is the report of another release", remedy)
     try:
         check_fresh(report, release.path)
     except CheckFailed as error:
         raise CheckFailed(error.message, remedy) from error
-    compared = (report.contents.weights, report.parity.total)  # a release alone knows nothing of its training
+    compared = (report.contents.weights, report.parity.total)  # a release alone can't be compared with what was trained
     if release.manifest.updates and Verdict.NOT_APPLICABLE in {check.verdict for check in compared}:
-        raise CheckFailed(f"{path} is of a verification of the release alone, not of its run", remedy)
+        raise CheckFailed(f"{path} is from a verification of the release alone, not of its run", remedy)
     return report
 
 
 def _accepted(report: ReleaseReport, order: Order) -> tuple[str, ...]:
-    """What was inconclusive and is accepted. Raises CheckFailed, Inconclusive if the report forbids to sign."""
+    """The inconclusive checks that are accepted. Raises CheckFailed or Inconclusive if the release must not be signed."""
     reasons = "; ".join(report.reasons)
     if report.verdict is Verdict.FAIL:
-        raise CheckFailed(f"{report.name} failed its verification: {reasons}", "repair it and verify the run again")
+        raise CheckFailed(f"{report.name} failed its verification: {reasons}", "fix the cause and verify the run again")
     if report.verdict is Verdict.PASS:
         return ()
     if not order.accept_inconclusive:
         raise Inconclusive(
             f"the verification of {report.name} is inconclusive: {reasons}",
-            "verify the run again, or sign it all the same with --accept-inconclusive",
+            "verify the run again, or sign it anyway with --accept-inconclusive",
         )
     return report.reasons
 
@@ -128,13 +128,13 @@ def _check_passes(release: Release, contents: Contents) -> None:
 
 
 def _strict_limits(manifest: ReleaseManifest) -> GoldenGate:
-    """What devices may differ by: the limits of the release, or those of its precision where they are stricter."""
+    """The tolerances of devices: those of the release, or of its precision where that is stricter."""
     gate = manifest_gate(manifest)
     return GoldenGate(gate.max_abs, gate.min_cosine)
 
 
 def _check_on_a_device(release: Release, limits: GoldenGate, min_agreement: float) -> None:
-    """Raises CheckFailed if the health check of a device would refuse the release, also one of another processor."""
+    """Raises CheckFailed if the health check of a device, possibly with another processor, would reject the release."""
     room = ROOM[release.manifest.precision]
     own = Health(
         limits.max_abs / room, 1 - (1 - limits.min_cosine) / room**2, min_agreement
@@ -143,8 +143,8 @@ def _check_on_a_device(release: Release, limits: GoldenGate, min_agreement: floa
         check_health(Version(release.path, release, files_there=True), own)
     except CheckFailed as error:
         raise CheckFailed(
-            f"devices would refuse {release.manifest.name}: {error.message}",
-            "ship another precision, or see why its answers differ from those of the trained model",
+            f"devices would reject {release.manifest.name}: {error.message}",
+            "ship another precision, or find out why its outputs differ from the trained model's",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What all steps of a run work on: the run folder, the base model and the tasks, loaded when first used."""
+"""The state that all steps of a run share: the run folder, the base model and the tasks, loaded on first use."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ Track = Callable[..., None]
 
 
 class Progress(Protocol):
-    """Reports how far a command has come."""
+    """Reports the progress of a command."""
 
     def step(self, title: str) -> None:
-        """A new step begins."""
+        """Begin a new step."""
 
     def track(self, title: str, total: int) -> AbstractContextManager[Track]:
-        """A bar: the block calls `advance(note="")` once per unit of work."""
+        """A progress bar: the block calls `advance(note="")` once per unit of work."""
 
 
 class NoProgress:
@@ -61,7 +61,7 @@ class NoProgress:
 
 @dataclass(frozen=True)
 class Learner:
-    """A model and the images that it takes: `trains` of each task and `tests`, the probe's included, by name."""
+    """A model and its input images by task name: `trains` of each task, `tests` of each task and the probe."""
 
     clip: Clip
     trains: Mapping[str, Images]
@@ -70,7 +70,7 @@ class Learner:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What all steps work on: the run, its base model and its tasks, loaded when first used."""
+    """A run, its base model and its tasks, loaded on first use."""
 
     run: RunFolder
     recipe: Recipe
@@ -79,7 +79,7 @@ class RunContext:
 
     @cached_property
     def clip(self) -> Clip:
-        """The base model; steps that change its weights put them back."""
+        """The base model; steps that change its weights restore them."""
         self.progress.step("Loading the base model")
         clip = load_base(self.recipe, self.device)
         for note in clip.notes:
@@ -87,7 +87,7 @@ class RunContext:
         return clip
 
     def original(self) -> Clip:
-        """The base model as it was before its image tower was brought into its deployed form."""
+        """The base model before its image tower was converted to its deployed form."""
         return load_base(self.recipe, self.device, deployed=False)
 
     @cached_property
@@ -101,7 +101,7 @@ class RunContext:
 
     @cached_property
     def tokenizer_files(self) -> dict[str, bytes]:
-        """What a release has in its tokenizer folder, by name."""
+        """The tokenizer files of a release, by name."""
         with TemporaryDirectory() as folder:
             write_tokenizer(self.clip.tokenizer, Path(folder) / "tokenizer")
             return {path.name: path.read_bytes() for path in (Path(folder) / "tokenizer").iterdir()}
@@ -125,14 +125,14 @@ class RunContext:
 
     @cached_property
     def trains(self) -> dict[str, Pixels]:
-        """Decoded training images by task name, cropped at random if the recipe says so: once each where there are few."""
+        """Decoded training images by task name, randomly cropped if the recipe sets data.augment."""
         data, seed = self.recipe.data, self.recipe.train.seed
         augment = RandomCrop(seed, anew=not data.shots) if data.augment == "crop" else None
         return {task.name: Pixels(task.train, self.clip.preprocess, augment=augment) for task in self.tasks}
 
     @cached_property
     def learner(self) -> Learner:
-        """The model and the images as training and its accuracies see them: without what no expert changes."""
+        """The model and images for training and evaluation, starting at the first block with experts."""
         clip, recipe = self.clip, self.recipe
         experts = recipe.train.method == "experts"
         start = frozen_start(clip, pool_settings(recipe.pool)) if experts else None
@@ -145,16 +145,16 @@ class RunContext:
         return Learner(late_clip(clip, start), trains, tests)
 
     def task_layout(self, number: int) -> TaskLayout:
-        """Where task `number`, counted from 1, keeps its files."""
+        """The folder of task `number`, counted from 1."""
         return self.run.task(number, self.recipe.stream[number - 1].name)
 
     def merged(self, updates: Sequence[ExpertUpdate]) -> dict[str, np.ndarray]:
-        """All parameters after `updates`, always from the base."""
+        """All parameters after `updates`, always computed from the base."""
         return self.base | ExpertUpdate.stack(updates).apply(self.base)
 
     @contextmanager
     def with_updates_applied(self, updates: Sequence[ExpertUpdate]) -> Iterator[dict[str, np.ndarray]]:
-        """Within it `updates` are merged into `clip`; yields all parameters. Afterwards, also after an error, it is the base again."""
+        """Merge `updates` into `clip` and yield all parameters; restore the base afterwards, also after an error."""
         merged = self.merged(updates)
         self.clip.load_(merged)
         try:
@@ -182,9 +182,9 @@ class RunContext:
         return replace(task, train=train, test=test)
 
     def _without_broken(self, task: Task, request: Request) -> Task:
-        """The task without the pictures that cannot be read, which are noted. All of them are decoded once for that."""
+        """The task without its unreadable images, which are listed in its notes. Decodes all images once."""
         with self.progress.track(
-            f"{task.name}: looking for broken images", len(task.train) + len(task.test)
+            f"{task.name}: checking for broken images", len(task.train) + len(task.test)
         ) as advance:
             (train, bad_train), (test, bad_test) = (readable(images, advance) for images in (task.train, task.test))
         task = replace(task, train=train, test=test, notes=(*task.notes, *bad_train, *bad_test))
@@ -193,12 +193,12 @@ class RunContext:
 
 
 def load_base(recipe: Recipe, device: str = "cpu", *, deployed: bool = True) -> Clip:
-    """The base model that a recipe names, its image tower in the form in which it is `deployed` or as it is stored."""
+    """The base model of a recipe, with its image tower in its `deployed` form or as stored."""
     base = recipe.base
     if base.model.startswith("builtin:"):
         name = base.model.removeprefix("builtin:")
         if name not in BUILTIN_MODELS:
-            raise InputError(f"base.model: no builtin model {name!r}", f"known: {', '.join(BUILTIN_MODELS)}")
+            raise InputError(f"base.model: unknown built-in model {name!r}", f"known: {', '.join(BUILTIN_MODELS)}")
         files = BUILTIN_MODELS[name]
         return load_clip(
             weights=files.weights, config=files.config, preprocess=OPENAI, device=device, deployed=deployed
@@ -223,22 +223,22 @@ def _optional_path(value: str) -> Path | None:
 
 
 def _expanded_model(model: str) -> str:
-    """With the home folder and variables of a `local-dir:` filled in."""
+    """The model name with `~` and variables of a `local-dir:` path expanded."""
     scheme, colon, folder = model.partition(":")
     return f"{scheme}:{expand_path(folder)}" if colon and scheme == "local-dir" else model
 
 
 def choose_device(wanted: str) -> str:
-    """`auto` is cuda where there is one. Raises Unsupported for a cuda that is not there."""
+    """`auto` is cuda if available. Raises Unsupported if cuda is requested and not available."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise Unsupported("this machine has no usable CUDA device", "use --device cpu")
+        raise Unsupported("no usable CUDA device", "use --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
 def check_inputs(context: RunContext) -> None:
-    """Load the model and the tasks, try the pools and decode the images, so that bad input is reported before anything is written.
+    """Load the model and the tasks, inject the pools and decode the images, to report bad input before anything is written.
 
-    Sets that are too large to be kept in memory are decoded while they are used.
+    Image sets that don't fit in memory are decoded on use.
     """
     inject_pools_(context.clip, context.recipe)
     eject_experts_(context.clip.model)
@@ -262,7 +262,7 @@ def check_inputs(context: RunContext) -> None:
 
 
 def inputs_of(context: RunContext) -> tuple[TaskInputs, ...]:
-    """What is known of the pictures of every task, the probe last, from those decoded so far."""
+    """What is known about the images of every task, the probe last, from those decoded so far."""
     return tuple(
         _inputs(task, [sets[task.name] for sets in (context.trains, context.tests) if task.name in sets])
         for task in (*context.tasks, *((context.probe,) if context.probe else ()))
@@ -281,15 +281,15 @@ def _inputs(task: Task, sets: Sequence[Pixels]) -> TaskInputs:
 
 
 def inject_pools_(clip: Clip, recipe: Recipe) -> Pools:
-    """Pools for the linears of `clip.model`, as the recipe says."""
+    """Inject the pools of the recipe into `clip.model`."""
     return inject_experts_(clip.model, pool_settings(recipe.pool))
 
 
 def pool_settings(pool: Pool) -> PoolSettings:
-    """The part of a recipe that decides about the pools; `factors` and `past` decide about what is packed and kept apart."""
+    """The pool settings of a recipe."""
     return PoolSettings(**pool.model_dump(exclude={"factors", "past"}))
 
 
 def train_settings(train: Train) -> TrainSettings:
-    """The part of a recipe that decides about the optimisation."""
+    """The training settings of a recipe."""
     return TrainSettings(**train.model_dump(include={field.name for field in fields(TrainSettings)}))

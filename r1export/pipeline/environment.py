@@ -1,4 +1,4 @@
-"""Which versions, on which machine, when: what a report has to say about where it was made."""
+"""The environment section of a report: versions, machine, time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(providers: Sequence[str]) -> Environment:
-    """Versions and the machine, for the report of a verification on `providers`."""
+    """The environment of a verification on `providers`."""
     return Environment(
         r1export=__version__,
         **versions(),
@@ -43,23 +43,23 @@ def environment(providers: Sequence[str]) -> Environment:
 
 
 def absent(provider: str) -> str:
-    """Why a provider cannot be used on this machine; empty if it can."""
+    """Why a provider is not available on this machine; empty if it is."""
     if provider == "openvino" and not openvino_runtime.installed():
         return "not installed"
     if provider in ("cuda", "tensorrt"):
         if not torch.cuda.is_available():
             return "no device"
         if PROVIDERS[provider].name not in onnxruntime.get_available_providers():
-            return "this onnxruntime was built without it"
+            return "not in this build of onnxruntime"
     return ""
 
 
 def runtimes(measured: Sequence[str]) -> dict[str, str]:
-    """Of every runtime that r1export knows: measured, or why not."""
+    """For every runtime that r1export supports: "measured", or why it was not."""
     return {
         provider.label: "measured"
         if name in measured
-        else f"not measured, {absent(name) or f'not asked for (--provider {name})'}"
+        else f"not measured, {absent(name) or f'not requested (--provider {name})'}"
         for name, provider in PROVIDERS.items()
     }
 

@@ -1,4 +1,4 @@
-"""Write releases: the graphs once, then for the base and after every task one folder that can be deployed."""
+"""Write releases: export the graphs once, then write one deployable folder for the base and after every task."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from r1export.verify.runtimes.runtime import open_session, runner
 
 
 def export_releases(context: RunContext, *, overwrite: bool = False, audit: bool = False) -> list[Path]:
-    """Write the graphs and releases that are not there, in every precision of the recipe; returns the release folders.
+    """Write the missing graphs and releases in every precision of the recipe; returns the release folders.
 
-    With `audit` the merged model of the last release is exported again and compared with it, node by node and byte by byte.
+    With `audit` the merged model of the last release is re-exported and compared with it, node by node and byte by byte.
 
     Raises CheckFailed if the audit finds a difference.
     """
@@ -50,7 +50,7 @@ def export_releases(context: RunContext, *, overwrite: bool = False, audit: bool
         for precision in ("fp32", *recipe.export.variants):
             variant = Variant(context, precision)
             if not variant.exports.graphs.exists():
-                context.progress.step(f"Exporting the graphs in {precision}, once")
+                context.progress.step(f"Exporting the {precision} graphs (once)")
                 with new_folder(variant.exports.graphs) as folder:
                     _write_graphs(variant, folder)
             releases += _write_releases(variant, updates, prompts)
@@ -64,7 +64,9 @@ def _write_graphs(variant: Variant, folder: Path) -> None:
     if variant.precision == FP32:
         opset, preprocess = context.recipe.export.opset, context.clip.preprocess
         export_graphs(context.clip.model, preprocess.size, _context_length(context), folder, opset=opset)
-        with suppress(Unsupported):  # some preprocessing has no faithful graph: preprocess.json alone describes it
+        with suppress(
+            Unsupported
+        ):  # some preprocessing can't be expressed exactly as a graph; preprocess.json describes it
             write_preprocess(preprocess.to_json(), folder / PREPROCESS_GRAPH, opset=opset)
         return
     WRITERS[variant.precision](source, folder)
@@ -77,7 +79,7 @@ def _write_graphs(variant: Variant, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Texts:
-    """What a text tower makes of the class lists of all tasks, each (C, D), and of the golden prompts (n, D)."""
+    """Text embeddings: of the class lists of all tasks, each (C, D), and of the golden prompts (n, D)."""
 
     classes: tuple[np.ndarray, ...]
     golden: np.ndarray
@@ -95,7 +97,7 @@ class _Prompts:
         return golden_inputs(self.context)
 
     def encoded(self) -> _Texts:
-        """By the model as it is now, with some of the updates applied."""
+        """By the model with its current updates."""
         changes = any(not name.startswith("visual.") for update in self.updates for name in update.parameters)
         return self._encode() if changes else self._of_all
 
@@ -111,7 +113,7 @@ class _Prompts:
 
 def _write_releases(variant: Variant, updates: list[ExpertUpdate], prompts: _Prompts) -> list[Path]:
     context, releases = variant.context, variant.releases[: len(updates) + 1]
-    with context.progress.track(f"Writing releases in {variant.precision}", len(releases)) as advance:
+    with context.progress.track(f"Writing {variant.precision} releases", len(releases)) as advance:
         for number, path in enumerate(releases):
             if not path.exists():
                 with context.with_updates_applied(updates[:number]) as merged:
@@ -122,7 +124,7 @@ def _write_releases(variant: Variant, updates: list[ExpertUpdate], prompts: _Pro
 
 def _audit(context: RunContext, updates: list[ExpertUpdate]) -> None:
     last = Variant(context, FP32).releases[len(updates)]
-    context.progress.step(f"Exporting {last.name} again to compare")
+    context.progress.step(f"Re-exporting {last.name} for the audit")
     size, opset = context.clip.preprocess.size, context.recipe.export.opset
     with context.with_updates_applied(updates):
         audit_reexport(context.clip.model, size, _context_length(context), last, opset=opset)
@@ -133,7 +135,7 @@ def _context_length(context: RunContext) -> int:
 
 
 def _content(variant: Variant, number: int, prompts: _Prompts, merged: dict[str, np.ndarray]) -> ReleaseContent:
-    """What release `number` of a run holds; `merged` are the model's parameters, and it computes with them now."""
+    """The content of release `number`; the model currently computes with the parameters `merged`."""
     context, clip = variant.context, variant.context.clip
     trained, texts, updates = context.recipe.stream[:number], prompts.encoded(), prompts.updates
     tasks = tuple(
@@ -165,7 +167,7 @@ def _content(variant: Variant, number: int, prompts: _Prompts, merged: dict[str,
 
 
 def _accuracies(context: RunContext, folder: Path, tasks: tuple[TaskClasses, ...]) -> dict[str, float]:
-    """Top-1 of a release's own image tower in onnxruntime, on all test images of every task."""
+    """Top-1 accuracy of a release's image tower in onnxruntime, on all test images of every task."""
     run = runner(open_session(folder / VISUAL.graph))
     union = all_classes(context.clip, context.tasks) if context.recipe.data.candidates == "all" else None
     accuracies = {}

@@ -1,4 +1,4 @@
-"""The golden samples of a release: which pictures and prompts they are follows from the tasks alone."""
+"""The golden samples of a release. Which images and prompts they are depends only on the tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from r1export.pipeline.context import RunContext
 from r1export.update.golden_samples import PICTURES, SAMPLES, GoldenSamples
 
-ODD_PROMPTS = (  # what people type: other scripts, signs and capitals, and more than a tower takes
+ODD_PROMPTS = (  # other scripts, symbols, capitals, and more tokens than a tower takes
     "ein Foto von einem Käfer auf 花卉 🐞",
     "A PHOTO,  of “two” CATS & 3 dogs!",
     "a very long prompt " * 40,
@@ -21,7 +21,7 @@ ODD_PROMPTS = (  # what people type: other scripts, signs and capitals, and more
 
 @dataclass(frozen=True)
 class GoldenInputs:
-    """`pixels`, uint8 (n, 3, H, W), cropped; `tokens` (n, L); the pictures and prompts that they are made of."""
+    """`pixels`, uint8 (n, 3, H, W), cropped; `tokens` (n, L); the images and prompts they are computed from."""
 
     pixels: Tensor
     tokens: Tensor
@@ -30,7 +30,7 @@ class GoldenInputs:
 
 
 def golden_inputs(context: RunContext) -> GoldenInputs:
-    """Test images of all tasks in turn, prompts of their classes and odd ones."""
+    """Test images of all tasks in turn, prompts of their classes and unusual prompts."""
     clip, tasks = context.clip, context.tasks
     picks = [(tasks[i % len(tasks)], i // len(tasks)) for i in range(SAMPLES)]
     pictures = tuple(
@@ -45,14 +45,14 @@ def golden_inputs(context: RunContext) -> GoldenInputs:
 
 @torch.inference_mode()
 def golden_texts(context: RunContext, inputs: GoldenInputs) -> np.ndarray:
-    """What the text tower of the run makes of the prompts with the updates that are applied to it now: float32 (n, D)."""
+    """Embeddings of the prompts by the text tower with its current updates: float32 (n, D)."""
     embeds: np.ndarray = context.clip.encode_text(inputs.tokens).float().cpu().numpy()
     return embeds
 
 
 @torch.inference_mode()
 def golden_samples(context: RunContext, inputs: GoldenInputs, text_embeds: np.ndarray) -> GoldenSamples:
-    """The inputs, what the image tower makes of them with the updates that are applied to it now, and `text_embeds` (n, D)."""
+    """The inputs, image embeddings by the model with its current updates, and `text_embeds` (n, D)."""
     clip = context.clip
     return GoldenSamples(
         clip.preprocess.normalize(inputs.pixels).numpy(),
@@ -65,12 +65,12 @@ def golden_samples(context: RunContext, inputs: GoldenInputs, text_embeds: np.nd
 
 
 def _picture(image: Image.Image, turn: int) -> np.ndarray:
-    """An image as a client may have it, uint8 (h, w, 3): as it is, as an enlarged landscape, and as the same held upright.
+    """An image as a client may have it, uint8 (h, w, 3): as it is, enlarged in landscape format, or in portrait format.
 
-    So that resizing and cropping are tried, whatever the sizes of the images of a task. The last is what a client sees of a
-    photograph once its EXIF orientation is applied.
+    This covers resizing and cropping whatever the image sizes of a task. The last one is a photo after its EXIF
+    orientation is applied.
     """
-    rgb = image.convert("RGB")  # with data.decode = "open_clip" images come as they are stored
+    rgb = image.convert("RGB")  # with data.decode = "open_clip" images keep their stored mode
     if not turn:
         return np.array(rgb, np.uint8)
     side = max(image.size) * 5 // 3

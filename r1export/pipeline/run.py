@@ -1,4 +1,4 @@
-"""One run in one call: open it, then train, export and verify."""
+"""A complete run in one call: train, export and verify."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ def run(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> RunReport | None:
-    """Train the tasks of `recipe`, write a release after each task, verify all of them, and return the report.
+    """Train the tasks of `recipe`, write a release after each, verify all of them, and return the report.
 
     `device` is "auto", "cpu" or "cuda"; `resume` continues the run in `out`, `overwrite` deletes it first. The report's
-    `verdict` is "pass", "fail" or "inconclusive". Among several processes of torchrun the first one exports and verifies;
-    the others return None.
+    `verdict` is "pass", "fail" or "inconclusive". Under torchrun, rank 0 exports and verifies; the other ranks return None.
 
     Raises:
-        InputError: bad input, found before anything is written.
-        Unsupported: this environment lacks what the recipe needs.
+        InputError: bad input, reported before anything is written.
+        Unsupported: the environment doesn't support what the recipe needs.
     """
     with open_run_context(
         recipe, Path(out), device=device, resume=resume, overwrite=overwrite, progress=progress
@@ -43,9 +42,9 @@ def run(
 
 
 def run_steps(context: RunContext) -> RunReport | None:
-    """Train, export and verify what is not yet done, and return the report; None in processes that only help to train.
+    """Do the remaining training, export and verification, and return the report; None in other ranks than 0.
 
-    Raises Unsupported, before anything is trained, where there will be nothing to verify against.
+    Raises Unsupported before training if the run could not be verified.
     """
     if context.recipe.train.method == "full":
         raise Unsupported("full fine-tuning has no unmerged model to verify against", "use it with r1export train")
@@ -66,15 +65,13 @@ def open_run_context(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[RunContext]:
-    """A run in `out`, new or resumed, with its input loaded and looked at; no other command works on it meanwhile.
+    """Open a new or resumed run in `out`, locked, with its input loaded and checked.
 
     Raises as `run` does.
     """
     check_run(out, recipe, resume=resume, overwrite=overwrite)
     context = RunContext(RunFolder(out), recipe, choose_device(device), progress or NoProgress())
-    distributed.start(
-        context.device
-    )  # waits for the other processes of torchrun: none may see the run that the first one writes
+    distributed.start(context.device)  # waits for the other ranks: none may see the run that rank 0 writes
     check_inputs(context)
     if distributed.is_first():
         open_run(out, recipe, resume=resume, overwrite=overwrite)
@@ -85,7 +82,7 @@ def open_run_context(
 
 @contextmanager
 def reopen_run_context(path: Path, *, device: str = "auto", progress: Progress | None = None) -> Iterator[RunContext]:
-    """The run in the folder `path`; no other command works on it meanwhile. Raises InputError if there is none, or another does."""
+    """Open the run in the folder `path`, locked. Raises InputError if there is none, or another command works on it."""
     run = RunFolder(path)
     recipe = run.recipe()
     with run.lock():

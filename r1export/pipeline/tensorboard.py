@@ -1,4 +1,4 @@
-"""TensorBoard, for those who ask for it: an extra that nothing else needs."""
+"""Optional TensorBoard logging."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from r1export.pipeline.context import RunContext
 
 @contextmanager
 def step_log(context: RunContext, number: int) -> Iterator[Callable[[TrainStep], None]]:
-    """Logs each step of task `number`, or does nothing. Raises Unsupported if TensorBoard is asked for and not installed."""
+    """Log each step of task `number`, or do nothing. Raises Unsupported if TensorBoard is enabled and not installed."""
     if not _logs(context):
         yield lambda step: None
         return
@@ -31,7 +31,7 @@ def step_log(context: RunContext, number: int) -> Iterator[Callable[[TrainStep],
 
 
 def log_accuracies(context: RunContext, number: int, accuracies: Mapping[str, float]) -> None:
-    """Logs the accuracy on every task after task `number`, or does nothing."""
+    """Log the accuracy on every task after task `number`, or do nothing."""
     if _logs(context):
         with _writer(context) as board:
             for name, value in accuracies.items():
@@ -47,6 +47,6 @@ def _writer(context: RunContext) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise Unsupported(
-            "tensorboard is not installed", "pip install 'r1export[tensorboard]', or leave train.tensorboard out"
+            "tensorboard is not installed", "pip install 'r1export[tensorboard]', or remove train.tensorboard"
         ) from None
     return SummaryWriter(str(context.run.tensorboard))

@@ -1,4 +1,4 @@
-"""Train the tasks one after another: zero-shot, then for each task train, pack, merge and evaluate."""
+"""Train the tasks in sequence: measure zero-shot, then for each task train, pack, merge and evaluate."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ from r1export.update.release_manifest import BaseModel
 from r1export.update.run_layout import TaskLayout
 from r1export.verify.results import Probe
 
-OWN_IMAGES = 256  # how many of a task's images show what it gives to the model before it
+OWN_IMAGES = 256  # images of a task for train.protect_own
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
 
 def train_tasks(context: RunContext) -> RunMetrics:
-    """Train every task that is not trained yet and return what metrics.json says. Continues where an earlier run stopped."""
+    """Train the remaining tasks and return the content of metrics.json."""
     run, recipe = context.run, context.recipe
     with refused_writes(run.path):
         _write_run_json(context)
@@ -66,7 +66,7 @@ def train_tasks(context: RunContext) -> RunMetrics:
                     _train_task(context, number, task, updates, folder)
             distributed.wait()
             updates.append(ExpertUpdate.read(folder.factors))
-            # What was measured needs no merge: else going on with task N would merge N^2 / 2 times.
+            # Measured accuracies need no merge: otherwise resuming at task N would merge N^2 / 2 times.
             merged = nullcontext() if folder.accuracy.exists() else context.with_updates_applied(updates)
             with merged:
                 rows.append(_cached_accuracies(context, folder.accuracy, f"After {task.name}"))
@@ -79,7 +79,7 @@ def train_tasks(context: RunContext) -> RunMetrics:
 
 
 def _cached_accuracies(context: RunContext, path: Path, title: str) -> dict[str, float]:
-    """The accuracies of the model as it stands, from `path` if they were measured before."""
+    """The accuracies of the current model, from `path` if they were measured before."""
     if not path.exists() and distributed.is_first():
         write_json(path, _evaluate(context, title))
     distributed.wait()
@@ -87,7 +87,7 @@ def _cached_accuracies(context: RunContext, path: Path, title: str) -> dict[str,
     accuracies, probe = read_value(dict[str, Share], path, remedy), context.recipe.probe
     names = [task.name for task in (*context.recipe.stream, *((probe,) if probe else ()))]
     if missing := [name for name in names if name not in accuracies]:
-        raise InputError(f"{path}: damaged: no accuracy of {', '.join(missing)}", remedy)
+        raise InputError(f"{path}: corrupted: no accuracy for {', '.join(missing)}", remedy)
     return accuracies
 
 
@@ -95,14 +95,14 @@ def _write_run_json(context: RunContext) -> None:
     path = context.run.run_json
     source = context.recipe.base
     terms = "Apache-2.0" if source.model.startswith("builtin:") else licence(source.pretrained)
-    local = source.model.startswith("local-dir:")  # whose path is of this machine
+    local = source.model.startswith("local-dir:")  # whose path depends on the machine
     base = BaseModel(context.clip.name if local else source.model or context.clip.name, digest(context.base), terms)
     if path.exists():
         stored = context.run.base()
         if (stored.name, stored.sha256, stored.licence) != (base.name, base.sha256, base.licence):
             raise InputError(
-                f"{path}: the run was started from another base model",
-                "give back the weights it was started with, or --overwrite",
+                f"{path}: the run was started with another base model",
+                "restore the original weights, or use --overwrite",
             )
     elif distributed.is_first():
         record = RunRecord(__version__, context.recipe.train.seed, _with_form(base, context), versions(), now())
@@ -110,7 +110,7 @@ def _write_run_json(context: RunContext) -> None:
 
 
 def _with_form(base: BaseModel, context: RunContext) -> BaseModel:
-    """`base` with what its deployed form changed: the difference is that of the embeddings of test images of all tasks."""
+    """`base` with the effect of its deployed form: the max. difference of the embeddings of test images of all tasks."""
     clip = context.clip
     if not clip.deployed_form:
         return base
@@ -118,7 +118,7 @@ def _with_form(base: BaseModel, context: RunContext) -> BaseModel:
     with torch.inference_mode():
         difference = float((original.encode_image(pixels) - clip.encode_image(pixels)).abs().max())
     context.progress.step(
-        f"Folded the image tower into its deployed form: embeddings differ by at most {difference:.1e}"
+        f"Converted the image tower to its deployed form: embeddings differ by at most {difference:.1e}"
     )
     return replace(
         base,
@@ -129,7 +129,7 @@ def _with_form(base: BaseModel, context: RunContext) -> BaseModel:
 
 
 def _evaluate(context: RunContext, title: str) -> dict[str, float]:
-    """Accuracy of the model as it stands on every task and the probe, by name."""
+    """Accuracy of the current model on every task and the probe, by name."""
     tasks = (*context.tasks, *((context.probe,) if context.probe else ()))
     learner = context.learner
     union = all_classes(learner.clip, context.tasks) if context.recipe.data.candidates == "all" else None
@@ -144,7 +144,7 @@ def _evaluate(context: RunContext, title: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TaskJob:
-    """One task to train: the updates of `earlier` tasks, its own folder, and the callback of every step."""
+    """One task to train: the updates of `earlier` tasks, its folder, and the callback of every step."""
 
     context: RunContext
     training: TrainingTask
@@ -155,7 +155,7 @@ class TaskJob:
 
 @dataclass(frozen=True)
 class _Trained:
-    """The loss of every step, what to merge, and how many parameters were trained."""
+    """The loss of every step, the update to merge, and the number of trained parameters."""
 
     losses: list[float]
     update: ExpertUpdate
@@ -210,7 +210,7 @@ def _train_experts(job: TaskJob) -> _Trained:
 
 
 def _set_past_(job: TaskJob, pools: Pools) -> None:
-    """The experts of earlier tasks that the orthogonality loss keeps new ones off."""
+    """The experts of earlier tasks that the orthogonality loss uses."""
     if not job.earlier:
         return
     if job.context.recipe.pool.past == "merged":
@@ -221,7 +221,7 @@ def _set_past_(job: TaskJob, pools: Pools) -> None:
 
 
 def _leave_spans_(job: TaskJob, pools: Pools) -> list[Span]:
-    """Keep the experts off what earlier tasks' inputs span, which is returned, and off the task's own as the recipe says."""
+    """Exclude the span of earlier tasks' inputs from the experts' inputs, and of the task's own. Returns the earlier span."""
     settings, training = job.context.recipe.train, job.training
     earlier = _earlier_spans(job, pools) if settings.protect else []
     set_spans_(pools, earlier)
@@ -237,7 +237,7 @@ def _leave_spans_(job: TaskJob, pools: Pools) -> list[Span]:
 
 
 def _earlier_spans(job: TaskJob, pools: Pools) -> list[Span]:
-    """What the inputs of every earlier task added to the span."""
+    """The directions that every earlier task added to the span."""
     files = [job.context.task_layout(number).directions for number in range(1, job.training.number)]
     return [parse_span(read_tensors(file), pools, str(file)) for file in files]
 

@@ -1,4 +1,4 @@
-"""A run in one precision: where its graphs and releases lie, what its weights are, and the gates it has to pass."""
+"""A run in one precision: its graphs, releases, weights and tolerances."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from r1export.update.release_manifest import GoldenGate
 from r1export.update.run_layout import FP32, VariantLayout
 from r1export.verify.parity import GATES, Gate
 
-REFERENCE = FP32  # as trained: the precision that the others are compared with
+REFERENCE = FP32  # the trained precision, which the others are compared with
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class Variant:
 
     @classmethod
     def all_of(cls, context: RunContext) -> tuple[Variant, ...]:
-        """The variants of a run as its recipe names them, fp32 first."""
+        """The variants of a run's recipe, fp32 first."""
         return tuple(cls(context, precision) for precision in (REFERENCE, *context.recipe.export.variants))
 
     @property
     def is_reference(self) -> bool:
-        """Whether this is the run as trained."""
+        """Whether this is the fp32 variant."""
         return self.precision == REFERENCE
 
     @property
     def reference(self) -> Variant:
-        """The same run as trained."""
+        """The fp32 variant of the same run."""
         return Variant(self.context, REFERENCE)
 
     @property
@@ -50,24 +50,24 @@ class Variant:
 
     @property
     def releases(self) -> list[Path]:
-        """The base's release and that of each task, whether they exist yet or not."""
+        """The release of the base and of each task, whether they exist yet or not."""
         return self.exports.releases([task.name for task in self.context.recipe.stream])
 
     @property
     def procedure(self) -> str:
-        """Name of the arithmetic that merges updates in this precision."""
+        """The merge procedure of this precision."""
         return PROCEDURES[self.precision]
 
     @property
     def gate(self) -> Gate:
-        """fp32 by the recipe, where that is stricter; a coarser precision by what its base loses, with a ceiling of its own."""
+        """The gate of fp32, or the recipe's where that is stricter; other precisions are calibrated on their base, up to a limit."""
         settings = self.context.recipe.verify
         gate = GATES[self.precision]
         return gate.no_laxer_than(settings.max_abs, settings.min_cosine) if self.is_reference else gate
 
     @property
     def tolerance(self) -> GoldenGate:
-        """What a device may differ by from the golden samples."""
+        """The tolerance of devices on the golden samples."""
         return GoldenGate(self.gate.max_abs, self.gate.min_cosine)
 
     def release(self, number: int, updates: Sequence[ExpertUpdate] = ()) -> ReleaseRef:
@@ -76,14 +76,14 @@ class Variant:
         return ReleaseRef(self, number, self.context.tasks[max(0, number - 1)], tuple(updates[:number]), path)
 
     def tensors(self, updates: Sequence[ExpertUpdate]) -> dict[str, np.ndarray]:
-        """All that the weights files of the version after `updates` hold. Raises InputError if the graphs are not there."""
+        """The tensors in the weights files after `updates`. Raises InputError if the graphs are missing."""
         if self.is_reference:
             return self.context.merged(updates)
         return version_tensors(self.context.base, updates, self.weight_map, self._ranges)
 
     @cached_property
     def weight_map(self) -> WeightMap:
-        """Where each parameter lies in the weights files. Raises InputError if the graphs are not there."""
+        """The location of each parameter in the weights files. Raises InputError if the graphs are missing."""
         return WeightMap.read(self.exports.weight_map)
 
     @cached_property
@@ -96,7 +96,7 @@ class Variant:
 class ReleaseRef:
     """One release of a run in one precision.
 
-    `task` is the one learned last, on whose inputs the release is compared; for the base it is the first of the run.
+    `task` is the last learned task, whose inputs are used to compare the release; for the base, the first task.
     """
 
     variant: Variant
@@ -120,15 +120,15 @@ class ReleaseRef:
 
     @property
     def reference(self) -> ReleaseRef:
-        """The same release as trained."""
+        """The same release in fp32."""
         return self.variant.reference.release(self.number, self.updates)
 
     @property
     def learned(self) -> tuple[str, ...]:
-        """Names of the tasks that are merged into it."""
+        """Names of the merged tasks."""
         return tuple(task.name for task in self.context.tasks[: self.number])
 
     @property
     def label(self) -> str:
-        """Name of the release, with the precision if it is not fp32."""
+        """The name of the release, with the precision if it is not fp32."""
         return self.path.name if self.variant.is_reference else f"{self.path.name} {self.variant.precision}"

@@ -1,1 +1,1 @@
-"""Stored vectors of many pictures: embedded with onnxruntime, and embedded again where a new release asks for it."""
+"""Stored vectors of image collections: computed with onnxruntime, and re-computed where a new release needs it."""

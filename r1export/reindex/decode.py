@@ -1,4 +1,4 @@
-"""Pictures on disk as what the image tower takes, decoded in processes of their own so that the tower never waits for them."""
+"""Decode and crop image files in worker processes, so that the image tower doesn't wait for them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DecodedBatch:
 
 
 def decode_batch(paths: Sequence[str], config: PreprocessConfig) -> DecodedBatch:
-    """Decode and crop some pictures; one that cannot be read has no crop."""
+    """Decode and crop images; unreadable ones have no crop."""
     fill = (config.fill_color,) * 3 if isinstance(config.fill_color, int) else config.fill_color
     decoding, crops, held, skipped = Decoding(fill=fill), [], [], {}
     for position, path in enumerate(paths):
@@ -50,7 +50,7 @@ def decoded(batches: Sequence[Sequence[str]], config: PreprocessConfig, workers:
     if not workers:
         yield from (decode_batch(batch, config) for batch in batches)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads of onnxruntime in an unknown state
+    context = multiprocessing.get_context("spawn")  # a fork would copy onnxruntime's threads in an undefined state
     waiting: deque[Future[DecodedBatch]] = deque()
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:

@@ -1,8 +1,8 @@
-"""What is embedded so far, on disk: after `kill -9` the work goes on where it was, and the vectors are the same bits.
+"""Progress on disk: after `kill -9` the job resumes where it was, and gives bit-identical vectors.
 
-.OUT.progress/vectors.f32    rows of float32, NaN for a picture without a vector
-             skipped.jsonl  one [row, reason] a line
-             progress.json  how many rows count, and of which job
+.OUT.progress/vectors.f32    rows of float32, NaN for an image without a vector
+             skipped.jsonl  one [row, reason] per line
+             progress.json  number of completed rows, and the job
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from r1export.update.atomic_io import make_folder, read_regular, remove, write_j
 from r1export.update.names import DIGEST
 from r1export.update.strict_json import parse_json
 
-RECORD_SECONDS = 2.0  # how often progress is made safe
+RECORD_SECONDS = 2.0  # interval of syncs
 MAX_BYTES = 1 << 16
 
 
@@ -37,7 +37,7 @@ class Progress:
 
     @classmethod
     def open(cls, out: Path, job: str, dimension: int) -> Progress:
-        """The progress of `job` towards the file `out`; that of another job is removed. Raises OSError."""
+        """Open the progress of `job` for the file `out`; that of another job is removed. Raises OSError."""
         progress = cls(out.with_name(f".{out.name}.progress"), job, dimension)
         rows = progress._recorded_rows()
         if not rows:
@@ -58,7 +58,7 @@ class Progress:
             self.record()
 
     def record(self) -> None:
-        """Make all rows so far survive a crash, and then say so."""
+        """Sync all rows, then record their number."""
         for name in ("skipped.jsonl", "vectors.f32"):
             with (self.folder / name).open("ab") as file:
                 os.fsync(file.fileno())
@@ -76,7 +76,7 @@ class Progress:
         remove(self.folder)
 
     def _recorded_rows(self) -> int:
-        """How many rows of this job are safe; 0 if there is no progress, or that of another job."""
+        """The number of synced rows of this job; 0 if there is no progress, or that of another job."""
         path = self.folder / "progress.json"
         try:
             fields = parse_json(read_regular(path, MAX_BYTES), str(path), MAX_BYTES)
@@ -85,7 +85,7 @@ class Progress:
             return 0
 
     def _cut(self, rows: int) -> None:
-        """Drop what was appended after the last record."""
+        """Truncate what was appended after the last record."""
         with (self.folder / "vectors.f32").open("ab") as file:
             safe = min(rows, file.tell() // (4 * self.dimension))
             file.truncate(safe * 4 * self.dimension)

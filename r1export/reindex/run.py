@@ -1,4 +1,4 @@
-"""Embed the pictures of a collection with a release, and again with the next one as far as its re-index verdict says."""
+"""Compute the embeddings of an image collection, or update those of an earlier release as far as the re-index verdict requires."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from r1export.verify.results import ReleaseReport
 from r1export.verify.runtimes.runtime import Run, runner, session_options, start
 
 Advance = Callable[..., None]
-BATCH = 32  # pictures; part of what decides the bits of a vector
-UNKNOWN = "unknown"  # no report of the new release compares it with the old one
+BATCH = 32  # images; affects the bits of a vector
+UNKNOWN = "unknown"  # no report compares the new release with the old one
 
 
 @dataclass(frozen=True)
 class Reindexed:
-    """`embedded` pictures were embedded now, `kept` taken over from the old file, `resumed` were there from an earlier try.
+    """`embedded` images were computed now, `kept` copied from the old file, `resumed` computed by an interrupted job.
 
-    `verdict` is the re-index verdict that decided, empty without an old file. `seconds` is the time of embedding alone.
+    `verdict` is the re-index verdict, empty without an old file. `seconds` is the time of embedding only.
     """
 
     out: Path
@@ -48,13 +48,13 @@ class Reindexed:
 
     @property
     def rate(self) -> float:
-        """Pictures per second."""
+        """Images per second."""
         return self.embedded / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be embedded, in order, with what, and how."""
+    """The images in order, the release, and the settings."""
 
     release: Release
     space: EmbeddingSpace
@@ -64,7 +64,7 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """The identity of the job: release, batch, and each picture's path, size and time of change."""
+        """The identity of the job: release, batch size, and each image's path, size and modification time."""
         sha = hashlib.sha256(f"{self.release.manifest_sha256} {self.batch}\n".encode())
         for path in self.paths:
             try:
@@ -76,18 +76,18 @@ class Job:
 
 
 def default_workers() -> int:
-    """One process that decodes for every two cores, of which the tower takes the rest."""
+    """One decoder process per two cores; the tower uses the rest."""
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def list_pictures(sources: Iterable[Path]) -> tuple[str, ...]:
-    """The pictures of folders (with all below them), of lists (.txt, a path a line) and single files, each once, sorted.
+    """The images in folders (recursive), in lists (.txt, one path per line) and single files, sorted, without duplicates.
 
-    Raises InputError: something is not there, or there is no picture.
+    Raises InputError if a path doesn't exist or there are no images.
     """
     found = sorted({path for source in sources for path in _pictures(source)})
     if not found:
-        raise InputError("no pictures", "give folders with pictures, picture files, or a .txt with a path a line")
+        raise InputError("no images found", "pass image folders, image files, or a .txt with one path per line")
     return tuple(found)
 
 
@@ -96,25 +96,27 @@ def _pictures(source: Path) -> Iterator[str]:
         for folder, _, names in os.walk(source):
             yield from (os.path.join(folder, name) for name in names if Path(name).suffix.lower() in SUFFIXES)
     elif not source.is_file():
-        raise InputError(f"{source} is not there", "check the path")
+        raise InputError(f"{source} does not exist", "check the path")
     elif source.suffix == ".txt":
         try:
             yield from (line for line in source.read_text("utf-8").splitlines() if line)
         except UnicodeDecodeError as error:
-            raise InputError(f"{source}: not UTF-8 at byte {error.start}", "write the list of paths in UTF-8") from None
+            raise InputError(
+                f"{source}: not UTF-8 at byte {error.start}", "encode the list of paths in UTF-8"
+            ) from None
     else:
         yield str(source)
 
 
 def open_release(path: Path) -> tuple[Release, EmbeddingSpace]:
-    """A release whose image tower is whole, and its embedding space.
+    """Check the image tower of a release; returns the release and its embedding space.
 
     Raises InputError: none, or of a version of r1export that did not state its space; CheckFailed: damaged.
     """
     release = Release.read(path)
     for name in (VISUAL.graph, VISUAL.weights):
         if name not in release.manifest.files:
-            raise InputError(f"{path}: manifest.json does not list {name}", "give a whole release of RUN/releases")
+            raise InputError(f"{path}: manifest.json does not list {name}", "use a complete release in RUN/releases")
         check_file(path / name, release.manifest.files[name].sha256)
     if release.manifest.embedding_space is None:
         raise InputError(f"{path} does not state its embedding space", "export it again with this version of r1export")
@@ -124,10 +126,10 @@ def open_release(path: Path) -> tuple[Release, EmbeddingSpace]:
 def reindex(
     job: Job, out: Path, *, old: Path | None = None, overwrite: bool = False, advance: Advance = lambda *_: None
 ) -> Reindexed:
-    """Write the vectors of the job's pictures to `out` (.npy or .parquet). An interrupted job goes on where it was.
+    """Write the vectors of the job's images to `out` (.npy or .parquet). An interrupted job resumes.
 
-    With `old` the rows of that file are kept if its embedding space is the same, or the release's report says that they need
-    not be made again; pictures that it does not have are embedded.
+    With `old` the rows of that file are kept if its embedding space is the same, or the release's report says that
+    re-indexing is not needed; other images are computed.
 
     Raises:
         InputError: `out` exists, another suffix, `old` is none.   Unsupported: pyarrow is missing, no space.
@@ -135,7 +137,7 @@ def reindex(
     """
     check_format(out)
     if out.exists() and not overwrite:
-        raise InputError(f"{out} exists", "choose another name, or --overwrite")
+        raise InputError(f"{out} exists", "choose another name, or use --overwrite")
     stored = read_vectors(old) if old else None
     verdict = reindex_verdict(job, stored.info) if stored else ""
     places = {path: row for row, path in enumerate(stored.info.paths)} if stored and verdict == NOT_NEEDED else {}
@@ -144,7 +146,7 @@ def reindex(
     session = start(job.release.path / VISUAL.graph, session_options(), "cpu")
     progress = Progress.open(out, rest.digest, int(session.get_outputs()[0].shape[1]))
     resumed, started = progress.rows, time.monotonic()
-    advance(f"{resumed + len(kept)} there", resumed + len(kept))
+    advance(f"{resumed + len(kept)} done before", resumed + len(kept))
     _embed(rest, runner(session), progress, advance)
     seconds = time.monotonic() - started
     _write(job, out, progress, rest.paths, stored, [(path, places[path]) for path in kept])
@@ -155,7 +157,7 @@ def reindex(
 
 
 def reindex_verdict(job: Job, old: VectorInfo) -> str:
-    """Whether vectors of `old` have to be made again: by what makes them, else as the release's report measured it.
+    """The re-index verdict on the vectors of `old`: by the embedding space, else by the release's report.
 
     Raises InputError for a report that cannot be read.
     """
@@ -164,14 +166,14 @@ def reindex_verdict(job: Job, old: VectorInfo) -> str:
     path = job.release.path / "report.json"
     if not path.is_file():
         return UNKNOWN
-    report = read_report(path, f"write it again: r1export verify {job.release.path}")
+    report = read_report(path, f"recreate it with r1export verify {job.release.path}")
     if not isinstance(report, ReleaseReport) or report.release.manifest_sha256 != job.release.manifest_sha256:
         return UNKNOWN
     return next((drift.reindex for drift in report.compatible_with if drift.against == old.release), UNKNOWN)
 
 
 def _embed(job: Job, run: Run, progress: Progress, advance: Advance) -> None:
-    """Embed what is not there yet; batches begin at multiples of the batch size, whatever was there."""
+    """Compute the missing rows. Batches always begin at multiples of the batch size."""
     config = PreprocessConfig.read(job.release.path)
     first = progress.rows
     batches = [job.paths[start : start + job.batch] for start in range(first, len(job.paths), job.batch)]
@@ -180,7 +182,7 @@ def _embed(job: Job, run: Run, progress: Progress, advance: Advance) -> None:
         rows = _rows(decoded_batch, len(paths), run, config, progress.dimension)
         progress.append(rows, {progress.rows + at: reason for at, reason in decoded_batch.skipped.items()})
         rate = (progress.rows - first) / (time.monotonic() - started)
-        advance(f"{rate:.1f} pictures/s", len(paths))
+        advance(f"{rate:.1f} images/s", len(paths))
     progress.record()
 
 
@@ -190,7 +192,7 @@ def _rows(batch: DecodedBatch, count: int, run: Run, config: PreprocessConfig, d
     if batch.held:
         embeds = run({VISUAL.input: config.normalize(batch.crops)})
         if not np.isfinite(embeds).all():
-            raise CheckFailed("the release gives vectors that are not finite", "verify it: r1export verify RELEASE")
+            raise CheckFailed("the release gives non-finite vectors", "verify it: r1export verify RELEASE")
         rows[list(batch.held)] = embeds
     return rows
 
@@ -203,7 +205,7 @@ def _write(
     stored: Vectors | None,
     kept: Sequence[tuple[str, int]],
 ) -> None:
-    """All rows in the order of the job's pictures."""
+    """All rows in the order of the job's images."""
     fresh = progress.values()
     rows = {path: row for row, path in enumerate(paths) if row not in progress.skipped}
     if kept and stored is not None:

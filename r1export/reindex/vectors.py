@@ -1,4 +1,4 @@
-"""Files of stored vectors: .npy with a JSON file beside it, or .parquet; both say which embedding space they are of."""
+"""Files of stored vectors: .npy with a JSON file, or .parquet; both name their embedding space."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class VectorInfo:
         """Inverse of `to_json`. Raises InputError."""
         fields = parse_json(data, location, MAX_DESCRIPTION)
         if (form := fields.text("format", PRINTABLE)) != FORMAT:
-            raise InputError(f"{location}: format {form!r}, expected {FORMAT!r}", "write it with r1export reindex")
+            raise InputError(f"{location}: format {form!r}, expected {FORMAT!r}", "create it with r1export reindex")
         kept, skipped = fields.object("kept"), fields.object("skipped")
         return cls(
             release=fields.text("release", NAME),
@@ -87,16 +87,14 @@ class Vectors:
 
 
 def description_of(path: Path) -> Path:
-    """The JSON file beside a .npy."""
+    """The JSON file of a .npy."""
     return path.with_name(f"{path.name}.json")
 
 
 def check_format(path: Path) -> None:
     """Raises InputError for another suffix, Unsupported where the library for it is missing."""
     if path.suffix not in FORMATS:
-        raise InputError(
-            f"{path}: vectors in {path.suffix or 'a file without a suffix'}", f"use {' or '.join(FORMATS)}"
-        )
+        raise InputError(f"{path}: unsupported suffix {path.suffix or '(none)'}", f"use {' or '.join(FORMATS)}")
     if path.suffix == ".parquet":
         _pyarrow()
 
@@ -112,10 +110,10 @@ def read_vectors(path: Path) -> Vectors:
             values, info = _read_parquet(path)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"{path}: no vectors of r1export: {first_line(error)}", "write it with r1export reindex"
+            f"{path}: not a file of r1export vectors: {first_line(error)}", "create it with r1export reindex"
         ) from error
     if values.ndim != 2 or values.dtype != np.float32 or len(values) != len(info.paths):
-        raise InputError(f"{path}: {values.dtype} {values.shape} for {len(info.paths)} paths", "write it again")
+        raise InputError(f"{path}: {values.dtype} {values.shape} for {len(info.paths)} paths", "recreate the file")
     return Vectors(values, info)
 
 

@@ -1,4 +1,4 @@
-"""What each check of a report shows, in one sentence, and how its evidence is written."""
+"""A one-sentence description of each check of a report, and the text of its evidence."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from r1export.verify.results import TITLES, Check, Latency, Parity, Report, Rung
 from r1export.verify.runtimes.runtime import PROVIDERS
 
 SHOWS = {
-    "contents.manifest": "The manifest is the one that was written, and says what the run says.",
-    "contents.files": "Every file is the one that was released; nothing is missing or added.",
-    "contents.base": "The base is the model that the run started from, or that the base release contains.",
-    "contents.graphs": "The graphs compute what was released, with the model's own epsilons.",
-    "contents.tensors": "The manifest says where every tensor lies, and every value is finite.",
+    "contents.manifest": "The manifest is unmodified and agrees with the run.",
+    "contents.files": "Every file has its released digest; no file is missing or added.",
+    "contents.base": "The base model is the one that the run started from, or that the base release contains.",
+    "contents.graphs": "The graphs have their released structure digests, and the model's epsilons.",
+    "contents.tensors": "The manifest locates every tensor, and every value is finite.",
     "contents.weights": "Every parameter is base + factors, bit for bit.",
-    "contents.preprocess": "preprocess.json and preprocess.onnx turn the golden pictures into what the tower was fed.",
-    "contents.tokenizer": "The tokenizer files turn the golden prompts into what the text tower was fed.",
-    "contents.classes": "Class embeddings are what the release's own text tower gives.",
-    "contents.classifier": "classify.onnx gives the scaled products of image and class embeddings.",
-    "contents.golden": "The stored inputs give the stored outputs.",
-    "contents.accuracy": "The accuracies that are claimed are measured again, within the error of the sample.",
-    "contents.card": "README.md is the model card that follows from the manifest.",
-    "contents.signature": "Every file is the one that an update says, which is signed by keys that are trusted.",
-    "parity.merge": "The unmerged experts and the merged model agree in torch: the merge is right.",
-    "parity.export": "The merged model in torch and in ONNX agree: the export is right.",
-    "parity.total": "The unmerged experts in torch and the ONNX model agree: the device runs what was trained.",
-    "proof.same_file": "Base and merged model use byte-identical .onnx files; only weights differ.",
-    "proof.graph": "The same nodes, edges, attributes, shapes and dtypes, whatever the names.",
-    "proof.optimized_graph": "The same program after the runtime's own optimizer, per provider.",
-    "proof.executed_ops": "The profiled run executes the same operators in the same order.",
-    "proof.cost": "The same arithmetic, weight bytes and peak memory.",
-    "proof.control": "The model with its low-rank branches left in must be told apart, otherwise the test has no power.",
-    "latency": "In interleaved pairs the merged model takes as long as the base model, by the steadiest clock.",
-    "run.tasks": "Every task of the recipe is learned and released.",
+    "contents.preprocess": "preprocess.json and preprocess.onnx turn the golden images into the stored pixel_values.",
+    "contents.tokenizer": "The tokenizer files turn the golden prompts into the stored input_ids.",
+    "contents.classes": "Class embeddings match the output of the release's text tower.",
+    "contents.classifier": "classify.onnx returns the scaled dot products of image and class embeddings.",
+    "contents.golden": "The golden inputs give the golden outputs.",
+    "contents.accuracy": "The claimed accuracies are reproduced within the sampling error.",
+    "contents.card": "README.md is the model card generated from the manifest.",
+    "contents.signature": "Every file has the digest in an update that is signed with trusted keys.",
+    "parity.merge": "Unmerged and merged model agree in torch: the merge is correct.",
+    "parity.export": "Merged model in torch and ONNX agree: the export is correct.",
+    "parity.total": "Unmerged model in torch and ONNX agree: the device runs what was trained.",
+    "proof.same_file": "Base and merged model have byte-identical .onnx files; only the weights differ.",
+    "proof.graph": "Same nodes, edges, attributes, shapes and dtypes, regardless of names.",
+    "proof.optimized_graph": "Same graph after the runtime's optimizer, per provider.",
+    "proof.executed_ops": "A profiled run executes the same operators in the same order.",
+    "proof.cost": "Same FLOPs, weight bytes and peak memory.",
+    "proof.control": "The model with unmerged LoRA branches must fail these checks, otherwise the test has no power.",
+    "latency": "Merged and base model, timed in interleaved pairs, are equally fast within the margin.",
+    "run.tasks": "Every task of the recipe is trained and has a release.",
     "run.releases": "Every release folder of the run was verified.",
-    "run.gates": "The recipe's gates are no laxer than those of r1export.",
-    "run.metrics": "Transfer, average, last and forgetting follow from the accuracies.",
+    "run.gates": "The recipe's tolerances are not looser than r1export's defaults.",
+    "run.metrics": "Transfer, average, last and forgetting match the accuracy matrix.",
 }
 
 
 @dataclass(frozen=True)
 class Line:
-    """One check as pages show it."""
+    """One check as shown in a report."""
 
     key: str
     title: str
@@ -62,12 +62,12 @@ class Line:
 
 
 def lines(report: Report) -> list[Line]:
-    """All checks of a report in the order in which a reader wants them."""
+    """All checks of a report in reading order."""
     return [Line(key, TITLES[key], SHOWS[key], check.verdict, evidence(check)) for key, check in report.checks()]
 
 
 def evidence(check: Check) -> str:
-    """What was seen, and how much was looked at."""
+    """The result of a check in words and figures, and how many items were checked."""
     match check:
         case Parity(max_abs=float()):
             return _joined(_parity(check), check.detail if check.verdict is not Verdict.PASS else "")
@@ -84,7 +84,7 @@ def _joined(*parts: str) -> str:
 
 def _parity(parity: Parity) -> str:
     return (
-        f"Max. difference {scientific(parity.max_abs)} with a tolerance of {scientific(parity.tolerance)}; "
+        f"Max. difference {scientific(parity.max_abs)}, tolerance {scientific(parity.tolerance)}; "
         f"lowest cosine {cosine(parity.min_cosine)}; {parity.looked_at} of {parity.of} samples."
     )
 
@@ -97,16 +97,16 @@ def _digests(rung: Rung) -> str:
 
 def _latency(latency: Latency) -> Iterator[str]:
     by = f" by {latency.clock}" if latency.clock else ""
-    yield f"{ratio(latency.ratio)} times the base{by}, 95 % interval {interval(latency.ci95)}, margin {percent(latency.margin, 0)}."
-    yield f"{latency.pairs} pairs of the {latency.tower} tower."
+    yield f"{ratio(latency.ratio)} vs. base{by}, 95 % CI {interval(latency.ci95)}, margin {percent(latency.margin, 0)}."
+    yield f"{latency.pairs} pairs of runs of the {latency.tower} tower."
     by_provider = latency.by_provider or {}
     if len(by_provider) > 1:
         each = (f"{label(name)} {ratio(one.ratio)}, {interval(one.ci95)}" for name, one in by_provider.items())
         yield f"By provider: {'; '.join(each)}."
     if latency.noise_floor:
-        yield f"Base against itself: {interval(latency.noise_floor.ci95)}."
+        yield f"Noise (base vs. base): {interval(latency.noise_floor.ci95)}."
     if latency.unmerged_ratio is not None:
-        yield f"Unmerged: {ratio(latency.unmerged_ratio)}."
+        yield f"Unmerged vs. base: {ratio(latency.unmerged_ratio)}."
 
 
 def label(provider: str) -> str:

@@ -1,4 +1,4 @@
-"""Several runs in one table and one picture: a method and its baselines, on the same sequence of tasks."""
+"""Compare runs, e.g. a method and its baselines, on the same sequence of tasks: one table and one plot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCHEMA = "r1export.comparison/1"
 
 @dataclass(frozen=True, kw_only=True)
 class RunFigures:
-    """The figures of one run that people compare. `mean_after`: mean accuracy over all tasks, zero-shot and after each task."""
+    """The key figures of one run. `mean_after`: mean accuracy over all tasks, zero-shot and after each task."""
 
     name: str
     verdict: Verdict
@@ -44,14 +44,14 @@ class RunFigures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of the same tasks, in the order in which they were given."""
+    """Runs of the same tasks, in the given order."""
 
     tasks: tuple[str, ...]
     runs: tuple[RunFigures, ...]
 
     @property
     def verdict(self) -> Verdict:
-        """The worst verdict of any run."""
+        """The worst verdict of all runs."""
         order = (Verdict.FAIL, Verdict.INCONCLUSIVE)
         return next((verdict for verdict in order if verdict in {run.verdict for run in self.runs}), Verdict.PASS)
 
@@ -62,20 +62,20 @@ class Comparison:
 def compare_runs(runs: Sequence[tuple[str, RunReport]]) -> Comparison:
     """One comparison of (name, report of a run).
 
-    Raises InputError: fewer than two runs, two of one name, or other tasks.
+    Raises InputError for fewer than two runs, two with the same name, or different tasks.
     """
     if len(runs) < 2:
-        raise InputError(f"{len(runs)} run(s) to compare", "give two or more")
+        raise InputError(f"{len(runs)} run(s) to compare, expected two or more", "pass the folders of the runs")
     names = [name for name, _ in runs]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"two runs are called {twice}", "rename a folder")
+        raise InputError(f"two runs are named {twice}", "rename one of the folders")
     tasks = runs[0][1].accuracy.tasks
     for name, report in runs:
         if report.accuracy.tasks != tasks:
             raise InputError(
-                f"{name} learned {', '.join(report.accuracy.tasks)}, {names[0]} learned {', '.join(tasks)}",
-                "compare runs with the same tasks in the same order",
+                f"{name} has the tasks {', '.join(report.accuracy.tasks)}, {names[0]} has {', '.join(tasks)}",
+                "compare runs of the same tasks in the same order",
             )
     return Comparison(tasks, tuple(_figures(name, report) for name, report in runs))
 
@@ -144,15 +144,15 @@ def picture(comparison: Comparison) -> str:
 
 
 def render(comparison: Comparison) -> str:
-    """One page that needs nothing else."""
+    """One self-contained page."""
     template = environment("html").get_template("comparison.html.j2")
     return template.render(table=table(comparison), tasks=comparison.tasks, picture=Markup(picture(comparison)))
 
 
 def write_comparison(comparison: Comparison, folder: Path, *, overwrite: bool = False) -> None:
-    """Write comparison.json and comparison.html into a new folder. Raises InputError if it is there and may not be replaced."""
+    """Write comparison.json and comparison.html to a new folder. Raises InputError if it exists and `overwrite` is not set."""
     if folder.exists() and not overwrite:
-        raise InputError(f"{folder} is already there", "choose another --out, or --overwrite")
+        raise InputError(f"{folder} exists", "choose another --out, or use --overwrite")
     document = json.dumps(comparison.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with new_folder(folder) as place:
         (place / "comparison.json").write_text(document, encoding="utf-8")

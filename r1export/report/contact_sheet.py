@@ -1,4 +1,4 @@
-"""The pictures of a task on one page, class by class, with what decoding changed and what cannot be read."""
+"""A contact sheet: the images of a task by class, the changes made by decoding, and unreadable images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from r1export.update.atomic_io import write_file
 
 
 def class_table(survey: Survey) -> Table:
-    """One row per class: counts, sizes and modes as they are stored, what decoding changes, how many are refused."""
+    """One row per class: counts, stored sizes and modes, changes made by decoding, number of unreadable images."""
     columns = ("Class", "Train", "Test", "Sizes", "Modes", "Changed", "Refused")
     return Table(columns, [_row(each) for each in survey.classes])
 
@@ -32,7 +32,7 @@ def _row(found: ClassSurvey) -> list[str]:
 
 
 def write_contact_sheet(survey: Survey, file: Path) -> None:
-    """Write one HTML page that needs nothing else: thumbnails are inside it."""
+    """Write one self-contained HTML page with embedded thumbnails."""
     page = environment("html").get_template("contact_sheet.html.j2").render(
         survey=survey, table=class_table(survey), source=_data_url
     )  # fmt: skip

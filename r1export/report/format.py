@@ -1,13 +1,22 @@
-"""How numbers are written for people."""
+"""Formatting of numbers for people."""
 
 from __future__ import annotations
 
+from r1export.verify.results import UNTIMED, Check, Verdict
+
 NOT_MEASURED = "not measured"
+NOT_APPLICABLE = "not applicable"
 MINUS = "\N{MINUS SIGN}"
 
 
+def or_not_applicable(check: Check, figure: str) -> str:
+    """The figure of a check, or that the check does not apply. With --no-latency the latency is merely not measured."""
+    applies = check.verdict is not Verdict.NOT_APPLICABLE or check.detail == UNTIMED
+    return figure if applies else NOT_APPLICABLE
+
+
 def scientific(value: float | None) -> str:
-    """3.1e-6, with two significant digits and a plain hyphen so that it can be copied into a recipe; exact zero is 0."""
+    """3.1e-6: two significant digits, with a plain hyphen so that it can be copied into a recipe; exact zero is 0."""
     if value is None:
         return NOT_MEASURED
     if value == 0:
@@ -17,7 +26,7 @@ def scientific(value: float | None) -> str:
 
 
 def cosine(value: float | None) -> str:
-    """Cosines near one as their distance from one: 0.9999999 is 1 minus 1.0e-7."""
+    """A cosine near one as its distance from one: 0.9999999 is 1 minus 1.0e-7."""
     if value is None:
         return NOT_MEASURED
     if value >= 1:
@@ -26,7 +35,7 @@ def cosine(value: float | None) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A fraction in percent; the top is only called 100 when nothing at all is missing."""
+    """A fraction in percent; only exactly 1 is shown as 100."""
     if value is None:
         return NOT_MEASURED
     text = f"{100 * value:.{digits}f}"
@@ -60,7 +69,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def size(count: float | None) -> str:
-    """Bytes with decimal prefixes, as disks and networks count them."""
+    """Bytes with decimal prefixes: kB, MB, GB."""
     if count is None:
         return NOT_MEASURED
     for unit in ("B", "kB", "MB"):
@@ -71,7 +80,7 @@ def size(count: float | None) -> str:
 
 
 def share(part: float | None, whole: float | None) -> str:
-    """`part` of `whole` in percent with two significant digits, for very small shares too."""
+    """`part` of `whole` in percent with two significant digits."""
     if part is None or not whole:
         return NOT_MEASURED
     return f"{float(f'{100 * part / whole:.2g}'):g} %"

@@ -1,4 +1,4 @@
-"""Is a report still about the files that lie next to it?"""
+"""Whether a report still matches the files next to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from r1export.verify.results import Report, RunReport
 
 
 def check_fresh(report: Report, folder: Path) -> None:
-    """Hash the files of every release that the report is about.
+    """Hash the files of every release in the report.
 
     Raises CheckFailed naming the first release that changed since it was verified.
     """
@@ -37,12 +37,12 @@ def _releases(report: Report, folder: Path) -> Iterable[tuple[str, str, Path]]:
 
 
 def _change(release: Path, manifest_sha256: str) -> str:
-    """What differs from the release that was verified; empty if nothing does."""
+    """The first difference from the verified release; empty if there is none."""
     path = release / MANIFEST
     if not path.is_file() or sha256_file(path) != manifest_sha256:
-        return f"{MANIFEST} is another one"
+        return f"{MANIFEST} was replaced"
     for name, entry in ReleaseManifest.read(release).files.items():
         file = release / name
         if not file.is_file() or file.is_symlink() or sha256_file(file) != entry.sha256:
-            return f"{name} is not the file that was verified"
+            return f"{name} was modified"
     return ""

@@ -1,4 +1,4 @@
-"""Reports as JSON, by their types: written, read back, and described by a JSON Schema that is made from them."""
+"""Reports as JSON: writing and reading the report types, and the JSON Schema generated from them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FORMAT = ReleaseReport.schema
 _TYPES: dict[str, TypeAdapter[Any]] = {
     "release": TypeAdapter(ReleaseReport),
     "releases": TypeAdapter(RunReport),
-}  # by the member that tells them apart
-_COMPUTED = ("schema", "verdict", "reasons")  # written for readers, computed anew when read
+}  # by the key that distinguishes them
+_COMPUTED = ("schema", "verdict", "reasons")  # written for readers, recomputed when read
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The report as plain JSON values, with its verdict and reasons; text without unprintable characters."""
+    """The report as plain JSON values, with its verdict and reasons; control characters are escaped."""
     kind = "releases" if isinstance(report, RunReport) else "release"
     document: dict[str, Any] = _clean(_TYPES[kind].dump_python(report, mode="json"))
     if isinstance(report, RunReport):
@@ -38,7 +38,7 @@ def _clean(value: Any) -> Any:
 
 
 def read_report(path: Path, remedy: str) -> Report:
-    """The report in a report.json. Raises InputError with `remedy` if it is missing or is none of this format."""
+    """Read a report.json. Raises InputError with `remedy` if it is missing or has another format."""
     try:
         document = json.loads(path.read_bytes())
         return _parse(document)
@@ -61,7 +61,7 @@ def _parse(document: Any) -> Report:
 
 
 def _compare(document: dict[str, Any], report: Report) -> None:
-    """Raises ValueError if the verdict that is written is not the one that the checks give."""
+    """Raises ValueError if the stored verdict doesn't follow from the checks."""
     if document.get("verdict") != report.verdict:
         raise ValueError(
             f"{report.name}: the verdict {document.get('verdict')!r:.40} does not follow from its checks: {report.verdict}"
@@ -76,17 +76,21 @@ def _first(error: Exception) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of report.json, made from the types. What is computed from the checks is described here."""
+    """The JSON Schema of report.json, generated from the types plus the computed members."""
     kinds, schema = TypeAdapter.json_schemas(
         [(kind, "serialization", adapter) for kind, adapter in _TYPES.items()],
         title="r1export report",
-        description="The evidence about one release, or about a run with all of its releases. Accuracies are fractions, times "
-        "milliseconds, sizes bytes. Every check says how many things it looked at, of how many.",
+        description="The results of verifying one release, or a run with all of its releases. Accuracies are fractions, times "
+        "milliseconds, sizes bytes. Every check counts the items it looked at, and how many there are.",
     )
     computed = {
         "schema": {"const": FORMAT},
         "verdict": {"enum": [str(v) for v in Verdict]},
-        "reasons": {"type": "array", "items": {"type": "string"}, "description": "Why the verdict is not a pass."},
+        "reasons": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "The reasons for a verdict other than pass.",
+        },
     }
     for name in (ReleaseReport.__name__, RunReport.__name__):
         definition = schema["$defs"][name]

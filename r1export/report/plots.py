@@ -1,7 +1,6 @@
-"""The pictures of a report, each one SVG element to be placed inside a page (see svg.py for its colours and fonts).
+"""The plots of a report, each one SVG element for inclusion in a page (see svg.py for colours and fonts).
 
-Every function takes a part of the report and a key that no other picture on the page has,
-and returns "" when there is nothing to draw.
+Every function takes a part of the report and a key that is unique on the page, and returns "" if there is nothing to draw.
 """
 
 import math
@@ -16,13 +15,13 @@ from r1export.report.svg import ALARM, BAND, DASHES, HEAT, INK, LINE, MUTED, SER
 from r1export.report.tables import matrix
 from r1export.verify.results import PARITY_STAGES, Accuracy, Histogram, Latency, Parity, ParityStages, ReleaseFacts
 
-WIDTH = 6.0  # inches of 72 pixels: legible when it is shrunk to a phone
+WIDTH = 6.0  # inches of 72 pixels: legible on a phone
 PROBE = " (probe)"
 MERGED, UNMERGED = "merged", "unmerged"
 
 
 def accuracy_matrix(accuracy: Accuracy, key: str) -> str:
-    """Heat map: one row for zero-shot and for each task learned, one column per task (and for the probe)."""
+    """Heat map: rows for zero-shot and after each task, columns for each task and the probe."""
     rows, columns, values = matrix(accuracy)
     names = [_short(name.removesuffix(PROBE), 14) for name in columns]
     places = [n + (0.25 if name.endswith(PROBE) else 0.0) for n, name in enumerate(columns)]
@@ -46,7 +45,7 @@ def accuracy_matrix(accuracy: Accuracy, key: str) -> str:
 
 
 def _cell(axes: Axes, x: float, y: int, value: float, learned: bool) -> None:
-    """One number on a patch whose opacity grows with it; the task just learned is outlined."""
+    """One number on a patch whose opacity grows with it; the task just trained is outlined."""
     strength = 0.06 + 0.94 * max(0.0, min(1.0, value)) ** 1.5
     box = (x - 0.47, y - 0.45)
     axes.add_patch(Rectangle(box, 0.94, 0.9, facecolor=HEAT, alpha=strength, linewidth=0))
@@ -56,7 +55,7 @@ def _cell(axes: Axes, x: float, y: int, value: float, learned: bool) -> None:
 
 
 def forgetting_curves(accuracy: Accuracy, key: str) -> str:
-    """Accuracy of every task over the sequence; a dot marks the moment at which it was learned."""
+    """Accuracy of every task over the sequence; a dot marks the step at which it was trained."""
     rows, columns, values = matrix(accuracy)
     tasks = columns[: len(accuracy.tasks)]
     if len(rows) < 2:
@@ -91,7 +90,7 @@ def _curve(axes: Axes, curve: Sequence[tuple[int, float]], n: int) -> None:
 
 
 def error_histogram(parity: ParityStages, key: str) -> str:
-    """log10 of the absolute differences, one strip per stage, with its tolerance."""
+    """Histograms of log10 of the absolute differences, one strip per stage, with its tolerance."""
     stages = [(name, stage) for name in PARITY_STAGES if (stage := getattr(parity, name)).histogram]
     if not stages:
         return ""
@@ -123,7 +122,7 @@ def _strip(axes: Axes, name: str, stage: Parity, histogram: Histogram) -> None:
 
 
 def latency_ratios(latency: Latency, key: str) -> str:
-    """Ratios of times to the base model: single pairs as dots, 95 % intervals as bars, the margin as a band."""
+    """Latency vs. base: single pairs as dots, 95 % intervals as bars, the margin as a band."""
     rows, pairs, margin = _latency_rows(latency), latency.pair_ratios, latency.margin
     if not rows or not margin:
         return ""
@@ -135,7 +134,7 @@ def latency_ratios(latency: Latency, key: str) -> str:
         axes.axvline(1, color=MUTED, linewidth=0.8)
         for y, (name, middle, interval) in enumerate(rows):
             _interval(axes, y, middle, interval, pairs if name == MERGED else [], reach)
-        axes.set(xlim=(1 - reach, 1 + reach), ylim=(len(rows) - 0.5, -0.5), xlabel="time, as a ratio to the base model")
+        axes.set(xlim=(1 - reach, 1 + reach), ylim=(len(rows) - 0.5, -0.5), xlabel="latency vs. base")
         axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=INK)
         axes.spines["left"].set_visible(False)
         axes.annotate(
@@ -143,22 +142,22 @@ def latency_ratios(latency: Latency, key: str) -> str:
             textcoords="offset points", color=MUTED, fontsize=9,
         )  # fmt: skip
         facts = "; ".join(f"{name} {middle:.3f}" for name, middle, _ in rows)
-        return page_svg(figure, key, f"Ratios of times to the base model. {facts}. Margin {percent(margin, 0)}.")
+        return page_svg(figure, key, f"Latency vs. base. {facts}. Margin {percent(margin, 0)}.")
 
 
 def _latency_rows(latency: Latency) -> list[tuple[str, float, tuple[float, ...]]]:
-    """Name, middle and interval of what was measured; the unmerged model has no interval."""
+    """Name, estimate and interval of each measured ratio; the unmerged model has no interval."""
     if latency.ratio is None or latency.ci95 is None or latency.noise_floor is None:
         return []
     rows: list[tuple[str, float, tuple[float, ...]]] = [
-        ("base again (noise)", latency.noise_floor.ratio, latency.noise_floor.ci95),
+        ("base vs. base (noise)", latency.noise_floor.ratio, latency.noise_floor.ci95),
         (MERGED, latency.ratio, latency.ci95),
     ]
     return [*rows, (UNMERGED, latency.unmerged_ratio, ())] if latency.unmerged_ratio is not None else rows
 
 
 def _reach(ratios: Sequence[float], margin: float) -> float:
-    """Half the width of the axis: the margin and 95 of 100 ratios fit; a few wild pairs do not squeeze the rest."""
+    """Half the width of the axis: fits the margin and 95 % of the ratios, so that outliers don't squeeze the rest."""
     distances = sorted(abs(value - 1) for value in ratios)
     return 1.15 * max([2 * margin, *distances[: math.ceil(0.95 * len(distances))][-1:]])
 
@@ -172,7 +171,7 @@ def _interval(
                       ha="center", va="center", color=INK, arrowprops={"arrowstyle": "-|>", "color": SERIES[1]})  # fmt: skip
         return
     shown = [dot for dot in dots if abs(dot - 1) <= reach]
-    # The golden ratio spreads the dots evenly over the height without chance.
+    # The golden ratio spreads the dots evenly over the height, deterministically.
     heights = [y + 0.62 * ((n * 0.618034) % 1 - 0.5) for n in range(len(shown))]
     axes.plot(shown, heights, "o", color=SERIES[0], alpha=0.28, markersize=3, markeredgewidth=0)
     if len(interval) == 2:
@@ -181,7 +180,7 @@ def _interval(
 
 
 def sizes(release: ReleaseFacts, key: str) -> str:
-    """The full-precision weights against the update that a fielded device receives."""
+    """The size of an update compared with the full-precision weights."""
     weights, update = release.weight_bytes, release.update_bytes
     if not weights or update is None:
         return ""
@@ -200,7 +199,7 @@ def sizes(release: ReleaseFacts, key: str) -> str:
 
 
 def _stacked(heights: Sequence[float], gap: float, top: float) -> list[float]:
-    """Ascending label heights, moved down where they would touch the label above or the top."""
+    """Ascending label heights, moved down where they would overlap the label above or the top."""
     placed: list[float] = []
     for height in reversed(heights):
         placed.append(min(height, top))

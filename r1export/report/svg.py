@@ -1,7 +1,7 @@
-"""matplotlib figures as SVG elements that belong to the page around them.
+"""matplotlib figures as SVG elements that adopt the style of the page.
 
-Figures are drawn in placeholder colours, which become CSS variables here: a picture follows light, dark and print.
-Text stays text, in the font of the page.
+Figures are drawn in placeholder colours, which become CSS variables here, so that plots follow light, dark and print
+styles. Text stays text, in the font of the page.
 """
 
 import io
@@ -41,12 +41,12 @@ _STYLE: dict[Any, Any] = {
 
 
 def style(key: str) -> AbstractContextManager[None]:
-    """The look of one picture; names inside it depend on `key` alone, so that equal figures give equal bytes."""
+    """The style of one plot; ids depend on `key` only, so that equal figures give equal bytes."""
     return matplotlib.rc_context({**_STYLE, "svg.hashsalt": key})
 
 
 def page_svg(figure: Figure, key: str, label: str) -> str:
-    """The figure as one `<svg>` element with the page's colours and font, and a label for people who cannot see it."""
+    """The figure as one `<svg>` element with the page's colours and font, and a label for screen readers."""
     FigureCanvasSVG(figure)
     file = io.StringIO()
     with warnings.catch_warnings():
@@ -68,7 +68,7 @@ def page_svg(figure: Figure, key: str, label: str) -> str:
 
 
 def _own_names(body: str, key: str) -> str:
-    """Keep only the ids that are used, and make them this picture's own: many pictures share one page."""
+    """Remove unused ids and prefix the others, since several plots share one page."""
     used = set(re.findall(r'url\(#([^)<>]+)\)|href="#([^"<>]+)"', body))
     names = {name for pair in used for name in pair if name}
     prefix = re.sub(r"[^A-Za-z0-9-]", "-", key)

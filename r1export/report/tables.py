@@ -1,4 +1,4 @@
-"""What a report says, as titles, sentences and tables of strings: the same for Markdown and HTML."""
+"""The content of a report as titles, sentences and tables of strings, shared by Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 from r1export.report.checks import Line, label, lines
 from r1export.report.format import (
+    NOT_APPLICABLE,
     NOT_MEASURED,
     cosine,
     interval,
     milliseconds,
+    or_not_applicable,
     percent,
     points,
     ratio,
@@ -39,7 +41,7 @@ from r1export.verify.results import (
     Times,
     VariantCost,
     Verdict,
-    overall,
+    combined,
 )  # fmt: skip
 
 MODELS = {
@@ -51,14 +53,14 @@ MODELS = {
     "unmerged": "ONNX, unmerged (branches)",
 }
 QUESTIONS = {
-    "Run": "Every task of the recipe is released, and every release was verified.",
-    "Contents": "Release contents are intact: every file, and every weight as base + factors.",
-    "Parity": "The device computes what was trained: one merge and one export, each compared on real samples.",
-    "Same program": "Base and merged release run the identical program; only weight bytes differ.",
-    "Added latency": "Timed in interleaved pairs, the merged model is as fast as the base model, within the margin.",
-    "Control": "A model with its branches left in must be caught by the same checks.",
+    "Run": "Every task of the recipe has a release, and every release was verified.",
+    "Contents": "Release contents are intact: every file, and every weight equals base + factors.",
+    "Parity": "Merge and export preserve the trained model, compared on real samples.",
+    "Same graph": "Base and merged release run the identical graph; only the weights differ.",
+    "Added latency": "Merged and base model, timed in interleaved pairs, are equally fast within the margin.",
+    "Control": "The same checks must detect a model with unmerged branches.",
 }
-FLIPS = 10  # changed answers that are listed for each stage
+FLIPS = 10  # listed changes per stage
 ROWS: dict[str, Callable[[Parity], str]] = {
     "Max. difference": lambda p: scientific(p.max_abs),
     "Tolerance": lambda p: scientific(p.tolerance),
@@ -68,7 +70,7 @@ ROWS: dict[str, Callable[[Parity], str]] = {
     "Lowest cosine": lambda p: cosine(p.min_cosine),
     "Cosine required": lambda p: cosine(p.min_cosine_required),
     "Lowest cosine, base model": lambda p: cosine(p.control.min_cosine if p.control else None),
-    "Same top-1 answer": lambda p: percent(p.top1_agreement, 2),
+    "Same top-1 class": lambda p: percent(p.top1_agreement, 2),
     "Samples": lambda p: f"{p.looked_at} of {p.of}" if p.of else NOT_MEASURED,
     "Batch sizes": lambda p: ", ".join(map(str, p.batches)) or NOT_MEASURED,
     "Graph optimization": lambda p: ", ".join(p.levels) or NOT_MEASURED,
@@ -85,31 +87,29 @@ class Table:
 
 @dataclass(frozen=True)
 class Mark:
-    """A cell that is shown as a mark and a word, followed by the evidence."""
+    """A cell with a verdict as a mark and a word, followed by the evidence."""
 
     verdict: Verdict
     evidence: str = ""
 
 
 def groups(found: Sequence[Line]) -> Table:
-    """What was checked, in one sentence each."""
+    """What was checked: one row per group of checks."""
     parts = {
         "Run": [line for line in found if line.group == "run"],
         "Contents": [line for line in found if line.group == "contents"],
         "Parity": [line for line in found if line.group == "parity"],
-        "Same program": [line for line in found if line.group == "proof" and line.name in RUNGS],
+        "Same graph": [line for line in found if line.group == "proof" and line.name in RUNGS],
         "Added latency": [line for line in found if line.group == "latency"],
         "Control": [line for line in found if line.key == "proof.control"],
     }
     rows = [[name, QUESTIONS[name], together(line.verdict for line in part)] for name, part in parts.items() if part]
-    return Table(["Question", "What holds if it passed", "Verdict"], rows)
+    return Table(["Checks", "A pass means", "Verdict"], rows)
 
 
 def together(verdicts: Iterable[Verdict]) -> Mark:
-    """The verdict of several checks; they do not apply if none of them does."""
-    listed = list(verdicts)
-    none_applies = set(listed) <= {Verdict.NOT_APPLICABLE}
-    return Mark(Verdict.NOT_APPLICABLE if none_applies else overall(listed))
+    """The verdict of several checks; not applicable if none of them applies."""
+    return Mark(combined(verdicts))
 
 
 def check_table(found: Sequence[Line], first: str) -> Table:
@@ -128,7 +128,7 @@ def ladder(report: ReleaseReport) -> Table:
 
 
 def sensitivity(found: Sensitivity | None) -> str:
-    """What a release alone cannot notice, in one sentence; empty if it was not measured."""
+    """The smallest change that the golden samples detect, in one sentence; empty if it was not measured."""
     if found is None:
         return ""
     change = (
@@ -137,13 +137,13 @@ def sensitivity(found: Sensitivity | None) -> str:
         else f"not even of {scientific(found.largest_tried)}"
     )
     return (
-        f"Sensitivity: the golden samples notice a relative change {change} of all values of {found.parameter}. "
-        "What is smaller, only the run can tell."
+        f"Sensitivity: the golden samples detect a relative change {change} in all values of {found.parameter}. "
+        "Only a verification of the run detects smaller changes."
     )
 
 
 def drift(found: Sequence[Drift]) -> Table | None:
-    """Whether vectors that were stored with an earlier release may be kept."""
+    """Whether vectors that were computed with an earlier release can be kept."""
     if not found:
         return None
     rows = [
@@ -169,13 +169,13 @@ def drift(found: Sequence[Drift]) -> Table | None:
 
 
 def _agreement(found: Agreement) -> str:
-    """Top-1 and recall at 10, as far as there were enough images."""
+    """Top-1 and recall at 10, if there were enough images."""
     shares = (("top-1", found.top1), ("of 10", found.recall_at_10))
     return ", ".join(f"{name} {percent(share)}" for name, share in shares if share is not None) or "too few images"
 
 
 def timings(latency: Latency) -> Table | None:
-    """Median and p90 of every model, provider and batch, with its ratio to the base model there."""
+    """Median and p90 of every model, provider and batch, with the ratio to the base model."""
     rows = [
         [name, label(provider), batch, *_times(models[key], models["base"])]
         for provider, batches in (latency.providers or {}).items()
@@ -187,7 +187,7 @@ def timings(latency: Latency) -> Table | None:
 
 
 def clocks(latency: Latency) -> Table | None:
-    """Every clock of every provider: base again, merged and unmerged to the base, and which one decides."""
+    """Every clock of every provider: base, merged and unmerged vs. base, and which clock decides."""
     rows = [
         [
             f"{clock}, {'all threads' if not one.threads else 'one thread'}",
@@ -199,7 +199,7 @@ def clocks(latency: Latency) -> Table | None:
         for provider, found in (latency.by_provider or {}).items()
         for clock, one in (found.clocks or {}).items()
     ]
-    columns = ["Clock", "Provider", "Base again", "Merged", "Unmerged", "Runs", "Decides"]
+    columns = ["Clock", "Provider", "Base vs. base", "Merged", "Unmerged", "Runs", "Decides"]
     return Table(columns, rows) if rows else None
 
 
@@ -218,26 +218,30 @@ def parity(report: ReleaseReport) -> Table:
     rows: list[Sequence[Any]] = [
         ["Compares", "unmerged torch, merged torch", "merged torch, ONNX", "unmerged torch, ONNX"],
         ["Verdict", *(Mark(stage.verdict) for stage in stages)],
-        *[[name, *(write(stage) for stage in stages)] for name, write in ROWS.items()],
-        *_difference_rows("Max. difference, {} tower", [stage.towers or {} for stage in stages], fewest=1),
-        *_difference_rows("Max. difference on {}", [stage.by_provider or {} for stage in stages], fewest=2),
+        *[[name, *(or_not_applicable(stage, write(stage)) for stage in stages)] for name, write in ROWS.items()],
+        *_difference_rows("Max. difference, {} tower", stages, lambda stage: stage.towers or {}, fewest=1),
+        *_difference_rows("Max. difference on {}", stages, lambda stage: stage.by_provider or {}, fewest=2),
     ]
     return Table(["Measure", *(TITLES[f"parity.{name}"].removesuffix(" parity") for name in PARITY_STAGES)], rows)
 
 
-def _difference_rows(title: str, stages: Sequence[Mapping[str, Difference]], fewest: int) -> list[list[str]]:
-    """One row per name, where there are at least `fewest` of them."""
-    names = list(dict.fromkeys(name for stage in stages for name in stage))
+def _difference_rows(
+    title: str, stages: Sequence[Parity], named: Callable[[Parity], Mapping[str, Difference]], fewest: int
+) -> list[list[str]]:
+    """One row per name that `named` gives, if there are at least `fewest` of them."""
+    names = list(dict.fromkeys(name for stage in stages for name in named(stage)))
     if len(names) < fewest:
         return []
-    return [
-        [title.format(name), *(scientific(stage[name].max_abs) if name in stage else NOT_MEASURED for stage in stages)]
-        for name in names
-    ]
+
+    def cell(stage: Parity, name: str) -> str:
+        found = named(stage).get(name)
+        return or_not_applicable(stage, scientific(found.max_abs if found else None))
+
+    return [[title.format(name), *(cell(stage, name) for stage in stages)] for name in names]
 
 
 def flips(report: ReleaseReport) -> Table | None:
-    """Samples whose answer changed, widest margin first."""
+    """Samples whose top-1 class changed, widest margin first."""
     rows = [
         [TITLES[f"parity.{name}"], str(flip.sample), str(flip.before), str(flip.after), scientific(flip.margin)]
         for name in PARITY_STAGES
@@ -253,7 +257,7 @@ def _widest(stage: Parity) -> list[Flip]:
 def matrix(accuracy: Accuracy) -> tuple[list[str], list[str], list[list[float]]]:
     """Row names, column names and fractions of the accuracy matrix.
 
-    One row for zero-shot and one after each task learned; one column per task, and a last one for the probe.
+    Rows for zero-shot and after each task; columns for each task, and last for the probe.
     """
     tasks = [printable(name) for name in accuracy.tasks]
     rows = ["zero-shot", *(f"after {name}" for name in tasks[: len(accuracy.matrix)])]
@@ -276,7 +280,7 @@ def accuracies(accuracy: Accuracy | None) -> Table | None:
 
 
 def accuracy_summary(report: Report) -> list[tuple[str, str]]:
-    """The figures of continual learning that people compare, those that were measured."""
+    """The usual figures of continual learning, as far as they were measured."""
     accuracy, gaps = report.accuracy, report.gaps
     figures: dict[str, float | None] = {}
     if accuracy:
@@ -297,7 +301,7 @@ def accuracy_summary(report: Report) -> list[tuple[str, str]]:
 
 
 def facts(report: Report) -> list[tuple[str, str, str]]:
-    """The four figures to remember, of a run those of its worst release: name, figure, what to compare it with."""
+    """The headline figures (of a run, those of its worst release): name, figure, reference."""
     fp32 = in_fp32(report.releases) if isinstance(report, RunReport) else [report]
     totals = [r.parity.total for r in fp32 if r.parity.total.max_abs is not None]
     times = [r.latency for r in fp32 if r.latency.ratio is not None]
@@ -329,7 +333,7 @@ def _accuracy_fact(accuracy: Accuracy) -> list[tuple[str, str, str]]:
 
 
 def digests(report: ReleaseReport) -> list[tuple[str, str]]:
-    """Whole sha256 of the base model, of the manifest, of the files and of the rungs that have one."""
+    """SHA-256 of the base model, of the manifest, of the files and of the rungs that have one."""
     release = report.release
     named = [(f"base {release.base or ''}".strip(), release.base_sha256), ("manifest.json", release.manifest_sha256)]
     named += [*(release.graph or {}).items(), *(release.weights or {}).items()]
@@ -338,7 +342,7 @@ def digests(report: ReleaseReport) -> list[tuple[str, str]]:
 
 
 def in_fp32(reports: Iterable[ReleaseReport]) -> list[ReleaseReport]:
-    """The releases whose figures stand for the run."""
+    """The fp32 releases, whose figures represent the run."""
     return [report for report in reports if report.release.precision == "fp32"]
 
 
@@ -348,30 +352,37 @@ def releases(run: RunReport) -> Table:
         [
             report.name,
             Mark(report.verdict),
-            scientific(report.parity.total.max_abs),
+            or_not_applicable(report.parity.total, scientific(report.parity.total.max_abs)),
             together(getattr(report.proof, name).verdict for name in RUNGS),
-            ratio(report.latency.ratio),
-            size(report.release.update_bytes),
+            or_not_applicable(report.latency, ratio(report.latency.ratio)),
+            NOT_APPLICABLE if report.release.index == 0 else size(report.release.update_bytes),
         ]
         for report in run.releases
     ]
-    return Table(["Release", "Verdict", "Max. difference", "Same program", "Latency vs. base", "Update"], rows)
+    return Table(["Release", "Verdict", "Max. difference", "Same graph", "Latency vs. base", "Update"], rows)
 
 
 def inputs(run: RunReport) -> Table | None:
-    """What was done to the pictures of every task, None if nothing that open_clip's transform would not have done."""
+    """Changes that decoding made to the images of each task, beyond open_clip's transform; None if there are none."""
     rows = []
     for found in run.inputs:
-        counted = f"{found.images}" if found.decoded == found.images else f"{found.images} ({found.decoded} looked at)"
+        counted = f"{found.images}" if found.decoded == found.images else f"{found.images} ({found.decoded} decoded)"
         changes = [f"{count} {change}" for change, count in found.changes.items()]
         rows.append([found.task, counted, "; ".join((*changes, *found.notes))])
-    return Table(("Task", "Images", "Changed or left out"), rows) if any(row[2] for row in rows) else None
+    return Table(("Task", "Images", "Changed or skipped"), rows) if any(row[2] for row in rows) else None
 
 
 def variants(reports: Sequence[ReleaseReport]) -> Table | None:
-    """One row per release in a coarser precision: what it saves and what it costs against the same release in fp32."""
+    """One row per fp16 or int8 release: size, latency and accuracy compared with the same release in fp32."""
     rows = [[report.name, *_variant_cells(report.variant)] for report in reports if report.variant]
-    columns = ["Release", "Weights, of fp32", "Time vs. fp32", "Accuracy", "Accuracy, fp32", "Largest loss on a task"]
+    columns = [
+        "Release",
+        "Weights, of fp32",
+        "Latency vs. fp32",
+        "Accuracy",
+        "Accuracy, fp32",
+        "Largest drop on a task",
+    ]
     return Table(columns, rows) if rows else None
 
 
@@ -387,7 +398,7 @@ def _variant_cells(variant: VariantCost) -> list[str]:
 
 
 def _speed(times: Ratio) -> str:
-    """The ratio, and in words whether the variant is slower on this machine."""
+    """The ratio, and whether the variant is slower or faster on this machine."""
     low, high = times.ci95
     word = "slower" if low > 1 else "faster" if high < 1 else "no difference"
     return f"{ratio(times.ratio)} {word}"

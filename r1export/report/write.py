@@ -1,4 +1,4 @@
-"""A report as JSON, Markdown, HTML and JUnit XML: four files, written together."""
+"""Write a report as JSON, Markdown, HTML and JUnit XML."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 
 from r1export.report import tables
 from r1export.report.checks import Line, lines
+from r1export.report.format import NOT_MEASURED, or_not_applicable
 from r1export.report.json_format import to_json
 from r1export.update.atomic_io import PARTIAL
 from r1export.update.plain_text import printable
@@ -36,7 +37,7 @@ MARKS = {
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write the four files of `REPORTS`; each one is renamed into place when all are complete."""
+    """Write the four files of `REPORTS`; they are renamed into place once all are complete."""
     document = json.dumps(to_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     texts = dict(
         zip(REPORTS, (render_html(report), render_markdown(report), render_junit(report), document), strict=True)
@@ -53,25 +54,25 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def remove_reports(folder: Path) -> None:
-    """Delete what an earlier verification wrote: a report never outlives the files that it is about."""
+    """Delete the files of an earlier verification: a report must not outlive the files it describes."""
     for name in REPORTS:
         (folder / name).unlink(missing_ok=True)
 
 
 def render_html(report: Report) -> str:
-    """One page that needs nothing else: no network, no script, no font."""
+    """One self-contained page: no network, no scripts, no fonts."""
     return environment("html").get_template("report.html.j2").render(_page(report, pictures=True))
 
 
 def render_markdown(report: Report) -> str:
-    """The same report without pictures."""
+    """The same report without plots."""
     return environment("md").get_template("report.md.j2").render(_page(report, pictures=False))
 
 
 def render_junit(report: Report) -> str:
     """JUnit XML: one suite per release, one case per check and one for the verdict.
 
-    Inconclusive and not applicable are skipped cases, which no reader of JUnit files counts as passed.
+    Inconclusive and not applicable are `skipped` cases, which no JUnit reader counts as passed.
     """
     releases = report.releases if isinstance(report, RunReport) else ()
     suites = [_suite(part) for part in (*releases, report)]
@@ -99,7 +100,7 @@ class Suite:
 
 def _suite(report: Report) -> Suite:
     verdict = Line(
-        "report.verdict", "Verdict", "The release may be deployed.", report.verdict, " ".join(report.reasons)
+        "report.verdict", "Verdict", "The release can be deployed.", report.verdict, " ".join(report.reasons)
     )
     return Suite(report.name, (*lines(report), verdict))
 
@@ -127,18 +128,18 @@ def _printable(value: Any) -> Any:
 
 
 def _markdown(value: Any) -> Markup:
-    """Text that Markdown shows as it is, on one line; `commands` between backticks stay commands."""
+    """Text escaped for Markdown, on one line; `code` between backticks stays code."""
     if isinstance(value, Markup):
         return value
     parts = re.split(r"(`[^`]+`)", printable(re.sub(r"\s+", " ", str(value))))
-    # Underscores inside words are harmless and common in names.
+    # Underscores within words are common in names and need no escape.
     plain = [re.sub(r"([\\*\[\]`]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", part) for part in parts[::2]]
     parts[::2] = [part.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for part in plain]
     return Markup("".join(parts).replace("|", "\\|"))
 
 
 def _page(report: Report, pictures: bool) -> dict[str, object]:
-    """All that the templates show."""
+    """The variables of the templates."""
     parts = report.releases if isinstance(report, RunReport) else (report,)
     run = report if isinstance(report, RunReport) else None
     checks = [*(lines(run) if run else []), *(line for part in parts for line in lines(part))]
@@ -169,7 +170,7 @@ def _by_task(examples: Sequence[Example]) -> dict[str, list[Example]]:
 
 
 def _origin(report: Report) -> str:
-    """What the release is of, where that is known."""
+    """Task, base model, date and version, if known."""
     known = {"Written": report.created, "r1export": report.environment.r1export}
     if isinstance(report, ReleaseReport):
         known = {"Task": report.release.task or "", "Base model": report.release.base or "", **known}
@@ -184,7 +185,7 @@ def _lead(checks: list[Line]) -> str:
 
 
 def _section(report: ReleaseReport, key: str, pictures: bool) -> dict[str, object]:
-    """What one release shows; `key` keeps the pictures of several releases apart."""
+    """The section of one release; `key` makes the ids of its plots unique."""
     return {
         "name": report.name,
         "verdict": report.verdict,
@@ -198,6 +199,7 @@ def _section(report: ReleaseReport, key: str, pictures: bool) -> dict[str, objec
         "clocks": tables.clocks(report.latency),
         "timings": tables.timings(report.latency),
         "uncounted": report.latency.uncounted,
+        "untimed": f"{or_not_applicable(report.latency, NOT_MEASURED).capitalize()}.",
         "advice": report.latency.detail,
         "digests": tables.digests(report),
         "pictures": _release_pictures(report, key) if pictures else {},
@@ -205,7 +207,7 @@ def _section(report: ReleaseReport, key: str, pictures: bool) -> dict[str, objec
 
 
 def _release_pictures(report: ReleaseReport, key: str) -> dict[str, Markup]:
-    from r1export.report import plots  # here because matplotlib takes long to load and Markdown does not need it
+    from r1export.report import plots  # imported here: matplotlib loads slowly, and Markdown doesn't need it
 
     drawn = {
         "errors": plots.error_histogram(report.parity, f"{key}-errors"),

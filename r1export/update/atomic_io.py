@@ -1,6 +1,6 @@
-"""Files that are there whole or not at all: written under a temporary name, synced, renamed. And foreign files: read once, in their folder.
+"""Atomic writes (temporary name, sync, rename), and safe reads of untrusted files.
 
-What is written has its mode whatever the umask is: a device's updater may run under any.
+File modes don't depend on the umask, since a device's updater may run under any.
 """
 
 from __future__ import annotations
@@ -18,41 +18,39 @@ from typing import Any, BinaryIO
 
 from r1export.errors import InputError
 
-CHUNK = 1 << 20  # bytes read at a time: large enough to hash at full speed, small next to any model
+CHUNK = 1 << 20  # bytes read at a time: enough to hash at full speed, little compared with a model
 FILE_MODE, FOLDER_MODE = 0o644, 0o755
-PARTIAL = ".partial"  # how the hidden names of what is being written end
+PARTIAL = ".partial"  # suffix of hidden temporary names
 
 
 def inside(root: Path, name: str) -> Path:
-    """`root / name`, for a name that others wrote.
+    """`root / name` for an untrusted name.
 
-    Raises InputError unless it is a plain way down: no `..`, not absolute, and no link on it.
+    Raises InputError if the name is absolute, contains `..`, or leads over a link.
     """
     segments = name.split("/")
     ways = [root.joinpath(*segments[:depth]) for depth in range(1, len(segments) + 1)]
-    plain = (
-        not {"", ".", ".."} & set(segments) and name.isprintable()
-    )  # a NUL ends a path, half a surrogate pair is none
+    plain = not {"", ".", ".."} & set(segments) and name.isprintable()  # a NUL ends a path, a surrogate is invalid
     if not plain or any(path.is_symlink() for path in ways):
         raise InputError(
-            f"{ascii(name)[:100]} leads out of {root}, or over a link", "get the files again from their source"
+            f"{ascii(name)[:100]} leads out of {root}, or over a link", "copy the files from their source again"
         )
     return root / name
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading that may be anything: a pipe would wait for ever, a device has no end.
+    """Open a regular file for reading: a pipe would block, a device has no end.
 
     Raises:
-        InputError: no regular file.   OSError: not there, or not readable.
+        InputError: not a regular file.   OSError: missing or unreadable.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except ValueError as error:
-        raise InputError(f"{ascii(str(path))[:100]} is no path: {error}", "check the path") from None
+        raise InputError(f"{ascii(str(path))[:100]} is not a path: {error}", "check the path") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise InputError(f"{path} is no regular file", "replace it by the file itself")
+        raise InputError(f"{path} is not a regular file", "replace it with a regular file")
     return os.fdopen(descriptor, "rb")
 
 
@@ -86,10 +84,10 @@ def sha256_bytes(data: Any) -> str:
 
 
 def write_file(path: Path, chunks: bytes | Iterable[bytes | memoryview], mode: int = FILE_MODE) -> None:
-    """Write `path` atomically: on any failure the old file, or none, is there.
+    """Write `path` atomically: on any failure the old file is kept.
 
     Raises:
-        OSError: no space, no permission. The temporary file is removed first, whatever `chunks` raises too.
+        OSError: no space, no permission. The temporary file is removed, also if `chunks` raises.
     """
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
     try:
@@ -117,7 +115,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it that are missing, for everybody to read."""
+    """Create a folder and its missing parents, readable for everybody."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -126,7 +124,7 @@ def make_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all it holds, if it is there."""
+    """Remove a file, a link or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -144,9 +142,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears at `path` only if the block ends without an exception; an old `path` is replaced.
+    """Create the folder `path` atomically: it appears only if the block succeeds; an existing `path` is replaced.
 
-    The block works in a hidden folder next to `path`, which is removed if it fails.
+    The block writes to a hidden folder next to `path`, which is removed on failure.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent))

@@ -1,9 +1,9 @@
-"""A field update as one flat file, `.r1u`: no archive, no compression, nothing to unpack.
+"""An update as one flat file, `.r1u`: no archive, no compression.
 
     magic | u32 length | envelope JSON | u32 length | manifest JSON | zeros up to 64 | payload | end
 
-Integers are little-endian. The whole file is read into memory once (64 MiB at most) and verified there; what is
-installed are those same bytes, whatever happens to the file meanwhile.
+Integers are little-endian. The whole file (64 MiB at most) is read into memory once, verified and installed from there, so
+that concurrent changes of the file have no effect.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from r1export.update.factors import ExpertUpdate, Factors
 from r1export.update.manifest import MAX_MANIFEST, File, Manifest, Update, payload_regions
 from r1export.update.rebuild import read_range
 
-MAGIC = b"R1U\x01\r\n\x1a\n"  # as in PNG: a transfer that changes line ends or strips the eighth bit destroys it
+MAGIC = b"R1U\x01\r\n\x1a\n"  # as in PNG, it detects transfers that change line ends or strip the eighth bit
 MAX_BUNDLE = 64 << 20  # bytes
 HEAD_ALIGN = 64
-REMEDY = "fetch the file again, or have it made again"
+REMEDY = "download the file again, or rebuild it"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A field update in memory; whoever holds one knows that its payload is the signed one."""
+    """A verified update in memory."""
 
     envelope: bytes
     manifest_bytes: bytes
@@ -48,7 +48,7 @@ class Bundle:
 
         Raises:
             InputError: malformed.
-            CheckFailed: not signed by enough trusted keys, or the payload is not the signed one.
+            CheckFailed: not signed by enough trusted keys, or the payload differs from the signed one.
             Unsupported: for a newer updater.
         """
         envelope, manifest_bytes, payload = split(data)
@@ -75,7 +75,7 @@ class Bundle:
     def carried(self) -> dict[str, ExpertUpdate]:
         """The updates in this bundle by the digest of their factors.safetensors.
 
-        Raises CheckFailed if the factors are not those of the digest.
+        Raises CheckFailed on a digest mismatch.
         """
         return {update.sha256: self._factors(update) for update in self.manifest.updates if update.experts}
 
@@ -100,9 +100,7 @@ class Bundle:
             )
         factors = ExpertUpdate(pairs)
         if (found := hashlib.sha256(factors.to_bytes()).hexdigest()) != update.sha256:
-            raise CheckFailed(
-                f"the factors of {update.task} have SHA-256 {found}, the manifest says {update.sha256}", REMEDY
-            )
+            raise CheckFailed(f"the factors of {update.task} have SHA-256 {found}, expected {update.sha256}", REMEDY)
         return factors
 
 
@@ -113,7 +111,7 @@ def assemble(envelope: bytes, manifest: bytes, payload: bytes | memoryview) -> b
 
 
 def split(data: bytes) -> tuple[bytes, bytes, memoryview]:
-    """Envelope, manifest and payload of a file's bytes, none of them believed yet. Raises InputError if they are not a bundle's."""
+    """Envelope, manifest and payload of a file's bytes, unverified. Raises InputError if the file is not a bundle."""
     if len(data) > MAX_BUNDLE:
         raise InputError(f"the update has more than {MAX_BUNDLE} bytes", REMEDY)
     if not data.startswith(MAGIC):
@@ -124,19 +122,19 @@ def split(data: bytes) -> tuple[bytes, bytes, memoryview]:
         position += 4
         if length > limit or position + length > len(data):
             raise InputError(
-                f"the {name} claims {length} bytes, at most {min(limit, max(0, len(data) - position))} are possible",
+                f"the {name} claims {length} bytes, expected at most {min(limit, max(0, len(data) - position))}",
                 REMEDY,
             )
         parts.append(data[position : position + length])
         position += length
     start = position + -position % HEAD_ALIGN
     if start > len(data) or any(data[position:start]):
-        raise InputError("the zeros between manifest and payload are missing or not zero", REMEDY)
+        raise InputError("the padding between manifest and payload is missing or not zero", REMEDY)
     return parts[0], parts[1], memoryview(data)[start:]
 
 
 def read_bundle(path: Path) -> bytes:
-    """The bytes of an update file, read once. Raises InputError if it is no regular file or larger than 64 MiB."""
+    """The bytes of an update file, read once. Raises InputError if it is not a regular file or larger than 64 MiB."""
     try:
         return read_regular(path, MAX_BUNDLE)
     except (FileNotFoundError, NotADirectoryError):
@@ -144,11 +142,11 @@ def read_bundle(path: Path) -> bytes:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What the update at `path` says of itself, for people to read. Signatures are listed, not verified.
+    """Describe the update at `path`. Signatures are listed, not verified.
 
     Raises:
         InputError, Unsupported: malformed, or for a newer updater.
-        CheckFailed: the payload is not the one of the manifest.
+        CheckFailed: the payload differs from the manifest.
     """
     data = read_bundle(path)
     envelope, manifest_bytes, payload = split(data)
@@ -181,11 +179,11 @@ def inspect(path: Path) -> dict[str, Any]:
 
 def _check_payload(manifest: Manifest, payload: memoryview) -> None:
     if len(payload) != manifest.payload_bytes:
-        raise CheckFailed(f"the payload has {len(payload)} bytes, signed are {manifest.payload_bytes}", REMEDY)
+        raise CheckFailed(f"the payload has {len(payload)} bytes, expected {manifest.payload_bytes} as signed", REMEDY)
     if (found := hashlib.sha256(payload).hexdigest()) != manifest.payload_sha256:
-        raise CheckFailed(f"the payload has SHA-256 {found}, signed is {manifest.payload_sha256}", REMEDY)
+        raise CheckFailed(f"the payload has SHA-256 {found}, expected {manifest.payload_sha256} as signed", REMEDY)
     end = 0
     for offset, nbytes, _ in payload_regions(manifest):
         if any(payload[end:offset]):
-            raise InputError(f"the payload's fill at byte {end} is not zero", REMEDY)
+            raise InputError(f"the payload's padding at byte {end} is not zero", REMEDY)
         end = offset + nbytes

@@ -2,8 +2,8 @@
 
     u64 length | JSON header {name: {dtype, shape, data_offsets}} padded with spaces to 8 | tensors, contiguous
 
-Writing is canonical: tensors in the given order, no metadata, so equal tensors give equal bytes. Reading is strict:
-what another writer could hide (gaps, overlaps, duplicate keys, trailing bytes) is refused.
+Writing is canonical: tensors in the given order, no metadata, so equal tensors give equal bytes. Reading is strict: gaps,
+overlaps, duplicate keys and trailing bytes are errors.
 Format: https://huggingface.co/docs/safetensors (the safetensors library is the oracle in the tests).
 """
 
@@ -44,7 +44,7 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Where one tensor lies: `offset` counts from the start of the file."""
+    """The location of one tensor; `offset` counts from the start of the file."""
 
     name: str
     dtype: np.dtype[Any]
@@ -64,7 +64,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Layout:
-    """The header of a container: everything about the tensors but their values."""
+    """The header of a container: everything about the tensors except their values."""
 
     header: bytes
     specs: tuple[TensorSpec, ...]
@@ -80,7 +80,7 @@ class Layout:
 
 
 def plan(tensors: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]]) -> Layout:
-    """Lay tensors out one after the other, in the given order; widest dtypes should come first to stay aligned."""
+    """Lay out tensors contiguously in the given order; wide dtypes should come first to stay aligned."""
     specs: dict[str, TensorSpec] = {}
     end = 0
     for name, dtype, shape in tensors:
@@ -98,7 +98,7 @@ def _entry(spec: TensorSpec) -> dict[str, object]:
 
 
 def write_layout(path: Path, layout: Layout, tensor_of: Callable[[TensorSpec], np.ndarray]) -> None:
-    """Write a container atomically, asking for one tensor at a time, so that only one is in memory.
+    """Write a container atomically, requesting one tensor at a time, so that only one is in memory.
 
     Raises:
         ValueError: a tensor has not the dtype or shape that the layout promises.
@@ -165,7 +165,7 @@ def _read_layout(file: BinaryIO, path: Path) -> Layout:
     except (ValueError, InputError) as error:
         message = error.message if isinstance(error, InputError) else str(error)
         raise InputError(
-            f"{path}: not a well-formed safetensors file: {message}", "write or fetch the file again"
+            f"{path}: invalid safetensors file: {message}", "recreate or download the file again"
         ) from error
 
 

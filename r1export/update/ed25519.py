@@ -1,6 +1,6 @@
 """Ed25519 verification in 90 lines of plain Python, for devices that have neither cryptography nor PyNaCl.
 
-It can only verify: without a secret there is nothing that timing could betray. About 5 ms a signature.
+It can only verify, so timing can't leak a secret. About 5 ms per signature.
 Source: RFC 8032, sections 5.1.3 (decoding) and 5.1.7 (verification); extended coordinates (X, Y, Z, T) with
 x = X/Z, y = Y/Z, x y = T/Z, and the addition of section 5.1.4.
 """
@@ -22,7 +22,7 @@ IDENTITY: Point = (0, 1, 1, 0)
 def is_strict(public: bytes, signature: bytes) -> bool:
     """Whether key and signature are encoded in the one canonical way and the key is not of small order.
 
-    Libraries disagree about such inputs; refusing them first makes every backend give the same verdict.
+    Libraries disagree about such inputs; rejecting them first makes all backends agree.
     """
     if len(public) != 32 or len(signature) != 64 or int.from_bytes(signature[32:], "little") >= L:
         return False

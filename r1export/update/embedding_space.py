@@ -1,6 +1,6 @@
-"""Which vectors may be compared: an identity of all that makes an embedding, so that stored vectors can be told from foreign ones.
+"""The embedding space: a digest of everything that determines an embedding, which says whether stored vectors are comparable.
 
-Two releases with the same `image` digest give the same image embeddings of the same pictures, whatever else changed.
+Two releases with the same `image` digest give the same image embeddings, whatever else changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NOT_IN_A_TOWER = ("logit_scale", "logit_bias")  # they scale answers, not embedd
 
 @dataclass(frozen=True)
 class EmbeddingSpace:
-    """SHA-256 of what makes image embeddings (graph, merged weights, preprocessing), and of what makes text embeddings."""
+    """SHA-256 of what determines image embeddings (graph, merged weights, preprocessing), and of what determines text embeddings."""
 
     image: str
     text: str
@@ -38,7 +38,7 @@ class EmbeddingSpace:
         space = cls(found["image"], found["text"])
         whole = all(isinstance(value, str) and DIGEST.fullmatch(value) for value in found.values())
         if not whole or found["sha256"] != space.sha256 or len(members) != len(found):
-            raise InputError(f"{location} is no embedding space", "export the release again")
+            raise InputError(f"{location} is not an embedding space", "export the release again")
         return space
 
 

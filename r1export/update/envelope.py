@@ -1,11 +1,11 @@
-"""Who may say what a device installs: Ed25519 signatures of N of M keys over the manifest's very bytes.
+"""Signatures of updates: Ed25519 signatures of N of M keys over the manifest's exact bytes.
 
-Signed is the pre-authentication encoding of DSSE (https://github.com/secure-systems-lab/dsse/blob/master/protocol.md):
+The signed bytes are the pre-authentication encoding of DSSE (https://github.com/secure-systems-lab/dsse/blob/master/protocol.md):
 
     "DSSEv1" SP len(type) SP type SP len(body) SP body
 
-so no canonical JSON is needed, and a signature made for another type of document is worth nothing here.
-Backends: cryptography, else PyNaCl, else `ed25519` of this package. Their verdicts agree, since `is_strict` goes first.
+so no canonical JSON is needed, and a signature of another type of document is invalid here.
+Backends: cryptography, else PyNaCl, else `ed25519` of this package. They agree on all inputs, since `is_strict` comes first.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PublicKey:
 
     @property
     def keyid(self) -> str:
-        """SHA-256 of the 32 bytes: a hint which key to try, never a reason to believe."""
+        """SHA-256 of the 32 bytes: a hint which key to try, not proof of anything."""
         return hashlib.sha256(self.raw).hexdigest()
 
     @classmethod
@@ -62,7 +62,7 @@ class PublicKey:
 
 @dataclass(frozen=True)
 class SecretKey:
-    """An Ed25519 secret key: the 32 bytes of its seed, which never appear in a text."""
+    """An Ed25519 secret key: the 32 bytes of its seed, which are never printed."""
 
     seed: bytes = field(repr=False)
 
@@ -77,7 +77,7 @@ class SecretKey:
 
     @property
     def public(self) -> PublicKey:
-        """The key to hand to devices. Raises Unsupported without cryptography and PyNaCl."""
+        """The public key for devices. Raises Unsupported without cryptography and PyNaCl."""
         return PublicKey(_signer()(self.seed, b"")[0])
 
     def sign(self, message: bytes) -> bytes:
@@ -99,7 +99,7 @@ def keygen(prefix: Path) -> PublicKey:
     }
     for path in files:
         if path.exists():
-            raise InputError(f"{path} exists", "choose another prefix: a key that is in use must not be replaced")
+            raise InputError(f"{path} exists", "choose another prefix; a key in use must not be overwritten")
     for path, (text, mode) in files.items():
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
             file.write(text)
@@ -117,7 +117,7 @@ def sign(manifest: bytes, keys: Iterable[SecretKey]) -> bytes:
     message = pre_authentication_encoding(PAYLOAD_TYPE, manifest)
     signatures = [{"keyid": key.public.keyid, "sig": base64.b64encode(key.sign(message)).decode()} for key in keys]
     if not signatures or len({entry["keyid"] for entry in signatures}) != len(signatures):
-        raise InputError(f"{len(signatures)} signing keys, some twice or none", "give each secret key once")
+        raise InputError(f"no signing key, or a duplicate among {len(signatures)}", "pass each secret key once")
     return json.dumps({"payloadType": PAYLOAD_TYPE, "signatures": signatures}, separators=(",", ":")).encode()
 
 
@@ -131,10 +131,10 @@ def verify(envelope: bytes, manifest: bytes, trusted: Sequence[PublicKey], thres
     payload_type, signatures = _parse(envelope)
     if payload_type != PAYLOAD_TYPE:
         raise CheckFailed(
-            f"signed as {payload_type!r}, expected {PAYLOAD_TYPE!r}", "give an update made with `r1export bundle`"
+            f"signed as {payload_type!r}, expected {PAYLOAD_TYPE!r}", "use an update from `r1export bundle`"
         )
     if threshold < 1:
-        raise InputError(f"{threshold} signatures required", "at least one is")
+        raise InputError(f"{threshold} signatures required", "require at least one")
     message = pre_authentication_encoding(PAYLOAD_TYPE, manifest)
     check = verifier()
     signers = []
@@ -147,7 +147,7 @@ def verify(envelope: bytes, manifest: bytes, trusted: Sequence[PublicKey], thres
     if len(signers) < threshold:
         raise CheckFailed(
             f"signed by {len(signers)} trusted keys, expected {threshold}",
-            "have it signed with keys that this device trusts",
+            "sign it with keys that this device trusts",
         )
     return tuple(signers)
 
@@ -180,7 +180,7 @@ def verifier(backend: str = "") -> Verify:
             return makers[name]()
         except ImportError:
             continue
-    raise Unsupported(f"{backend} is not installed", "install it, or let the program choose")
+    raise Unsupported(f"{backend} is not installed", "install it, or use the default backend")
 
 
 def _cryptography() -> Verify:
@@ -245,9 +245,11 @@ def _from_pem(path: Path, kind: str, prefix: bytes) -> bytes:
         match = re.search(rf"-----BEGIN {kind}-----([A-Za-z0-9+/=\s]*)-----END {kind}-----", text)
         data = base64.b64decode("".join(match[1].split()), validate=True) if match else b""
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file", "make a pair with `r1export keygen PREFIX`") from None
+        raise InputError(f"{path}: no such file", "create a key pair with `r1export keygen PREFIX`") from None
     except (UnicodeDecodeError, binascii.Error):
         data = b""
     if len(data) != len(prefix) + 32 or not data.startswith(prefix):
-        raise InputError(f"{path} is not an Ed25519 {kind.lower()} in PEM", "make a pair with `r1export keygen PREFIX`")
+        raise InputError(
+            f"{path} is not an Ed25519 {kind.lower()} in PEM", "create a key pair with `r1export keygen PREFIX`"
+        )
     return data[len(prefix) :]

@@ -1,4 +1,4 @@
-"""The one merge of the program: W' = W + sum_e u_e v_e^T, bit for bit the same in the lab and on every device.
+"""The merge: W' = W + sum_e u_e v_e^T, bit for bit the same on the build host and on every device.
 
 Procedure `r1-f64-v1`, per adapted weight and block of rows:
 
@@ -50,7 +50,7 @@ class Rows:
         """Inverse of `str`. Raises InputError for anything else."""
         match = _ROWS.fullmatch(text)
         if not match or int(match[2]) >= int(match[3]):
-            raise InputError(f"{text!r} names no rows", "expected PARAMETER[start:stop] with start < stop")
+            raise InputError(f"{text!r} is not a range of rows", "expected PARAMETER[start:stop] with start < stop")
         return cls(match[1], int(match[2]), int(match[3]))
 
 
@@ -93,7 +93,7 @@ def _round(values: np.ndarray, dtype: np.typing.DTypeLike) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ExpertUpdate:
-    """Rank-1 experts for a set of adapted linears, in the order in which they are added.
+    """Rank-1 experts for a set of adapted linears, in merge order.
 
     Laws: `stack([x]).apply(W) == x.apply(W)`; `stack` is associative; `read(write(x)) == x`;
     the result does not depend on `block_rows`.
@@ -110,11 +110,11 @@ class ExpertUpdate:
         ordered = dict(sorted(self.factors.items()))
         for rows, pair in ordered.items():
             if pair.u.shape[0] != rows.stop - rows.start:
-                raise InputError(f"{rows}: u has {pair.u.shape[0]} rows", "expected as many as the name says")
+                raise InputError(f"{rows}: u has {pair.u.shape[0]} rows", "expected as many as in the name")
         named = list(ordered)
         for before, after in zip(named, named[1:]):
             if before.parameter == after.parameter and after.start < before.stop:
-                raise InputError(f"{before} and {after} overlap", "each row of a weight may be named once")
+                raise InputError(f"{before} and {after} overlap", "expected disjoint rows")
         object.__setattr__(self, "factors", MappingProxyType(ordered))
 
     @property
@@ -129,9 +129,9 @@ class ExpertUpdate:
 
     @classmethod
     def stack(cls, updates: Iterable[ExpertUpdate]) -> ExpertUpdate:
-        """One update that adds the experts of all `updates`, in order, with a single rounding at the end.
+        """One update with the experts of all `updates`, in order, with a single rounding at the end.
 
-        Raises InputError if two updates cut a parameter into different rows.
+        Raises InputError if two updates split a parameter into different rows.
         """
         pairs: dict[Rows, list[Factors]] = {}
         for update in updates:
@@ -153,14 +153,14 @@ class ExpertUpdate:
             if rows.stop > matrix.shape[0] or pair.v.shape[1] != matrix.shape[1]:
                 raise InputError(
                     f"{rows}: factors for (rows, {pair.v.shape[1]}), the weight is {matrix.shape}",
-                    "use the base model that the update was made for",
+                    "use the base model of the update",
                 )
             for start in range(rows.start, rows.stop, block_rows):
                 stop = min(start + block_rows, rows.stop)
                 _merge_(matrix[start:stop], pair.u[start - rows.start : stop - rows.start], pair.v)
             if not np.isfinite(matrix[rows.start : rows.stop]).all():
                 raise InputError(
-                    f"{rows}: the merged weight is not finite", "the update is damaged or made for another base"
+                    f"{rows}: the merged weight is not finite", "the update is corrupted or for another base"
                 )
         return merged
 
@@ -190,13 +190,13 @@ class ExpertUpdate:
     def _of(cls, tensors: Mapping[str, np.ndarray], path: Path) -> ExpertUpdate:
         names = {name.rpartition(".")[0] for name in tensors}
         if {f"{name}.{part}" for name in names for part in "uv"} != set(tensors):
-            raise InputError(f"{path}: a factor has no partner", "expected NAME.u and NAME.v for each adapted linear")
+            raise InputError(f"{path}: unpaired factor", "expected NAME.u and NAME.v for each adapted linear")
         return cls({Rows.parse(name): Factors(tensors[f"{name}.u"], tensors[f"{name}.v"]) for name in names})
 
 
 def _parameter(base: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     if name not in base:
-        raise InputError(f"the base model has no parameter {name}", "use the base model that the update was made for")
+        raise InputError(f"the base model has no parameter {name}", "use the base model of the update")
     if base[name].dtype not in (np.float64, np.float32, np.float16):
         raise InputError(f"{name} is {base[name].dtype}", "expected a float weight")
     return base[name]

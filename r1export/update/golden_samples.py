@@ -1,6 +1,6 @@
-"""The samples of a release: real pictures and prompts, what the towers take for them, and what they give.
+"""The golden samples of a release: real images and prompts, the towers' inputs, and their outputs.
 
-A client that reproduces them does what the lab did, from the picture to the embedding and from the prompt to the embedding.
+A client that reproduces them has the same pipeline as in training, from image and prompt to embedding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from r1export.update.release_layout import GOLDEN, TEXTUAL, VISUAL
 from r1export.update.strict_json import parse_json
 
 SAMPLES = 8  # images, and prompts, in every release
-PICTURES = 3  # images that are there as pictures too
+PICTURES = 3  # images that are stored before preprocessing too
 # How far preprocess.onnx, which resizes in float32, may be off: at most, and on average, in steps of a byte. docs/models.md
 # says how often a byte differs.
 BYTES, MEAN_BYTES = 1.5, 0.1
@@ -63,7 +63,7 @@ class GoldenSamples:
         pictures = tuple(tensors[f"picture_{i}"] for i in range(len(tensors)) if f"picture_{i}" in tensors)
         if wrong := [picture.shape for picture in pictures if picture.dtype != np.uint8 or picture.shape[2:] != (3,)]:
             raise InputError(
-                f"{GOLDEN}: a picture of shape {wrong[0]}, expected bytes (h, w, 3)", "export the release again"
+                f"{GOLDEN}: an image of shape {wrong[0]}, expected uint8 (h, w, 3)", "export the release again"
             )
         return cls(
             tensors[VISUAL.input], tensors[VISUAL.output], tensors[TEXTUAL.input], tensors[TEXTUAL.output],
@@ -87,7 +87,7 @@ def _prompts(text: np.ndarray) -> tuple[str, ...]:
     try:
         prompts = json.loads(text.tobytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{GOLDEN}: the prompts are no JSON: {error}", "export the release again") from error
+        raise InputError(f"{GOLDEN}: the prompts are not JSON: {error}", "export the release again") from error
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError(f"{GOLDEN}: the prompts are no list of strings", "export the release again")
+        raise InputError(f"{GOLDEN}: the prompts are not a list of strings", "export the release again")
     return tuple(prompts)

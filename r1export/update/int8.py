@@ -1,9 +1,9 @@
-"""Weights as 8-bit integers with a scale for each row: W ~ scale[:, None] * q, the same bits in the lab and on every device.
+"""Weights as 8-bit integers with a scale per row: W ~ scale[:, None] * q, with the same bits on the build host and on every device.
 
     scale = float32(max |w| / 127)      q = round half to even (w / scale), in float64      W = float32(scale * q)
 
-A rank-1 update cannot be written into integers. So the integers of the base are the immutable base: each version is
-W of the base, merged by `ExpertUpdate.apply`, and quantised again once. Rounding errors never add up over versions.
+A rank-1 update can't be added to integers. Each version is therefore the dequantized W of the base, merged by
+`ExpertUpdate.apply` and quantized again once, so rounding errors don't accumulate over versions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def dequantize(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """
     if q.dtype != np.int8 or scale.dtype != np.float32 or scale.shape != q.shape[:1] or not np.isfinite(scale).all():
         raise InputError(
-            f"quantised weight {q.dtype}{list(q.shape)} with scale {scale.dtype}{list(scale.shape)}",
+            f"quantized weight {q.dtype}{list(q.shape)} with scale {scale.dtype}{list(scale.shape)}",
             "expected int8 (rows, in) and float32 (rows)",
         )
     exact = q.astype(np.float64) * scale.astype(np.float64).reshape(-1, *[1] * (q.ndim - 1))

@@ -1,6 +1,6 @@
-"""layout.json: what a folder made for a client holds, and from which release, so that an update can bring it up to date.
+"""layout.json: the contents of a client layout and its release, so that updates can be applied to it.
 
-A device reads and writes it, so this needs the standard library alone. The format is described in docs/layouts.md.
+Devices read and write it, so this module needs only the standard library. The format is described in docs/layouts.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _KIND = re.compile("release|update")
 
 @dataclass(frozen=True)
 class Origin:
-    """What a folder's weights come from: a release, by its manifest.json, or an update, by its signed manifest."""
+    """The origin of a layout's weights: a release, by its manifest.json, or an update, by its signed manifest."""
 
     kind: str
     name: str
@@ -75,15 +75,17 @@ class LayoutFile:
         try:
             data = read_regular(folder / LAYOUT, MAX_BYTES)
         except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{folder} is no layout: it has no {LAYOUT}", "make it with `r1export layout`") from None
+            raise InputError(
+                f"{folder} is not a layout: it has no {LAYOUT}", "create one with `r1export layout`"
+            ) from None
         return cls.parse(data, str(folder / LAYOUT))
 
     @classmethod
     def parse(cls, data: bytes, location: str) -> LayoutFile:
-        """Inverse of `to_bytes`, for bytes that anyone may have written. Raises InputError."""
+        """Inverse of `to_bytes`, for untrusted bytes. Raises InputError."""
         fields = parse_json(data, location, MAX_BYTES)
         if (form := fields.text("format", re.compile("[a-z0-9./]{1,40}"))) != FORMAT:
-            raise InputError(f"{location}: format {form!r}, expected {FORMAT!r}", "make the layout again")
+            raise InputError(f"{location}: format {form!r}, expected {FORMAT!r}", "recreate the layout")
         origin, variants = fields.object("origin"), fields.objects("variants", NAME, 8)
         layout = cls(
             layout=fields.text("layout", NAME),

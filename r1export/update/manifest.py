@@ -1,7 +1,7 @@
-"""What a field update says of itself: the signed JSON of a bundle, parsed strictly into frozen values.
+"""The manifest of an update: the signed JSON of a bundle, parsed strictly into frozen values.
 
-Laws: `Manifest.parse(m.to_bytes()) == m`; whatever `parse` accepts has a payload without gaps, overlaps or surprises,
-so that readers need no check of their own. The format is described in docs/bundle-format.md.
+Laws: `Manifest.parse(m.to_bytes()) == m`; a parsed manifest describes a payload without gaps or overlaps, so readers need
+no further checks. The format is described in docs/bundle-format.md.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from r1export.update.release_layout import MANIFEST
 from r1export.update.strict_json import REMEDY, Fields, items, matching, parse_json, whole, wrong
 
 FORMAT = "r1export.bundle/1"
-UPDATER = 1  # what this updater understands; a manifest may require more
+UPDATER = 1  # version of this updater; a manifest may require a later one
 MAX_MANIFEST = 1 << 20  # bytes
 MAX_PAYLOAD = 64 << 20  # bytes
-ALIGN = 8  # every update and every part of a file starts at a multiple of it
+ALIGN = 8  # alignment of every update and every part of a file
 ITEMSIZE = {"F32": 4, "F16": 2}
 PROCEDURES = (PROCEDURE, PROCEDURE_INT8)
 
@@ -145,7 +145,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
-        """Inverse of `to_bytes`, for bytes that anyone may have written.
+        """Inverse of `to_bytes`, for untrusted bytes.
 
         Raises:
             InputError: malformed, ambiguous or beyond a limit; the message names the member.
@@ -193,7 +193,7 @@ def _known_algorithm(fields: Fields) -> str:
     )
     if form != FORMAT or updater > UPDATER or algorithm not in PROCEDURES:
         raise Unsupported(
-            f"the update is {form}, for updater {updater}, algorithm {algorithm}; this one knows {FORMAT}, {UPDATER}, {', '.join(PROCEDURES)}",
+            f"the update is {form}, for updater {updater}, algorithm {algorithm}; this updater supports {FORMAT}, {UPDATER}, {', '.join(PROCEDURES)}",
             "update the updater first",
         )
     return algorithm
@@ -212,12 +212,12 @@ def _update(fields: Fields) -> Update:
     )
     fields.done()
     if not update.experts:
-        raise wrong(f"{fields.location}.experts", [], "at least one, or no such member")
+        raise wrong(f"{fields.location}.experts", [], "at least one, or no such key")
     named = [experts.rows for experts in update.experts]
     for before, after in zip(named, named[1:]):
         if not before < after or (before.parameter == after.parameter and after.start < before.stop):
             raise InputError(
-                f"{fields.location}: {after} after {before}", "experts have to be sorted and must not overlap"
+                f"{fields.location}: {after} after {before}", "experts must be sorted and must not overlap"
             )
     return update
 
@@ -246,7 +246,7 @@ def _file(fields: Fields) -> File:
     )
     fields.done()
     if parts is not None and sum(part.nbytes for part in parts) != nbytes:
-        raise InputError(f"{fields.location}: the parts of {path} are not {nbytes} bytes", REMEDY)
+        raise InputError(f"{fields.location}: the parts of {path} don't add up to {nbytes} bytes", REMEDY)
     return File(path, nbytes, sha256, parts)
 
 
@@ -258,7 +258,7 @@ def _part(value: Any, location: str) -> Part:
 
 
 def _check_files(files: tuple[File, ...]) -> None:
-    """The files have names that can stand side by side, and manifest.json is one of them."""
+    """The file names don't conflict, and manifest.json is one of them."""
     check_paths([file.path for file in files], "manifest.files")
     if MANIFEST not in {file.path for file in files}:
         raise InputError(f"manifest.files: {MANIFEST} is missing", REMEDY)
@@ -270,11 +270,11 @@ def _check_tensors(manifest: Manifest) -> None:
     if not named <= set(manifest.tensors) or (manifest.tensors and not manifest.updates):
         raise InputError("manifest.tensors: not the parameters that the updates change", REMEDY)
     if len({update.sha256 for update in manifest.updates}) != len(manifest.updates):
-        raise InputError("manifest.updates: an update occurs twice", REMEDY)
+        raise InputError("manifest.updates: duplicate update", REMEDY)
 
 
 def _check_payload(manifest: Manifest) -> None:
-    """Offsets follow from the sizes alone: anything else is a gap, an overlap or a misalignment."""
+    """Offsets must follow from the sizes: anything else is a gap, an overlap or a misalignment."""
     end = 0
     for offset, nbytes, aligned in payload_regions(manifest):
         expected = end + (-end % ALIGN if aligned else 0)

@@ -1,6 +1,6 @@
-"""What names in a manifest look like. The patterns list every allowed character and match from end to end.
+"""Patterns of names in a manifest. They list every allowed character and must match the whole name.
 
-`.` and `$` are not used: a line break gets past both, and a file name with one led out of its folder.
+They don't use `.` and `$`, which accept line breaks.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ TEXT = re.compile(r"[\x20-\x7e]{1,200}")
 PARAMETER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,199}")
 PATH = re.compile(r"(?=[^\n]{1,200}\Z)[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*){0,7}")
 DIGEST = re.compile(r"[0-9a-f]{64}")  # a SHA-256
-# Text for people, in any script: no control characters, no line breaks, nothing that reverses the direction of writing
+# Text in any script, without control characters, line breaks and bidirectional overrides
 PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]{1,1000}")
-OWN_FILES = (UPDATE,)  # what the device itself keeps in a slot
-_RESERVED = re.compile(r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\.[^/]*)?")  # names that Windows gives to devices
-_REMEDY = "fetch the file again, or have it made again"
+OWN_FILES = (UPDATE,)  # the device's own files in a slot
+_RESERVED = re.compile(r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\.[^/]*)?")  # reserved names on Windows
+_REMEDY = "download the file again, or rebuild it"
 
 
 def is_special(name: str) -> bool:
@@ -37,9 +37,9 @@ def check_paths(paths: Iterable[str], location: str) -> None:
     names = [path.casefold() for path in paths]
     taken = set(names)
     if len(taken) != len(names):
-        raise InputError(f"{location}: two files have the same name, except for upper and lower case", _REMEDY)
+        raise InputError(f"{location}: two file names differ only in case", _REMEDY)
     for name in names:
         segments = name.split("/")
         parents = {"/".join(segments[:depth]) for depth in range(1, len(segments))}
         if parents & taken or name in OWN_FILES or any(map(is_special, segments)):
-            raise InputError(f"{location}: {name} is not allowed or stands in the way of another", _REMEDY)
+            raise InputError(f"{location}: {name} is reserved or conflicts with another name", _REMEDY)

@@ -1,4 +1,4 @@
-"""The few parts of an OCI image layout that both the lab and a device write (OCI image-spec 1.1)."""
+"""The parts of an OCI image layout that both `r1export layout` and devices write (OCI image-spec 1.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a version, derived again from the base: its bytes, with the merged tensors put where the base has theirs.
+"""The files of a version, derived from the base: its bytes, with the merged tensors in their places.
 
 One tensor is in memory at a time, so a device needs little more than its largest adapted weight.
 """
@@ -88,9 +88,7 @@ class Rebuild:
 
     def _entry(self, parameter: str) -> TensorEntry:
         if parameter not in self.base.manifest.tensors:
-            raise InputError(
-                f"the base release has no parameter {parameter}", "use the base that the update was made for"
-            )
+            raise InputError(f"the base release has no parameter {parameter}", "use the base of the update")
         return self.base.manifest.tensors[parameter]
 
 
@@ -103,12 +101,14 @@ def read_stored(folder: Path, entry: TensorEntry) -> np.ndarray:
 def read_range(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
     """`nbytes` bytes of a file from `offset`, in pieces. Raises InputError if there are fewer."""
     if nbytes < 0:
-        raise InputError(f"{path}: two tensors overlap", "the base is damaged: copy it from its release")
+        raise InputError(f"{path}: two tensors overlap", "the base is corrupted: copy it from its release")
     with open_regular(path) as file:
         file.seek(offset)
         while nbytes:
             piece = file.read(min(nbytes, CHUNK))
             if not piece:
-                raise InputError(f"{path} is {nbytes} bytes too short", "the base is damaged: copy it from its release")
+                raise InputError(
+                    f"{path} is {nbytes} bytes too short", "the base is corrupted: copy it from its release"
+                )
             nbytes -= len(piece)
             yield piece

@@ -1,4 +1,4 @@
-"""The files of a release folder: the one place that knows their names, and what goes into and comes out of the graphs."""
+"""The file names of a release folder, and the inputs and outputs of its graphs."""
 
 from __future__ import annotations
 

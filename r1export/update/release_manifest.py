@@ -1,8 +1,8 @@
-"""A release folder as its manifest.json describes it: what is in it, with digests, and where each parameter lies.
+"""The manifest.json of a release: its files with digests, and the location of each parameter.
 
-Laws: `ReleaseManifest.parse(m.to_bytes(), "") == m`, and `m.to_bytes()` are the bytes on disk. Whatever `parse` accepts names
-files that lie in the release folder and parameters that lie in those files. Whether a release is complete is for
-`verify` to say. The format is described in docs/formats.md.
+Laws: `ReleaseManifest.parse(m.to_bytes(), "") == m`, and `m.to_bytes()` are the bytes on disk. The files of a parsed manifest
+are inside the release folder, and its parameters are inside these files. `verify` checks whether a release is complete.
+The format is described in docs/formats.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_ITEMS = 100_000  # of one list
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model that all updates start from; `sha256` is that of its parameters, `licence` is None where nobody said.
+    """The base model of all updates; `sha256` is that of its parameters, `licence` is None if unknown.
 
     `deployed_form` is the number of the procedure that folded BatchNorms and branches of its image tower into convolutions,
     0 where there was nothing to fold. Otherwise `original_sha256` is the digest of the parameters before that, and
@@ -62,7 +62,7 @@ class MergedUpdate:
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """A task that the release has class embeddings for. `accuracy` is top-1 in 0..1, None where it was not measured."""
+    """A task with class embeddings in the release. `accuracy` is top-1 in 0..1, None if not measured."""
 
     name: str
     classes: int
@@ -72,7 +72,7 @@ class TaskEntry:
 
 @dataclass(frozen=True)
 class GoldenGate:
-    """How far answers to the golden inputs may be from the stored ones: largest difference, smallest cosine."""
+    """The tolerance on golden outputs: max. difference and lowest cosine."""
 
     max_abs: float
     min_cosine: float
@@ -123,7 +123,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class ReleaseManifest:
-    """All that a release says of itself. `sha256` is the digest of itself that it states, empty before it is sealed.
+    """The manifest of a release. `sha256` is its self-digest, empty before it is sealed.
 
     `updates` are in the order of merging, `graphs` maps the graphs to the digests of their structure, `versions` names the
     software that made the release. `embedding_space` is None in a manifest of an older version of r1export.
@@ -151,7 +151,7 @@ class ReleaseManifest:
 
     @classmethod
     def parse(cls, data: bytes, location: str) -> ReleaseManifest:
-        """Inverse of `to_bytes`, for bytes that anyone may have written; `location` names them in errors.
+        """Inverse of `to_bytes`, for untrusted bytes; `location` names them in errors.
 
         Raises InputError: malformed, ambiguous or beyond a limit; the message names the member.
         """
@@ -208,15 +208,15 @@ class ReleaseManifest:
         return json_bytes(self.to_json())
 
     def digest(self) -> str:
-        """What `sha256` has to be: that of the content without it, whatever the order of the members."""
+        """The expected `sha256`: the digest of the content without it, for any order of keys."""
         return manifest_digest(self.to_json())
 
     def sealed(self) -> ReleaseManifest:
-        """The manifest with its digest of itself, so that an edit is noticed; only a signed update says who wrote it."""
+        """The manifest with its self-digest, which detects edits; only a signed update proves who wrote it."""
         return replace(self, sha256=self.digest())
 
     def write(self, release: Path) -> None:
-        """Write RELEASE/manifest.json. Raises InputError, and writes nothing, if no reader would accept it."""
+        """Write RELEASE/manifest.json. Raises InputError, and writes nothing, if readers would reject it."""
         data = self.to_bytes()
         self.parse(data, str(release / MANIFEST))
         write_file(release / MANIFEST, data)
@@ -244,7 +244,7 @@ class ReleaseManifest:
 
 @dataclass(frozen=True)
 class Release:
-    """One deployable version on disk; `manifest_sha256` is the digest of manifest.json, and with it of everything else."""
+    """One release on disk; `manifest_sha256` is the digest of manifest.json, which covers all other files."""
 
     path: Path
     manifest: ReleaseManifest
@@ -252,15 +252,15 @@ class Release:
 
     @classmethod
     def read(cls, path: Path) -> Release:
-        """Read PATH/manifest.json, once. Raises InputError if it is missing or not a release's."""
+        """Read PATH/manifest.json once. Raises InputError if it is missing or not the manifest of a release."""
         try:
             data = read_regular(path / MANIFEST, MAX_MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{path} is no release: it has no {MANIFEST}", "give a folder of RUN/releases") from None
+            raise InputError(f"{path} is not a release: it has no {MANIFEST}", "use a folder in RUN/releases") from None
         return cls(path, ReleaseManifest.parse(data, str(path / MANIFEST)), sha256_bytes(data))
 
     def check(self) -> None:
-        """Hash every file. Raises CheckFailed naming the first that is missing or not as the manifest says."""
+        """Hash every file. Raises CheckFailed naming the first that is missing or has another digest."""
         for name, entry in self.manifest.files.items():
             check_file(self.path / name, entry.sha256)
 
@@ -333,7 +333,7 @@ def _file(fields: Fields) -> FileEntry:
 
 
 def _tensor(fields: Fields) -> TensorEntry:
-    """`bytes` follows from the type and the shape. Manifests of the first version of this program lack it, and the rows."""
+    """`bytes` follows from dtype and shape. Manifests of the first version of r1export lack it, and the rows."""
     tensor = TensorEntry(
         file=fields.text("file", PATH),
         offset=fields.integer("offset"),
@@ -385,7 +385,7 @@ def _tensor_json(tensor: TensorEntry, with_rows: bool) -> dict[str, Any]:
 
 
 def _check_tensors(manifest: ReleaseManifest, location: str) -> None:
-    """Every parameter lies within a file that is hashed, and every scale is there."""
+    """Every parameter is inside a hashed file, and every scale exists."""
     remedy = "export it again with this version"
     for name, tensor in manifest.tensors.items():
         file = manifest.files.get(tensor.file)

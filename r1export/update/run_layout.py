@@ -1,4 +1,4 @@
-"""Where everything lies in a run folder: paths only, from names and numbers. Nothing is read, nothing has to exist."""
+"""The paths in a run folder. Nothing is read, and nothing has to exist."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ WEIGHT_MAP = "weight_map.json"
 
 @dataclass(frozen=True)
 class TaskLayout:
-    """RUN/tasks/NN-NAME: what training left of one task."""
+    """RUN/tasks/NN-NAME: the results of training one task."""
 
     path: Path
 
     @property
     def factors(self) -> Path:
-        """The selected experts; written last, so that the task is trained once it is there."""
+        """The selected experts. Written last, which marks the task as trained."""
         return self.path / FACTORS
 
     @property
@@ -39,12 +39,12 @@ class TaskLayout:
 
     @property
     def directions(self) -> Path:
-        """What the task's inputs add to the span that later experts do not read; only with train.protect."""
+        """The directions that the task's inputs add to the protected span; only with train.protect."""
         return self.path / "directions.safetensors"
 
     @property
     def checkpoint(self) -> Path:
-        """The state of training, only while it lasts."""
+        """The state of training, removed at the end."""
         return self.path / "checkpoint.safetensors"
 
 
@@ -101,7 +101,7 @@ class RunLayout:
 
     @property
     def inputs_file(self) -> Path:
-        """The pictures of every task: how many, what decoding changed, what was left out."""
+        """The images of every task: how many, changes made by decoding, and what was skipped."""
         return self.path / "inputs.json"
 
     @property

@@ -1,7 +1,7 @@
-"""JSON read strictly and in bounded time and memory, with the location of every fault.
+"""A strict JSON parser with bounded time and memory, and the location of every error.
 
-What two parsers could read differently is refused: duplicate keys, NaN, floats for integers, booleans for numbers,
-lone surrogates, huge numbers, deep nesting, bytes after the end.
+It rejects what two parsers could read differently: duplicate keys, NaN, floats for integers, booleans for numbers, lone
+surrogates, huge numbers, deep nesting, trailing bytes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 from r1export.errors import InputError
 from r1export.update.names import DIGEST
 
-MAX_INTEGER = 2**53 - 1  # the largest that every JSON implementation holds exactly
-REMEDY = "fetch the file again, or have it made again"
+MAX_INTEGER = 2**53 - 1  # the largest integer that every JSON implementation represents exactly
+REMEDY = "download the file again, or rebuild it"
 
 
 def parse_json(data: bytes, location: str, limit: int) -> Fields:
@@ -26,7 +26,7 @@ def parse_json(data: bytes, location: str, limit: int) -> Fields:
         InputError: not one strict JSON object in UTF-8.
     """
     if len(data) > limit:
-        raise InputError(f"{location}: {len(data)} bytes, at most {limit} are read", REMEDY)
+        raise InputError(f"{location}: {len(data)} bytes, expected at most {limit}", REMEDY)
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -35,7 +35,7 @@ def parse_json(data: bytes, location: str, limit: int) -> Fields:
             parse_int=_integer,
             parse_float=_number,
         )
-        if b"\\u" in data:  # the only way in for half a surrogate pair, which no other program could write again
+        if b"\\u" in data:  # the only way to encode a lone surrogate
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InputError(f"{location}: not strict JSON: {str(error) or type(error).__name__}"[:300], REMEDY) from None
@@ -46,7 +46,7 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The members of a JSON object. Raises ValueError if two have the same name."""
     members = dict(pairs)
     if len(members) != len(pairs):
-        raise ValueError("a key occurs twice")
+        raise ValueError("duplicate key")
     return members
 
 
@@ -69,7 +69,7 @@ def _number(text: str) -> float:
 
 
 class Fields:
-    """One JSON object whose members are taken out one by one, each with its type; `done` refuses what is left."""
+    """One JSON object whose members are read one by one, each with its type; `done` rejects the remaining ones."""
 
     def __init__(self, value: Any, location: str) -> None:
         if not isinstance(value, dict):
@@ -158,7 +158,7 @@ class Fields:
         """
         unknown = sorted(name for name in self._rest if not (extensions and name.startswith("x-")))
         if unknown:
-            raise InputError(f"{self.location}: unknown member {unknown[0]!r:.80}", "use an updater that knows it")
+            raise InputError(f"{self.location}: unknown key {unknown[0]!r:.80}", "use an updater that supports it")
 
 
 def items(value: Any, location: str, limit: int) -> list[tuple[Any, str]]:

@@ -1,4 +1,4 @@
-"""What clients read next to the graphs, tried as a client would: preprocessing on pictures, the tokenizer on prompts."""
+"""Checks of the files that clients read: preprocessing applied to golden images, the tokenizer applied to golden prompts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FIRST_MERGE = 512  # CLIP's vocabulary: 256 bytes, 256 bytes that end a word, th
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """preprocess.json: what is done to a picture before the image tower. Sizes in pixels, height first."""
+    """preprocess.json: the preprocessing of the image tower. Sizes in pixels, height first."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -51,7 +51,7 @@ class PreprocessConfig:
     layout: Literal["NCHW"]
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what no picture can be brought to."""
+        """Raises ValueError for impossible values."""
         if not all(0 < side <= MAX_SIDE for side in self.size):
             raise ValueError(f"size is {self.size}, expected 1 to {MAX_SIDE} pixels")
         if not all(math.isfinite(value) and value >= SMALLEST for value in (self.scale, *self.std)):
@@ -63,11 +63,11 @@ class PreprocessConfig:
         return _read(cls, release / PREPROCESS)
 
     def apply(self, picture: np.ndarray) -> np.ndarray:
-        """A picture, uint8 (h, w, 3), as float32 (3, H, W)."""
+        """An image, uint8 (h, w, 3), as float32 (3, H, W)."""
         return self.normalize(self.crop(Image.fromarray(picture)))
 
     def crop(self, image: Image.Image) -> np.ndarray:
-        """An upright RGB picture as bytes of the tower's size, uint8 (H, W, 3)."""
+        """An upright RGB image, resized and cropped to uint8 (H, W, 3)."""
         height, width = self.size
         image = self._resized(image)
         fill = (self.fill_color,) * 3 if isinstance(self.fill_color, int) else self.fill_color
@@ -83,7 +83,7 @@ class PreprocessConfig:
         return np.ascontiguousarray(np.moveaxis(normalized, -1, -3))
 
     def _resized(self, image: Image.Image) -> Image.Image:
-        """As torchvision does to a square by the shorter side, and open_clip in all other cases."""
+        """As torchvision for a square by the shorter side, and as open_clip otherwise."""
         height, width = self.size
         if self.resize_mode == "squash":
             return image.resize((width, height), RESAMPLING[self.interpolation])
@@ -91,12 +91,12 @@ class PreprocessConfig:
         ratio = min(ratios) if self.resize_mode == "shortest" else max(ratios)
         fit = int if self.resize_mode == "shortest" and height == width else round
         sizes = fit(image.width / ratio), fit(image.height / ratio)
-        ignored = self.resize_mode == "shortest" and height != width  # there open_clip passes no filter on
+        ignored = self.resize_mode == "shortest" and height != width  # open_clip passes no filter here
         return image.resize(sizes, RESAMPLING["bicubic" if ignored else self.interpolation])
 
 
 def _first_fault(error: OSError | ValidationError) -> str:
-    """The first member that is not what it has to be."""
+    """The first invalid member."""
     if isinstance(error, OSError):
         return first_line(error)
     fault = error.errors()[0]
@@ -105,14 +105,14 @@ def _first_fault(error: OSError | ValidationError) -> str:
 
 
 def _middle(length: int, target: int) -> int:
-    """Where a centred crop begins; negative where it is padded."""
+    """Offset of a centred crop; negative for padding."""
     return round((length - target) / 2) if length >= target else -((target - length) // 2)
 
 
 def check_preprocess(release: Path, golden: GoldenSamples, graph_required: bool) -> Check:
-    """preprocess.json, and preprocess.onnx where there is one, turn every golden picture into its pixel_values.
+    """Check that preprocess.json, and preprocess.onnx if present, turn every golden image into its pixel_values.
 
-    Counts are pictures, each in every way. Raises InputError, CheckFailed if a file cannot be used.
+    Counts are pairs of an image and a file. Raises InputError, CheckFailed if a file is unusable.
     """
     config = PreprocessConfig.read(release)
     byte = config.scale / min(config.std)
@@ -125,9 +125,9 @@ def check_preprocess(release: Path, golden: GoldenSamples, graph_required: bool)
         problem
         for name, (apply, most, mean) in ways.items()
         for i, picture in enumerate(golden.pictures)
-        for problem in _differences(f"{name}: picture {i}", apply(picture), golden.pixel_values[i], most, mean)
+        for problem in _differences(f"{name}: image {i}", apply(picture), golden.pixel_values[i], most, mean)
     ]
-    looked_at, detail = len(ways) * len(golden.pictures), f"{' and '.join(ways)} give what the tower was fed"
+    looked_at, detail = len(ways) * len(golden.pictures), f"{' and '.join(ways)} give the stored pixel_values"
     return Check.judge(problems, looked_at=looked_at, of=len(ways) * PICTURES, detail=detail)
 
 
@@ -138,16 +138,16 @@ def _graph(release: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 def _differences(name: str, values: np.ndarray, expected: np.ndarray, most: float, mean: float) -> Iterator[str]:
     if values.shape != expected.shape:
-        yield f"{name} becomes {values.shape}, expected {expected.shape}"
+        yield f"{name} has shape {values.shape}, expected {expected.shape}"
         return
     errors = np.abs(values.astype(np.float64) - expected)
-    if not (errors.max() <= most and errors.mean() <= mean):  # NaN is not
+    if not (errors.max() <= most and errors.mean() <= mean):  # false for NaN
         yield f"{name} differs by up to {errors.max():.2g}, {errors.mean():.2g} on average; allowed {most:.2g} and {mean:.2g}"
 
 
 @dataclass(frozen=True)
 class TokenizerModel:
-    """What tokenizer.json says of its vocabulary; unigram models list (token, score)."""
+    """The vocabulary in tokenizer.json; unigram models list (token, score)."""
 
     type: str
     vocab: dict[str, int] | list[tuple[str, float]]
@@ -156,13 +156,13 @@ class TokenizerModel:
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """tokenizer.json, as far as it is compared with the files next to it."""
+    """The part of tokenizer.json that is compared with the other files."""
 
     model: TokenizerModel
 
 
 def _by_library(name: str, call: Callable[[], T]) -> T:
-    """What the `tokenizers` library answers. Raises InputError for all that it raises: plain Exceptions, and panics that are none."""
+    """Call the `tokenizers` library. Raises InputError for its plain Exceptions and for panics."""
     try:
         return call()
     except (KeyboardInterrupt, SystemExit):
@@ -174,10 +174,10 @@ def _by_library(name: str, call: Callable[[], T]) -> T:
 
 
 class ClientTokenizer:
-    """tokenizer/tokenizer.json in the `tokenizers` library, as clients use it."""
+    """tokenizer/tokenizer.json, loaded with the `tokenizers` library."""
 
     def __init__(self, release: Path) -> None:
-        """Raises InputError if it cannot be read."""
+        """Raises InputError if it is unreadable."""
         path = str(release / TOKENIZER / "tokenizer.json")
         self.tokenizer: Tokenizer = _by_library(path, lambda: Tokenizer.from_file(path))
 
@@ -191,9 +191,9 @@ class ClientTokenizer:
 
 
 def check_tokenizer(release: Path, golden: GoldenSamples) -> Check:
-    """tokenizer.json gives the input_ids of every golden prompt, and the files next to it say the same as it does.
+    """Check that tokenizer.json gives the input_ids of every golden prompt, and that the other tokenizer files agree with it.
 
-    Counts are prompts. Raises InputError if a file cannot be read.
+    Counts are prompts. Raises InputError if a file is unreadable.
     """
     problems = list(_vocabulary_problems(release / TOKENIZER))
     client = ClientTokenizer(release)
@@ -203,39 +203,39 @@ def check_tokenizer(release: Path, golden: GoldenSamples) -> Check:
         same = ids.shape == golden.input_ids.shape and (ids == golden.input_ids).all(1)
         if not np.all(same):
             first = golden.prompts[int(np.argmin(same))]
-            problems.append(f"tokenizer.json gives other input_ids, first for {first[:60]!r}")
+            problems.append(f"tokenizer.json gives wrong input_ids, first for {first[:60]!r}")
     detail = "tokenizer.json gives the input_ids of the golden prompts"
     return Check.judge(problems, looked_at=len(golden.prompts), of=SAMPLES, detail=detail)
 
 
 def _vocabulary_problems(folder: Path) -> Iterator[str]:
-    """Differences of vocab.json and merges.txt, where they are, from tokenizer.json, and entries in another order than CLIP's."""
+    """Differences of vocab.json and merges.txt, if present, from tokenizer.json, and of its order from CLIP's."""
     model = _read(TokenizerFile, folder / "tokenizer.json").model
     vocab, merges = model.vocab, [_pair(merge) for merge in model.merges]
     if (folder / "vocab.json").exists() and _read(dict[str, int], folder / "vocab.json") != vocab:
-        yield "vocab.json is not the vocabulary of tokenizer.json"
+        yield "vocab.json differs from the vocabulary of tokenizer.json"
     if (folder / "merges.txt").exists():
         lines = (folder / "merges.txt").read_text("utf-8", "replace").splitlines()[1:]
         if [_pair(line) for line in lines] != merges:
-            yield "merges.txt does not list the merges of tokenizer.json"
+            yield "merges.txt differs from the merges of tokenizer.json"
     if model.type == "BPE" and isinstance(vocab, dict) and len(vocab) == FIRST_MERGE + len(merges) + 2:
         letters = byte_letters()
         order = [*letters, *(f"{letter}</w>" for letter in letters), *(left + right for left, right in merges)]
         misplaced = (token for i, token in enumerate(order) if vocab.get(token) != i)
         yield from (
-            f"vocabulary entry {token!r} is {vocab.get(token)}, not as CLIP orders them"
+            f"vocabulary entry {token!r} is {vocab.get(token)}, which differs from CLIP's order"
             for token in islice(misplaced, 1)
         )
 
 
 def byte_letters() -> list[str]:
-    """The 256 letters that stand for bytes in CLIP's vocabulary, in its order: printable ones first, as themselves."""
+    """The 256 characters that represent bytes in CLIP's vocabulary, in its order: printable ones first, as themselves."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
 
 
 def _config_problems(folder: Path, tokenizer: Tokenizer, input_ids: np.ndarray) -> Iterator[str]:
-    """What tokenizer_config.json, where it is, says otherwise than tokenizer.json or the golden `input_ids` (n, L) do."""
+    """Differences of tokenizer_config.json, if present, from tokenizer.json and the golden `input_ids` (n, L)."""
     path = folder / "tokenizer_config.json"
     if not path.exists():
         return
@@ -250,7 +250,7 @@ def _config_problems(folder: Path, tokenizer: Tokenizer, input_ids: np.ndarray) 
     for row in input_ids:
         marked = [list(row).index(token) for token in (start, end) if token is not None and token in row]
         if marked != sorted(marked):
-            yield "tokenizer_config.json: its eos_token comes before its bos_token"
+            yield "tokenizer_config.json: eos_token comes before bos_token"
             return
 
 
@@ -269,7 +269,7 @@ def _read(kind: type[T], path: Path) -> T:
 
 @dataclass(frozen=True)
 class ListedClasses:
-    """classes/TASK.json: the names of the classes in the order of rows, and the templates of their prompts."""
+    """classes/TASK.json: class names in row order, and prompt templates."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -290,7 +290,7 @@ class ListedClasses:
 
 
 def client_embed(release: Path) -> Callable[[list[str]], np.ndarray]:
-    """Prompts -> unit-norm embeddings (n, D) by the release's own tokenizer and text tower, as a client computes them."""
+    """Prompts -> unit-norm embeddings (n, D) with the release's tokenizer and text tower, as a client computes them."""
     tokenize, run = ClientTokenizer(release), runner(open_session(release / "textual.onnx"))
 
     def embed(prompts: list[str]) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""What a run of a graph is counted with: wall clock, processor time of one thread, and its cycles and instructions.
+"""Clocks for timing a run of a graph: wall clock, processor time of one thread, and its cycles and instructions.
 
-Other programs lengthen the wall clock as they please. The processor time of a thread grows while it runs and at no other
-time: they lengthen it by what they evict from the caches alone. It counts the whole work of a session that computes in the
-thread which calls it, as onnxruntime does on the CPU with one intra-op thread.
+Other programs increase wall-clock time arbitrarily. The processor time of a thread grows only while it runs: other
+programs increase it only through cache evictions. It covers all work of a session that computes in the calling thread,
+as onnxruntime does on the CPU with one intra-op thread.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 WALL, PROCESSOR, CYCLES, INSTRUCTIONS = "wall clock", "processor time", "cycles", "instructions"
-DECIDING = (PROCESSOR, CYCLES)  # instructions miss what makes each of them slower: caches, subnormal numbers
+DECIDING = (PROCESSOR, CYCLES)  # instruction counts miss slow instructions: cache misses, subnormal numbers
 EVENTS = {CYCLES: 0, INSTRUCTIONS: 1}  # PERF_COUNT_HW_CPU_CYCLES and PERF_COUNT_HW_INSTRUCTIONS of linux/perf_event.h
 PERF_EVENT_OPEN = {
     "x86_64": 298,
@@ -26,13 +26,13 @@ PERF_EVENT_OPEN = {
     "ppc64le": 319,
     "s390x": 331,
 }  # number of the system call
-ATTRIBUTES = 64  # bytes of perf_event_attr in its first version, which every kernel takes
-USER_CODE_ALONE = 1 << 5 | 1 << 6  # exclude_kernel, exclude_hv: what anyone may count of a program of their own
+ATTRIBUTES = 64  # bytes of perf_event_attr in its first version, which every kernel accepts
+USER_CODE_ALONE = 1 << 5 | 1 << 6  # exclude_kernel, exclude_hv: allowed without privileges for own processes
 
 
 @dataclass(frozen=True)
 class Clocks:
-    """Which clocks are read together.
+    """A set of clocks that are read together.
 
     `threads` is how many a session computes with while they are read, 0 for all cores. `uncounted` says why there are no
     cycles and instructions.
@@ -44,7 +44,7 @@ class Clocks:
 
     @property
     def deciding(self) -> tuple[str, ...]:
-        """Those on which a verdict may rest: all but instructions, and the wall clock only where there is no other."""
+        """The clocks that can decide a verdict: all except instructions, and the wall clock only if there is no other."""
         return tuple(name for name in self.names if name in DECIDING) or self.names
 
 
@@ -75,7 +75,7 @@ def thread_clocks() -> Iterator[Meter]:
     counters = tuple(files.values()) if len(files) == len(EVENTS) else ()
     try:
         if not all(map(_counts, counters)):
-            counters, reason = (), "the counters of this machine stand still"
+            counters, reason = (), "the hardware counters of this machine don't count"
         clocks = Clocks((PROCESSOR, *(EVENTS if counters else ())), 1, reason)
         yield Meter(clocks, lambda: (time.thread_time(), *map(_count, counters)), time.process_time)
     finally:

@@ -1,8 +1,8 @@
-"""Embedding drift: may a gallery that was indexed with the version before be kept?
+"""Embedding drift: can an index that was built with an earlier release be kept?
 
-Nearest neighbours are looked for with queries of one version in vectors of the other, in both directions: new queries in the
-old gallery, as a device does that was updated without indexing again, and old queries in the new gallery, as one does that
-was not updated yet. An image is not its own neighbour.
+Nearest neighbours are searched with queries of one version in vectors of the other, in both directions: new queries in the
+old gallery, as on a device that was updated without re-indexing, and old queries in the new gallery, as on a device that
+is not updated yet. An image is not its own neighbour.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 from r1export.verify.results import Agreement, Drift
 
 NOT_NEEDED, ADVISED, REQUIRED = "not needed", "advised", "required"
-KEPT = {NOT_NEEDED: 0.99, ADVISED: 0.9}  # share of the ten nearest that has to be found again
+KEPT = {NOT_NEEDED: 0.99, ADVISED: 0.9}  # required recall of the ten nearest
 
 
 def embedding_drift(old: np.ndarray, new: np.ndarray, *, against: str, same_space: bool = False) -> Drift:
-    """Cosine and agreement of the same images under two versions, unit-norm (n, D), and whether to index again.
+    """Cosine and agreement of the same images under two versions, unit-norm (n, D), and whether to re-index.
 
-    The verdict follows from the worse of both directions, since while devices are updated there are queries and vectors of
-    either version. With `same_space` there is nothing to index again, whatever rounding does.
+    The verdict follows from the worse direction, since there are queries and vectors of both versions while devices are
+    being updated. With `same_space` re-indexing is never needed, whatever the rounding differences.
     """
     cosines = (old.astype(np.float64) * new).sum(1)
     new_queries, old_queries = _agreement(new, old), _agreement(old, new)
@@ -38,7 +38,7 @@ def embedding_drift(old: np.ndarray, new: np.ndarray, *, against: str, same_spac
 
 
 def _agreement(queries: np.ndarray, gallery: np.ndarray) -> Agreement:
-    """What `queries` find in `gallery` against what the gallery's own version finds there."""
+    """Agreement of the neighbours that `queries` find in `gallery` with those that the gallery's own version finds."""
     top1, recall = (_recall(gallery, queries, k) if len(gallery) > k else None for k in (1, 10))
     return Agreement(top1=top1, recall_at_10=recall)
 
@@ -54,7 +54,7 @@ def _recall(gallery: np.ndarray, queries: np.ndarray, k: int) -> float:
 
 
 def _nearest(queries: np.ndarray, gallery: np.ndarray, k: int) -> np.ndarray:
-    """The k nearest (n, k) of each query without its own place in the gallery; the lower index wins a tie."""
+    """The k nearest (n, k) of each query, excluding the query itself; the lower index wins a tie."""
     scores = queries.astype(np.float64) @ gallery.T
     np.fill_diagonal(scores, -np.inf)
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]

@@ -1,4 +1,4 @@
-"""Golden samples: stored inputs and outputs that a release has to reproduce by itself, without torch."""
+"""Golden samples: stored inputs and outputs that a release has to reproduce without torch."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from r1export.verify.results import Check, Parity, Sensitivity
 from r1export.verify.runtimes.runtime import onnx_model, open_session, runner
 
 BATCHES = (1, 2, 5, 0)
-CLASSIFIED = 4  # golden images that are classified: each one meets the classes of every task
+CLASSIFIED = 4  # golden images that are classified, each with the classes of every task
 CHANGES = tuple(10.0 ** (n / 4) for n in range(-24, 1))  # relative changes that are tried, 1e-6 to 1
 FLOAT32 = 2.0**-24  # rounding of one operation
-ROUNDED = 16  # operations beside the products of a logit: exp, scale, bias, and a unit norm that is not quite one
+ROUNDED = 16  # operations of a logit in addition to its products: exp, scale, bias, and an inexact unit norm
 
 
 class GoldenRuns:
-    """What releases give for their golden samples in every batch size, each computed once per provider."""
+    """The outputs of releases for their golden samples in every batch size, computed once per provider."""
 
     def __init__(self) -> None:
         self._outputs: dict[tuple[Path, str], Outputs] = {}
@@ -60,9 +60,9 @@ def golden_parity(
     control: Parity | None = None,
     runs: GoldenRuns | None = None,
 ) -> Parity:
-    """Stored outputs of torch against this release in onnxruntime on this machine, on all `providers`: one stage of parity.
+    """Compare torch's stored outputs with this release in onnxruntime on all `providers`: one stage of parity.
 
-    `control` is the same stage of the base release; `runs` has outputs that are known already.
+    `control` is the same stage of the base release; `runs` has known outputs.
     Raises CheckFailed if the release cannot be run, InputError as `manifest_gate`.
     """
     samples, gate, runs = read_golden(release), manifest_gate(manifest), runs or GoldenRuns()
@@ -79,20 +79,20 @@ def read_golden(release: Path) -> GoldenSamples:
 
 
 def manifest_gate(manifest: ReleaseManifest) -> Gate:
-    """The gate of the release's precision, or the limits of its manifest where they are stricter: never laxer.
+    """The gate of the release's precision, or the limits in its manifest where they are stricter.
 
     Raises InputError for an unknown precision.
     """
     if manifest.precision not in GATES:
         raise InputError(
-            f"the release's precision is {manifest.precision!r}, known are {', '.join(GATES)}",
+            f"unknown precision {manifest.precision!r}, expected one of {', '.join(GATES)}",
             "verify it with a newer r1export",
         )
     return GATES[manifest.precision].no_laxer_than(manifest.golden.max_abs, manifest.golden.min_cosine)
 
 
 def check_golden(release: Path, manifest: ReleaseManifest, runs: GoldenRuns | None = None) -> Check:
-    """The stored samples are reproduced. Raises as `golden_parity`."""
+    """Check that the golden outputs are reproduced. Raises as `golden_parity`."""
     parity = golden_parity(release, manifest, runs=runs)
     reproduced = Check(
         verdict=parity.verdict, looked_at=parity.looked_at, of=parity.of, detail=f"golden.safetensors: {parity.detail}"
@@ -101,26 +101,26 @@ def check_golden(release: Path, manifest: ReleaseManifest, runs: GoldenRuns | No
 
 
 def _check_space(release: Path, manifest: ReleaseManifest) -> Check:
-    """The samples name the embedding space of their release; those of older versions of r1export name none."""
+    """Check that the samples name the embedding space of their release; older versions of r1export didn't store it."""
     problems = []
     if read_golden(release).embedding_space not in (None, manifest.embedding_space):
-        problems.append(f"{GOLDEN} is of another embedding space than manifest.json")
-    return Check.judge(problems, looked_at=1, of=1, detail="the samples are of this release's embedding space")
+        problems.append(f"{GOLDEN} has another embedding space than manifest.json")
+    return Check.judge(problems, looked_at=1, of=1, detail="the samples have the embedding space of the release")
 
 
 def check_samples(tensors: Mapping[str, np.ndarray]) -> Check:
-    """golden.safetensors holds samples and nothing else, and not one sample again and again. Counts are samples."""
+    """Check that golden.safetensors contains only samples, and different ones. Counts are samples."""
     samples = GoldenSamples.from_tensors(tensors)
     problems = [f"{GOLDEN} has a tensor {name}" for name in sorted(tensors.keys() - samples.tensors().keys())]
     for name, values in (("images", samples.pixel_values), ("prompts", samples.input_ids)):
         if len(values) > 1 and (values == values[:1]).all():
-            problems.append(f"{GOLDEN}: all {name} are the same")
+            problems.append(f"{GOLDEN}: all {name} are identical")
     looked_at, of = len(samples.pixel_values) + len(samples.input_ids), 2 * SAMPLES
-    return Check.judge(problems, looked_at=looked_at, of=of, detail="its samples are different ones")
+    return Check.judge(problems, looked_at=looked_at, of=of, detail="its samples differ from each other")
 
 
 def golden_sensitivity(release: Path, manifest: ReleaseManifest) -> Sensitivity:
-    """The smallest relative change of one matrix of the image tower that its golden samples notice, to a quarter of a decade.
+    """The smallest relative change of one matrix of the image tower that its golden samples detect, to a quarter of a decade.
 
     The matrix is the middle one of the largest; an int8 one is changed by its scales. Raises CheckFailed if it cannot be run.
     """
@@ -141,7 +141,7 @@ def golden_sensitivity(release: Path, manifest: ReleaseManifest) -> Sensitivity:
             return not (distance.max_abs is not None and distance.max_abs <= gate.max_abs)
 
         low, high = 0, len(CHANGES)
-        while low < high:  # the smallest that is noticed: a larger change errs more
+        while low < high:  # larger changes have larger errors
             middle = (low + high) // 2
             low, high = (low, middle) if notices(CHANGES[middle]) else (middle + 1, high)
     smallest = CHANGES[low] if low < len(CHANGES) else None
@@ -156,10 +156,10 @@ def _middle_matrix(manifest: ReleaseManifest) -> str:
 
 
 def check_classifier(release: Path, tasks: Sequence[str], scalars: Mapping[str, np.ndarray]) -> Check:
-    """classify.onnx against logits = exp(logit_scale) image_embeds class_embeds^T + logit_bias, in float64 from visual.onnx.
+    """Compare classify.onnx with logits = exp(logit_scale) image_embeds class_embeds^T + logit_bias, in float64 from visual.onnx.
 
-    Scale and bias are taken from `scalars`, 1 and 0 where they are not. The embeddings have unit norm and are the same in
-    both graphs, and what follows them is float32 in every precision: a sum of D products errs by at most D roundings of
+    Scale and bias are taken from `scalars`, and default to 1 and 0. The embeddings have unit norm and are the same in both
+    graphs, and the rest is float32 in every precision: the error of a sum of D products is at most D roundings of
     (scale + |bias|). Counts are tasks. Raises CheckFailed if a graph cannot be run.
     """
     pixels = {"pixel_values": read_golden(release).pixel_values[:CLASSIFIED]}
@@ -178,7 +178,7 @@ def check_classifier(release: Path, tasks: Sequence[str], scalars: Mapping[str, 
                 f"classify.onnx: logits of classes/{task}.safetensors differ by {error:.2g} from "
                 f"{scale:.6g} image_embeds class_embeds^T{f' {bias:+.6g}' if bias else ''}, allowed {allowed:.2g}"
             )
-    detail = "the logits of golden images are the scaled products of their embeddings with those of the classes"
+    detail = "the logits of golden images are the scaled dot products of image and class embeddings"
     return Check.judge(problems, looked_at=len(tasks) if len(embeds) else 0, of=len(tasks), detail=detail)
 
 

@@ -1,7 +1,7 @@
-"""The digest of what an ONNX graph computes, whatever its names and weights.
+"""The digest of an ONNX graph's structure, independent of names and weights.
 
-Nodes with their attributes, edges renumbered in the order in which they appear, opsets, inputs, outputs, and what is
-known of each tensor: a weight (external data) by dtype and shape, a constant (inline) by value as well.
+It covers nodes with their attributes, edges numbered in order of appearance, opsets, inputs, outputs, and tensors: a
+weight (external data) by dtype and shape, a constant (inline) also by value.
 """
 
 from __future__ import annotations
@@ -24,37 +24,36 @@ QUANTIZED = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32}  # weights,
 
 
 def graph_digest(graph: Path | onnx.ModelProto, *, structural: bool = False) -> str:
-    """SHA-256 over what `graph` computes.
+    """SHA-256 of the structure of `graph`.
 
-    `structural` knows no inline float by its value, and no integer that a quantised kernel computes with: the optimiser of
-    onnxruntime folds and inlines weights, and two models with different weights are still the same program. Laws: renaming
-    values, nodes, dimensions, or the weights' bytes changes nothing; another node, attribute, edge, dtype, shape, opset, or
-    constant does.
+    `structural` ignores the values of inline floats, and of integers that a quantized kernel computes with: onnxruntime's
+    optimizer folds and inlines weights, and two models with different weights still have the same structure. Laws: renaming
+    values, nodes or dimensions, or changing the bytes of weights, doesn't change the digest; another node, attribute, edge,
+    dtype, shape, opset, or constant does.
 
-    Raises CheckFailed if the file is missing or no sound ONNX graph.
+    Raises CheckFailed if the file is missing or not a valid ONNX graph.
     """
     model = graph if isinstance(graph, onnx.ModelProto) else read_graph(graph)
     try:
         document = json.dumps(_Digest(structural).model(model), sort_keys=True)
-    except Exception as error:  # a foreign graph can break any rule of the format
-        raise CheckFailed(f"not a sound ONNX graph: {first_line(error)}", "export the graphs again") from error
+    except Exception as error:  # an untrusted graph can violate the format in any way
+        raise CheckFailed(f"not a valid ONNX graph: {first_line(error)}", "export the graphs again") from error
     return hashlib.sha256(document.encode()).hexdigest()
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
-    """The graph without its weights. Raises CheckFailed if the file is missing or no ONNX graph."""
+    """The graph without its weights. Raises CheckFailed if the file is missing or not an ONNX graph."""
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError is not part of its public interface
-        raise CheckFailed(f"{path} is no ONNX graph: {str(error)[:120]}", "export the graphs again") from error
-    if not model.graph.output:  # no bytes at all are a valid message
-        raise CheckFailed(f"{path} is no ONNX graph: it has no output", "export the graphs again")
+        raise CheckFailed(f"{path} is not an ONNX graph: {str(error)[:120]}", "export the graphs again") from error
+    if not model.graph.output:  # an empty file is a valid message
+        raise CheckFailed(f"{path} is not an ONNX graph: it has no output", "export the graphs again")
     return model
 
 
 class _Scope:
-    """The values that the nodes of one graph see. Numbers are given when a value is first met, so it is no matter in
-    which order initializers are listed."""
+    """The values in the scope of one graph. Values are numbered at first use, so the order of initializers doesn't matter."""
 
     def __init__(self, tensors: Mapping[str, Any], outer: _Scope | None = None) -> None:
         self.tensors, self.outer = tensors, outer
@@ -63,13 +62,13 @@ class _Scope:
         self.unused = set(tensors)
 
     def new(self, name: str) -> str | None:
-        """Number a value that is born here; None for an output that is left out."""
+        """Number a value that is defined here; None for an omitted output."""
         if name:
             self.numbers[name] = f"{self.depth}.{len(self.numbers)}"
         return self.numbers.get(name)
 
     def find(self, name: str) -> Any:
-        """The number of a value, with what is known of it where an initializer is met for the first time."""
+        """The number of a value, with its description at the first use of an initializer."""
         if not name:
             return None
         if name in self.unused:

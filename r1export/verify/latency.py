@@ -1,8 +1,8 @@
 """Time base and release in turn in one process.
 
-Each block opens fresh sessions (where weights lie in memory alone can make one session a few percent slower for its
-whole life); each round runs the contenders in a random order and then in reverse, which cancels drift. All clocks are read
-around every run, and the verdict rests on the one by which the base differs least from itself.
+Each block opens fresh sessions, because the memory placement of weights can make one session a few percent slower for its
+whole life. Each round runs the contenders in random order and then in reverse, which cancels drift. All clocks are read
+around every run, and the clock with the lowest noise (base vs. base) decides the verdict.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from r1export.verify.clocks import WALL, Clocks, Meter, wall_clock
 from r1export.verify.paired_stats import latency_verdict, paired_ratio
 from r1export.verify.results import ClockRatios, Latency, ProviderLatency, Ratio, Times, Verdict, overall
 
-WARM_UP = 2  # runs after opening a session that are not counted: weights are paged in, then memory is planned
-P90_COUNT, P99_COUNT = 50, 500  # runs that a quantile needs before it says anything
+WARM_UP = 2  # uncounted runs after opening a session: weights are paged in, then memory is planned
+P90_COUNT, P99_COUNT = 50, 500  # runs needed for a quantile
 TORCH_ROUNDS = 3
-PAIR_RATIOS = 400  # single pairs that a report keeps for its picture
-DECISIVE = ("again", "merged")  # the contenders whose ratios to the base decide
+PAIR_RATIOS = 400  # single pairs that a report stores for its plot
+DECISIVE = ("again", "merged")  # contenders whose ratio to the base decides
 Job = Callable[[], object]
 Opener = Callable[[], Job]
 Clock = Callable[[], float | tuple[float, ...]]
@@ -29,7 +29,7 @@ Clock = Callable[[], float | tuple[float, ...]]
 
 @dataclass(frozen=True)
 class TimingBudget:
-    """How long to time, in seconds that pass (where processor time is counted: of that, which other programs do not use up).
+    """How long to time, in seconds of wall-clock time (with processor-time clocks, in seconds of that).
 
     blocks         a bootstrap over fewer than ten has intervals that are too narrow
     fewest_rounds  per block, of a model so slow that `seconds` is used up before: a median needs a few
@@ -46,7 +46,7 @@ class TimingBudget:
 
 
 DEFAULT_BUDGET = TimingBudget()
-SHOWN = TimingBudget(blocks=4, seconds=3.0, patience=0.0)  # of what is shown and decides nothing
+SHOWN = TimingBudget(blocks=4, seconds=3.0, patience=0.0)  # for contenders that are shown but don't decide
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Precision:
     halfwidth: float
 
 
-RELATIVE = Precision(80, 0.05)  # two programs compared, not proven equal
+RELATIVE = Precision(80, 0.05)  # two different programs, not expected to be equal
 
 
 @dataclass(frozen=True)
 class Readings:
-    """What clocks counted: (blocks, rounds, 2, clocks) of each contender; seconds, or cycles and instructions."""
+    """Clock readings (blocks, rounds, 2, clocks) of each contender: seconds, or cycles and instructions."""
 
     clocks: Clocks
     counts: Mapping[str, np.ndarray]
@@ -72,13 +72,13 @@ class Readings:
         return {name: values[..., self.clocks.names.index(clock)] for name, values in self.counts.items()}
 
     def ratios(self, clock: str) -> dict[str, Ratio]:
-        """Every contender to the base by one clock."""
+        """Every contender vs. base by one clock."""
         counts = self.by(clock)
         return {name: _paired(counts, name) for name in counts if name != "base"}
 
     @property
     def steadiest(self) -> str:
-        """The deciding clock by which the base differs least from itself. What is compared with the base plays no part."""
+        """The deciding clock: the one with the lowest noise (base vs. base), regardless of the other contenders."""
         return min(self.clocks.deciding, key=lambda clock: _paired(self.by(clock), "again").halfwidth)
 
 
@@ -87,10 +87,10 @@ Measure = Callable[[Precision, TimingBudget, Callable[[], None]], Readings]
 
 @dataclass(frozen=True)
 class Contenders:
-    """What is timed on one provider: base and release, and next to them the unmerged graph and torch where there are any.
+    """The contenders on one provider: base and release, and the unmerged graph and torch if available.
 
-    `steady` measures "base", "again", "merged" and "unmerged" by clocks that are steadier than the wall clock, where there
-    are any; the wall clock is shown next to them and decides nothing then.
+    `steady` measures "base", "again", "merged" and "unmerged" by clocks with less noise than the wall clock, if available;
+    the wall clock is then only shown.
     """
 
     provider: str
@@ -102,7 +102,7 @@ class Contenders:
 
     @property
     def openers(self) -> dict[str, Opener]:
-        """The graphs by name; the base twice, as noise floor."""
+        """The graphs by name; the base twice, for the noise floor."""
         unmerged = {"unmerged": self.unmerged} if self.unmerged else {}
         return {"base": self.base, "again": self.base, "merged": self.release} | unmerged
 
@@ -117,9 +117,9 @@ def time_rounds(
 def time_runs(
     jobs: Mapping[str, Job], rounds: int, rng: np.random.Generator, clock: Clock | None = None
 ) -> dict[str, np.ndarray]:
-    """What `clock` counts (rounds, 2) in each job's two runs of every round, (rounds, 2, clocks) if it counts several things.
+    """Readings of `clock` (rounds, 2) for each job's two runs of every round; (rounds, 2, clocks) for several clocks.
 
-    It is the wall clock if not given.
+    Defaults to the wall clock.
     """
     clock = clock or time.perf_counter
     for job in jobs.values():
@@ -143,11 +143,11 @@ def measure(
     on_block: Callable[[], None] = lambda: None,
     meter: Meter | None = None,
 ) -> Readings:
-    """Time "base" and whatever is compared with it, all opened afresh in every block; by the wall clock if no `meter` is given.
+    """Time "base" and the other contenders, with fresh sessions in every block; by the wall clock without a `meter`.
 
-    After the pairs that are wanted, or as many as fit into the budget, it goes on until the intervals of what decides are
-    narrow enough by one of the deciding clocks, or its patience is at an end. How long it goes on depends on the width of
-    the intervals, not on where they lie, so it favours no verdict.
+    After the requested pairs, or as many as fit in the budget, timing continues until the deciding intervals are narrow
+    enough by one of the deciding clocks, or the patience is used up. The stopping rule depends on the width of the
+    intervals, not on their position, so it doesn't bias the verdict.
     """
     meter = meter or wall_clock()
     rng, rounds = np.random.default_rng(0), max(2, -(-wanted.pairs // (2 * budget.blocks)))
@@ -163,7 +163,7 @@ def measure(
         on_block()
         if len(blocks) < enough:
             continue
-        enough = len(blocks) + max(1, len(blocks) // 5)  # intervals cost time to compute, and change slowly
+        enough = len(blocks) + max(1, len(blocks) // 5)  # intervals are slow to compute and change slowly
         now = meter.elapsed()
         deadline = deadline or now + max(budget.patience, (now - started) / 2)
         readings = Readings(meter.clocks, {name: np.stack([block[name] for block in blocks]) for name in openers})
@@ -180,7 +180,7 @@ def _narrow(readings: Readings, decisive: Sequence[str], halfwidth: float) -> bo
 
 
 def _affordable_rounds(jobs: Mapping[str, Job], budget: TimingBudget, meter: Meter) -> int:
-    """How many rounds of a block fit into the budget, from one that is not counted."""
+    """How many rounds of a block fit in the budget, estimated from an uncounted round."""
     started = meter.elapsed()
     for job in (*jobs.values(), *jobs.values()):
         job()
@@ -190,7 +190,7 @@ def _affordable_rounds(jobs: Mapping[str, Job], budget: TimingBudget, meter: Met
 def added_latency(
     contenders: Contenders, pairs: int, margin: float, budget: TimingBudget, on_block: Callable[[], None] = lambda: None
 ) -> Latency:
-    """Rung L5 on one provider: the release against the base, and base against itself as noise floor.
+    """Rung L5 on one provider: release vs. base, and base vs. base as the noise floor.
 
     The unmerged model and torch are for comparison. `contenders.torch` is named as in the report's table of models.
     """
@@ -229,7 +229,7 @@ def added_latency(
 
 
 def clock_ratios(readings: Readings, clock: str) -> ClockRatios:
-    """What one clock says of base, release and unmerged model."""
+    """The ratios of one clock."""
     ratios = readings.ratios(clock)
     return ClockRatios(
         merged=ratios["merged"],
@@ -241,12 +241,12 @@ def clock_ratios(readings: Readings, clock: str) -> ClockRatios:
 
 
 def _times_of(wall: Readings) -> dict[str, Times]:
-    """Times of the graphs by the wall clock: what a client waits for."""
+    """Times of the graphs by the wall clock: the latency of a client."""
     return {name: _times(values) for name, values in wall.by(WALL).items() if name != "again"}
 
 
 def _torch_times(contenders: Contenders) -> dict[str, Times]:
-    """Times of torch, apart from the graphs: its own threads spin for a while after each call and would slow whatever is timed next."""
+    """Times of torch, measured separately: its threads spin for a while after each call and would slow the next contender."""
     if not contenders.torch:
         return {}
     seconds = time_runs(contenders.torch, TORCH_ROUNDS, np.random.default_rng(1))
@@ -254,14 +254,14 @@ def _torch_times(contenders: Contenders) -> dict[str, Times]:
 
 
 def relative_time(base: Opener, other: Opener, budget: TimingBudget) -> Ratio:
-    """Time of another program over the time of the base, where a difference is expected."""
+    """Latency ratio of another program to the base, where a difference is expected."""
     return measure({"base": base, "other": other}, RELATIVE, budget).ratios(WALL)["other"]
 
 
 def slowest(by_provider: Sequence[Latency], tower: str) -> Latency:
     """One result for several providers: the figures of the worst, ratios and tables of all."""
     if not by_provider:
-        return Latency.not_applicable("no provider was asked for that can be timed")
+        return Latency.not_applicable("none of the requested providers can be timed")
     order = (Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.FAIL)
     worst = max(by_provider, key=lambda latency: (order.index(latency.verdict), latency.ratio))
     return replace(
@@ -276,12 +276,12 @@ def slowest(by_provider: Sequence[Latency], tower: str) -> Latency:
 
 
 def _paired(seconds: Mapping[str, np.ndarray], name: str) -> Ratio:
-    """A contender against the base, round by round: the two runs of a round are one figure, in which drift cancels."""
+    """A contender vs. base, round by round: the two runs of a round are averaged, which cancels drift."""
     return paired_ratio(seconds[name].mean(-1), seconds["base"].mean(-1))
 
 
 def _times(seconds: np.ndarray) -> Times:
-    """Quantiles of single runs: what a client waits for once is not the mean of two."""
+    """Quantiles of single runs, since a client waits for one run, not for the mean of two."""
     values = 1000 * seconds.ravel()
     p90, p99 = (
         float(np.quantile(values, quantile)) if len(values) >= count else None

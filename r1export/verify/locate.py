@@ -1,8 +1,8 @@
-"""Where does an exported graph first part from torch? The first diverging node, and a case that shows it alone.
+"""Find the first node where an exported graph diverges from torch, and write a minimal reproducer.
 
-Torch gives what goes into and comes out of every module that owns parameters; the graph's initializers carry the
-parameters' names, so the nodes that use them say which value is the same thing in ONNX. Between the last values that
-agree and the first that does not lie the nodes to look at.
+Torch records the input and output of every module that owns parameters. The graph's initializers have the parameters'
+names, so the nodes that use them identify the corresponding values in ONNX. The nodes between the last values that agree
+and the first that does not contain the cause.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ NOISE = {
     "fp32": 2e-7,
     "fp16": 5e-4,
     "int8": 2e-2,
-}  # relative error that rounding alone explains at the start of a network
-JUMP = 10  # an error this many times everything before it is not rounding any more
+}  # relative error that rounding explains at the start of a network
+JUMP = 10  # a growth of the error by this factor is not rounding
 SCRIPT = """import numpy as np, onnxruntime as ort
 case = dict(np.load("case.npz")); expected = case.pop("expected")
 found = ort.InferenceSession("case.onnx", providers=["CPUExecutionProvider"]).run(None, case)[0]; print("max abs difference", abs(found - expected).max())
@@ -45,7 +45,7 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first value that parts from torch. Errors are relative to the largest entry of torch's value."""
+    """The first value that diverges from torch. Errors are relative to the largest entry of torch's value."""
 
     value: str
     place: str
@@ -73,17 +73,17 @@ def locate(
     reproducer: Path | None = None,
     precision: str = "fp32",
 ) -> Divergence | None:
-    """The first divergence of `graph` from torch on `feeds`, None if there is none that can be seen.
+    """The first divergence of `graph` from torch on `feeds`; None if none is detected.
 
-    `expected` is torch's output. With `reproducer` (a folder that does not exist yet) a minimal graph, its inputs, the
-    expected value and a three-line script are left there. Raises CheckFailed if the graph cannot be run.
+    `expected` is torch's output. `reproducer` is a new folder for a minimal graph, its inputs, the expected value and a
+    three-line script. Raises CheckFailed if the graph fails to run.
     """
     model = read_graph(graph)
     known = dict(_matched(model.graph, boundaries))
     known[model.graph.output[0].name] = Boundary("output", "out", expected)
     values = [name for node in model.graph.node for name in node.output if name in known]
     found = _intermediates(model, graph.parent, feeds, values)
-    # Of another size is what only looks like torch's value: a widened weight, or tokens that torch has turned around.
+    # A value of another size only looks like torch's: a widened weight, or tokens in another order of axes.
     order = [name for name in values if found[name].size == known[name].value.size]
     errors = {name: _relative(found[name], known[name].value) for name in order}
     at = _first_jump([errors[name] for name in order], NOISE[precision])
@@ -134,7 +134,7 @@ def _owner(parameter: str) -> str:
 def _intermediates(
     model: onnx.ModelProto, folder: Path, feeds: Mapping[str, np.ndarray], names: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """The named values, unoptimised, so that every one of them exists."""
+    """The named values, without graph optimization, so that each of them exists."""
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
     outputs = {value.name for value in model.graph.output}
@@ -144,9 +144,9 @@ def _intermediates(
     try:
         session = ort.InferenceSession(opened.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return dict(zip(names, session.run(list(names), dict(feeds)), strict=True))
-    except Exception as error:  # onnxruntime raises its own classes straight from C++, without a common base
+    except Exception as error:  # onnxruntime's exceptions have no common base class
         raise CheckFailed(
-            f"the graph's intermediate values cannot be computed: {first_error_line(error)}", "export the graphs again"
+            f"cannot compute the graph's intermediate values: {first_error_line(error)}", "export the graphs again"
         ) from error
 
 
@@ -166,7 +166,7 @@ def _first_jump(errors: Sequence[float], noise: float) -> int | None:
 
 
 def _between(graph: onnx.GraphProto, value: str, known: set[str]) -> tuple[list[onnx.NodeProto], list[str]]:
-    """The nodes that make `value` out of `known` values, in order, and which of those they use."""
+    """The nodes that compute `value` from `known` values, in order, and the known values that they use."""
     makers = {name: i for i, node in enumerate(graph.node) for name in node.output}
     wanted, nodes, edges = [value], set(), []
     while wanted:
@@ -188,7 +188,7 @@ def _write_case(
     value: tuple[str, np.dtype],
     out: Path,
 ) -> None:
-    """case.onnx (only these nodes, their weights inside), case.npz (inputs and expected) and reproduce.py."""
+    """Write case.onnx (only these nodes, with their weights), case.npz (inputs and expected output) and reproduce.py."""
     name, dtype = value
     used = {name for node in nodes for name in node.input}
     weights = [_inlined(tensor, folder) for tensor in model.graph.initializer if tensor.name in used]
@@ -207,7 +207,7 @@ def _write_case(
 
 
 def _inlined(tensor: TensorProto, folder: Path) -> TensorProto:
-    """The initializer with its bytes inside. Weights carry alignment to nothing, so they are read by offset and length."""
+    """The initializer with its bytes inline."""
     if tensor.data_location != TensorProto.EXTERNAL:
         return tensor
     copy = TensorProto()

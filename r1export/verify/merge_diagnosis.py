@@ -1,4 +1,4 @@
-"""What went wrong with a weight: the known ways of merging wrongly, recognised by the difference that they leave."""
+"""Diagnose a wrong weight: known merge errors, recognized by the difference that they cause."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 
-RESIDUAL = 1e-2  # share of the difference that a cause may leave unexplained: rounding of float32 weights
+RESIDUAL = 1e-2  # unexplained part of the difference that float32 rounding allows
 
 
 def diagnose(
     parameter: str, found: np.ndarray, expected: np.ndarray, updates: Sequence[tuple[str, ExpertUpdate]]
 ) -> str:
-    """One line on how `found` differs from `expected` (same shape), and why if the cause is known.
+    """How `found` differs from `expected` (same shape) in one line, with the cause if known.
 
-    Known causes: an update or one of its experts merged more than once or not at all, and q, k, v out of order.
+    Known causes: an update or an expert merged more than once or not at all, and q, k, v in the wrong order.
     """
     with np.errstate(invalid="ignore"):
         difference = (found.astype(np.float64) - expected.astype(np.float64)).reshape(
@@ -62,7 +62,7 @@ def _remerged(parameter: str, difference: np.ndarray, updates: Sequence[tuple[st
 
 
 def _added(pairs: Mapping[Rows, Factors], difference: np.ndarray) -> np.ndarray:
-    """What the one merge adds to a weight for these experts alone."""
+    """What the merge of these experts alone adds to a weight."""
     if not pairs:
         return np.zeros_like(difference)
     parameter = next(iter(pairs)).parameter
@@ -88,5 +88,5 @@ def _told(times: int) -> str:
         if times == -1
         else f"is merged {1 + times} times"
         if times > 0
-        else f"is taken off {-1 - times} times"
+        else f"is subtracted {-1 - times} times"
     )

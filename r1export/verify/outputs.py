@@ -1,4 +1,4 @@
-"""Embeddings that another runtime computed from a release's golden inputs: a conversion is held to the release's own gate."""
+"""Check embeddings that another runtime computed from a release's golden inputs, with the release's own tolerance."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from r1export.verify.golden import manifest_gate, read_golden
 from r1export.verify.parity import Gate, difference
 from r1export.verify.results import Check
 
-REMEDY = f"write it with numpy.savez: {' and '.join(tower.output for tower in TOWERS)}, or one of them, a row for each golden input"
+REMEDY = f"write it with numpy.savez: {' and '.join(tower.output for tower in TOWERS)}, or one of them, one row per golden input"
 
 
 def check_outputs(release: Path, outputs: Path) -> Check:
     """Compare the arrays `image_embeds` and `text_embeds` (n, D) of an .npz file with the golden samples of `release`.
 
-    They have unit norm and are in the order of the golden inputs; a file may hold one tower alone. Counts are samples.
+    They have unit norm and the order of the golden inputs; a file may have only one of them. Counts are samples.
 
-    Raises InputError: no such release, a file that is no .npz of plain arrays, or one with neither of the two arrays.
+    Raises InputError: no such release, a file that is not an .npz of plain arrays, or one with neither array.
     """
     gate, golden = manifest_gate(ReleaseManifest.read(release)), read_golden(release).tensors()
     found = _read(outputs)
@@ -39,7 +39,7 @@ def check_outputs(release: Path, outputs: Path) -> Check:
 def _problems(
     tower: TowerFiles, golden: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], gate: Gate
 ) -> Iterator[str]:
-    """What does not hold; written so that NaN never holds."""
+    """The failed conditions; NaN fails all of them."""
     expected, embeds = golden[tower.output], found[tower.output]
     measured = difference(expected, [embeds])
     if measured.max_abs is None or measured.min_cosine is None:
@@ -56,12 +56,12 @@ def _closeness(tower: TowerFiles, golden: Mapping[str, np.ndarray], found: Mappi
 
 
 def _read(outputs: Path) -> dict[str, np.ndarray]:
-    """The arrays of floating point in the file. Pickled objects are never read."""
+    """The floating-point arrays in the file. Pickled objects are never read."""
     try:
         with np.load(outputs, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise InputError(f"{outputs}: no such file", "check the path") from None
     except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{outputs} is no .npz of plain arrays: {error}", REMEDY) from error
+        raise InputError(f"{outputs} is not an .npz of plain arrays: {error}", REMEDY) from error
     return {name: array for name, array in arrays.items() if array.dtype.kind == "f"}

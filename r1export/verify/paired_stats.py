@@ -1,7 +1,7 @@
 """Paired timing: median log-ratio, block bootstrap interval, equivalence.
 
-Ratios are compared as logarithms, so that twice as slow and twice as fast weigh the same. Rounds measured with the
-same sessions share their placement in memory and are not independent: the bootstrap draws whole blocks of rounds.
+Ratios are compared as logarithms, so that twice as slow and twice as fast have equal weight. Rounds with the same sessions
+share their memory placement and are not independent, so the bootstrap resamples whole blocks of rounds.
 Equivalence (two one-sided tests, Schuirmann 1987) holds where the interval lies inside the margin; the 95 % interval
 used here is stricter than the 90 % interval that the test at the 5 % level needs.
 """
@@ -31,22 +31,22 @@ def paired_ratio(numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) 
 
 
 def latency_verdict(merged: Ratio, noise: Ratio, margin: float) -> tuple[Verdict, str]:
-    """The verdict on added latency, and what to do about it where it is not a pass.
+    """The verdict on added latency, with advice if it is not a pass.
 
-    A noise floor (base against base) outside the margin decides nothing, whatever the merged model did.
+    If the noise floor (base vs. base) exceeds the margin, the result is inconclusive regardless of the merged model.
     """
     low, high = merged.ci95
     if not noise.within(margin):
         return Verdict.INCONCLUSIVE, (
-            f"base against itself spreads over {noise.ci95[0]:.3f} to {noise.ci95[1]:.3f}: close other programs, pin threads, "
+            f"the noise (base vs. base) is {noise.ci95[0]:.3f} to {noise.ci95[1]:.3f}: close other programs, pin threads, "
             "or raise verify.pairs"
         )
     if low > 1 + margin:
-        return Verdict.FAIL, f"the merged model is at least {low:.3f} times as slow as the base model"
+        return Verdict.FAIL, f"the merged model's latency is at least {low:.3f} times the base model's"
     if high < 1 / (1 + margin):
         return Verdict.INCONCLUSIVE, (
-            f"the merged model takes at most {high:.3f} times as long as the base model: an equal program cannot be "
-            "faster by more than the margin, so look for what disturbed the base, and verify again"
+            f"the merged model's latency is at most {high:.3f} times the base model's, but an identical graph can't be "
+            "faster by more than the margin: find out what disturbed the base and verify again"
         )
     if not merged.within(margin):
         return (

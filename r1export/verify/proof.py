@@ -1,11 +1,11 @@
-"""Zero added latency as a ladder of evidence, from "the same file" up to "the same time".
+"""Proof of zero added latency in five rungs, from identical files to identical cost.
 
 L0 same file      base and release use byte-identical .onnx files
-L1 graph          the program in them has the same digest
-L2 optimized      so has what the runtime makes of it, per provider
+L1 graph          their structure has the same digest
+L2 optimized      and so has the graph that the runtime's optimizer makes of it, per provider
 L3 executed ops   the profiled kernels are the same: operator, provider, types and shapes
-L4 cost           equal arithmetic, weight bytes and peak memory
-The unmerged model, exported with its branches, is the control: rungs that cannot tell it apart prove nothing.
+L4 cost           equal FLOPs, weight bytes and peak memory
+The unmerged model, exported with its branches, is the control: rungs that don't detect it have no power.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from r1export.verify.runtimes import openvino_program
 from r1export.verify.runtimes.ort_profile import Execution, execute
 from r1export.verify.runtimes.runtime import PROVIDERS
 
-PEAK_TOLERANCE = 0.01  # where threads take turns, the allocator's peak moves by a block
+PEAK_TOLERANCE = 0.01  # thread scheduling moves the allocator's peak by a block
 Feeds = Mapping[str, np.ndarray]
 Graphs = Mapping[str, Path]  # by file name
 
 
 @dataclass(frozen=True)
 class Executions:
-    """What ran of every graph on every provider that shows its program, keyed "GRAPH on PROVIDER".
+    """The execution of every graph on every inspectable provider, keyed "GRAPH on PROVIDER".
 
-    Where something could not be run, `problem` says why: as a failure if the model is refused (`refused`), as a limit of
-    this environment otherwise.
+    `problem` says why something could not be run: a failure if the runtime rejects the model (`refused`), else a limit of
+    the environment.
     """
 
     runs: Mapping[str, Execution]
@@ -44,7 +44,7 @@ class Executions:
 
 
 def execute_graphs(graphs: Graphs, feeds: Mapping[str, Feeds], providers: Iterable[str]) -> Executions:
-    """Run every graph once on every provider that shows its program (if none does, on cpu)."""
+    """Run every graph once on every inspectable provider (on cpu if there is none)."""
     inspectable = [provider for provider in providers if PROVIDERS[provider].inspectable] or ["cpu"]
     try:
         runs = {
@@ -64,10 +64,10 @@ def _execute(graph: Path, feeds: Feeds, provider: str) -> Execution:
 def prove(
     base: Graphs, release: Graphs, base_executions: Executions, run_release: Callable[[], Executions], control: Check
 ) -> Proof:
-    """The rungs L0 to L4. `base` names the graphs that there have to be; the release is run if the base could be."""
+    """The rungs L0 to L4. `base` names the required graphs; the release is run if the base could be run."""
     same_file, graph = _same_files(base, release), _same_graphs(base, release)
     if not base_executions.runs:
-        rungs = [Rung.unmeasured(f"the base cannot be run: {base_executions.problem}")] * 3
+        rungs = [Rung.unmeasured(f"cannot run the base: {base_executions.problem}")] * 3
     elif not (executions := run_release()).runs:
         outcome = Rung.failed if executions.refused else Rung.unmeasured
         rungs = [outcome(executions.problem)] * 3
@@ -92,9 +92,9 @@ def _sha256(path: Path) -> str:
 
 
 def _same_graphs(base: Graphs, release: Graphs) -> Rung:
-    """Rung L1. A file that is no graph is a failed rung."""
+    """Rung L1. A file that is not a graph is a failed rung."""
     digests = {name: (_graph_digest(path), _graph_digest(release[name])) for name, path in base.items()}
-    problems = [f"{name} is another program" for name, (left, right) in digests.items() if left != right]
+    problems = [f"{name} has another structure" for name, (left, right) in digests.items() if left != right]
     return _rung(digests, problems, "same nodes, attributes, edges, opsets, inputs and outputs", of=len(base))
 
 
@@ -107,7 +107,7 @@ def _graph_digest(path: Path) -> str:
 
 def _same_optimized(base: Mapping[str, Execution], release: Mapping[str, Execution]) -> Rung:
     digests = {name: (run.optimized_digest, release[name].optimized_digest) for name, run in base.items()}
-    problems = [f"{name} is optimized into another program" for name, (left, right) in digests.items() if left != right]
+    problems = [f"{name}: the optimized graph differs" for name, (left, right) in digests.items() if left != right]
     nodes = ", ".join(f"{name}: {run.optimized_nodes} nodes" for name, run in release.items())
     return _rung(digests, problems, f"the same after all optimizer passes ({nodes})", of=len(base))
 
@@ -115,7 +115,7 @@ def _same_optimized(base: Mapping[str, Execution], release: Mapping[str, Executi
 def _same_ops(base: Mapping[str, Execution], release: Mapping[str, Execution]) -> Rung:
     digests = {name: (run.ops_digest, release[name].ops_digest) for name, run in base.items()}
     problems = [
-        f"{name} runs other kernels ({_more_ops(base[name], release[name])})"
+        f"{name} runs different kernels ({_more_ops(base[name], release[name])})"
         for name, (left, right) in digests.items()
         if left != right
     ]
@@ -124,10 +124,10 @@ def _same_ops(base: Mapping[str, Execution], release: Mapping[str, Execution]) -
 
 
 def _more_ops(base: Execution, release: Execution) -> str:
-    """What the release runs more or less often: `+2 Cast, -1 Add`."""
+    """The difference in executed operators: `+2 Cast, -1 Add`."""
     before, after = base.count(), release.count()
     changes = {op: after[op] - before[op] for op in sorted(before | after) if after[op] != before[op]}
-    return ", ".join(f"{count:+d} {op}" for op, count in changes.items()) or "other order, shapes or providers"
+    return ", ".join(f"{count:+d} {op}" for op, count in changes.items()) or "different order, shapes or providers"
 
 
 def _same_cost(base: Mapping[str, Execution], release: Mapping[str, Execution]) -> Rung:
@@ -142,16 +142,16 @@ def _cost_problems(name: str, base: Execution, release: Execution) -> Iterable[s
     if base.weight_bytes != release.weight_bytes:
         yield f"{name}: {release.weight_bytes} weight bytes, the base {base.weight_bytes}"
     if base.peak_bytes and release.peak_bytes and abs(release.peak_bytes / base.peak_bytes - 1) > PEAK_TOLERANCE:
-        yield f"{name}: {release.peak_bytes} bytes at its peak, the base {base.peak_bytes}"
+        yield f"{name}: peak memory {release.peak_bytes} bytes, the base {base.peak_bytes}"
 
 
 def _cost_digest(run: Execution) -> str:
-    """What has to be exactly equal; the peak of memory has a tolerance and is not in it."""
+    """The exactly compared figures; peak memory has a tolerance and is not included."""
     return repr((run.flops, run.weight_bytes))
 
 
 def _cost(name: str, run: Execution) -> str:
-    peak = f"{run.peak_bytes / 1e6:.1f} MB at its peak" if run.peak_bytes else "peak memory unknown"
+    peak = f"{run.peak_bytes / 1e6:.1f} MB peak memory" if run.peak_bytes else "peak memory unknown"
     flops = "" if run.flops is None else f"{run.flops / 1e6:.1f} MFLOPs, "
     return f"{name}: {flops}{run.weight_bytes / 1e6:.1f} MB of weights, {peak}"
 
@@ -165,10 +165,10 @@ def _rung(digests: Mapping[str, tuple[str, str]], problems: Iterable[str], detai
 
 
 def tell_apart(base: Path, unmerged: Path, feeds: Feeds, executed: Execution | None = None) -> Check:
-    """Whether L1, L2 and L3 tell an unmerged tower from the base. The digests of L1 and L2 are structural, so weights play no part.
+    """Whether L1, L2 and L3 detect an unmerged tower. The digests of L1 and L2 are structural, so weights don't matter.
 
     `executed` is what the base ran on the CPU, if that is known already.
-    A control that cannot be run is inconclusive: the rungs may be blind.
+    A control that fails to run is inconclusive.
     """
     try:
         graphs = [graph_digest(path, structural=True) for path in (base, unmerged)]
@@ -181,8 +181,8 @@ def tell_apart(base: Path, unmerged: Path, feeds: Feeds, executed: Execution | N
         "L3": runs[0].ops_digest != runs[1].ops_digest,
     }
     blind = [rung for rung, apart in told_apart.items() if not apart]
-    problems = [f"{', '.join(blind)} cannot tell the unmerged model from the base"] if blind else []
-    detail = f"told apart by {', '.join(told_apart)}; the branches run {_more_ops(*runs)}{_times_flops(*runs)}"
+    problems = [f"{', '.join(blind)} did not detect the unmerged model"] if blind else []
+    detail = f"detected by {', '.join(told_apart)}; the branches run {_more_ops(*runs)}{_times_flops(*runs)}"
     return Check.judge(problems, looked_at=1, of=1, detail=detail)
 
 
@@ -191,7 +191,7 @@ def _times_flops(base: Execution, other: Execution) -> str:
 
 
 def joined_controls(by_tower: Mapping[str, Check]) -> Check:
-    """One control of several towers, which has to be told apart in all of them."""
+    """One control of several towers, which must be detected in all of them."""
     if not by_tower:
         return Check.unmeasured("the update changes no weight of either tower")
     return Check.joined(replace(check, detail=f"{tower} tower: {check.detail}") for tower, check in by_tower.items())

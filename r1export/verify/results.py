@@ -1,7 +1,7 @@
-"""What a verification found, as frozen types that cannot claim what was not looked at.
+"""The results of a verification as frozen types.
 
-A `Check` passes only if it looked at everything it had to look at, and at something. Parity, latency and the rungs of the
-proof also need the figures that decide them. A report's verdict and reasons are computed from its checks, here alone.
+A `Check` can pass only if it looked at all of its items, and there is at least one. Parity, latency and the rungs of the
+proof also need the figures that decide them. Only this module computes a report's verdict and reasons from its checks.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from enum import StrEnum
 from typing import Any, ClassVar, Self
 
 LISTED = 5  # problems that one check names; the rest are counted
-SKIPPED = "not measured, because a check before it failed"
-UNTIMED = "not measured: verified without timing (--no-latency)"
+SKIPPED = "not measured because an earlier check failed"
+UNTIMED = "not measured (--no-latency)"
 PARITY_STAGES = ("merge", "export", "total")
 RUNGS = ("same_file", "graph", "optimized_graph", "executed_ops", "cost")
 TITLES = {  # of the checks of a release, by group and name
@@ -40,7 +40,7 @@ TITLES = {  # of the checks of a release, by group and name
     "proof.optimized_graph": "L2 Optimized graph",
     "proof.executed_ops": "L3 Executed ops",
     "proof.cost": "L4 Cost",
-    "proof.control": "Control: unmerged",
+    "proof.control": "Control: unmerged model",
     "latency": "L5 Time",
     "run.tasks": "Tasks",
     "run.releases": "Release folders",
@@ -50,7 +50,7 @@ TITLES = {  # of the checks of a release, by group and name
 
 
 class Verdict(StrEnum):
-    """The result of a check. Only PASS says that something holds; NOT_APPLICABLE says that there is nothing it could hold for."""
+    """The result of a check. NOT_APPLICABLE: there is nothing to check, which is neither a pass nor a reason against one."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -59,18 +59,25 @@ class Verdict(StrEnum):
 
 
 def overall(verdicts: Iterable[Verdict]) -> Verdict:
-    """One verdict for many: fail beats inconclusive beats pass. What does not apply is left out; nothing left is inconclusive."""
+    """One verdict for many: fail beats inconclusive beats pass. Checks that don't apply are ignored; none left is inconclusive."""
     applicable = set(verdicts) - {Verdict.NOT_APPLICABLE}
     if Verdict.FAIL in applicable:
         return Verdict.FAIL
     return Verdict.PASS if applicable == {Verdict.PASS} else Verdict.INCONCLUSIVE
 
 
+def combined(verdicts: Iterable[Verdict]) -> Verdict:
+    """One verdict for checks that are shown together: as `overall`, but not applicable if none of them applies."""
+    listed = set(verdicts)
+    return Verdict.NOT_APPLICABLE if listed <= {Verdict.NOT_APPLICABLE} else overall(listed)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One question, and what was looked at to answer it: `looked_at` of `of` things.
+    """The result of one check, which looked at `looked_at` of `of` items.
 
-    Raises ValueError for a pass that did not look at everything, or at nothing.
+    Raises ValueError for a pass that did not look at every item or has none, and for a check that doesn't apply but has
+    items or no reason.
     """
 
     verdict: Verdict
@@ -81,20 +88,22 @@ class Check:
     def __post_init__(self) -> None:
         if self.looked_at < 0 or self.of < 0:
             raise ValueError(f"looked at {self.looked_at} of {self.of}")
+        if self.verdict is Verdict.NOT_APPLICABLE and (self.of or self.looked_at or not self.detail):
+            raise ValueError("a check that does not apply has a reason and nothing to look at")
         if self.verdict is Verdict.PASS and not 0 < self.looked_at == self.of:
             raise ValueError(f"a pass that looked at {self.looked_at} of {self.of}")
         if self.verdict is Verdict.PASS and not self._decided():
             raise ValueError("a pass without the figures that decide it")
 
     def _decided(self) -> bool:
-        """Whether the figures of the check bear out a pass."""
+        """Whether the figures of the check support a pass."""
         return True
 
     @classmethod
     def judge(cls, problems: Iterable[str], *, looked_at: int, of: int, detail: str, **figures: Any) -> Self:
-        """A failure for any problem; inconclusive if not everything was looked at, or nothing was there; a pass otherwise.
+        """A failure for any problem; inconclusive if items are missing or there are none; a pass otherwise.
 
-        `detail` says in one sentence what holds, and is used for a pass alone. `figures` are the other fields of the type.
+        `detail` is the sentence for a pass. `figures` are the other fields of the type.
         """
         listed = list(problems)
         if listed:
@@ -103,17 +112,17 @@ class Check:
         elif 0 < looked_at == of:
             verdict = Verdict.PASS
         else:
-            verdict, detail = Verdict.INCONCLUSIVE, f"looked at {looked_at} of {of}, all are needed for a pass"
+            verdict, detail = Verdict.INCONCLUSIVE, f"looked at {looked_at} of {of}; a pass needs all"
         return cls(verdict=verdict, looked_at=looked_at, of=of, detail=detail, **figures)
 
     @classmethod
     def failed(cls, reason: str, *, looked_at: int = 0, of: int = 0) -> Self:
-        """A failure without figures: what was to be measured could not even be run."""
+        """A failure without figures: the measurement could not run."""
         return cls(verdict=Verdict.FAIL, looked_at=looked_at, of=of, detail=reason)
 
     @classmethod
     def joined(cls, checks: Iterable[Check]) -> Check:
-        """One check of several that belong together; at least one is needed."""
+        """One check for several related ones, of which there is at least one."""
         listed = list(checks)
         verdict = overall(check.verdict for check in listed)
         telling = [c.detail for c in listed if c.verdict is verdict or verdict is Verdict.PASS]
@@ -122,20 +131,20 @@ class Check:
 
     @classmethod
     def unmeasured(cls, reason: str, *, of: int = 0) -> Self:
-        """What could not be measured, and why."""
+        """Inconclusive: could not be measured, with the reason."""
         return cls(verdict=Verdict.INCONCLUSIVE, looked_at=0, of=of, detail=reason)
 
     @classmethod
     def not_applicable(cls, reason: str) -> Self:
-        """A question that does not arise, and why."""
+        """The check doesn't apply, with the reason."""
         return cls(verdict=Verdict.NOT_APPLICABLE, looked_at=0, of=0, detail=reason)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How far two sets of embeddings are apart: largest and 99th percentile of |a - b|, lowest cosine of a row.
+    """The difference of two sets of embeddings: maximum and 99th percentile of |a - b|, lowest cosine of a row.
 
-    All three are None where a value is NaN or infinite, the shapes differ, or there is nothing to compare.
+    All three are None if a value is NaN or infinite, the shapes differ, or there is nothing to compare.
     """
 
     max_abs: float | None
@@ -145,7 +154,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Flip:
-    """An image whose nearest text changed, and the cosine by which the reference preferred the old one."""
+    """An image whose nearest text changed, and the margin (in cosine) of the reference."""
 
     sample: int
     margin: float
@@ -165,8 +174,8 @@ class Histogram:
 class Parity(Check):
     """One stage of parity: the worst over all towers, inputs and execution configurations. Counts are embeddings.
 
-    `tolerance` and `min_cosine_required` are the limits that were applied, `least_tolerance` is the smallest that would have
-    passed (None: none would), `control` the same difference of the base model.
+    `tolerance` and `min_cosine_required` are the applied limits, `least_tolerance` is the smallest tolerance that would
+    pass (None: no tolerance would), `control` the same difference of the base model.
     """
 
     max_abs: float | None = None
@@ -217,7 +226,7 @@ class ParityStages:
 
 @dataclass(frozen=True, kw_only=True)
 class Rung(Check):
-    """One rung of the proof: the digest of the release and the one of the base, which have to be equal. Counts are graphs."""
+    """One rung of the proof: the digests of the release and of the base, which must be equal. Counts are graphs."""
 
     digest: str = ""
     expected: str = ""
@@ -228,7 +237,7 @@ class Rung(Check):
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """The rungs L0 to L4, and the control: the unmerged model must not pass for the base. Control counts are towers."""
+    """The rungs L0 to L4, and the control: the rungs must detect the unmerged model. Its counts are towers."""
 
     same_file: Rung
     graph: Rung
@@ -247,7 +256,7 @@ class Proof:
 
     @property
     def verdict(self) -> Verdict:
-        """Of the rungs alone."""
+        """The verdict of the rungs, without the control."""
         return overall(getattr(self, name).verdict for name in RUNGS)
 
 
@@ -260,7 +269,7 @@ class Ratio:
 
     @property
     def halfwidth(self) -> float:
-        """Half the width of the interval in logarithms: the same noise has the same width wherever the ratio lies."""
+        """Half the width of the interval in logarithms: equal noise has equal width for any ratio."""
         return math.log(self.ci95[1] / self.ci95[0]) / 2
 
     def within(self, margin: float) -> bool:
@@ -280,9 +289,9 @@ class Times:
 
 @dataclass(frozen=True, kw_only=True)
 class ClockRatios:
-    """What one clock says: the merged model, the base again (`noise`) and the unmerged model, each to the base.
+    """The ratios of one clock: merged, base again (`noise`) and unmerged, each vs. base.
 
-    `threads` is how many a session computed with, 0 for all cores; `pairs` counts runs.
+    `threads` of the session, 0 for all cores; `pairs` counts runs.
     """
 
     merged: Ratio
@@ -294,9 +303,9 @@ class ClockRatios:
 
 @dataclass(frozen=True, kw_only=True)
 class ProviderLatency:
-    """Added latency on one provider, with the noise floor (base against itself).
+    """Added latency on one provider, with the noise floor (base vs. base).
 
-    The verdict rests on `clock`; `clocks` are all that were read.
+    `clock` decides the verdict; `clocks` are all that were read.
     """
 
     verdict: Verdict
@@ -309,10 +318,10 @@ class ProviderLatency:
 
 @dataclass(frozen=True, kw_only=True)
 class Latency(Check):
-    """Rung L5: the time of the merged model over the time of the base, on the worst provider. Counts are providers.
+    """Rung L5: the latency of the merged model vs. base, on the worst provider. Counts are providers.
 
-    `tower` is the one that was timed, `clock` the one that decides. `pair_ratios` are single pairs. `providers` are times by
-    provider, batch size, model, by the wall clock. `uncounted` says why there are no cycles and instructions.
+    `tower` is the timed tower, `clock` the deciding clock, `pair_ratios` the single pairs. `providers` has wall-clock times
+    by provider, batch size and model. `uncounted` says why there are no cycles and instructions.
     """
 
     tower: str | None = None
@@ -334,12 +343,12 @@ class Latency(Check):
         return Ratio(self.ratio, self.ci95).within(self.margin) and self.noise_floor.within(self.margin)
 
 
-UNSIGNED = Check.not_applicable("no signed update was given to compare it with")
+UNSIGNED = Check.not_applicable("no signed update to compare with (--bundle)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What the release folder contains, compared with what it has to contain."""
+    """The checks of the contents of a release folder."""
 
     manifest: Check
     files: Check
@@ -358,7 +367,7 @@ class Contents:
 
     @classmethod
     def only(cls, reason: str, **measured: Check) -> Contents:
-        """The checks that were made; the others could not be, because of `reason`."""
+        """The `measured` checks; all others are unmeasured because of `reason`."""
         return cls(**{f.name: Check.unmeasured(reason) for f in fields(cls)} | {"signature": UNSIGNED} | measured)
 
     @property
@@ -368,9 +377,9 @@ class Contents:
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """What golden samples alone can notice: the smallest relative change of all values of `parameter` that fails them.
+    """What golden samples can detect: the smallest relative change of all values of `parameter` that fails the check.
 
-    None: not even `largest_tried` does.
+    None: not even `largest_tried` fails it.
     """
 
     parameter: str
@@ -380,9 +389,9 @@ class Sensitivity:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Of the k nearest that queries and vectors of one version find, the share that queries of the other find in the same vectors.
+    """The share of the k nearest neighbours that stays the same if queries come from another version than the vectors.
 
-    `top1` is that of the nearest. None: too few images.
+    None: too few images.
     """
 
     top1: float | None
@@ -391,10 +400,10 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """Embeddings of the same images under the release `against` and this one: may stored vectors be kept?
+    """Embeddings of the same images with an earlier release (`against`) and this one: can stored vectors be kept?
 
-    `new_queries` are those of this release in vectors of the earlier one, `old_queries` those of the earlier one in vectors of
-    this one. `same_space` says that both give the same image embeddings by what makes them, whatever was measured.
+    `new_queries`: queries of this release in vectors of the earlier one; `old_queries`: the reverse. `same_space`: both
+    releases have the same graph, weights and preprocessing for images, and so the same image embeddings.
     """
 
     against: str
@@ -409,10 +418,10 @@ class Drift:
 
 @dataclass(frozen=True, kw_only=True)
 class Gaps:
-    """What merging and freezing cost on one task: G1 in logits, G2 and G3 as differences of accuracies on `images` test images.
+    """The cost of merging and freezing on one task: G1 in logits, G2 and G3 as accuracy differences on `images` test images.
 
-    G2 and G3 are None where experts were fixed before the end of the training; G3 also for a sparse gate, which decides by itself
-    how many experts are merged.
+    G2 and G3 are None if the experts were fixed before the end of training; G3 also for a sparse gate, which determines the
+    number of merged experts itself.
     """
 
     G1: float
@@ -459,7 +468,7 @@ class Accuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class VariantCost:
-    """A release in a coarser precision next to the fp32 release of the same number; `speed` by provider, time over fp32's."""
+    """An fp16 or int8 release compared with the fp32 release of the same number; `speed` is the latency vs. fp32 by provider."""
 
     precision: str
     bytes: Mapping[str, int]
@@ -471,7 +480,7 @@ class VariantCost:
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseFacts:
-    """Which release it is. Digests are SHA-256; `bytes` are sizes of files, factors.safetensors being the update's."""
+    """The identity of a release. Digests are SHA-256; `bytes` are file sizes, with factors.safetensors for the update."""
 
     index: int | None
     name: str
@@ -496,13 +505,13 @@ class ReleaseFacts:
 
     @property
     def update_bytes(self) -> int | None:
-        """Bytes of the factors that take a device from the release before to this one."""
+        """Bytes of the factors that take a device from the previous release to this one."""
         return self.bytes["factors.safetensors"] if self.bytes and "factors.safetensors" in self.bytes else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Versions and the machine. `runtimes`: measured, or why not."""
+    """Versions and the machine. `runtimes`: "measured", or why not."""
 
     r1export: str
     python: str
@@ -521,7 +530,7 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseReport:
-    """The evidence for one release."""
+    """The results for one release."""
 
     schema: ClassVar[str] = "r1export.report/2"
     created: str
@@ -542,7 +551,7 @@ class ReleaseReport:
         return self.release.label
 
     def checks(self) -> Iterator[tuple[str, Check]]:
-        """Every check by its key in `TITLES`, in the order in which a reader wants them."""
+        """Every check by its key in `TITLES`, in reading order."""
         for group in ("contents", "parity", "proof"):
             for name, check in named_checks(getattr(self, group)):
                 yield f"{group}.{name}", check
@@ -554,15 +563,14 @@ class ReleaseReport:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the verdict is not a pass, failures first."""
+        """The reasons for a verdict other than pass, failures first."""
         return _reasons(self.checks())
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunContents:
-    """Whether the run is whole: every task of the recipe has a release, every release folder belongs to one, the recipe's
-
-    gates are no laxer than ours, and the summary of accuracies follows from them.
+    """Whether the run is complete: every task of the recipe has a release, every release folder was verified, the recipe's
+    tolerances are not looser than the defaults, and the summary matches the accuracies.
     """
 
     tasks: Check
@@ -573,9 +581,8 @@ class RunContents:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskInputs:
-    """The pictures of a task: how many were used and decoded, how many were changed in ways that open_clip's transform does not,
-
-    by change, and what was left out.
+    """The images of a task: how many were used and decoded, the changes made by decoding beyond open_clip's transform, and
+    what was skipped.
     """
 
     task: str
@@ -587,7 +594,7 @@ class TaskInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The class that a model names, and its probability among the classes of the task."""
+    """The predicted class, and its probability among the classes of the task."""
 
     name: str
     probability: float
@@ -595,7 +602,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A test picture, and what the base model and the last release say of it. `picture` is a small WebP file in base64."""
+    """A test image with the predictions of the base model and of the last release. `picture` is a small WebP file in base64."""
 
     task: str
     name: str
@@ -606,7 +613,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """The evidence for a run: all of its releases in every precision."""
+    """The results for a run: all of its releases in every precision."""
 
     schema: ClassVar[str] = "r1export.report/2"
     created: str
@@ -649,7 +656,7 @@ def named_checks(group: Any) -> Iterator[tuple[str, Check]]:
 
 
 def _reasons(checks: Iterable[tuple[str, Check]]) -> tuple[str, ...]:
-    """What failed, then what was inconclusive; what was skipped after a failure is no reason of its own."""
+    """The failed checks, then the inconclusive ones, except those skipped because of a failure."""
     named = [(key, check) for key, check in checks if check.detail != SKIPPED]
     words = {Verdict.FAIL: "failed", Verdict.INCONCLUSIVE: "inconclusive"}
     return tuple(

@@ -1,4 +1,4 @@
-"""Is a release the one that a signed update says? So it need not be believed what it says of itself."""
+"""Check a release against a signed update, so that its own manifest need not be trusted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from r1export.verify.results import Check
 
 @dataclass(frozen=True)
 class SignedUpdate:
-    """The bytes of a .r1u file, and how many of which keys have to have signed it."""
+    """The bytes of a .r1u file, the trusted keys, and how many of them must have signed it."""
 
     data: bytes
     trusted: tuple[PublicKey, ...]
@@ -24,36 +24,38 @@ class SignedUpdate:
 
     @classmethod
     def read(cls, update: Path, trust: Sequence[Path], threshold: int = 1) -> SignedUpdate:
-        """Raises InputError if a file cannot be read, or more signatures are asked for than there are keys."""
+        """Raises InputError if a file is unreadable, or `threshold` exceeds the number of keys."""
         trusted = tuple(dict.fromkeys(PublicKey.read(path) for path in trust))
         if not 1 <= threshold <= len(trusted):
             raise InputError(
-                f"{threshold} signatures of {len(trusted)} keys",
-                "give the fleet's public keys with --trust, and a --threshold from 1 to their number",
+                f"{threshold} signatures required from {len(trusted)} keys",
+                "pass the fleet's public keys with --trust, and a --threshold from 1 to their number",
             )
         return cls(read_bundle(update), trusted, threshold)
 
 
 def check_signature(release: Path, name: str, update: SignedUpdate) -> Check:
-    """The release is called `name` and has the files that the update says, and the update is signed as it has to be.
+    """Check that the update is sufficiently signed, and that the release has its name and files.
 
-    Reports that are there have to be those that were signed. Counts are files. Raises InputError if the update is none,
-    Unsupported if it is for a newer updater.
+    Existing reports must be the signed ones. Counts are files. Raises InputError if the update is malformed, Unsupported if
+    it is for a newer updater.
     """
     try:
         bundle = Bundle.parse(update.data, update.trusted, update.threshold)
     except CheckFailed as error:
         return Check.failed(error.message, of=1)
     signed = _signed_files(release, bundle.manifest)
-    problems = [] if bundle.manifest.name == name else [f"the update is of {bundle.manifest.name}, this is {name}"]
+    problems = (
+        [] if bundle.manifest.name == name else [f"the update is for {bundle.manifest.name}, this release is {name}"]
+    )
     problems += _differences(release, signed)
     count, signers = len(signed), ", ".join(keyid[:16] for keyid in bundle.signers)
-    detail = f"{count} files are those of update {bundle.digest[:16]}, signed by {signers}"
+    detail = f"{count} files match update {bundle.digest[:16]}, signed by {signers}"
     return Check.judge(problems, looked_at=count, of=count, detail=detail)
 
 
 def _signed_files(release: Path, manifest: Manifest) -> Mapping[str, str]:
-    """The SHA-256 of every file of the version, and of those reports that are there: devices get none."""
+    """The SHA-256 of every file of the version, and of the existing reports, which devices don't get."""
     evidence = {name: sha256 for name, sha256 in manifest.evidence.items() if (release / name).exists()}
     return {file.path: file.sha256 for file in manifest.files} | evidence
 
@@ -64,4 +66,4 @@ def _differences(release: Path, signed: Mapping[str, str]) -> Iterator[str]:
         if not path.is_file():
             yield f"{name} is missing"
         elif sha256_file(path) != sha256:
-            yield f"{name} is not the file that was signed"
+            yield f"{name} differs from the signed file"

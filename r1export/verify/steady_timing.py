@@ -1,10 +1,10 @@
-"""Time graphs on the CPU provider by processor time, in a process of their own with one thread a session.
+"""Time graphs on the CPU provider by processor time, in a separate process with one thread per session.
 
-In a process of its own because where a session's weights lie makes it faster or slower for its whole life: with pages of
-4 kB base and base again differed by 3 %, with pages of 2 MB, which the C library asks for only if it is told so when a
-process starts, by 1.3 % (docs/experiments.md).
+A separate process, because the memory placement of weights makes a session faster or slower for its whole life: with pages
+of 4 kB, base vs. base differed by 3 %; with pages of 2 MB, which the C library uses only if configured at process start,
+by 1.3 % (docs/experiments/latency.md).
 
-    python -m r1export.verify.steady_timing FOLDER     times what FOLDER/request.json names, a line on stdout for each block
+    python -m r1export.verify.steady_timing FOLDER     times the graphs in FOLDER/request.json, one line on stdout per block
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class _Request:
 
 
 def steady_timing(graphs: Mapping[str, Path], feeds: Mapping[str, np.ndarray]) -> Measure:
-    """How to measure `graphs`, of which one is "base", on the CPU provider; "again" is the base once more.
+    """A meter for `graphs`, one of which is "base", on the CPU provider; "again" is the base a second time.
 
-    What it returns raises CheckFailed if the graphs cannot be timed.
+    The meter raises CheckFailed if timing fails.
     """
     by_name = {name: str(path.resolve()) for name, path in ({"again": graphs["base"]} | dict(graphs)).items()}
 
@@ -70,12 +70,12 @@ def _run(folder: Path, on_block: Callable[[], None]) -> None:
                 last = line.strip()
                 if last == "block":
                     on_block()
-        except BaseException:  # also an interruption: without this it would wait until the child has timed everything
+        except BaseException:  # also on an interruption, which would otherwise wait for the child
             child.kill()
             raise
     if child.returncode:
         raise CheckFailed(
-            f"the graphs cannot be timed: {last or f'exit code {child.returncode}'}", "write the release again"
+            f"timing the graphs failed: {last or f'exit code {child.returncode}'}", "export the release again"
         )
 
 

@@ -1,9 +1,9 @@
-"""Run the graphs of a foreign release in a process of their own first, with limits of memory and time.
+"""Run the graphs of an untrusted release in a separate process first, with limits of memory and time.
 
-A graph is code: it can ask for more memory than there is, or never end. What fails here is a failed check, and the graphs
-are not run in this process.
+A graph is code: it can allocate too much memory or never end. A failure here is a failed check, and the graphs are then
+not run in this process.
 
-    python -m r1export.verify.trial RELEASE BYTES      runs everything once and prints what goes wrong
+    python -m r1export.verify.trial RELEASE BYTES      runs everything once and prints the error, if any
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from r1export.update.release_layout import PREPROCESS_GRAPH, TOWERS
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes of address space and seconds that the trial of one release may take."""
+    """Limits for the trial of one release: bytes of address space, and seconds."""
 
     nbytes: int
     seconds: float
 
 
 def limits_for(release: Path) -> Limits:
-    """For weights of W bytes: 16 GB of address space, most of it libraries, and ten times W; a minute, and one for each 250 MB."""
+    """For weights of W bytes: 16 GB of address space (mostly libraries) plus ten times W; a minute plus one per 250 MB."""
     weights = sum((release / tower.weights).stat().st_size for tower in TOWERS)
     return Limits(nbytes=(16 << 30) + 10 * weights, seconds=60 + weights / 4e6)
 
 
 def try_graphs(release: Path, limits: Limits) -> str:
-    """Run every graph of a release on its golden samples, in a child process. Returns what went wrong; empty if nothing did."""
+    """Run every graph of a release on its golden samples in a child process. Returns the error, or an empty string."""
     command = [sys.executable, "-m", "r1export.verify.trial", str(release), str(limits.nbytes)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=limits.seconds, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"the graphs did not end within {limits.seconds:.0f} s"
+        return f"the graphs did not finish within {limits.seconds:.0f} s"
     if done.returncode == 0:
         return ""
     lines = done.stdout.strip().splitlines()
@@ -48,12 +48,12 @@ def try_graphs(release: Path, limits: Limits) -> str:
     return (
         lines[-1]
         if lines
-        else f"the graphs ended their process (exit {done.returncode}) within {gigabytes:.0f} GB of memory"
+        else f"the graphs crashed their process (exit code {done.returncode}, memory limit {gigabytes:.0f} GB)"
     )
 
 
 def run_everything(release: Path) -> None:
-    """Every graph on the golden samples, in the batch sizes of verification. Raises R1ExportError."""
+    """Run every graph on the golden samples, in the batch sizes of verification. Raises R1ExportError."""
     from r1export.update.release_manifest import ReleaseManifest
     from r1export.verify.golden import check_classifier, golden_parity, read_golden
     from r1export.verify.runtimes.runtime import open_session, runner

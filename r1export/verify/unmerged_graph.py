@@ -1,10 +1,10 @@
-"""The positive control: the base graph with its low-rank branches beside the layers, as a runtime adapter would run it.
+"""The positive control: the base graph with unmerged low-rank branches, as a runtime adapter would execute it.
 
-    Y = X W^T + bias + (X V^T) U^T      beside every linear that the update touches, U with zeros in rows without experts
-    Y = conv(X, W) + bias + U * conv(X, V)      beside every convolution, V with W's kernel, stride and padding, U as 1 x 1
+    Y = X W^T + bias + (X V^T) U^T      for every linear in the update, U with zeros in rows without experts
+    Y = conv(X, W) + bias + U * conv(X, V)      for every convolution, V with W's kernel, stride and padding, U as 1 x 1
 
-Built from the exported graph itself, so the branches are the only difference. A proof that cannot tell it from the base
-model would not notice an export that forgot to merge.
+Built from the exported graph itself, so the branches are the only difference. A proof that doesn't detect it would not
+detect an export that forgot to merge either.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from r1export.update.factors import ExpertUpdate, Factors, Rows
 
 
 def add_branches(graph: Path, update: ExpertUpdate, out: Path) -> Path:
-    """Write `graph` with the branches of `update` to `out`; its weights are looked for beside `out`.
+    """Write `graph` with the branches of `update` to `out`; the weights are expected in the folder of `out`.
 
-    Parameters of the update that are not in this graph are passed over.
+    Parameters of the update that are not in this graph are ignored.
 
-    Raises Unsupported: no parameter of the update is a linear or convolution of this graph.
+    Raises Unsupported if no parameter of the update is a linear or convolution of this graph.
     """
     model = onnx.load(graph, load_external_data=False)
     groups: dict[str, list[tuple[Rows, Factors]]] = {}
@@ -56,7 +56,7 @@ def add_branches(graph: Path, update: ExpertUpdate, out: Path) -> Path:
 def _branched(
     node: NodeProto, dims: Sequence[int], groups: Sequence[tuple[Rows, Factors]], tensors: list[TensorProto]
 ) -> list[NodeProto]:
-    """The layer, its branches, and the sum under the layer's old name. `dims` are those of its weight."""
+    """The layer, its branches, and the sum under the layer's original name. `dims` are those of its weight."""
     name, found, axis = node.output[0], NodeProto(), 1 if node.op_type == "Conv" else -1
     found.CopyFrom(node)
     found.output[0] = f"{name}.base"

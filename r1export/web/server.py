@@ -1,11 +1,11 @@
-"""A server for one page and one version at a time: on 127.0.0.1, read-only, and with no file but those it can name.
+"""A read-only server on 127.0.0.1 for the web page and the files of one version at a time.
 
     GET /                            the page; /page.js, /vendor/... and what else it is made of
-    GET /state.json                  {"sha256": of the current version's manifest.json}, or {"error": why there is none}
+    GET /state.json                  {"sha256": of the current version's manifest.json}, or {"error": reason}
     GET /release/SHA256/PATH         a file of the version with that manifest
 
-A request is looked up, never joined to a folder: what is not in the table does not exist. The bytes of a version are sent
-as they are; whether they are right the page decides, by digest, as a client anywhere else would have to.
+Requests are looked up in a table, never joined to a folder path. The bytes of a version are sent unchecked; the page
+verifies their digests, as any client has to.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-SILENCE = 30  # seconds after which a connection that says nothing is closed
+SILENCE = 30  # seconds before an idle connection is closed
 _RELEASE = re.compile(r"/release/([0-9a-f]{64})/(.+)", re.S)
 
 
@@ -68,7 +68,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, source: Source, port: int) -> None:
-        """Raises Unsupported: the page's runtime was not fetched, or the port is taken."""
+        """Raises Unsupported if the page's runtime is not installed, or the port is in use."""
         self.source = source
         self.page = page_files()
         self.versions: dict[str, Served] = {}
@@ -76,40 +76,40 @@ class Server(ThreadingHTTPServer):
             super().__init__((HOST, port), Handler)
         except OSError as error:
             raise Unsupported(
-                f"port {port} of {HOST}: {error.strerror}", "choose another with --port; 0 takes a free one"
+                f"port {port} of {HOST}: {error.strerror}", "choose another with --port; 0 picks a free one"
             ) from error
 
     @property
     def url(self) -> str:
-        """Where the page is."""
+        """The address of the page."""
         return f"http://{HOST}:{self.server_port}/"
 
     @property
     def names(self) -> set[str]:
-        """What a browser may call this server; any other name somebody else made to point here (DNS rebinding)."""
+        """Accepted Host headers; any other name could be a DNS rebinding attack."""
         names = {HOST, "localhost"}
         return {f"{name}:{self.server_port}" for name in names} | (names if self.server_port == 80 else set())
 
     def current(self) -> Served:
-        """The current version, whose files can be asked for from now on. Raises R1ExportError if there is none."""
+        """The current version, whose files are served from now on. Raises R1ExportError if there is none."""
         served = self.source()
         others = {sha256: other for sha256, other in self.versions.items() if sha256 != served.sha256}
         self.versions = {**dict(list(others.items())[1 - REMEMBERED :]), served.sha256: served}
         return served
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A reader that went away, or a file that could not be read to its end: the connection closes, the server goes on."""
+        """A client disconnected, or a file could not be read completely: close the connection and continue."""
         if not isinstance(sys.exception(), OSError | R1ExportError):
             super().handle_error(request, client_address)
 
 
 def page_files() -> dict[str, Path]:
-    """Every file of the page by the path it is asked for. Raises Unsupported if the runtime was not fetched."""
+    """Every file of the page by its request path. Raises Unsupported if the runtime is not installed."""
     vendored = {f"/vendor/{name}": VENDORED / name for name in VENDOR}
     if missing := [path.name for path in vendored.values() if not path.is_file()]:
         raise Unsupported(
-            f"the page's runtime is not there: {', '.join(missing)}",
-            "fetch it with `python scripts/vendor_web.py` in the source tree; that needs npm",
+            f"the page's runtime is not installed: {', '.join(missing)}",
+            "run `python scripts/vendor_web.py` in the source tree (requires npm)",
         )
     page = {f"/{name}": FOLDER / name for name in PAGE}
     return {"/": page["/index.html"], **page, **vendored}
@@ -155,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 opened = stack.enter_context(open_file()) if open_file else None
             except OSError:
-                opened = None  # removed since, as an update does with versions that are no longer kept
+                opened = None  # removed since, as updates do with old versions
             if opened:
                 self._send(opened, "application/octet-stream")
             else:
@@ -172,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
         for piece in opened.pieces:
             self.wfile.write(piece[:left])
             left -= min(left, len(piece))
-        if left:  # the file became shorter while it was read, which the reader has to notice
+        if left:  # the file was truncated while it was read, which the client must notice
             self.close_connection = True
 
     def _refuse(self) -> None:
@@ -185,10 +185,10 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse
 
     def end_headers(self) -> None:
-        """The safe headers go with every answer, errors too."""
+        """Add the security headers to every response, errors included."""
         for name, value in HEADERS.items():
             self.send_header(name, value)
         super().end_headers()
 
     def log_message(self, *_: Any) -> None:
-        """Silent: only the console prints."""
+        """Log nothing."""

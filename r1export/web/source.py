@@ -1,6 +1,6 @@
-"""What is served: a release folder, or whichever version is current in a device's store. Nothing but the files it lists.
+"""The source of the web server: a release folder, or the current version of a device store.
 
-Of a store in overlay mode, which keeps kilobytes instead of files, the same bytes are derived from the base as they are read.
+For a store in overlay mode, which has no files of a version, the bytes are derived from the base on access.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from r1export.update.manifest import File
 from r1export.update.release_layout import MANIFEST
 from r1export.update.release_manifest import Release
 
-REMEMBERED = 4  # versions whose files can still be asked for after a switch; a page needs one or two
+REMEMBERED = 4  # versions that are still served after a switch; a page needs one or two
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ Open = Callable[[], AbstractContextManager[Opened]]
 
 @dataclass(frozen=True)
 class Served:
-    """One version: the SHA-256 of its manifest.json, which names it, and how each of its files is opened. No other file can be."""
+    """One version: the SHA-256 of its manifest.json, and how to open each of its files."""
 
     sha256: str
     files: Mapping[str, Open]
@@ -48,11 +48,11 @@ Source = Callable[[], Served]  # the version that is current now; raises R1Expor
 
 
 def open_source(path: Path) -> Source:
-    """The source of a release folder or of a device's store, after a check of all its files.
+    """The source for a release folder or a device store, after a check of all its files.
 
     Raises:
         InputError: `path` is neither, or malformed.
-        CheckFailed: a digest does not hold.
+        CheckFailed: a digest mismatch.
     """
     if (path / "store.json").is_file():
         store = Store.open(path)
@@ -61,30 +61,28 @@ def open_source(path: Path) -> Source:
     if (path / MANIFEST).is_file():
         return release_source(path)
     raise InputError(
-        f"{path} is neither a release nor a device's store: it has no {MANIFEST} and no store.json",
-        "give a folder of RUN/releases, or what `r1export device init` made",
+        f"{path} is neither a release nor a device store: it has no {MANIFEST} and no store.json",
+        "use a folder in RUN/releases, or a store from `r1export device init`",
     )
 
 
 def release_source(path: Path) -> Source:
-    """A release as it is now; a file that is changed later has another digest than the manifest says, and the page refuses it.
+    """A release in its current state. The page rejects files that are modified later, by their digest.
 
     Raises:
-        InputError: it is no release.   CheckFailed: its manifest was edited, or a file is damaged.
+        InputError: not a release.   CheckFailed: the manifest was edited, or a file is corrupted.
     """
     folder = path.resolve()
     release = Release.read(folder)
     if release.manifest.sha256 != release.manifest.digest():
-        raise CheckFailed(
-            f"{path / MANIFEST} was edited: its digest of itself does not hold", "copy the release again from its run"
-        )
+        raise CheckFailed(f"{path / MANIFEST} was edited: self-digest mismatch", "copy the release from its run again")
     release.check()
     served = Served(release.manifest_sha256, _on_disk(folder, [*release.manifest.files, MANIFEST]))
     return lambda: served
 
 
 def store_source(path: Path) -> Source:
-    """Whatever is current in a store at the moment of asking. Raises InputError if there is no store."""
+    """The version that is current at the time of a request. Raises InputError if there is no store."""
 
     @lru_cache(REMEMBERED)
     def version(slot: str) -> Served:
@@ -101,7 +99,7 @@ def _of_slot(store: Store, slot: str) -> Served:
     assert version.bundle is not None
     files = {file.path: file for file in version.bundle.manifest.files}
     if MANIFEST not in files:
-        raise InputError(f"version {version.name} has no {MANIFEST}", "bundle a release that has one")
+        raise InputError(f"version {version.name} has no {MANIFEST}", "bundle a release with a manifest")
     if version.files_there:
         return Served(files[MANIFEST].sha256, _on_disk(version.folder.resolve(), files))
     derived = {name: partial(_derive, version, file) for name, file in files.items()}
@@ -119,12 +117,12 @@ def _on_disk(folder: Path, names: Iterable[str]) -> dict[str, Open]:
 
 @contextmanager
 def _read(path: Path) -> Iterator[Opened]:
-    """A regular file as it is now; `path` is absolute. Raises OSError where a link, a pipe or nothing is in its place."""
+    """A regular file; `path` is absolute. Raises OSError for links, pipes and missing files."""
     if path.resolve() != path:
-        raise OSError(f"{path} is a link, or lies behind one")
+        raise OSError(f"{path} is a link, or inside one")
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{path} is no file")
+            raise OSError(f"{path} is not a file")
         yield Opened(status.st_size, iter(partial(file.read, CHUNK), b""))

@@ -94,9 +94,9 @@ def test_what_is_no_picture_or_hidden_is_left_out_and_noted(flat):
     assert task.classes == ("ant", "bee")
     assert len(task.train) + len(task.test) == 40
     assert sorted(task.notes) == [
-        "left out, file that is no picture: ant/notes.txt",
-        "left out, hidden entry: .cache, ant/._01.png",
-        "left out, picture outside of a class folder: stray.png",
+        "skipped (not an image): ant/notes.txt",
+        "skipped (hidden entry): .cache, ant/._01.png",
+        "skipped (image outside of a class folder): stray.png",
     ]
 
 
@@ -114,10 +114,10 @@ def test_a_picture_in_a_format_that_is_not_read_is_refused_or_left_out_by_name(t
     put(tmp_path / "ant", "1.png")
     put(tmp_path / "bee", "1.png")
     (tmp_path / "bee" / f"photo{suffix}").write_bytes(b"x")
-    with pytest.raises(InputError, match=rf"bee/photo{suffix}: not in a format .*skip_broken"):
+    with pytest.raises(InputError, match=rf"bee/photo{suffix}: unsupported image format .*skip_broken"):
         read_folder(tmp_path, seed=42, test_only=True)
     request = Request(f"folder:{tmp_path}", test_only=True, skip_broken=True)
-    assert read(request).notes == (f"left out, picture in a format that is not read: bee/photo{suffix}",)
+    assert read(request).notes == (f"skipped (unsupported image format): bee/photo{suffix}",)
 
 
 def test_pictures_in_sub_folders_belong_to_the_class(flat):
@@ -138,7 +138,7 @@ def test_splits_are_known_in_any_case_and_by_their_other_names(given, train, tes
 def test_a_second_test_split_is_left_out_and_noted(given):
     put(given / "val" / "a_cat", "1.png")
     put(given / "extra" / "a_cat", "1.png")
-    assert read_folder(given, seed=42).notes == ("left out, folder that belongs to no split: extra, val",)
+    assert read_folder(given, seed=42).notes == ("skipped (folder outside of the splits): extra, val",)
 
 
 def test_two_folders_of_one_split_are_refused(given):
@@ -159,16 +159,16 @@ def test_names_of_classes_may_stand_beside_the_folders(flat, file, content):
     (flat / file).write_text(content, encoding="utf-8")
     task = read_folder(flat, seed=42)
     assert task.classes == ("fire ant", "honey_bee")
-    assert task.notes == ("left out, class name without a folder: cow",)
+    assert task.notes == ("skipped (class name without a folder): cow",)
 
 
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("classes.json", b'{"ant": "fire ant"}', "have none for the folder bee"),
+        ("classes.json", b'{"ant": "fire ant"}', "no class name for the folder bee"),
         ("classes.json", b'{"ant": 3, "bee": "x"}', "ant: found 3"),
         ("classes.json", b"[1]", "expected an object"),
-        ("classes.json", b'{"ant": "a", "ant": "b"}', "occurs twice"),
+        ("classes.json", b'{"ant": "a", "ant": "b"}', "duplicate key"),
         ("classes.txt", b"ant\nbee bee\n", "'ant' has no class name"),
         ("classes.txt", b"ant a\nant b\nbee c\n", "names a folder twice"),
         ("classes.txt", b"ant \xff\n", "not UTF-8"),
@@ -206,5 +206,5 @@ def test_a_probe_needs_only_test(tmp_path):
 def test_a_missing_or_empty_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         read_folder(tmp_path / "gone", seed=42)
-    with pytest.raises(InputError, match="no folders in it"):
+    with pytest.raises(InputError, match="no class folders"):
         read_folder(tmp_path, seed=42)

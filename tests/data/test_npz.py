@@ -80,9 +80,9 @@ def test_a_damaged_image_is_named_by_pack_and_index(tmp_path):
         ({"split": np.zeros(3, int)}, r"split is int64 \(3,\), expected integers \(4,\)"),
         ({"off": np.zeros(4, int)}, r"off is int64 \(4,\), expected integers \(5,\)"),
         ({"names": np.array([1, 2])}, "names is int64"),
-        ({"off": np.array([0, 5, 3, 6, 7])}, "off does not rise"),
-        ({"off": np.array([-1, 5, 6, 7, 8])}, "off does not rise"),
-        ({"off": np.array([0, 1, 2, 3, 10**9])}, "off does not rise"),
+        ({"off": np.array([0, 5, 3, 6, 7])}, "off is not increasing"),
+        ({"off": np.array([-1, 5, 6, 7, 8])}, "off is not increasing"),
+        ({"off": np.array([0, 1, 2, 3, 10**9])}, "off is not increasing"),
     ],
 )
 def test_a_pack_with_another_layout_is_refused(tmp_path, changes, message):
@@ -96,7 +96,7 @@ def test_a_pickled_array_is_refused_and_not_opened(tmp_path):
         def __reduce__(self):
             return Path.touch, (tmp_path / "sprung",)
 
-    with pytest.raises(InputError, match="not a pack of plain arrays"):
+    with pytest.raises(InputError, match=r"not an \.npz of plain arrays"):
         read_pack(save(tmp_path, names=np.array([Trap(), Trap()], object)))
     assert not (tmp_path / "sprung").exists()
 
@@ -104,20 +104,20 @@ def test_a_pickled_array_is_refused_and_not_opened(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a pack", b"PK\x03\x04 torn"])
 def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
     (tmp_path / "x.npz").write_bytes(content)
-    with pytest.raises(InputError, match="not a pack"):
+    with pytest.raises(InputError, match=r"not an \.npz"):
         read_pack(tmp_path / "x.npz")
 
 
 def test_a_torn_archive_is_refused(tmp_path):
     file = save(tmp_path)
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(InputError, match="not a pack"):
+    with pytest.raises(InputError, match=r"not an \.npz"):
         read_pack(file)
 
 
 def test_a_lone_array_is_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(3))
-    with pytest.raises(InputError, match="not a pack"):
+    with pytest.raises(InputError, match=r"not an \.npz"):
         read_pack(tmp_path / "x.npy")
 
 
@@ -149,7 +149,7 @@ def claim(file: Path, count: int, descr: str = "|u1", extra: int | None = None) 
 @pytest.mark.parametrize("count", [10**12, 2**62, 1, 0])
 def test_a_header_that_says_more_or_less_than_there_is_is_refused_unallocated(tmp_path, count):
     file = claim(save(tmp_path), count)
-    with pytest.raises(InputError, match=r"blob\.npy is \d+ bytes, its header says"):
+    with pytest.raises(InputError, match=r"blob\.npy has \d+ bytes, expected \d+ by its header"):
         read_pack(file)
     recipe = tmp_path / "r.toml"
     recipe.write_text(RECIPE.replace("builtin:digits", f"npz:{file}"), encoding="utf-8")
@@ -166,7 +166,7 @@ def test_a_header_and_a_directory_that_agree_on_a_terabyte_allocate_what_is_ther
     data = bytes(data).replace(size.to_bytes(4, "little"), (header + 10**9).to_bytes(4, "little"))
     file.write_bytes(data)
     tracemalloc.start()
-    with pytest.raises(InputError, match="not a pack"):
+    with pytest.raises(InputError, match=r"not an \.npz"):
         read_pack(file)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -73,6 +73,6 @@ def test_what_a_fresh_process_finds_is_raised_here(monkeypatch):
     with pytest.raises(Unsupported, match="arithmetic self-test 1"):
         worker.known_answers_hold_in_fresh_process()
     monkeypatch.setattr(worker, "_START", "import sys; sys.exit(9)")
-    with pytest.raises(Unsupported, match="the process for arithmetic of this machine did not start: exit code 9"):
+    with pytest.raises(Unsupported, match="arithmetic of this machine: the process did not start: exit code 9"):
         worker.known_answers_hold_in_fresh_process()
     assert arithmetic.KNOWN_ANSWERS is KNOWN_ANSWERS

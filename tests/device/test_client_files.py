@@ -154,13 +154,13 @@ def test_one_pixel_that_is_far_off_and_many_that_are_a_little_off_are_noticed(ru
 def test_more_pictures_than_pixels_fail(run) -> None:
     change_golden(run, **{f"picture_{i}": np.zeros((8, 8, 3), np.uint8) for i in range(3, 7)})
     done = apply(run)
-    assert (done.returncode, "more pictures than pixel_values" in done.output) == (1, True), done.output
+    assert (done.returncode, "more images than pixel_values" in done.output) == (1, True), done.output
 
 
 def test_an_update_with_two_words_exchanged_is_taken_back(run) -> None:
     tokenizer_with(run, 1, "one", "two")
     done = apply(run)
-    assert (done.returncode, "other input_ids, first for 'a photo of one'" in done.output) == (1, True), done.output
+    assert (done.returncode, "wrong input_ids, first for 'a photo of one'" in done.output) == (1, True), done.output
     assert (run.parent / "store/current").resolve().name == "base"
 
 
@@ -175,7 +175,7 @@ def test_a_tokenizer_that_is_none_fails(run, text) -> None:
 def test_fewer_prompts_than_input_ids_fail(run) -> None:
     change_golden(run, prompts=np.frombuffer(json.dumps(fleet.PROMPTS[:2]).encode(), np.uint8))
     done = apply(run)
-    assert (done.returncode, "other input_ids, first for '2 of 4 prompts'" in done.output) == (1, True), done.output
+    assert (done.returncode, "wrong input_ids, first for '2 of 4 prompts'" in done.output) == (1, True), done.output
 
 
 def test_where_tokenizers_is_not_installed_doctor_says_so_and_nothing_fails(run, tmp_path) -> None:
@@ -191,5 +191,5 @@ def test_where_tokenizers_is_not_installed_doctor_says_so_and_nothing_fails(run,
     for verb in (("apply", tmp_path / "store", update(run)), ("doctor", tmp_path / "store")):
         done = subprocess.run([python, kit, *map(str, verb)], capture_output=True, text=True, env={})
         assert done.returncode == 0, done.stderr
-    note = "-    tokenizer: not checked, because the package tokenizers is not installed"
+    note = "-    tokenizer: not checked: the package tokenizers is not installed"
     assert done.stdout.splitlines()[-1] == note

@@ -174,7 +174,7 @@ def scalars(base: Path) -> None:
         (zeroed, {"golden": {"max_abs": 10, "min_cosine": -1}}, "largest difference|smallest cosine|not finite"),
         (lambda base: write_tensors(base / "golden.safetensors", {}), {}, "no golden inputs"),
         (scalars, {}, "visual.onnx does not run"),
-        (lambda base: (base / "golden.safetensors").write_bytes(b"rot"), {}, "not a well-formed safetensors file"),
+        (lambda base: (base / "golden.safetensors").write_bytes(b"rot"), {}, "invalid safetensors file"),
     ],
 )  # fmt: skip
 def test_a_base_that_does_not_give_its_golden_outputs_is_not_installed(lab, base, tmp_path, damage, members, message):
@@ -182,7 +182,7 @@ def test_a_base_that_does_not_give_its_golden_outputs_is_not_installed(lab, base
     reseal(base, **members)
     process = r1device("init", tmp_path / "store", "--base", base, "--trust", lab.public)
     assert process.returncode == (BAD_INPUT if "well-formed" in message else FAILED)
-    assert re.match(rf"error: the base release does not pass the health check: .*({message})", process.stderr)
+    assert re.match(rf"Error: the base release fails the health check: .*({message})", process.stderr)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
@@ -306,7 +306,7 @@ bounded = settings(max_examples=60, deadline=None, suppress_health_check=list(He
 def expect_ordinary(run, *arguments) -> int:
     code, out, err = run(*arguments)
     assert code in ORDINARY, (arguments, out, err)
-    assert code == PASSED or out or err.splitlines()[-1].startswith("error: "), err  # onnxruntime may say more before
+    assert code == PASSED or out or err.splitlines()[-1].startswith("Error: "), err  # onnxruntime may say more before
     return code
 
 
@@ -410,7 +410,7 @@ def test_a_defect_of_the_kit_is_one_line_that_asks_for_a_report(lab, slot_device
     monkeypatch.setattr(command_line.doctor, "status", defect)
     code, out, err = run("status", slot_device.path)
     assert (code, out, err.count("\n")) == (70, "", 1)
-    assert err.startswith("error: internal error: TypeError: not thought of\\x1b[2J (please report it")
+    assert err.startswith("Error: internal error: TypeError: not thought of\\x1b[2J (please report it")
     code, out, _ = run("status", slot_device.path, "--json")
     assert (code, json.loads(out)["exit_code"]) == (70, 70)
     monkeypatch.setenv("R1EXPORT_TRACEBACK", "1")
@@ -435,7 +435,7 @@ def test_a_reader_that_leaves_early_is_no_error(lab, slot_device):
 
 
 def test_control_characters_in_foreign_text_do_not_reach_the_terminal(lab, base, tmp_path):
-    evil = "\x1b]0;owned\x07\x7f\x9b2J\u202e\u2028\r\nerror: all is well"
+    evil = "\x1b]0;owned\x07\x7f\x9b2J\u202e\u2028\r\nError: all is well"
     (base / "visual.onnx").unlink()
     reseal(base, format=evil)
     name = tmp_path / f"base{evil}"

@@ -101,6 +101,6 @@ def test_a_graph_that_the_version_does_not_have_is_named(lab, device):
 
 
 def test_a_missing_store_is_named(tmp_path):
-    with pytest.raises(InputError, match="make one with `init`"):
+    with pytest.raises(InputError, match="create one with `init`"):
         open_version(tmp_path / "nowhere")
     shutil.rmtree(tmp_path)

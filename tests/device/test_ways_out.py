@@ -165,7 +165,7 @@ def test_a_version_that_a_later_update_forbade_is_not_repaired(lab, device, monk
     monkeypatch.setattr(type(store), "active", property(lambda _: lab.read(lab.bundle(1, 0)).slot))
     store.write_state(store.state().raised(lab.read(lab.bundle(2, 1, min_seq=2)).manifest, "f" * 64))
     shutil.rmtree(device.path / "slots" / store.current)
-    with pytest.raises(CheckFailed, match="lowest that is allowed"):
+    with pytest.raises(CheckFailed, match="lowest allowed"):
         device.apply(lab.bundle(1, 0))
 
 

@@ -88,7 +88,7 @@ def test_the_command_checks_what_it_made(lab, tmp_path) -> None:
 def test_what_is_no_layout_cannot_be_checked(tmp_path) -> None:
     done = r1export("layout", tmp_path, "--check")
     assert done.returncode == 2
-    assert "is no layout" in done.stderr
+    assert "is not a layout" in done.stderr
 
 
 def test_the_folder_of_open_clip_is_the_base_of_a_new_run(made, tmp_path) -> None:

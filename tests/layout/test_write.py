@@ -96,7 +96,7 @@ def test_open_clip_weights_are_those_of_the_model(lab, tmp_path) -> None:
     ("arguments", "code", "message"),
     [
         (("--to", "torchserve"), 2, "layout 'torchserve': there is none of this name"),
-        (("--to", "immich"), 3, "immich: embeddings of 128 numbers"),
+        (("--to", "immich"), 3, "immich has no model with 128-dimensional embeddings"),
         ((), 2, "layout '': there is none of this name"),
     ],
 )

@@ -51,11 +51,11 @@ def test_what_decoding_changes_is_counted_and_said(pets) -> None:
         "task": "pets",
         "images": 10,
         "decoded": 10,
-        "changes": {"transparency composited": 1, "turned as EXIF says": 1},
-        "notes": ["left out, hidden entry: train/dog/.DS_Store"],
+        "changes": {"transparency composited": 1, "rotated by EXIF orientation": 1},
+        "notes": ["skipped (hidden entry): train/dog/.DS_Store"],
     }
-    assert "pets: 1 image: turned as EXIF says" in result.stdout
-    assert "pets: left out, hidden entry: train/dog/.DS_Store" in result.stdout
+    assert "pets: 1 image: rotated by EXIF orientation" in result.stdout
+    assert "pets: skipped (hidden entry): train/dog/.DS_Store" in result.stdout
 
 
 def test_open_clips_decoding_changes_nothing(pets) -> None:
@@ -69,10 +69,10 @@ def truncate(path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (truncate, "cannot be read as an image"),
+    "truncated": (truncate, "cannot decode the image"),
     "a single value": (lambda path: Image.new("RGB", (9, 9), 5).save(path), "every pixel has the same value"),
-    "no picture": (lambda path: path.write_text("x"), "cannot be read as an image"),
-    "an unpromised format": (lambda path: noise().save(path, "ICO"), "cannot be read as an image"),
+    "no picture": (lambda path: path.write_text("x"), "not an image in a supported format"),
+    "an unpromised format": (lambda path: noise().save(path, "ICO"), "not an image in a supported format"),
 }
 
 
@@ -88,7 +88,7 @@ def test_a_broken_picture_is_named_or_left_out_where_the_recipe_says_so(pets, ki
     assert train(pets, "data.skip_broken=true").returncode == 0
     found = inputs(pets)
     assert found["images"] == 9
-    assert [note.startswith(f"left out, {pets}/train/cat/1.png: {message}") for note in found["notes"]] == [True]
+    assert [note.startswith(f"skipped: {pets}/train/cat/1.png: {message}") for note in found["notes"]] == [True]
 
 
 def test_a_class_whose_pictures_are_all_broken_is_refused(pets) -> None:
@@ -116,11 +116,11 @@ def test_inspect_describes_the_pictures_of_a_task_and_writes_a_contact_sheet(pet
     assert result.returncode == 0, result.output
     found = json.loads(result.stdout)
     assert (found["kind"], found["refused"], len(found["rows"])) == ("Pictures", 1, 2)
-    assert found["notes"][0] == "left out, picture in a format that is not read: test/dog/photo.heic"
+    assert found["notes"][0] == "skipped (unsupported image format): test/dog/photo.heic"
     assert sheet.read_text().count("<figure>") == 9
 
 
 def test_a_contact_sheet_of_something_else_is_refused(pets) -> None:
     result = r1export("inspect", pets, "--out", pets / "sheet.html")
     assert result.returncode == 2
-    assert "holds no pictures of a task (give a source, for example folder:DIR)" in result.stderr
+    assert "is not a task source (use a source such as folder:DIR)" in result.stderr

@@ -73,7 +73,7 @@ def test_a_change_that_the_release_alone_cannot_know_of_is_found(release: Path, 
     assert r1export("verify", release, "--no-latency").returncode == 0
     done = verify(release)
     assert done.returncode == 1, done.output
-    assert signature(done)["detail"] == "manifest.json is not the file that was signed"
+    assert signature(done)["detail"] == "manifest.json differs from the signed file"
 
 
 def test_a_file_that_is_missing_or_another_is_found(release: Path, verify: Verify) -> None:
@@ -83,7 +83,7 @@ def test_a_file_that_is_missing_or_another_is_found(release: Path, verify: Verif
     assert done.returncode == 1, done.output
     detail = signature(done)["detail"]
     assert "classes/arrows.json is missing" in detail
-    assert "report.md is not the file that was signed" in detail
+    assert "report.md differs from the signed file" in detail
 
 
 def test_reports_may_be_missing_as_on_a_device(release: Path, verify: Verify) -> None:
@@ -94,7 +94,10 @@ def test_reports_may_be_missing_as_on_a_device(release: Path, verify: Verify) ->
 
 def test_the_update_of_another_release_is_found(release: Path, verify: Verify) -> None:
     done = verify(release, "2.r1u")
-    assert (done.returncode, "the update is of 02-arrows, this is 01-digits" in signature(done)["detail"]) == (1, True)
+    assert (done.returncode, "the update is for 02-arrows, this release is 01-digits" in signature(done)["detail"]) == (
+        1,
+        True,
+    )
 
 
 def test_keys_that_did_not_sign_are_found(release: Path, verify: Verify) -> None:
@@ -133,12 +136,12 @@ def test_what_is_no_update_or_lacks_its_keys_is_bad_input(
     for update, keys, options, words in (
         ("text.r1u", ("fleet.pub",), (), "not a .r1u file"),
         ("nowhere.r1u", ("fleet.pub",), (), "no such file"),
-        ("1.r1u", (), (), "--bundle and --trust need each other"),
+        ("1.r1u", (), (), "--bundle and --trust must be used together"),
         ("1.r1u", ("fleet.pub", "fleet.pub"), ("--threshold", 2), "2 signatures of 1 keys"),
     ):
         done = verify(release, update, keys, *options)
         assert (done.returncode, words in done.stderr) == (2, True), done.output
     done = verify(verified)
-    assert (done.returncode, "--bundle needs one release" in done.stderr) == (2, True), done.output
+    assert (done.returncode, "--bundle needs a release" in done.stderr) == (2, True), done.output
     done = r1export("verify", release, "--trust", updates / "fleet.pub")
-    assert (done.returncode, "need each other" in done.stderr) == (2, True), done.output
+    assert (done.returncode, "must be used together" in done.stderr) == (2, True), done.output

@@ -161,7 +161,7 @@ def test_pictures_that_are_new_are_embedded_and_the_others_kept(lab, photos, ind
     [
         (("--out", "vectors.csv"), 2, "vectors in .csv"),
         (("--out", "there.npy"), 2, "there.npy exists"),
-        (("--out", "new.npy", "--from", "there.npy"), 2, "there.npy: no vectors of r1export"),
+        (("--out", "new.npy", "--from", "there.npy"), 2, "there.npy: not a file of r1export vectors"),
     ],
 )
 def test_bad_input_is_one_line(lab, photos, tmp_path, monkeypatch, arguments, code, message) -> None:
@@ -177,7 +177,7 @@ def test_a_folder_without_pictures_is_one_line(lab, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     done = r1export("reindex", tmp_path / "empty", "--release", lab.release(0), "--out", tmp_path / "x.npy")
     assert done.returncode == 2
-    assert "no pictures" in done.stderr
+    assert "no images found" in done.stderr
 
 
 def snippets() -> list[str]:

@@ -42,8 +42,8 @@ def test_a_comparison_is_no_better_than_its_worst_run() -> None:
     ("runs", "message"),
     [
         ([("one", RUN)], "1 run"),
-        ([("one", RUN), ("one", RUN)], "two runs are called one"),
-        ([("one", RUN), ("two", other(tasks=("x",)))], "two learned x, one learned"),
+        ([("one", RUN), ("one", RUN)], "two runs are named one"),
+        ([("one", RUN), ("two", other(tasks=("x",)))], "two has the tasks x, one has"),
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused(runs: list, message: str) -> None:
@@ -66,6 +66,6 @@ def test_a_comparison_is_written_once_and_replaced_only_on_demand(tmp_path: Path
     found = compare_runs([("a", RUN), ("b", RUN)])
     write_comparison(found, tmp_path / "c")
     assert json.loads((tmp_path / "c" / "comparison.json").read_text()) == found.to_json()
-    with pytest.raises(InputError, match="is already there"):
+    with pytest.raises(InputError, match="exists"):
         write_comparison(found, tmp_path / "c")
     write_comparison(found, tmp_path / "c", overwrite=True)

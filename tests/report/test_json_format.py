@@ -113,8 +113,8 @@ def test_what_is_no_report_is_refused_with_the_remedy(text: str, message: str, t
     path = tmp_path / "report.json"
     path.write_text(text)
     with pytest.raises(InputError, match=message) as caught:
-        read_report(path, "write it again: r1export verify RUN")
-    assert caught.value.remedy == "write it again: r1export verify RUN"
+        read_report(path, "recreate it with r1export verify RUN")
+    assert caught.value.remedy == "recreate it with r1export verify RUN"
     with pytest.raises(InputError, match="no such file"):
         read_report(tmp_path / "none.json", "again")
 

@@ -91,7 +91,7 @@ def test_a_rung_that_was_not_measured_is_never_shown_as_passed(rung: str) -> Non
     assert "Inconclusive** the base cannot be run" in row
     assert "Passed" not in row
     assert "1 inconclusive" in render_markdown(report)
-    assert "Inconclusive" in markdown_row(report, "Same program")
+    assert "Inconclusive" in markdown_row(report, "Same graph")
 
 
 def test_what_does_not_apply_is_named_and_does_not_count_as_passed() -> None:
@@ -100,7 +100,7 @@ def test_what_does_not_apply_is_named_and_does_not_count_as_passed() -> None:
     for key, title in TITLES.items():
         if key.startswith("proof"):
             assert "Not applicable" in page.row(title)
-    assert "Not applicable" in page.row("Same program")
+    assert "Not applicable" in page.row("Same graph")
     assert report.verdict == "pass"
 
 
@@ -111,13 +111,13 @@ def test_evidence_says_how_many_samples_were_compared() -> None:
 def test_every_check_says_how_much_it_looked_at_of_how_much() -> None:
     share = Check.judge([], looked_at=3, of=1000, detail="")
     report = release(contents=replace(release().contents, classes=share))
-    assert "looked at 3 of 1000, all are needed for a pass (3 of 1000)" in markdown_row(report, "Classes")
+    assert "looked at 3 of 1000; a pass needs all (3 of 1000)" in markdown_row(report, "Classes")
     assert "all is well (3 of 3)" in markdown_row(report, "Files")
 
 
 def test_the_tower_that_was_timed_is_named() -> None:
     report = release(latency=replace(release().latency, tower="textual"))
-    assert "pairs of the textual tower." in markdown_row(report, "L5 Time")
+    assert "pairs of runs of the textual tower." in markdown_row(report, "L5 Time")
 
 
 def hostile(report: Report) -> Report:
@@ -214,7 +214,7 @@ def test_junit_counts_what_failed_and_skips_what_did_not_pass() -> None:
     assert counts == [str(checks + 1), "2", "2", "0"]
     assert [case.get("name") for case in root[0] if case.find("failure") is not None] == ["total", "verdict"]
     skipped = {case.get("name"): case[0].get("message", "") for case in root[0] if case.find("skipped") is not None}
-    assert skipped["cost"] == "not_applicable: nothing to compare with"
+    assert skipped["cost"] == "not applicable: nothing to compare with"
     assert skipped["latency"].startswith("inconclusive: 1.001 times the base")
 
 
@@ -246,7 +246,7 @@ def test_parity_is_shown_next_to_its_control_and_the_smallest_tolerance() -> Non
 
 def test_agreement_that_is_not_complete_is_never_rounded_to_100_percent() -> None:
     report = release(parity=replace(release().parity, total=stage(3e-6, 3e-6, top1_agreement=0.999999)))
-    assert "99.99 %" in markdown_row(report, "Same top-1 answer")
+    assert "99.99 %" in markdown_row(report, "Same top-1 class")
 
 
 def test_digests_that_differ_are_shown_side_by_side() -> None:

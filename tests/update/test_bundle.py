@@ -101,7 +101,7 @@ def test_lengths_beyond_the_file_or_the_limits_are_refused(small):
     with pytest.raises(InputError, match="more than"):
         split(MAGIC + bytes(MAX_BUNDLE))
     length = (64 << 10) + 1  # all there, and still more than an envelope may have
-    with pytest.raises(InputError, match=f"claims {length} bytes, at most {64 << 10}"):
+    with pytest.raises(InputError, match=f"claims {length} bytes, expected at most {64 << 10}"):
         split(MAGIC + length.to_bytes(4, "little") + bytes(2 * length))
 
 

@@ -191,10 +191,10 @@ def test_what_is_no_manifest_is_refused_in_one_line(tmp_path: Path, data: bytes,
 
 
 def test_a_folder_without_a_manifest_is_no_release(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no release: it has no manifest\.json"):
+    with pytest.raises(InputError, match=r"not a release: it has no manifest\.json"):
         ReleaseManifest.read(tmp_path / "nothing")
     (tmp_path / MANIFEST).mkdir()
-    with pytest.raises(InputError, match=r"manifest\.json is no regular file"):
+    with pytest.raises(InputError, match=r"manifest\.json is not a regular file"):
         ReleaseManifest.read(tmp_path)
 
 
@@ -238,7 +238,7 @@ def test_tensors_of_the_first_manifests_lack_bytes_and_rows() -> None:
         ({"rows": [[3]]}, "start <= stop"),
         ({"dtype": "F31"}, "text like"),
         ({"transposed": 1}, "true or false"),
-        ({"extra": 1}, "unknown member"),
+        ({"extra": 1}, "unknown key"),
     ],
 )
 def test_a_tensor_that_cannot_lie_where_it_says_is_refused(change: dict, words: str) -> None:

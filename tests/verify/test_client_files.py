@@ -161,7 +161,7 @@ def test_a_tokenizer_that_gives_other_ids_is_found_and_the_prompt_named(release:
     write_json(release / "tokenizer" / "tokenizer.json", document)
     check = check_tokenizer(release, golden_of(preprocess()))
     assert check.verdict == "fail"
-    assert "other input_ids, first for 'ein Käfer 🐞 auf 花卉'" in check.detail
+    assert "wrong input_ids, first for 'ein Käfer 🐞 auf 花卉'" in check.detail
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])

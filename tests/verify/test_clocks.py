@@ -43,7 +43,7 @@ def test_counters_that_stand_still_are_not_used(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(clocks, "_open_counter", lambda _: os.open(os.devnull, os.O_RDONLY))
     monkeypatch.setattr(clocks, "_count", lambda _: 0.0)
     with thread_clocks() as meter:
-        assert meter.clocks == Clocks((PROCESSOR,), 1, "the counters of this machine stand still")
+        assert meter.clocks == Clocks((PROCESSOR,), 1, "the hardware counters of this machine don't count")
 
 
 def test_cycles_and_instructions_are_read_next_to_processor_time_where_they_move(
@@ -74,7 +74,7 @@ def test_graphs_are_timed_in_a_process_of_their_own_by_processor_time_of_one_thr
 def test_a_graph_that_cannot_be_timed_is_one_line(tmp_path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
     measure = steady_timing({"base": tmp_path / "broken.onnx", "merged": tmp_path / "broken.onnx"}, {"x": np.zeros(1)})
-    with pytest.raises(CheckFailed, match=r"the graphs cannot be timed: .*refuses the model"):
+    with pytest.raises(CheckFailed, match=r"timing the graphs failed: .*rejects the model"):
         measure(Precision(12, 1.0), SHORT, lambda: None)
 
 

@@ -166,7 +166,7 @@ def test_a_manifest_is_compared_with_its_own_digest_and_with_the_run(tmp_path: P
     manifest = manifest_of(tmp_path)
     assert check_manifest(manifest, {"name": "01-digits"}).verdict == "pass"
     edited = check_manifest(replace(manifest, procedure="r2"), {})
-    assert (edited.verdict, edited.detail) == ("fail", "manifest.json was edited: its digest of itself does not fit")
+    assert (edited.verdict, edited.detail) == ("fail", "manifest.json was edited: self-digest mismatch")
     assert check_manifest(manifest, {"name": "02"}).detail == "manifest.json: name is '01-digits', expected '02'"
 
 
@@ -181,7 +181,7 @@ def test_a_changed_a_missing_a_linked_and_an_added_file_are_named(tmp_path: Path
     (tmp_path / "c").symlink_to(tmp_path / "more.txt")
     (tmp_path / "folder").symlink_to(tmp_path)
     assert check_files(tmp_path, manifest, (), ()).detail == (
-        "a is not the file that was released; b is missing; c is a link; folder is a link; more.txt is not listed in the manifest"
+        "a was modified; b is missing; c is a link; folder is a link; more.txt is not listed in the manifest"
     )
     assert "more.txt" not in check_files(tmp_path, manifest, (), ("more.txt",)).detail
 

@@ -259,5 +259,5 @@ def test_what_is_not_a_number_or_has_another_shape_is_worst() -> None:
 def test_a_difference_that_only_the_optimizer_makes_is_told_from_one_that_accumulates() -> None:
     assert erring_configs("textual", STILL, moved_in(1, 0, 0.5), 1e-3) == []
     optimized = erring_configs("visual", STILL, moved_in(1, 0, 0.5), 1e-3)
-    assert unlocated(optimized).endswith("the difference arises only at level all on cpu")
+    assert unlocated(optimized).endswith("the difference occurs only at level all on cpu")
     assert "accumulates over many" in unlocated(erring_configs("visual", STILL, moved_in(1, 0, 0.5), 1e-9))

@@ -85,4 +85,4 @@ def test_a_graph_that_never_ends_is_a_failed_check(site: Site) -> None:
     shutil.rmtree(site.base)
     report = verify_release(site.release, budget=None, limits=Limits(nbytes=16 << 30, seconds=15))
     assert report.verdict is Verdict.FAIL
-    assert report.contents.graphs.detail == "the graphs did not end within 15 s"
+    assert report.contents.graphs.detail == "the graphs did not finish within 15 s"

@@ -82,9 +82,9 @@ def test_the_golden_test_passes_and_the_release_is_shown(browser, lab, serve) ->
     assert settle(browser, serve(release)) == "Pass"
     assert browser.do("page.innerText", "h1") == release.name
     detail = browser.do("page.innerText", "#versions .detail")
-    assert "8 stored samples" in detail
+    assert "8 golden samples" in detail
     assert "same top-1 in 8 of 8" in detail
-    assert "3 pictures through preprocess.onnx: up to " in detail
+    assert "3 images through preprocess.onnx: difference up to " in detail
     assert "Prompts: not checked, this page has no tokenizer." in detail
     text = browser.do("page.innerText", "#tasks") + browser.do("page.innerText", "#facts")
     for task in manifest["tasks"]:
@@ -162,7 +162,7 @@ def test_a_file_that_was_tampered_with_is_refused_by_digest(browser, release: Pa
         (release / file).write_bytes(data)
     assert settle(browser, url) == "Refused"
     detail = browser.do("page.innerText", "#versions .detail")
-    assert f"{file} is not what was released: its SHA-256 is {sha256_file(release / file)}" in detail
+    assert f"{file} is not the released file: SHA-256 {sha256_file(release / file)}" in detail
     assert browser.do("page.isDisabled", "#file")
     assert browser.do("problems") == []
 
@@ -174,7 +174,7 @@ def test_a_manifest_whose_digest_of_itself_does_not_hold_is_refused(browser, rel
     path.write_text(path.read_text().replace('"accuracy": 0.', '"accuracy": 1.'))
     with serving(lambda: Served(sha256_file(path), served.files)) as url:
         assert settle(browser, url) == "Refused"
-    assert "its digest of itself says" in browser.do("page.innerText", "#versions .detail")
+    assert "(from its self-digest)" in browser.do("page.innerText", "#versions .detail")
 
 
 def test_the_digest_of_itself_is_python_s_whatever_stands_in_the_manifest(browser, lab, serve) -> None:
@@ -197,7 +197,7 @@ def test_a_release_that_answers_otherwise_than_its_golden_samples_fails(browser,
     write_tensors(release / "golden.safetensors", golden)
     reseal(release)
     assert settle(browser, serve(release)) == "Fail"
-    assert "largest difference 2.0e\u20114" in browser.do("page.innerText", "#versions .detail")
+    assert "max. difference 2.0e\u20114" in browser.do("page.innerText", "#versions .detail")
     assert browser.do("page.isDisabled", "#file")
 
 
@@ -252,7 +252,7 @@ def test_a_release_that_prepares_pictures_otherwise_than_the_lab_fails(browser, 
     assert settle(browser, serve(release)) == "Fail"
     detail = browser.do("page.innerText", "#versions .detail")
     assert "same top-1 in 8 of 8" in detail  # the tower itself is sound
-    assert "3 pictures through preprocess.onnx: up to " in detail
+    assert "3 images through preprocess.onnx: difference up to " in detail
     assert browser.do("page.isDisabled", "#file")
     assert browser.do("problems") == []
 
@@ -260,7 +260,7 @@ def test_a_release_that_prepares_pictures_otherwise_than_the_lab_fails(browser, 
 def test_a_release_without_golden_pictures_says_that_none_were_tried(browser, release: Path, serve) -> None:
     change_golden(release, picture_0=None, picture_1=None, picture_2=None, prompts=None)
     assert settle(browser, serve(release)) == "Pass"
-    assert "Pictures: not checked, the release has none" in browser.do("page.innerText", "#versions .detail")
+    assert "Images: not checked (the release has none" in browser.do("page.innerText", "#versions .detail")
 
 
 @pytest.mark.parametrize("store", ["slot"], indirect=True)
@@ -310,7 +310,7 @@ def test_a_store_that_cannot_be_read_is_said_to_be_so_until_it_can(browser, stor
     settle(browser, serve(store))
     (store / "current").rename(store / "away")
     browser.do("page.waitForSelector", "#notice:not([hidden])")
-    assert "names no version" in browser.do("page.innerText", "#notice")
+    assert "points to no version" in browser.do("page.innerText", "#notice")
     (store / "away").rename(store / "current")
     browser.do("page.waitForSelector", "#notice", {"state": "hidden"})
     assert len(lines(browser)) == 1
@@ -402,7 +402,7 @@ def test_a_page_whose_server_is_gone_says_so_and_goes_on(browser, lab, command, 
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
     browser.do("page.waitForSelector", "#notice:not([hidden])")
-    assert "does not answer" in browser.do("page.innerText", "#notice")
+    assert "does not respond" in browser.do("page.innerText", "#notice")
     classify(browser, picture)
 
 

@@ -184,7 +184,7 @@ def test_a_release_that_does_not_hold_is_refused_before_it_is_served(release: Pa
 
 
 def test_what_is_neither_a_release_nor_a_store_is_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="neither a release nor a device's store"):
+    with pytest.raises(InputError, match="neither a release nor a device store"):
         open_source(tmp_path)
     assert r1export("serve", tmp_path / "nothing").returncode == 2
     assert r1export("serve", tmp_path, "--port", 70000).returncode == 2
@@ -234,7 +234,7 @@ def test_a_store_that_cannot_be_read_is_said_to_be_so(store: Path, serve) -> Non
     (store / "current").unlink()
     answer = ask(url, "/state.json")
     assert answer.status == 503
-    assert "names no version" in json.loads(answer.body)["error"]
+    assert "points to no version" in json.loads(answer.body)["error"]
 
 
 def test_a_file_that_ends_early_ends_the_connection(lab, store: Path, serve, apply) -> None:

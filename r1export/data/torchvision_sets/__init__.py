@@ -33,7 +33,7 @@ SPLIT_SEED = 42  # of the benchmark: another training seed must not move images 
 def read(request: Request) -> Task:
     """The reader of `torchvision:NAME`."""
     if request.root is None:
-        raise InputError(f"{request.source}: no folder to look for the data set in", "give data.root")
+        raise InputError(f"{request.source}: data.root is not set", "set data.root to torchvision's data folder")
     return load(request.address, expand_path(request.root), download=request.download, decoding=request.decoding)
 
 
@@ -48,7 +48,8 @@ def load(name: str, root: Path, *, download: bool = False, decoding: Decoding = 
     key = name.lower().removeprefix("fgvc")
     if key not in _SETS:
         raise InputError(
-            f"torchvision:{name} is unknown", f"known are {', '.join(entry.torchvision for entry in _SETS.values())}"
+            f"unknown data set torchvision:{name}",
+            f"known are {', '.join(entry.torchvision for entry in _SETS.values())}",
         )
     entry = _SETS[key]
     parts = [_open(entry, root, split, download) for split in entry.splits]
@@ -99,14 +100,14 @@ def _own_names(dataset: Any) -> Sequence[str]:
 
 
 def _name_classes(key: str, own: Sequence[str], root: Path) -> tuple[str, ...]:
-    """Our names in the order of the data set's `own`: by name where letters and digits agree, else by position.
+    """Our names in the order of the data set's `own`: by name if letters and digits agree, else by position.
 
-    So a copy with its classes in another order is either named rightly or refused, never silently mislabelled.
+    A copy with its classes in another order is either named correctly or an error, never mislabelled.
     """
     ours = class_names(key)
     if len(own) != len(ours):
         raise InputError(
-            f"{root}: {key} has {len(own)} classes, expected {len(ours)}", "this copy is not complete; fetch it again"
+            f"{root}: {key} has {len(own)} classes, expected {len(ours)}", "the copy is incomplete: download it again"
         )
     known = {_letters(name): name for name in ours}
     named = tuple(known.get(_letters(name), ours[label]) for label, name in enumerate(own))
@@ -114,7 +115,7 @@ def _name_classes(key: str, own: Sequence[str], root: Path) -> tuple[str, ...]:
         label = next(i for i, name in enumerate(named) if name in named[:i])
         raise InputError(
             f"{root}: {key} has class {own[label]!r} at label {label}, expected {ours[label]!r}",
-            "this is another version; fetch it again",
+            "the copy is of another version: download it again",
         )
     return named
 
@@ -124,17 +125,17 @@ def _letters(name: str) -> str:
 
 
 def _open(entry: _Set, root: Path, split: dict[str, Any], download: bool) -> Any:
-    from torchvision import datasets  # here: most runs need no torchvision data set, and the import takes seconds
+    from torchvision import datasets  # imported here: it takes seconds, and most runs don't need it
 
     if not (root.is_dir() or download):
-        raise InputError(f"{root}: no such folder", "give the folder that holds torchvision's data sets as data.root")
+        raise InputError(f"{root}: no such folder", "set data.root to torchvision's data folder")
     try:
         return getattr(datasets, entry.torchvision)(str(root), download=download, **split)
-    except Exception as error:  # torchvision and scipy raise what their parsers meet in damaged files
+    except Exception as error:  # torchvision and scipy raise various exceptions for corrupted files
         remedy = (
-            "check the network, or fetch it by hand"
+            "check the network, or download it manually"
             if download
-            else "fetch it there (data.download = true), or give another data.root"
+            else "download it (data.download = true), or set another data.root"
         )
         raise InputError(f"{root}: cannot open {entry.torchvision}: {error}", remedy) from error
 

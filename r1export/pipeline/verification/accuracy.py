@@ -1,4 +1,4 @@
-"""Are the accuracies that a release claims its own? They are measured again, on its own image tower in onnxruntime."""
+"""Check the claimed accuracies of a release by measuring them again with its image tower in onnxruntime."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from r1export.update.release_layout import CLASS_EMBEDS, class_embeddings_file
 from r1export.update.release_manifest import ReleaseManifest
 from r1export.verify.results import Check
 
-SIGMAS = 3  # a true accuracy lies further off once in 370 times
-FLIPS = 2  # images whose answer may differ between runtimes
+SIGMAS = 3  # standard errors; exceeded by chance once in 370 times
+FLIPS = 2  # images whose top-1 class may differ between runtimes
 
 
 def check_accuracies(ref: ReleaseRef, manifest: ReleaseManifest, embeddings: ImageEmbeddings) -> Check:
@@ -29,9 +29,7 @@ def check_accuracies(ref: ReleaseRef, manifest: ReleaseManifest, embeddings: Ima
         problem for task in ref.context.tasks for problem in _problems(ref, embeddings, task, claimed.get(task.name))
     ]
     count = len(ref.context.tasks)
-    return Check.judge(
-        problems, looked_at=count, of=count, detail=f"the accuracies of {count} tasks were measured again"
-    )
+    return Check.judge(problems, looked_at=count, of=count, detail=f"the accuracies of {count} tasks are reproduced")
 
 
 def _problems(ref: ReleaseRef, embeddings: ImageEmbeddings, task: Task, claimed: float | None) -> list[str]:
@@ -43,7 +41,7 @@ def _problems(ref: ReleaseRef, embeddings: ImageEmbeddings, task: Task, claimed:
     if abs(measured - claimed) <= allowed:
         return []
     return [
-        f"{task.name}: {measured:.3f} on {len(chosen)} test images, the manifest claims {claimed:.3f} (error {allowed:.3f})"
+        f"{task.name}: {measured:.3f} on {len(chosen)} test images, the manifest claims {claimed:.3f} (tolerance {allowed:.3f})"
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a release of a run has to contain, derived from the base, the factors and the recipe, and whether it does."""
+"""Check the contents of a release against those derived from the base, the factors and the recipe."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def required_files(tasks: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_manifest_and_files(release: Path, manifest: ReleaseManifest, tasks: Sequence[str], expected: dict[str, object]) -> dict[str, Check]:  # fmt: skip
-    """Is it the release that was written? What fails here is not worth measuring."""
+    """Whether it is the release that was written. If this fails, nothing else is measured."""
     required = required_files(tasks)
     files = contents.check_files(release, manifest, required, UNLISTED)
     return {
@@ -65,12 +65,12 @@ def check_manifest_and_files(release: Path, manifest: ReleaseManifest, tasks: Se
 
 
 def _check_known(manifest: ReleaseManifest, required: Sequence[str]) -> Check:
-    """Each listed file has a use in a release: what no check reads, no release has."""
+    """Check that each listed file is one that a release can have."""
     known = {*required, PREPROCESS_GRAPH, MODEL_CONFIG}
     foreign = [name for name in manifest.files if name not in known and not name.startswith(f"{TOKENIZER}/")]
-    problems = [f"{name} belongs to no release of {', '.join(t.name for t in manifest.tasks)}" for name in foreign]
+    problems = [f"{name} is not a file of a release of {', '.join(t.name for t in manifest.tasks)}" for name in foreign]
     count = len(manifest.files)
-    return Check.judge(problems, looked_at=count, of=max(count, len(required)), detail="each has its use")
+    return Check.judge(problems, looked_at=count, of=max(count, len(required)), detail="each is a known file")
 
 
 def check_contents(ref: ReleaseRef, manifest: ReleaseManifest, embeddings: ImageEmbeddings) -> Contents:
@@ -88,7 +88,7 @@ def check_contents(ref: ReleaseRef, manifest: ReleaseManifest, embeddings: Image
     count, classes = len(parameters), sum(len(task.classes) for task in context.tasks)
     return Contents(
         **identity,
-        base=contents.check_base(manifest, context.base_sha256, "the model that the run started from"),
+        base=contents.check_base(manifest, context.base_sha256, "the base model of the run"),
         graphs=attempt(lambda: contents.check_epsilons(path, TOWER_GRAPHS, epsilons), of=len(epsilons)),
         tensors=attempt(lambda: _check_tensors(ref, manifest, parameters), of=count),
         weights=attempt(lambda: contents.check_weights(path, manifest, parameters, updates), of=count),
@@ -139,14 +139,14 @@ def _check_tensors(ref: ReleaseRef, manifest: ReleaseManifest, parameters: Mappi
     whole = len(updates) == len(context.recipe.stream)
     adapted = [tuple(ExpertUpdate.stack(updates[:count]).factors) for count in range(ref.number, len(updates) + 1)]
     problems = [
-        f"manifest.json: rows of {name} are {entry.rows}, the factors have other ones"
+        f"manifest.json: rows of {name} are {entry.rows}, which differ from the factors"
         for name, entry in manifest.tensors.items()
         if (whole or any(rows.parameter == name for rows in adapted[0]))
         and name in parameters
         and entry.rows not in {rows_of(name, parameters[name].shape, rows) for rows in adapted}
     ]
     count = len(manifest.tensors)
-    rows = Check.judge(problems, looked_at=count, of=count, detail="rows are those of the factors")
+    rows = Check.judge(problems, looked_at=count, of=count, detail="rows match the factors")
     return Check.joined([contents.check_tensor_map(ref.path, manifest, WEIGHT_FILES), rows])
 
 
@@ -159,17 +159,17 @@ def _check_golden(ref: ReleaseRef, manifest: ReleaseManifest) -> Check:
     pixels, byte = ref.context.clip.preprocess.normalize(expected.pixels).numpy(), _byte(ref)
     problems = []
     if stored.prompts != expected.prompts or not np.array_equal(stored.input_ids, expected.tokens.cpu().numpy()):
-        problems.append("the golden prompts are not those of the tasks")
+        problems.append("the golden prompts don't match the tasks")
     if (
         stored.pixel_values.shape != pixels.shape
         or not np.abs(stored.pixel_values - pixels).mean((1, 2, 3)).max() <= byte
     ):
-        problems.append("the golden images are not those of the tasks")
+        problems.append("the golden images don't match the tasks")
     pairs = list(zip(stored.pictures, expected.pictures, strict=False))
     if any(a.shape != b.shape or not np.abs(a.astype(float) - b).mean() <= 1 for a, b in pairs):
-        problems.append("the golden pictures are not those of the tasks")
+        problems.append("the golden images before preprocessing don't match the tasks")
     count = len(pairs) + len(stored.prompts)
-    chosen = Check.judge(problems, looked_at=count, of=PICTURES + SAMPLES, detail="its samples are those of the tasks")
+    chosen = Check.judge(problems, looked_at=count, of=PICTURES + SAMPLES, detail="its samples match the tasks")
     return Check.joined([chosen, check_golden(ref.path, manifest)])
 
 
@@ -179,39 +179,39 @@ def _byte(ref: ReleaseRef) -> float:
 
 
 def _check_preprocess(ref: ReleaseRef) -> Check:
-    """The files are those that the run's model gives, and do to pictures what the model's own preprocessing does."""
+    """Check that the files match the run's model, and preprocess images as the model does."""
     expected = json_bytes(ref.context.clip.preprocess.to_json())
-    problems = [] if (ref.path / PREPROCESS).read_bytes() == expected else [f"{PREPROCESS} is not that of the model"]
+    problems = [] if (ref.path / PREPROCESS).read_bytes() == expected else [f"{PREPROCESS} differs from the model's"]
     config = json_bytes(ref.context.clip.to_open_clip_config())
     if (ref.path / MODEL_CONFIG).exists() and (ref.path / MODEL_CONFIG).read_bytes() != config:
-        problems.append(f"{MODEL_CONFIG} is not that of the model")
+        problems.append(f"{MODEL_CONFIG} differs from the model's")
     exported = ref.variant.exports.graphs / PREPROCESS_GRAPH
     here = ref.path / PREPROCESS_GRAPH
     if exported.exists() != here.exists() or (here.exists() and exported.read_bytes() != here.read_bytes()):
-        problems.append(f"{PREPROCESS_GRAPH} is not the one that was exported")
-    files = Check.judge(problems, looked_at=3, of=3, detail="the files are those of the model")
+        problems.append(f"{PREPROCESS_GRAPH} differs from the exported one")
+    files = Check.judge(problems, looked_at=3, of=3, detail="the files match the model")
     graph = has_graph(ref.context.clip.preprocess.to_json())
     return Check.joined([files, check_preprocess(ref.path, read_golden(ref.path), graph)])
 
 
 def _check_tokenizer(ref: ReleaseRef) -> Check:
-    """The files are those that the run's tokenizer gives, and give the ids that it gives."""
+    """Check that the files match the run's tokenizer, and give its ids."""
     written = ref.context.tokenizer_files
     here = {path.name: path.read_bytes() for path in (ref.path / TOKENIZER).iterdir()}
     problems = [
-        f"{TOKENIZER}/{name} is not that of the model" for name in sorted(written) if here.get(name) != written[name]
+        f"{TOKENIZER}/{name} differs from the model's" for name in sorted(written) if here.get(name) != written[name]
     ]
-    files = Check.judge(problems, looked_at=len(written), of=len(written), detail="the files are those of the model")
+    files = Check.judge(problems, looked_at=len(written), of=len(written), detail="the files match the model")
     return Check.joined([files, check_tokenizer(ref.path, read_golden(ref.path)), _check_prompts(ref)])
 
 
 def _check_prompts(ref: ReleaseRef) -> Check:
-    """A client gets the ids of the lab for every class name in the first template of its task: its own cleaning of texts has limits."""
+    """Check that clients get the same ids as in training for every class name: their text cleaning has limits."""
     prompts = [task.templates[0].replace("{}", name) for task in ref.context.tasks for name in task.classes]
     expected, found = ref.context.clip.tokenize(prompts).cpu().numpy(), ClientTokenizer(ref.path)(prompts)
     same = (expected == found).all(1) if found.shape == expected.shape else np.zeros(len(prompts), bool)
-    problems = [f"tokenizer.json gives other input_ids for {prompts[i][:60]!r}" for i in np.flatnonzero(~same)[:3]]
-    return Check.judge(problems, looked_at=len(prompts), of=len(prompts), detail="it gives those of every class name")
+    problems = [f"tokenizer.json gives wrong input_ids for {prompts[i][:60]!r}" for i in np.flatnonzero(~same)[:3]]
+    return Check.judge(problems, looked_at=len(prompts), of=len(prompts), detail="the ids of every class name match")
 
 
 def _check_classes(ref: ReleaseRef) -> Check:
@@ -219,15 +219,15 @@ def _check_classes(ref: ReleaseRef) -> Check:
     tasks = ref.context.tasks
     if not ref.variant.is_reference:
         files = [name(task.name) for task in tasks for name in (class_embeddings_file, class_names_file)]
-        detail = f"the embeddings of {len(tasks)} tasks are those of the fp32 release"
+        detail = f"the embeddings of {len(tasks)} tasks match the fp32 release"
         return contents.check_same_files(ref.path, ref.reference.path, files, detail)
     lists = [ListedClasses(task.name, task.classes, task.templates, task.name in ref.learned) for task in tasks]
     problems = [
-        f"{class_names_file(one.task)} is not what the task says"
+        f"{class_names_file(one.task)} differs from the task"
         for one in lists
         if ListedClasses.read(ref.path / class_names_file(one.task)) != one
     ]
-    named = Check.judge(problems, looked_at=len(lists), of=len(lists), detail="the names are those of the tasks")
+    named = Check.judge(problems, looked_at=len(lists), of=len(lists), detail="the names match the tasks")
     embed = _embedder(ref.context, ref.path)
     return Check.joined([named, contents.check_class_embeddings(ref.path, lists, embed, 2 * ref.variant.gate.max_abs)])
 

@@ -1,4 +1,4 @@
-"""Test pictures with the answers of the base model and of the last release: what a run changed, for people to look at."""
+"""Example test images with the predictions of the base model and of the last release."""
 
 from __future__ import annotations
 

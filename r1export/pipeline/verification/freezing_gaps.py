@@ -1,12 +1,12 @@
-"""What merging and freezing cost, published for every task.
+"""The cost of merging and freezing, for every task.
 
 G1  merge exactness: largest logit difference and top-1 agreement of FROZEN and MERGED
 G2  freezing gap: accuracy of per-input routing minus FROZEN with the same number of experts
 G3  shrink gap: accuracy of FROZEN with k_train experts minus FROZEN with the k_merge that are merged; None for a sparse
     gate, which itself decides how many are merged
 
-G2 and G3 exist where the experts were routed to the end. Those that were fixed earlier (train.consolidate) trained on alone, and the
-others stand as they were then: that function was never trained, and no gap to it says anything.
+G2 and G3 exist only if the experts were routed to the end of training. With train.consolidate the selected experts continue
+training alone, so the routed function was never trained and a gap to it is meaningless.
 """
 
 from __future__ import annotations

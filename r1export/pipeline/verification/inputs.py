@@ -1,4 +1,4 @@
-"""What releases are compared on: real test images and prompts, drawn by seed."""
+"""The inputs of verification: real test images and prompts, sampled by seed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def sample_count(context: RunContext) -> int:
 
 
 def _by_size(context: RunContext, fewest: int, most: int) -> int:
-    """So many that large models do not take minutes: `most` for a tower of some million parameters."""
+    """The number of samples: `most` for a tower of a few million parameters, fewer for large models, to bound the time."""
     parameters = sum(value.size for value in context.base.values())
     return max(fewest, min(most, int(most * SMALL / parameters)))
 

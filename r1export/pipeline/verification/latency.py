@@ -1,4 +1,4 @@
-"""Rung L5 of the proof: base and release timed in turn, in one tower, with the unmerged model and torch for comparison."""
+"""Rung L5 of the proof: one tower of base and release, timed interleaved, with the unmerged model and torch for comparison."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def release_latency(
                 provider,
                 torch=torch_jobs if provider == timed[0] else None,
             )
-            title = f"Latency on {provider}, base and release in turn"
+            title = f"Latency on {provider}, base and release interleaved"
             with ref.context.progress.track(title, budget.blocks) as advance:
                 results.append(latency.added_latency(contenders, settings.pairs, settings.margin, budget, advance))
     return latency.slowest(results, tower)
@@ -71,7 +71,7 @@ def make_contenders(
 
 
 def timeable(providers: Iterable[str]) -> list[str]:
-    """The providers whose time means something."""
+    """The providers whose latency is meaningful."""
     return [provider for provider in providers if PROVIDERS[provider].timed]
 
 

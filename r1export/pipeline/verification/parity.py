@@ -75,7 +75,7 @@ def base_control(base: ReleaseRef, run: TorchRun, providers: Sequence[str]) -> P
 def release_parity(ref: ReleaseRef, run: TorchRun, control: Parity | None, providers: Sequence[str]) -> ParityStages:
     """The three stages. The base has nothing to merge, and the merge is the same in every precision."""
     if ref.is_base:
-        nothing = Parity.not_applicable("the base release has nothing to merge")
+        nothing = Parity.not_applicable("the base release has no merge")
         return ParityStages(merge=nothing, export=_onnx_parity(ref, run, None, providers).export, total=nothing)
     stages = _onnx_parity(ref, run, control, providers)
     return replace(stages, merge=_merge_parity(run, control, ref)) if ref.variant.is_reference else stages
@@ -90,7 +90,7 @@ def _merge_parity(run: TorchRun, control: Parity | None, ref: ReleaseRef) -> Par
 
 def _onnx_parity(ref: ReleaseRef, run: TorchRun, control: Parity | None, providers: Sequence[str]) -> ParityStages:
     """Export and total. What cannot be run has failed."""
-    merge = Parity.not_applicable("the merge is the same in every precision, and checked in fp32")
+    merge = Parity.not_applicable("the merge is checked in fp32")
     try:
         outputs: dict[ExecutionConfig, Embeddings] = {}
         for provider in providers:
@@ -141,6 +141,6 @@ def _located(ref: ReleaseRef, run: TorchRun, outputs: Outputs, tolerance: float 
             continue
         if divergence:
             script = case.relative_to(ref.context.run.path) / "reproduce.py"
-            yield f"{tower}.onnx: {divergence}; to reproduce it: {script}"
+            yield f"{tower}.onnx: {divergence}; reproduce with {script}"
         elif outputs and (erring := parity.erring_configs(tower, run.merged, outputs, tolerance or 0.0)):
             yield f"{tower}.onnx: {parity.unlocated(erring)}"

@@ -1,4 +1,4 @@
-"""Prove that a release of a run costs nothing extra: the rungs L0 to L4, with the unmerged model as their control."""
+"""Prove that a release of a run has no added inference cost: rungs L0 to L4, with the unmerged model as the control."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def graph_feeds(inputs: parity.Inputs, width: int) -> dict[str, Feeds]:
 
 
 def release_proof(ref: ReleaseRef, inputs: parity.Inputs, base: Executions, providers: Sequence[str]) -> Proof:
-    """Rungs L0 to L4 of a release against its base and what the base ran; the base itself is compared with itself."""
+    """Rungs L0 to L4 of a release against the base and its execution. The base is compared with a second execution of itself."""
     folders = ref.base.path, ref.path
     base_graphs, graphs = ({name: folder / name for name in GRAPHS} for folder in folders)
     feeds = graph_feeds(inputs, embedding_width(ref))
@@ -48,11 +48,11 @@ def embedding_width(ref: ReleaseRef) -> int:
 
 
 def _control(ref: ReleaseRef, feeds: Mapping[str, Feeds], run: Callable[[], Executions]) -> Check:
-    """Whether the unmerged model is told apart, in every tower that the last update changes."""
+    """Whether the rungs detect the unmerged model, in every tower that the last update changes."""
     if ref.is_base:
-        return Check.not_applicable("the base release has no branches")
+        return Check.not_applicable("the base release has no experts")
     if not ref.variant.is_reference:
-        return Check.not_applicable("the control is run in fp32")
+        return Check.not_applicable("the control runs in fp32 only")
     towers = touched_towers(ref, ref.updates[-1:])
     return proof.joined_controls({tower: _tower_control(ref, tower, feeds[f"{tower}.onnx"], run()) for tower in towers})
 
@@ -75,7 +75,7 @@ def touched_towers(ref: ReleaseRef, updates: Sequence[ExpertUpdate]) -> tuple[st
 
 @contextmanager
 def unmerged(ref: ReleaseRef, tower: str) -> Iterator[Path]:
-    """A tower of the release before, with the branches of the task next to its linears.
+    """A tower of the previous release, with the branches of the task added to its linears.
 
     Raises Unsupported: the task changes no linear of the tower.
     """

@@ -1,4 +1,4 @@
-"""Verify a release folder by itself: what it says of itself, its golden samples, and the base release next to it."""
+"""Verify a release folder without its run: its manifest, its golden samples, and the base release next to it."""
 
 from __future__ import annotations
 
@@ -64,29 +64,30 @@ from r1export.verify.runtimes.runtime import check_provider
 from r1export.verify.signature import SignedUpdate, check_signature
 from r1export.verify.trial import Limits, limits_for, try_graphs
 
-NO_RUN = "a release alone does not know what it was trained from: verify its run"
-BAD_BASE = "the base release next to it does not pass by itself: verify it first"
-NO_BASE = "there is no base release next to it (../00-base) that it could be compared with"
-NO_CARD = "there is no README.md, as in the versions of a device"
-IS_BASE = "the base release is what the others are compared with"
+NO_RUN = "needs the run: verify the run folder"
+BAD_BASE = "the base release next to it does not pass: verify it first"
+NO_BASE = "no base release next to it (../00-base) to compare with"
+NO_CARD = "no README.md, as in the versions on a device"
+IS_BASE = "the base release is the reference"
 
 
 def verify_release(
-    path: Path,
+    path: Path | str,
     providers: Sequence[str] = (),
     budget: TimingBudget | None = DEFAULT_BUDGET,
     limits: Limits | None = None,
     update: SignedUpdate | None = None,
 ) -> ReleaseReport:
-    """Verify a release by its own golden samples, and against the base release next to it (../00-base), if there is one.
+    """Verify a release with its golden samples, and against the base release next to it (../00-base), if there is one.
 
-    With an `update` its files have to be those that were signed, so that it need not be believed what it says of itself.
+    With an `update` its files must be the signed ones, so that its own manifest need not be trusted.
 
-    Nothing is trained or run in torch, and nothing is timed without a `budget`. The graphs are run in a process of their own
-    first, within `limits` (by default what `limits_for` gives). An old report that no longer holds is deleted.
+    Nothing runs in torch, and nothing is timed without a `budget`. The graphs are first run in a separate process within
+    `limits` (default: `limits_for`). An outdated report is deleted.
 
-    Raises InputError if `path` is no release or `update` is none, Unsupported for a missing provider.
+    Raises InputError if `path` is not a release or `update` is malformed, Unsupported for a missing provider.
     """
+    path = Path(path)
     manifest, providers = ReleaseManifest.read(path), tuple(providers) or ("cpu",)
     for provider in providers:
         check_provider(provider)
@@ -158,7 +159,7 @@ def own_contents(
     base: Neighbour | None = None,
     runs: GoldenRuns | None = None,
 ) -> Contents:
-    """What a release can be asked without its run, but with the `base` next to it; its golden samples go through `runs`."""
+    """The checks that need no run, but the `base` next to it; golden samples use `runs`."""
     tasks = [task.name for task in manifest.tasks]
     identity = check_manifest_and_files(path, manifest, tasks, _expected_fields(manifest, base))
     if overall(check.verdict for check in identity.values()) is Verdict.FAIL:
@@ -184,7 +185,7 @@ def own_contents(
 
 
 def _check_card(path: Path, manifest: ReleaseManifest) -> Check:
-    """Updates bring no model card to a device, so there may be none."""
+    """Check the model card if there is one: updates don't carry it to devices."""
     card = path / MODEL_CARD
     return contents.check_text(card, model_card(manifest)) if card.exists() else Check.not_applicable(NO_CARD)
 
@@ -198,12 +199,12 @@ def _expected_fields(manifest: ReleaseManifest, base: Neighbour | None) -> dict[
 
 
 def _check_preprocess(path: Path) -> Check:
-    """Pictures become what the tower was fed, by preprocess.json and by the graph that export writes where it can."""
+    """Check preprocess.json, and preprocess.onnx if export could write it, on the golden images."""
     return check_preprocess(path, read_golden(path), has_graph(asdict(PreprocessConfig.read(path))))
 
 
 def _check_base(path: Path, manifest: ReleaseManifest, base: Neighbour | None) -> Check:
-    """The base release is the base that it names. Another release has its tensors where the base next to it has them."""
+    """Check the base: of the base release by its own weights, of others by the base next to it."""
     if base is not None:
         if base.manifest is None or not base.sound:
             return Check.unmeasured(BAD_BASE, of=1)
@@ -257,7 +258,7 @@ def _export_parity(
     try:
         control = _control(base, manifest, providers, runs) if base else None
         return golden_parity(path, manifest, providers, control, runs)
-    except Unsupported:  # says nothing about the release
+    except Unsupported:  # not the fault of the release
         raise
     except UNREADABLE as error:
         return Parity.failed(str(error))

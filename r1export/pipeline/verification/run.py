@@ -36,12 +36,12 @@ def default_providers() -> tuple[str, ...]:
 def verify_run(
     context: RunContext, providers: Sequence[str] = (), budget: TimingBudget | None = DEFAULT_BUDGET
 ) -> RunReport:
-    """Verify every release, in every precision, against the unmerged model; write all reports and return that of the run.
+    """Verify every release, in every precision, against the unmerged model. Write all reports and return the run's.
 
     Without a `budget` nothing is timed.
 
     Raises:
-        Unsupported: full fine-tuning, or a provider that is not here.
+        Unsupported: full fine-tuning, or a missing provider.
         InputError: an unknown provider, a run that is not trained or not exported.
     """
     if context.recipe.train.method == "full":
@@ -129,17 +129,17 @@ def _run_report(
 
 
 def _check_gates(context: RunContext) -> Check:
-    """A recipe may only make the gates stricter: with laxer ones nothing is said about what r1export stands for."""
+    """Check that the recipe's tolerances are not looser than the defaults, which define what a pass means."""
     settings, gate = context.recipe.verify, GATES[REFERENCE]
     lax = [
-        f"verify.{name} = {abs(stated):g} is laxer than {abs(ours):g}"
+        f"verify.{name} = {abs(stated):g} is looser than the default {abs(ours):g}"
         for name, stated, ours in (
             ("max_abs", settings.max_abs, gate.max_abs),
             ("min_cosine", -settings.min_cosine, -gate.min_cosine),
         )
         if stated > ours
     ]
-    detail = "; ".join(lax) or "the recipe's gates are no laxer than those of r1export"
+    detail = "; ".join(lax) or "the recipe's tolerances are not looser than the defaults"
     return Check(verdict=Verdict.INCONCLUSIVE if lax else Verdict.PASS, looked_at=2, of=2, detail=detail)
 
 
@@ -153,13 +153,11 @@ def _check_metrics(metrics: RunMetrics) -> Check:
     follows = (zero_shot, summary.transfer, summary.avg, summary.last, summary.forgetting)
     names = ("zero_shot_avg", "transfer", "avg", "last", "forgetting")
     problems = [
-        f"metrics.json: {name} is {left}, its matrix says {right}"
+        f"metrics.json: {name} is {left}, expected {right} from its matrix"
         for name, left, right in zip(names, stated, follows, strict=True)
         if left != right
     ]
-    return Check.judge(
-        problems, looked_at=5, of=5, detail="the averages, transfer and forgetting follow from the accuracies"
-    )
+    return Check.judge(problems, looked_at=5, of=5, detail="averages, transfer and forgetting match the accuracies")
 
 
 def _check_tasks(context: RunContext, refs: Sequence[ReleaseRef]) -> Check:
@@ -168,21 +166,21 @@ def _check_tasks(context: RunContext, refs: Sequence[ReleaseRef]) -> Check:
     learned = {ref.number for ref in refs if ref.number}
     if len(learned) == len(names):
         return Check.judge(
-            [], looked_at=len(names), of=len(names), detail=f"all {len(names)} tasks of the recipe are learned"
+            [], looked_at=len(names), of=len(names), detail=f"all {len(names)} tasks of the recipe are trained"
         )
     missing = [n for number, n in enumerate(names, 1) if not context.run.task(number, n).factors.exists()]
-    detail = f"{len(learned)} of {len(names)} tasks: no factors of {', '.join(missing)}; train them with r1export run --resume"
+    detail = f"{len(learned)} of {len(names)} tasks are trained, missing {', '.join(missing)}; continue with r1export run --resume"
     return Check(verdict=Verdict.INCONCLUSIVE, looked_at=len(learned), of=len(names), detail=detail)
 
 
 def _check_folders(context: RunContext, refs: Sequence[ReleaseRef]) -> Check:
-    """Every release folder of the run was opened by a check."""
+    """Check that every release folder of the run was opened by a check."""
     opened = {ref.path for ref in refs}
     present = {path for root in _release_roots(context) for path in root.iterdir()}
     unopened = sorted(path.relative_to(context.run.path).as_posix() for path in present - opened)
     detail = f"all {len(opened)} release folders were verified"
     if unopened:
-        detail = f"no check opened {', '.join(unopened)}: the recipe and the factors know no such release"
+        detail = f"not verified: {', '.join(unopened)}, which are no releases of the recipe and its factors"
     verdict = Verdict.INCONCLUSIVE if unopened else Verdict.PASS
     return Check(verdict=verdict, looked_at=len(opened), of=len(opened | present), detail=detail)
 

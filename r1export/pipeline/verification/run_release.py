@@ -58,7 +58,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class BaseMeasurements:
-    """What the base release showed in one precision, which the releases after it are compared with.
+    """The measurements of the base release in one precision, the reference of later releases.
 
     `manifest` (None if it cannot be read) and `contents` are its own. `controls` are its export parity on the inputs of each
     task; `speed` is its time over that of the base in fp32, by provider.
@@ -91,7 +91,7 @@ def measure_base(base: ReleaseRef, runs: Sequence[TorchRun], conditions: Conditi
 
 
 def verify_release(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, conditions: Conditions) -> ReleaseReport:
-    """One release, the base included. What is not the release that was written is not measured further."""
+    """Verify one release, possibly the base. A release with modified files is not measured further."""
     manifest, contents = (base.manifest, base.contents) if ref.is_base else _read_contents(ref, conditions)
     report = ReleaseReport(
         created=conditions.created,
@@ -107,13 +107,13 @@ def verify_release(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, condi
         return report
     parity = base.parity if ref.is_base else _parity(ref, base, run, conditions)
     report = replace(report, parity=parity)
-    if contents.verdict is not Verdict.FAIL and not ref.variant.is_reference:  # most of interest where parity fails
+    if contents.verdict is not Verdict.FAIL and not ref.variant.is_reference:  # also shown if parity fails
         report = replace(report, variant=_variant_cost(ref, manifest, base))
     if Verdict.FAIL in (contents.verdict, parity.verdict):
         return report
     report = replace(report, proof=release_proof(ref, run.inputs, base.executions, conditions.providers))
     if ref.is_base:
-        return replace(report, latency=Latency.not_applicable("the base release is what the others are compared with"))
+        return replace(report, latency=Latency.not_applicable("the base release is the reference"))
     report = replace(report, compatible_with=_drift(ref, conditions) if ref.variant.is_reference else ())
     return report if report.proof.verdict is Verdict.FAIL else _with_time_and_gaps(report, ref, base, run, conditions)
 
@@ -123,7 +123,7 @@ def _read_contents(ref: ReleaseRef, conditions: Conditions) -> tuple[ReleaseMani
         manifest = ReleaseManifest.read(ref.path)
         return manifest, check_contents(ref, manifest, conditions.embeddings)
     except R1ExportError as error:
-        reason = f"{error.message} (write it again: delete {ref.path} and run r1export export)"
+        reason = f"{error.message} (to recreate it, delete {ref.path} and run r1export export)"
         return None, Contents.only(SKIPPED, manifest=Check.failed(reason, of=1))
 
 
@@ -135,12 +135,12 @@ def _parity(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, conditions: 
 def _with_time_and_gaps(
     report: ReleaseReport, ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, conditions: Conditions
 ) -> ReleaseReport:
-    """The report of a release that computes what it has to, with its gaps (in fp32) and its added latency."""
+    """The report of a release that passed so far, with its gaps (in fp32) and its added latency."""
     gaps = _gaps(ref, run) if ref.variant.is_reference else None
     if conditions.budget is None:
         latency = Latency.not_applicable(UNTIMED)
     elif not base.executions.runs:
-        latency = Latency.unmeasured(f"the base cannot be run: {base.executions.problem}")
+        latency = Latency.unmeasured(f"cannot run the base: {base.executions.problem}")
     else:
         control = report.proof.control
         latency = release_latency(ref, run.inputs, run.models, control, conditions.providers, conditions.budget)
@@ -148,7 +148,7 @@ def _with_time_and_gaps(
 
 
 def _variant_cost(ref: ReleaseRef, manifest: ReleaseManifest, base: BaseMeasurements) -> VariantCost:
-    """What a coarser precision saves and costs against the fp32 release of the same number."""
+    """Size, accuracy and latency of an fp16 or int8 release compared with the fp32 release of the same number."""
     reference = ref.reference.path
     accuracies = {task.name: task.accuracy for task in ReleaseManifest.read(reference).tasks}
     return VariantCost(
@@ -169,7 +169,7 @@ def _gaps(ref: ReleaseRef, run: TorchRun) -> Gaps:
 
 
 def _drift(ref: ReleaseRef, conditions: Conditions) -> tuple[Drift, ...]:
-    """Against every earlier release, the base first, but for those that cannot be run."""
+    """Drift from every earlier release, the base first, except those that fail to run."""
     found, space = [], ReleaseManifest.read(ref.path).embedding_space
     for number in range(ref.number):
         before = ref.variant.release(number).path
@@ -203,7 +203,7 @@ def _release_facts(ref: ReleaseRef) -> ReleaseFacts:
 
 
 def _accuracy_until(ref: ReleaseRef) -> Accuracy | None:
-    """What was known about accuracy when the release was made; the summary belongs to the whole run."""
+    """The accuracies up to this release; the summary belongs to the whole run."""
     if ref.is_base or not ref.variant.is_reference:
         return None
     metrics = ref.context.run.metrics()

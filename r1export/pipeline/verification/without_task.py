@@ -1,4 +1,4 @@
-"""Verify a version without some of its tasks, which no report is about: it was made a moment ago from the run."""
+"""Verify a version without some of its tasks, which was just derived from the run and has no report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from r1export.verify.results import SKIPPED, Check, Contents
 
 
 def check_without_tasks(release: Release, variant: Variant, number: int, dropped: Collection[str]) -> Contents:
-    """Everything that can be known of `release`, which is release `number` of the run without the tasks `dropped`.
+    """All applicable checks of `release`, which is release `number` of the run without the tasks `dropped`.
 
     Its weights are compared with base + remaining factors bit for bit, class embeddings, classifier, golden samples,
     preprocessing and tokenizer are tried as a client uses them.
@@ -32,7 +32,7 @@ def check_without_tasks(release: Release, variant: Variant, number: int, dropped
 
     return replace(
         found,
-        base=contents.check_base(manifest, context.base_sha256, "the model that the run started from"),
+        base=contents.check_base(manifest, context.base_sha256, "the base model of the run"),
         weights=attempt(weights, of=len(manifest.tensors)),
     )
 

@@ -1,4 +1,4 @@
-"""How to write a file from pieces of an older one, where it is no weights file: reports, manifests, class embeddings."""
+"""Delta encoding of small files (reports, manifests, class embeddings) against an older version."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Make a field update in the lab: what a device lacks to turn the base into release N, signed.
+"""Build a signed update: what a device lacks to derive release N from the base.
 
     delivery = plan_delivery(run, step)
     with leaving_out(delivery, step.drop, refresh) as delivery:
         bundle = sign_delivery(delivery, terms, keys)
 
-Each file of the release is derived as a device will derive it, and a bundle is made only if all bytes agree. Whether the
-release is sound is not asked here: `pipeline.bundle` signs only what was verified.
+Each file of the release is derived as on a device, and a bundle is built only if all bytes agree. This module does not check
+whether the release was verified; `pipeline.bundle` does.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ MAX_EXPIRES = 100_000_000_000  # seconds since 1970; what is larger are millisec
 
 @dataclass(frozen=True)
 class Terms:
-    """What the fleet's owner decides about an update. Times are seconds since 1970 UTC; `expires` 0 means never.
+    """The conditions of an update. Times are seconds since 1970 UTC; `expires` 0 means never.
 
-    Raises InputError for an update that would expire before it is made, or in thousands of years.
+    Raises InputError for an expiry before the creation time, or after the year 5000.
     """
 
     created: int
@@ -66,13 +66,13 @@ class Terms:
     def __post_init__(self) -> None:
         if self.expires > MAX_EXPIRES:
             raise InputError(
-                f"--expires {self.expires} is after the year 5000, as seconds since 1970",
-                "give seconds, not milliseconds",
+                f"--expires {self.expires} is after the year 5000 (in seconds since 1970)",
+                "use seconds, not milliseconds",
             )
         if self.expires and self.created >= self.expires:
             raise InputError(
-                f"the update would expire at {self.expires}, it is made at {self.created} (seconds since 1970)",
-                "check this machine's clock and --expires: a `created` in the future cannot be taken back",
+                f"the update would expire at {self.expires}, before its creation at {self.created} (seconds since 1970)",
+                "check this machine's clock and --expires; a creation time in the future can't be undone",
             )
 
 
@@ -96,7 +96,7 @@ class Delivery:
         if lacking := [sha256 for sha256 in digests if sha256 not in self.factors]:
             raise InputError(
                 f"{self.target.path}: no {FACTORS} with SHA-256 {lacking[0]}",
-                "bundle from the run that made the release",
+                "bundle from the run of the release",
             )
         return Rebuild(self.base, ExpertUpdate.stack(self.factors[sha256] for sha256 in digests))
 
@@ -125,13 +125,13 @@ def plan_delivery(run: Path, step: Step) -> Delivery:
     releases = read_releases(run, step.precision)
     if not {0, step.since, step.release} <= releases.keys():
         raise InputError(
-            f"{run} has the releases {sorted(releases)}, wanted were 0, {step.since} and {step.release}",
-            "choose among them",
+            f"{run} has the releases {sorted(releases)}, expected 0, {step.since} and {step.release} among them",
+            "choose existing releases",
         )
     if (step.drop or step.release < step.since) and not step.seq:
         raise InputError(
-            "a rollback or a version without a task needs a sequence number of its own",
-            "give one above all that the fleet has seen",
+            "a rollback or --without needs a sequence number",
+            "set --seq above all numbers that the fleet has seen",
         )
     target = releases[step.release]
     held = frozenset(update.sha256 for update in releases[step.since].manifest.updates)
@@ -150,8 +150,8 @@ def leaving_out(delivery: Delivery, drop: Sequence[str], refresh: Refresh | None
         return
     if refresh is None:
         raise InputError(
-            "class embeddings and golden outputs of a version without a task have to be computed again",
-            "give `refresh`",
+            "class embeddings and golden outputs of a version without a task must be recomputed",
+            "pass `refresh`",
         )
     with release_without(delivery.base, delivery.target, delivery.factors, drop, refresh) as smaller:
         yield replace(delivery, target=smaller)
@@ -196,7 +196,8 @@ def sign_delivery(delivery: Delivery, terms: Terms, keys: Sequence[SecretKey]) -
     data = assemble(sign(text, keys), text, bytes(payload.data))
     if len(data) > MAX_BUNDLE:
         raise InputError(
-            f"the update has {len(data)} bytes, devices read {MAX_BUNDLE}", "bundle from a later release with --since"
+            f"the update has {len(data)} bytes, devices accept at most {MAX_BUNDLE}",
+            "bundle from a later release with --since",
         )
     return Bundle.parse(data, [key.public for key in keys], len(keys))
 
@@ -224,7 +225,7 @@ def _manifest(delivery: Delivery, payload: _Payload, terms: Terms) -> Manifest:
         files=files,
         health=Health(delivery.limits.max_abs, delivery.limits.min_cosine, terms.min_agreement),
         algorithm=rebuild.procedure,
-        # Their digests travel, they do not.
+        # Only their digests are sent.
         evidence={name: sha256_file(target.path / name) for name in REPORTS if (target.path / name).is_file()},
     )
 
@@ -251,7 +252,7 @@ def _update(delivery: Delivery, payload: _Payload, merged: MergedUpdate) -> Upda
     dtypes = {NAMES[pair.u.dtype] for pair in factors.values()}
     if len(dtypes) != 1:
         raise InputError(
-            f"the factors of {merged.task} have the types {sorted(dtypes)}", "pack all experts of a task in one type"
+            f"the factors of {merged.task} have mixed types {sorted(dtypes)}", "use one type for all experts of a task"
         )
     payload.align()
     experts = []
@@ -283,7 +284,7 @@ def _check_graphs(base: Release, target: Release) -> None:
         if is_graph(path) and old.get(path) != new.get(path):
             raise CheckFailed(
                 f"{path} differs between {base.path} and {target.path}",
-                "a new graph needs a new base: export a run of its own",
+                "a new graph needs a new base: export a new run",
             )
 
 
@@ -297,7 +298,7 @@ def _file(payload: _Payload, rebuild: Rebuild, target: Release, path: str) -> Fi
         for chunk in rebuild.chunks(path):
             derived.update(chunk)
         if derived.hexdigest() != digest:
-            raise CheckFailed(f"{source} is not the base with the factors merged", "export the release again")
+            raise CheckFailed(f"{source} is not base + factors", "export the release again")
         return File(path, source.stat().st_size, digest)
     new = source.read_bytes()
     _check_digest(source, sha256_bytes(new), digest)
@@ -307,7 +308,7 @@ def _file(payload: _Payload, rebuild: Rebuild, target: Release, path: str) -> Fi
 
 def _check_digest(source: Path, found: str, expected: str) -> None:
     if found != expected:
-        raise CheckFailed(f"{source} is damaged: SHA-256 {found}, expected {expected}", "export the release again")
+        raise CheckFailed(f"{source} is corrupted: SHA-256 {found}, expected {expected}", "export the release again")
 
 
 def _parts(payload: _Payload, old: bytes, new: bytes) -> Iterator[Part]:

@@ -1,7 +1,7 @@
-"""A version without one task: the same release, derived from the base again with that task's experts left out.
+"""A version without one task: the same release, derived from the base without that task's experts.
 
-Nothing is subtracted. Without its last task, a release is what training would have written had it ended before; without an
-earlier one it is not, since the experts of later tasks were trained on top of it.
+Nothing is subtracted. Without its last task, a release equals the previous one; without an earlier task it is a new model,
+since the experts of later tasks were trained on top of it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def release_without(
 
 
 def _in_its_space(manifest: ReleaseManifest, folder: Path) -> ReleaseManifest:
-    """The manifest with the embedding space that the smaller release has, after the golden samples were told; older ones have none."""
+    """The manifest with the embedding space of the smaller release, which the golden samples name too; older manifests have none."""
     if manifest.embedding_space is None:
         return manifest
     space = manifest.space()

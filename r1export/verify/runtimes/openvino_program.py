@@ -1,6 +1,6 @@
-"""What OpenVINO really runs: the compiled graph, with the kernel that was chosen for each of its nodes.
+"""What OpenVINO executes: the compiled graph, with the kernel chosen for each node.
 
-Its profile is no evidence: a kernel counts as executed there if a clock of microseconds saw it.
+OpenVINO's profile is not reliable evidence: kernels faster than its microsecond clock count as not executed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def execute(graph: Path, feeds: Mapping[str, np.ndarray]) -> Execution:
         model.create_infer_request().infer(dict(feeds))
     except RuntimeError as error:
         raise CheckFailed(
-            f"{graph}: OpenVINO cannot run it: {first_error_line(error)}", "write the release again"
+            f"{graph}: OpenVINO fails to run it: {first_error_line(error)}", "export the release again"
         ) from error
     nodes = sorted(model.get_runtime_model().get_ops(), key=lambda node: int(_fact(node, "execOrder")))
     kernels = tuple(_kernel(node) for node in nodes if not _is_constant(node))

@@ -1,4 +1,4 @@
-"""OpenVINO's own runtime: it reads the .onnx files and the weights beside them as they are."""
+"""OpenVINO's runtime, which reads the .onnx files and their external weights directly."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 if TYPE_CHECKING:
     import openvino
 
-# By default it computes in bfloat16 where the processor can, which is an error of 2e-3, and may quantise activations.
-# Threads tied to cores would hold down whatever is timed beside them.
+# By default it computes in bfloat16 if supported, with an error of 2e-3, and may quantize activations.
+# Pinned threads would slow other contenders.
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "ENABLE_CPU_PINNING": "NO"}
 
 
 def installed() -> bool:
-    """Whether OpenVINO can be imported; it is not."""
+    """Whether OpenVINO is installed, without importing it."""
     return importlib.util.find_spec("openvino") is not None
 
 

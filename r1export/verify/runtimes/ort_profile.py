@@ -1,4 +1,4 @@
-"""What onnxruntime really runs: the optimised graph, the profiled kernels, and what they cost."""
+"""What onnxruntime executes: the optimized graph, the profiled kernels, and their cost."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Execution:
-    """One graph as one provider runs it. `peak_bytes` is the most memory that the session held; None is what is not told."""
+    """The execution of one graph on one provider. `peak_bytes` is the session's peak memory; None if unknown."""
 
     optimized_digest: str
     optimized_nodes: int
@@ -88,7 +88,7 @@ def execute(graph: Path, feeds: Mapping[str, np.ndarray], provider: str = "cpu")
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
         options.log_severity_level = (
-            4  # it warns that the optimised graph fits this machine only, which is what we ask for
+            4  # it warns that the optimized graph is specific to this machine, which is intended
         )
         session = start(graph, options, provider)
         runner(session)(dict(feeds))

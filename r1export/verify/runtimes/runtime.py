@@ -1,5 +1,5 @@
-"""The runtimes that read a release, set up so that measurements can be trusted: onnxruntime and its providers, OpenVINO,
-and onnx.reference, which is the specification of the operators as numpy code."""
+"""The supported runtimes, configured for reliable measurements: onnxruntime and its providers, OpenVINO, and
+onnx.reference, the specification of the operators in numpy."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Provider:
-    """What can run a graph. `name` is the runtime's own name for it.
+    """A way to run a graph. `name` is the runtime's own name for it.
 
-    has_levels   onnxruntime runs it, at any level of graph optimization; of the others nobody can turn the optimizer down
-    timed        its time means something
-    inspectable  it shows the program that it runs
+    has_levels   the graph optimization level can be set (onnxruntime)
+    timed        its latency is meaningful
+    inspectable  it exposes the graph that it executes
     """
 
     name: str
@@ -51,13 +51,13 @@ class Provider:
 PROVIDERS = {
     "cpu": Provider("CPUExecutionProvider"),
     "cuda": Provider("CUDAExecutionProvider"),
-    "tensorrt": Provider("TensorrtExecutionProvider", inspectable=False),  # an engine that onnxruntime cannot write out
+    "tensorrt": Provider("TensorrtExecutionProvider", inspectable=False),  # an engine that onnxruntime can't export
     "openvino": Provider("OpenVINO", has_levels=False),
     "reference": Provider(
         "onnx.reference", has_levels=False, timed=False, inspectable=False
-    ),  # code written to be read
+    ),  # reference code, not optimized
 }
-OPTIONS = {"cuda": {"use_tf32": "0"}}  # TF32 keeps ten bits of each factor: its error hides what parity looks for
+OPTIONS = {"cuda": {"use_tf32": "0"}}  # TF32 keeps ten bits of each factor, an error that would hide real differences
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 
 
@@ -69,7 +69,7 @@ class Session(Protocol):
 
 
 def session_options(level: str = "all", threads: int = 0) -> ort.SessionOptions:
-    """Options whose idle threads do not spin: a spinning session slows whatever is timed beside it by a fifth."""
+    """Options without spinning idle threads: a spinning session slows other contenders by a fifth."""
     options = ort.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
     options.intra_op_num_threads = threads
@@ -79,14 +79,14 @@ def session_options(level: str = "all", threads: int = 0) -> ort.SessionOptions:
 
 
 def check_provider(provider: str) -> None:
-    """Raises InputError for an unknown name, Unsupported for what onnxruntime was built without and an OpenVINO that is not installed."""
+    """Raises InputError for an unknown name, Unsupported if it is missing from onnxruntime's build or OpenVINO is not installed."""
     if provider not in PROVIDERS:
-        raise InputError(f"no provider {provider!r}", f"known: {', '.join(PROVIDERS)}")
+        raise InputError(f"unknown provider {provider!r}", f"known: {', '.join(PROVIDERS)}")
     if provider == "openvino" and not openvino_runtime.installed():
         raise Unsupported("OpenVINO is not installed", "pip install r1export[openvino]")
     if PROVIDERS[provider].has_levels and PROVIDERS[provider].name not in ort.get_available_providers():
         raise Unsupported(
-            f"onnxruntime {ort.__version__} has no {PROVIDERS[provider].name} here",
+            f"onnxruntime {ort.__version__} has no {PROVIDERS[provider].name}",
             f"available: {', '.join(ort.get_available_providers())}",
         )
 
@@ -121,13 +121,13 @@ def start(graph: Path, options: ort.SessionOptions, provider: str) -> ort.Infere
     if session.get_providers()[0] != name:
         raise Unsupported(
             f"onnxruntime fell back from {name} to {session.get_providers()[0]}",
-            "fix the driver or leave the provider out",
+            "fix the driver or remove the provider",
         )
     return session
 
 
 def _refusal(graph: Path, runtime: str, error: Exception) -> CheckFailed:
-    return CheckFailed(f"{graph}: {runtime} refuses the model: {first_error_line(error)}", "write the release again")
+    return CheckFailed(f"{graph}: {runtime} rejects the model: {first_error_line(error)}", "export the release again")
 
 
 def runner(session: Session) -> Run:
@@ -140,7 +140,7 @@ def runner(session: Session) -> Run:
         except Exception as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
             raise CheckFailed(
-                f"the runtime cannot run {shapes}: {first_error_line(error)}",
+                f"the runtime fails to run {shapes}: {first_error_line(error)}",
                 "export the graphs again with r1export export --overwrite",
             ) from error
 
@@ -170,7 +170,7 @@ def job(session: Session, feeds: dict[str, np.ndarray], provider: str) -> Callab
 
 
 def first_error_line(error: Exception) -> str:
-    """What a runtime says in one line: the first that names no place in its source, as lines with a colon at the end do."""
+    """A runtime's error message in one line: the first line that is not a source location (which ends with a colon)."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = next((line for line in lines if not line.endswith(":")), lines[0] if lines else type(error).__name__)
     return message.removeprefix("[ONNXRuntimeError] : ")[:300]

@@ -67,7 +67,7 @@ export class Clip {
 
   /** Prepared pixels of a picture {data, height, width}, and how long that took. */
   async prepare({ data, height, width }) {
-    if (!this.preprocess) throw new Error("this release has no preprocess.onnx, so pictures cannot be prepared here");
+    if (!this.preprocess) throw new Error("this release has no preprocess.onnx, which is needed to prepare images");
     const started = performance.now();
     const { pixel_values: pixels } = await this.preprocess.run({ image: new ort.Tensor("uint8", data, [height, width, 3]) });
     return { pixels, ms: performance.now() - started };

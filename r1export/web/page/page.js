@@ -12,10 +12,10 @@ let count = 0;
 async function follow() {
   try {
     const answer = await (await fetch("/state.json")).json();
-    view.notice(answer.error ? `No version can be read: ${answer.error}` : "");
+    view.notice(answer.error ? `Cannot read the current version: ${answer.error}` : "");
     if (answer.sha256 && answer.sha256 !== version?.sha256) start(answer.sha256);
   } catch {
-    view.notice("The server does not answer. What is loaded goes on working; start it again to follow new versions.");
+    view.notice("The server does not respond. The loaded version keeps working; restart the server to follow updates.");
   }
   setTimeout(follow, POLL);
 }
@@ -25,9 +25,9 @@ function start(sha256) {
   version?.worker.terminate();
   const started = { sha256, worker: new Worker("/worker.js", { type: "module" }), line: view.versionLine(sha256), ready: false };
   version = started;
-  accept("Waits for a version that passes its self-test");
+  accept("Waiting for the self-test");
   started.worker.onmessage = ({ data }) => version === started && hear(data);
-  started.worker.onerror = (event) => hear({ failed: { message: event.message ?? "the worker could not be started" } });
+  started.worker.onerror = (event) => hear({ failed: { message: event.message ?? "the worker failed to start" } });
   started.worker.postMessage({ load: sha256 });
 }
 
@@ -52,14 +52,14 @@ function judge(test) {
   version.ready = test.passed;
   end(test.passed ? "Pass" : "Fail", view.testDetail(test, version.manifest.golden));
   if (!test.passed) return;
-  accept("Drop, paste or choose a picture");
+  accept("Drop, paste or choose an image");
   if (picture) classify(picture.file);
 }
 
 function end(word, detail) {
   view.settle(version.line, word, detail);
   view.say(`${version.manifest?.name ?? "This version"}: ${word}`);
-  if (!version.ready) accept("This version did not pass its self-test, so nothing is classified with it");
+  if (!version.ready) accept("This version failed its self-test and is not used");
 }
 
 /** Whether pictures are taken, and what the drop zone says. */
@@ -100,7 +100,7 @@ function show(scores) {
   Object.assign(picture, { task: part("task").value, scores });
   view.bars(scores);
   part("before").textContent = earlier?.scores && earlier.task === picture.task
-    ? `${earlier.name} said ${earlier.scores[0].name}, ${view.percent(earlier.scores[0].share)}.` : "";
+    ? `${earlier.name} predicted ${earlier.scores[0].name}, ${view.percent(earlier.scores[0].share)}.` : "";
   part("answer").hidden = false;
   view.say(`${name}, ${view.percent(share)}`);
 }

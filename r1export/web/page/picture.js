@@ -10,7 +10,7 @@ export async function decode(file, fill) {
   try {
     bitmap = await createImageBitmap(file, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
   } catch {
-    throw new Error(`${file.name || "this"} is not a picture that this browser can read`);
+    throw new Error(`${file.name || "this"} is not an image that this browser can decode`);
   }
   const { width, height } = bitmap;
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });

@@ -1,10 +1,10 @@
-// A release as the server has it: files are fetched by name and believed only if their SHA-256 is the one in its manifest.
+// A release on the server: files are fetched by name and accepted only if their SHA-256 is the one in its manifest.
 
-/** A file that is not the one that was released. */
+/** A file that differs from the released one. */
 export class Refused extends Error {}
 
 /**
- * One release, named by the SHA-256 of its manifest.json. `onBytes(name, loaded, total)` hears of every piece that arrives.
+ * One release, named by the SHA-256 of its manifest.json. `onBytes(name, loaded, total)` is called for every received chunk.
  */
 export class Release {
   static async open(sha256, onBytes) {
@@ -12,7 +12,7 @@ export class Release {
     await check("manifest.json", bytes, sha256, "the server");
     const text = new TextDecoder().decode(bytes);
     const manifest = JSON.parse(text);
-    await check("manifest.json", new TextEncoder().encode(sealedContent(text)), manifest.sha256, "its digest of itself");
+    await check("manifest.json", new TextEncoder().encode(sealedContent(text)), manifest.sha256, "its self-digest");
     return new Release(sha256, manifest, onBytes);
   }
 
@@ -58,7 +58,7 @@ function canonical(value) {
 async function check(name, bytes, expected, source) {
   const found = hex(await crypto.subtle.digest("SHA-256", bytes));
   if (found !== expected) {
-    throw new Refused(`${name} is not what was released: its SHA-256 is ${found}, ${source} says ${expected}`);
+    throw new Refused(`${name} is not the released file: SHA-256 ${found}, expected ${expected} (from ${source})`);
   }
 }
 
@@ -69,7 +69,7 @@ async function fetchBytes(sha256, name, expected, onBytes) {
   const response = await fetch(`/release/${sha256}/${path}`);
   if (!response.ok) throw new Error(`the server has no ${name} of this version (${response.status})`);
   const length = Number(response.headers.get("Content-Length"));
-  if (expected && length !== expected) throw new Refused(`${name} has ${length} bytes, the manifest says ${expected}`);
+  if (expected && length !== expected) throw new Refused(`${name} has ${length} bytes, expected ${expected} (from the manifest)`);
   const bytes = new Uint8Array(length);
   let loaded = 0;
   for (const reader = response.body.getReader(); ; ) {

@@ -45,15 +45,15 @@ export function settle(line, word, detail) {
 }
 
 export function testDetail({ samples, sameTop1, maxAbs, minCosine, pictures, testMs, loadMs }, limits) {
-  return `${samples} stored samples: largest difference ${power(maxAbs, 1)} (limit ${power(limits.max_abs)}), ` +
+  return `${samples} golden samples: max. difference ${power(maxAbs, 1)} (limit ${power(limits.max_abs)}), ` +
     `lowest cosine ${minCosine.toFixed(7)} (limit ${limits.min_cosine}), same top-1 in ${sameTop1} of ${samples}. ` +
-    `${pictureDetail(pictures)} Prompts: not checked, this page has no tokenizer. ` +
+    `${pictureDetail(pictures)} Prompts: not checked (this page has no tokenizer). ` +
     `Loaded in ${seconds(loadMs)}, tested in ${milliseconds(testMs)}.`;
 }
 
 function pictureDetail({ count, most, mean, limits }) {
-  if (!count) return "Pictures: not checked, the release has none or no preprocess.onnx.";
-  return `${count} pictures through preprocess.onnx: up to ${most.toFixed(2)} bytes off (limit ${limits.most}), ` +
+  if (!count) return "Images: not checked (the release has none, or no preprocess.onnx).";
+  return `${count} images through preprocess.onnx: difference up to ${most.toFixed(2)} of 255 levels (limit ${limits.most}), ` +
     `${mean.toFixed(3)} on average (limit ${limits.mean}).`;
 }
 
@@ -64,8 +64,8 @@ export function release(manifest, sha256) {
   part("name").textContent = manifest.name;
   part("about").textContent = `${manifest.base.name} in ${manifest.precision}, ${learned} of ${manifest.tasks.length} tasks learned`;
   part("tasks").replaceChildren(taskTable(manifest.tasks));
-  const digests = [["manifest.json", sha256], ["Manifest's digest of itself", manifest.sha256], ["Base weights", manifest.base.sha256],
-    ["visual.onnx, as a program", manifest.graphs["visual.onnx"]], ...manifest.updates.map(({ task, sha256 }) => [`Factors of ${task}`, sha256])];
+  const digests = [["manifest.json", sha256], ["Manifest self-digest", manifest.sha256], ["Base weights", manifest.base.sha256],
+    ["visual.onnx structure", manifest.graphs["visual.onnx"]], ...manifest.updates.map(({ task, sha256 }) => [`Factors of ${task}`, sha256])];
   part("facts").replaceChildren(...digests.flatMap(([name, digest]) =>
     [element("dt", { textContent: name }), element("dd", {}, element("code", { textContent: digest }))]));
   part("files").replaceChildren(...Object.entries(manifest.files).map(([name, { sha256, bytes }]) =>

@@ -91,7 +91,7 @@ def test_a_failed_parity_names_the_worst_configuration_and_the_sample(variant: V
     detail = failing(variant, monkeypatch, level="basic", batch=2, sample=4)
     assert "worst: sample 4 of the visual tower on cpu at level basic, batch size 2" in detail
     assert "visual.onnx: nothing diverges without the optimizer on cpu" in detail
-    assert detail.endswith("the difference arises only at level basic on cpu")
+    assert detail.endswith("the difference occurs only at level basic on cpu")
 
 
 def test_the_worst_sample_is_the_one_that_is_located(variant: Variant, monkeypatch) -> None:

@@ -112,5 +112,5 @@ def test_a_base_that_cannot_be_run_leaves_the_rungs_inconclusive_and_nothing_is_
     report = json.loads(r1export("verify", copy / "01-digits", "--json").stdout)
     assert report["verdict"] == "inconclusive"
     assert {report["proof"][rung]["verdict"] for rung in RUN_RUNGS} == {"inconclusive"}
-    assert "the base cannot be run" in report["proof"]["cost"]["detail"]
+    assert "cannot run the base" in report["proof"]["cost"]["detail"]
     assert report["latency"]["ratio"] is None

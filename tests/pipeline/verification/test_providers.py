@@ -55,7 +55,7 @@ def test_time_is_taken_where_it_says_something(report: RunReport, run: Path) -> 
 
 def test_what_was_not_measured_is_said_with_its_reason(report: RunReport, run: Path) -> None:
     assert report.environment.runtimes["OpenVINO"] == "measured"
-    assert runtimes(["cpu"])["OpenVINO"] == "not measured, not asked for (--provider openvino)"
+    assert runtimes(["cpu"])["OpenVINO"] == "not measured, not requested (--provider openvino)"
     if absent("cuda"):
         assert report.environment.runtimes["CUDA"] == "not measured, no device"
         assert "CUDA: not measured, no device" in (run / "report.md").read_text()

@@ -57,7 +57,7 @@ def test_unknown_releases_and_tasks_and_a_key_given_twice_are_refused(run, key):
 
 
 def test_milliseconds_are_not_taken_for_seconds():
-    with pytest.raises(InputError, match="give seconds, not milliseconds"):
+    with pytest.raises(InputError, match="use seconds, not milliseconds"):
         dataclasses.replace(TERMS, expires=1_900_000_000_000)
 
 
@@ -69,9 +69,9 @@ def test_an_update_that_expired_before_it_was_made_is_refused(run, key):
 
 
 def test_a_rollback_and_a_dropped_task_need_a_sequence_of_their_own(run, key):
-    with pytest.raises(InputError, match="sequence number of its own"):
+    with pytest.raises(InputError, match="needs a sequence number"):
         make_bundle(run, Step(1, 3), [key], TERMS)
-    with pytest.raises(InputError, match="sequence number of its own"):
+    with pytest.raises(InputError, match="needs a sequence number"):
         make_bundle(run, Step(3, 3, ("shapes",)), [key], TERMS)
 
 
@@ -95,7 +95,7 @@ def test_a_release_that_cannot_be_derived_is_refused(run, key, tmp_path):
         (folder / "visual.safetensors").read_bytes()
     ).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(document))
-    with pytest.raises(CheckFailed, match="not the base with the factors merged"):
+    with pytest.raises(CheckFailed, match=r"is not base \+ factors"):
         make_bundle(tmp_path / "run", Step(1), [key], TERMS)
 
 
@@ -145,7 +145,7 @@ def test_weights_that_differ_though_no_update_changes_them_are_refused(run, key,
     shutil.copytree(releases / "00-base", releases / "01-digits")
     document = json.loads((releases / "01-digits" / "manifest.json").read_text()) | {"sequence": 1}
     (releases / "01-digits" / "manifest.json").write_text(json.dumps(document))
-    with pytest.raises(CheckFailed, match="not the base with the factors merged"):
+    with pytest.raises(CheckFailed, match=r"is not base \+ factors"):
         make_bundle(
             changed_release(tmp_path / "run", tmp_path / "changed", "textual.safetensors", data), Step(1), [key], TERMS
         )

@@ -55,7 +55,7 @@ def test_importing_and_compiling_opens_no_connection_and_starts_no_process(write
 
 
 def test_what_it_refuses_is_a_failed_check_in_one_line(write_graph, tmp_path) -> None:
-    with pytest.raises(CheckFailed, match=r"OpenVINO refuses the model: .*Could not open the file"):
+    with pytest.raises(CheckFailed, match=r"OpenVINO rejects the model: .*Could not open the file"):
         open_session(tmp_path / "none.onnx", provider="openvino")
     run = runner(open_session(write_graph("baked", batch=1), provider="openvino"))
     with pytest.raises(CheckFailed, match=r"cannot run x \[2, 6\]: Can't set the input tensor"):
@@ -67,7 +67,7 @@ def test_weights_that_are_missing_or_cut_short_are_a_failed_check(write_graph) -
     weights = graph.parent / "visual.safetensors"
     for data in (weights.read_bytes()[:-8], None):
         weights.unlink() if data is None else weights.write_bytes(data)
-        with pytest.raises(CheckFailed, match="OpenVINO refuses the model"):
+        with pytest.raises(CheckFailed, match="OpenVINO rejects the model"):
             open_session(graph, provider="openvino")
 
 
