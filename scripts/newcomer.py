@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -162,15 +162,15 @@ def title(outcome: Outcome) -> str:
     return f"{_first_line(outcome)}: {ended}"
 
 
-def transcript(pages: dict[str, list[Outcome]], commit: str) -> str:
-    """docs/transcript.md: a table of times, then every command with its output."""
-    total = sum(outcome.seconds for outcomes in pages.values() for outcome in outcomes)
+def transcript(pages: dict[str, list[Outcome]], where: str) -> str:
+    """docs/transcript.md: a table of times, then every command with its output. `where` says what they ran in."""
     ran = [outcome for outcomes in pages.values() for outcome in outcomes if outcome.code is not None]
+    minutes = sum(outcome.seconds for outcome in ran) / 60
     parts = [
         "# Transcript",
-        f"Written by `scripts/newcomer.py`, which follows README and the [tutorial](tutorial.md) word for word in a fresh clone with a fresh\n"
-        f"environment. {date.today()}, commit {commit}, {os.cpu_count()} CPU cores, load average {os.getloadavg()[2]:.0f} (15 minutes): {len(ran)} commands, "
-        f"{sum(o.failed for o in ran)} failed,\n{total / 60:.0f} minutes in all.",
+        f"Written by `scripts/newcomer.py`, which follows README and the [tutorial](tutorial.md) word for word, in {where}.\n"
+        f"{date.today()}, {os.cpu_count()} CPU cores, load average {os.getloadavg()[2]:.0f} (15 minutes): {len(ran)} commands, "
+        f"{sum(o.failed for o in ran)} failed, {minutes:.0f} minutes.",
     ]
     for page, outcomes in pages.items():
         parts.append(f"## {'README' if page == 'README.md' else 'Tutorial'}")
@@ -209,22 +209,21 @@ def main() -> None:
     parser.add_argument(
         "--skip", action="append", default=[], help="leave out commands that begin with this; repeatable"
     )
-    parser.add_argument("--write", action="store_true", help=f"write {TRANSCRIPT.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help=f"write {TRANSCRIPT.relative_to(ROOT)} after each command")
     options = parser.parse_args()
-    with fresh_clone() if options.clone is None else _existing(options.clone) as clone:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=clone, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        pages = {page: list(follow(clone, page, options.skip)) for page in options.page or PAGES}
-        text = transcript(pages, commit).replace(str(clone), "~/r1export")
-    if options.write:
-        TRANSCRIPT.write_text(text, encoding="utf-8")
+    where = (
+        "a fresh clone with a fresh environment"
+        if options.clone is None
+        else "a clone with an environment that was there"
+    )
+    pages: dict[str, list[Outcome]] = {}
+    with fresh_clone() if options.clone is None else nullcontext(options.clone.resolve()) as clone:
+        for page in options.page or PAGES:
+            for outcome in follow(clone, page, options.skip):
+                pages.setdefault(page, []).append(outcome)
+                if options.write:
+                    TRANSCRIPT.write_text(transcript(pages, where).replace(str(clone), "~/r1export"), encoding="utf-8")
     sys.exit(any(outcome.failed for outcomes in pages.values() for outcome in outcomes))
-
-
-@contextmanager
-def _existing(clone: Path) -> Iterator[Path]:
-    yield clone
 
 
 if __name__ == "__main__":
