@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ PAGES = ("README.md", "docs/tutorial.md")
 TRANSCRIPT = ROOT / "docs/transcript.md"
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.S | re.M)
 END = "\x1e"  # ends the output of a command; no program prints it
-SERVES = 40  # seconds that a server may run before Ctrl-C
+PATIENCE = 180  # seconds until the page of a server has to be there
 SHOWN = 40  # lines of output in the transcript, at most
 
 
@@ -115,12 +116,19 @@ class Shell:
 
     def _serve(self, text: str) -> tuple[int, str]:
         """Start a server, fetch its page, stop it as Ctrl-C does: 0 if the page came and the server ended well."""
-        pages: list[int] = []
         port = re.search(r"--port (\d+)", text)
-        reader = Thread(target=lambda: pages.append(_fetch(f"http://127.0.0.1:{port[1] if port else 8000}/")))
-        reader.start()
-        code, output = self._send(f"timeout --foreground --preserve-status --signal=INT {SERVES} {text}")
-        reader.join()
+        with TemporaryDirectory() as folder:
+            process_id = Path(folder) / "pid"
+            pages: list[int] = []
+
+            def visit() -> None:
+                pages.append(_fetch(f"http://127.0.0.1:{port[1] if port else 8000}/"))
+                os.kill(int(process_id.read_text()), signal.SIGINT)
+
+            visitor = Thread(target=visit)
+            visitor.start()
+            code, output = self._send(f"sh -c 'echo $$ > {process_id}; exec {text}'")
+            visitor.join()
         return code or int(pages[0] == 0), f"{output}(stopped with Ctrl-C; the page has {pages[0]} bytes)\n"
 
     def close(self) -> None:
@@ -131,7 +139,7 @@ class Shell:
 
 def _fetch(url: str) -> int:
     """Bytes of a page, once there is one; 0 if it never comes."""
-    for _ in range(SERVES):
+    for _ in range(PATIENCE):
         try:
             with urlopen(url, timeout=5) as response:
                 return len(response.read())
