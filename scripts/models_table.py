@@ -1,9 +1,9 @@
 """Writes docs/models.md: which open_clip and timm models can be adapted, merged, exported and verified, each tried out.
 
-    python scripts/models_table.py [NAME ...]        default: one of every family; with names, their rows alone are written anew
+    python scripts/models_table.py [NAME ...]        default: one of every family; with names, only their rows are updated
 
 Each is built with random weights and two layers where it has one number for them (the structure decides, not the depth),
-brought into its deployed form, given random experts, merged by the one merge, exported, and compared with torch at a batch
+brought into its deployed form, given random experts, merged, exported, and compared with torch at a batch
 that the exporter did not see. Takes about a minute a model.
 """
 
@@ -207,8 +207,8 @@ HEAD = """# Models
 
 Written by `scripts/models_table.py`. One model of each family that open_clip {version} has, and ten towers that it does not list by
 `base.config` with a name of timm {timm} (torch {torch}), were built with random weights, two layers a tower where one number says how many
-there are, brought into their deployed form, given random experts, merged by the one merge, exported at opset 20 and run in
-onnxruntime. Towers are told apart by their parts, not by their names, so other sizes of a family behave the same.
+there are, brought into their deployed form, given random experts, merged, exported at opset 20 and run in
+onnxruntime. Towers are recognized by their modules, not by their names, so other sizes of a family behave the same.
 
 *image*, *text*: adapted layers of each tower by the default targets. *folded*: the original model against its deployed form, - where
 there is nothing to fold. *merge*: unmerged torch against merged torch. *export*: merged torch against onnxruntime. All are max-abs on

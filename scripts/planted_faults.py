@@ -1,10 +1,10 @@
-"""Plant faults in a small run, make every digest fit again, and verify: which are found, and what nobody can know?
+"""Plant faults in a small run, update all digests, and verify: which faults are detected?
 
     python scripts/planted_faults.py                     # all of them, some minutes on two cores
     python scripts/planted_faults.py --only "golden" --json faults.json
     python scripts/planted_faults.py --write             # and put the table into docs/report.md
 
-Each fault is tried on the last release alone, on the same beside its base, and on the whole run, without timing. Exit code 1
+Each fault is tried on the last release alone, on the same next to its base, and on the whole run, without timing. Exit code 1
 if one passes where it has to be found, or if verify crashes.
 """
 

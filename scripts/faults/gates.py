@@ -67,5 +67,5 @@ FAULTS = (
     Fault("K2", "recipe: verify.max_abs = 0.5", _in_recipe("max_abs = 0.5"), INSIDE_RUN),
     Fault("K2", "recipe: verify.min_cosine = 0.5", _in_recipe("min_cosine = 0.5"), INSIDE_RUN),
     Fault("K2", "a 00-base that does not reproduce its golden samples", _bad_base, {ALONE: ELSEWHERE}),
-    Fault("K2", "a matrix x 1.05 beside such a base", _wrong_weights_beside_bad_base),
+    Fault("K2", "a matrix x 1.05 next to such a base", _wrong_weights_beside_bad_base),
 )  # fmt: skip

@@ -24,7 +24,7 @@ from r1export.update.release_layout import GOLDEN, MANIFEST, MODEL_CARD, VISUAL,
 from r1export.update.release_manifest import FileEntry, ReleaseManifest, manifest_digest
 from r1export.verify.graph_digest import graph_digest
 
-ALONE, BESIDE, RUN = "release alone", "beside its base", "run"
+ALONE, BESIDE, RUN = "release alone", "next to its base", "run"
 MODES = (ALONE, BESIDE, RUN)
 TASKS = ("digits", "arrows")
 ELSEWHERE = "nothing in the release is wrong"

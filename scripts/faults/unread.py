@@ -282,7 +282,7 @@ CLASSES = (
     Fault("K3", "two class rows exchanged", _rows(lambda rows: rows[[1, 0, *range(2, len(rows))]])),
     Fault("K3", "class embeddings of the base", copy_from_base(EMBEDS)),
     Fault("K3", "class embeddings in float64", in_tensors(EMBEDS, lambda t: t.update(class_embeds=t["class_embeds"].astype(np.float64)))),
-    Fault("K3", "a second tensor beside the class embeddings", in_tensors(EMBEDS, lambda t: t.update(other=np.ones(3, np.float32)))),
+    Fault("K3", "a second tensor next to the class embeddings", in_tensors(EMBEDS, lambda t: t.update(other=np.ones(3, np.float32)))),
     Fault("K3", "a tensor more in golden.safetensors", in_golden(lambda t: t.update(other=np.ones(3, np.float32)))),
 )  # fmt: skip
 WEIGHTS = (
