@@ -1,7 +1,7 @@
 # The same names as in scripts/; nothing happens here that does not happen there.
-.PHONY: install demo test ci
+.PHONY: install demo test docs ci
 
-install demo test:
+install demo test docs:
 	./scripts/$@
 
 ci:

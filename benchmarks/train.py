@@ -209,13 +209,13 @@ def main() -> None:
         to_ours = paired_ratio(seconds[name][:, None], seconds["ours"][:, None])
         rows[name] = {
             "seconds": float(np.median(seconds[name])),
-            "to_ours": to_ours.value,
-            "ci95": [to_ours.low, to_ours.high],
+            "to_ours": to_ours.ratio,
+            "ci95": to_ours.ci95,
             "peak_gb": memory[name],
             "n": len(seconds[name]),
         }
         print(
-            f"| {name} | {rows[name]['seconds']:.2f} | {to_ours.value:.3f} | {to_ours.low:.3f} to {to_ours.high:.3f} | {memory[name]:.2f} |"
+            f"| {name} | {rows[name]['seconds']:.2f} | {to_ours.ratio:.3f} | {to_ours.ci95[0]:.3f} to {to_ours.ci95[1]:.3f} | {memory[name]:.2f} |"
         )
     share = least["seconds"] / rows["ours"]["seconds"]
     rate = f"{least['gflops']:.0f} GFLOPs at {least['rate_gflops_per_s']:.0f} GFLOP/s"

@@ -1,9 +1,15 @@
-"""r1export: continual CLIP adaptation with rank-1 experts, exported once, proven, and updated in kilobytes.
+"""r1export: continual fine-tuning of CLIP with rank-1 experts, exported to ONNX once, verified, updated in kilobytes.
 
-    from r1export import load_recipe, run
-    report = run(load_recipe("recipes/quickstart.toml"), "runs/quickstart")
+    import r1export
 
-The nouns below are the public ones; each is loaded when it is first asked for, so that a device needs numpy alone.
+    report = r1export.run(r1export.load_recipe("quickstart"), "runs/quickstart")
+    assert report.verdict == "pass"
+
+The names in `__all__` are the public API. Until version 1.0 a minor version may change one of them; the changelog then says
+how to adapt, and the old form works, with a DeprecationWarning, for one more minor version. Everything else may change at any
+time. Files are versioned by themselves (docs/formats.md): devices and releases of an older version keep working.
+
+Each name is loaded when it is first used, so that a device needs numpy alone.
 """
 
 from __future__ import annotations
@@ -13,18 +19,41 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from r1export.device.install import apply as apply_bundle
+    from r1export.device.version import open_version
+    from r1export.errors import CheckFailed, Inconclusive, InputError, R1ExportError, Unsupported
+    from r1export.layout.write import layout_release
     from r1export.pipeline.run import run
     from r1export.pipeline.verification.release import verify_release
     from r1export.recipe import load_recipe
     from r1export.update.factors import ExpertUpdate
 
-__version__ = "0.1.0"
-__all__ = ["ExpertUpdate", "apply_bundle", "load_recipe", "run", "verify_release"]
+__version__ = "0.2.0"
+__all__ = [
+    "CheckFailed",
+    "ExpertUpdate",
+    "Inconclusive",
+    "InputError",
+    "R1ExportError",
+    "Unsupported",
+    "apply_bundle",
+    "layout_release",
+    "load_recipe",
+    "open_version",
+    "run",
+    "verify_release",
+]
 
 _PLACES = {
+    "CheckFailed": "errors:CheckFailed",
     "ExpertUpdate": "update.factors:ExpertUpdate",
+    "Inconclusive": "errors:Inconclusive",
+    "InputError": "errors:InputError",
+    "R1ExportError": "errors:R1ExportError",
+    "Unsupported": "errors:Unsupported",
     "apply_bundle": "device.install:apply",
+    "layout_release": "layout.write:layout_release",
     "load_recipe": "recipe:load_recipe",
+    "open_version": "device.version:open_version",
     "run": "pipeline.run:run",
     "verify_release": "pipeline.verification.release:verify_release",
 }

@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from r1export.errors import InputError, refused
-from r1export.recipe_paths import resolve_fields, resolve_sources, sources
+from r1export.recipe_paths import find_recipe, resolve_fields, resolve_sources, shipped_recipes, sources
 from r1export.update.names import is_special
 
 
@@ -153,7 +153,7 @@ class TaskSource(_Section):
     @classmethod
     def _plain_name(cls, name: str) -> str:
         if is_special(name):
-            raise ValueError("the name is reserved on Windows or on devices: choose another")
+            raise ValueError("the name is reserved on Windows or on devices, choose another name")
         return name
 
 
@@ -332,18 +332,20 @@ def in_order(recipe: Recipe, order: str) -> Recipe:
 
 
 def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe. Each override is `section.field=value` with a TOML value; a bare word is a string.
+    """Read a recipe: a file, or the name of one that comes with r1export.
+
+    Each override is `section.field=value` with a TOML value; a bare word is a string.
 
     With `extends = "OTHER.toml"` at the top, a recipe overrides another one, whose path is relative to this file.
 
-    >>> load_recipe("recipes/quickstart.toml", ("train.iterations=50",)).train.iterations
+    >>> load_recipe("quickstart", ("train.iterations=50",)).train.iterations
     50
 
     Raises:
         InputError: the file is missing or not TOML, or has an unknown or removed key, a wrong type or an invalid value.
             The message names the key.
     """
-    path = Path(path)
+    path = find_recipe(Path(path))
     try:
         values, folders = _read(path)
         for override in overrides:
@@ -365,7 +367,8 @@ def _read(path: Path, extended: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors on Windows write a byte order mark
     except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe", "see recipes/ for examples") from None
+        names = ", ".join(sorted(file.stem for file in shipped_recipes().glob("*.toml")))
+        raise InputError(f"{path}: no such recipe", f"give a file, or one of {names}") from None
     except PermissionError as error:
         raise refused(error, str(path)) from error
     except (OSError, ValueError) as error:  # also for a number with thousands of digits

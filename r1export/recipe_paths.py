@@ -1,6 +1,8 @@
-"""Relative paths in a recipe are relative to the recipe file; on the command line, to the current folder.
+"""Where recipes are, and what their paths are relative to.
 
-If the recipe sets `data.root`, relative paths in sources are relative to that.
+A recipe that comes with r1export has a name: `quickstart` is recipes/quickstart.toml. Relative paths in a recipe are
+relative to the recipe file; on the command line, to the current folder. If the recipe sets `data.root`, relative paths in
+sources are relative to that.
 """
 
 from __future__ import annotations
@@ -13,6 +15,19 @@ FIELDS = (("base", "weights"), ("base", "config"), ("base", "tokenizer"), ("data
 MODEL_FOLDER = "local-dir"  # the scheme of a base.model in a folder
 SOURCES = ("folder", "npz", "hf")  # sources whose address is a path; for hf it may be a name instead
 Tables = dict[str, Any]  # a parsed recipe before validation
+PACKAGE = Path(__file__).parent
+
+
+def shipped_recipes() -> Path:
+    """The folder of the recipes that come with r1export: in a wheel inside the package, in a checkout next to it."""
+    inside = PACKAGE / "recipes"
+    return inside if inside.is_dir() else PACKAGE.parent / "recipes"
+
+
+def find_recipe(name: Path) -> Path:
+    """`name` itself, or the shipped recipe of that name if there is no such file."""
+    shipped = shipped_recipes() / name.with_suffix(".toml")
+    return shipped if not name.exists() and name == Path(name.stem) and shipped.is_file() else name
 
 
 def resolve_fields(values: Tables, folder: Path) -> None:

@@ -1,9 +1,10 @@
 """Writes docs/models.md: which open_clip and timm models can be adapted, merged, exported and verified, each tried out.
 
     python scripts/models_table.py [NAME ...]        default: one of every family; with names, only their rows are updated
+    python scripts/models_table.py --full NAME ...   as deep as the models are; the rows are printed and not written
 
 Each is built with random weights and two layers where it has one number for them (the structure decides, not the depth),
-brought into its deployed form, given random experts, merged, exported, and compared with torch at a batch
+brought into its deployed form, given random experts, merged by the one merge, exported, and compared with torch at a batch
 that the exporter did not see. Takes about a minute a model.
 """
 
@@ -84,9 +85,9 @@ class Row:
         return f"| {self.name} | {self.verdict} | {self.routed} | {figures} |"
 
 
-def build(name: str) -> nn.Module:
-    """The model with random weights, two layers a tower and a small vocabulary, its BatchNorms as if they had seen images."""
-    model = _build(name)
+def build(name: str, *, full: bool = False) -> nn.Module:
+    """The model with random weights, its BatchNorms as if they had seen images; two layers a tower and a small vocabulary if not `full`."""
+    model = open_clip.create_model(name, load_weights=False).eval().requires_grad_(False) if full else _build(name)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
@@ -125,12 +126,12 @@ def _shallow(create):
     return shallow
 
 
-def examine(name: str) -> Row:
+def examine(name: str, *, full: bool = False) -> Row:
     """Adapt, merge, export and compare one model."""
     start = time.perf_counter()
     torch.manual_seed(0)
     try:
-        model = build(name)
+        model = build(name, full=full)
     except (RuntimeError, Unsupported) as error:
         return Row(name, f"refused: {str(error).splitlines()[0]}")
     inputs = _inputs(model)
@@ -203,14 +204,14 @@ def _export(model: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> Embe
         )
 
 
-HEAD = """# Models
+HEAD = """# Supported models and runtimes
 
 Written by `scripts/models_table.py`. One model of each family that open_clip {version} has, and ten towers that it does not list by
-`base.config` with a name of timm {timm} (torch {torch}), were built with random weights, two layers a tower where one number says how many
-there are, brought into their deployed form, given random experts, merged, exported at opset 20 and run in
-onnxruntime. Towers are recognized by their modules, not by their names, so other sizes of a family behave the same.
+`base.config` with a name of timm {timm} (torch {torch}), were built with random weights (two layers per tower where one number sets the depth),
+brought into their deployed form, given random experts, merged, exported at opset 20 and run in
+onnxruntime. Towers are recognized by their parts, not by their names, so other sizes of a family behave the same.
 
-*image*, *text*: adapted layers of each tower by the default targets. *folded*: the original model against its deployed form, - where
+*image*, *text*: adapted layers of each tower with the default targets. *folded*: the original model against its deployed form, - if
 there is nothing to fold. *merge*: unmerged torch against merged torch. *export*: merged torch against onnxruntime. All are max-abs on
 unit-norm embeddings of three images and three texts; the limit of the last two is {limit}. *votes*: the token on which experts are routed.
 
@@ -222,13 +223,15 @@ unit-norm embeddings of three images and three texts; the limit of the last two 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=(*FAMILIES, *OF_TIMM))
+    parser.add_argument("--full", action="store_true", help="models at their full depth; print the rows, write nothing")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     for name in options.names:
-        row = examine(name)
+        row = examine(name, full=options.full)
         print(row.markdown(), f"{row.seconds:.0f} s", file=sys.stderr, flush=True)
-        write(row)
+        if not options.full:
+            write(row)
 
 
 def write(row: Row) -> None:

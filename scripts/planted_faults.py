@@ -214,13 +214,13 @@ def page(tried: Sequence[Tried]) -> str:
 PAGE_TEXT = """
 This section is generated: `python scripts/planted_faults.py --write`. The script plants {count} faults in a small run of two tasks, one
 at a time, updates every digest, and verifies the last release alone, the same next to its base, and the whole run.
-Faults that pass although they could be found: {wrong}.
+Faults that pass although they could be detected: {wrong}.
 
 - K1: a set is missing, empty or sampled.
-- K2: a limit is read from the release under test, or comes from a neighbour that nobody checked.
-- K3: bytes that decide a client's answer, or that people read.
+- K2: a limit is read from the release under test, or from a base release that was not checked.
+- K3: bytes that affect a client's answer, or that people read.
 
-What `verify RELEASE` cannot know, and why; `verify RUN` finds all of it:
+What `verify RELEASE` cannot detect, and why; `verify RUN` detects all of it:
 
 {unknown}
 

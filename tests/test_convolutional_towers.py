@@ -201,6 +201,11 @@ def test_a_device_that_takes_its_update_holds_the_released_bytes(run: Run, varia
     assert update.stat().st_size < 0.05 * (run.path / "releases/01-digits/visual.safetensors").stat().st_size
 
 
+def test_exporting_it_again_gives_the_release(run: Run) -> None:
+    done = r1export("export", "--audit-reexport", run.path)
+    assert done.returncode == 0, done.output
+
+
 @pytest.fixture
 def copy(run: Run, tmp_path: Path) -> Path:
     """The run in fp32 alone, to spoil."""
@@ -221,6 +226,16 @@ def test_a_convolution_that_was_merged_twice_is_named(run: Run, copy: Path) -> N
     said = found_by_verify(copy)
     assert name in said
     assert "the update of task digits is merged 2 times" in said
+
+
+def test_a_weight_that_a_fresh_export_does_not_give_is_named(run: Run, copy: Path) -> None:
+    release = copy / "releases/01-digits"
+    tensors = read_tensors(release / "visual.safetensors")
+    tensors[run.family.depthwise].flat[0] += 1
+    write_tensors(release / "visual.safetensors", tensors)
+    done = r1export("export", "--audit-reexport", copy)
+    assert done.returncode == 1, done.output
+    assert run.family.depthwise in done.output
 
 
 def test_a_convolution_with_another_kernel_is_located(run: Run, copy: Path) -> None:

@@ -66,7 +66,7 @@ def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
 def test_the_recipe_in_the_readme_is_a_recipe() -> None:
     import tomllib
 
-    text = re.search(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    text = re.search(r"<<'EOF'\n(.*?)^EOF$", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)[1]
     assert Recipe.model_validate(tomllib.loads(text)).tasks[0].source == "folder:photos"
 
 

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torchvision.datasets
 from running import RECIPE, r1export
 
+from r1export.data.request import Request
+from r1export.data.sources import load_task
 from r1export.recipe import Recipe, load_recipe
 
+SHIPPED = sorted((Path(__file__).parents[1] / "recipes").rglob("*.toml"))
 BASE = '[base]\nweights = "w.safetensors"\nconfig = "/abs/c.json"\n'
 TASKS = '[[tasks]]\nname = "a"\nsource = "folder:photos"\n[[tasks]]\nname = "b"\nsource = "npz:packs/b.npz"\n'
 PROBE = '[probe]\nsource = "folder:probe"\n'
@@ -93,3 +97,48 @@ def test_a_run_that_was_started_with_relative_paths_goes_on_in_another_folder(la
     monkeypatch.chdir("/")
     result = r1export("export", lab / "run")
     assert result.returncode == 0, result.output
+
+
+def test_a_shipped_recipe_has_a_name_that_works_everywhere(lab) -> None:
+    assert [task.name for task in load_recipe("quickstart").tasks] == ["trash6", "clothing10", "signdigits"]
+
+
+def test_a_file_of_that_name_comes_first(lab) -> None:
+    Path("quickstart").write_text(BASE + TASKS)
+    assert [task.name for task in load_recipe("quickstart").tasks] == ["a", "b"]
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones(lab) -> None:
+    done = r1export("run", "quickstrat")
+    assert done.returncode == 2
+    assert "quickstrat: no such recipe" in done.stderr
+    assert "quickstart" in done.stderr
+
+
+def test_a_run_without_a_folder_goes_to_runs(lab) -> None:
+    (lab / "mine.toml").write_text(RECIPE)
+    done = r1export("train", lab / "mine.toml", "--set", "train.iterations=1", "--set", "data.test_limit=4")
+    assert done.returncode == 0, done.stderr
+    assert Path("runs/mine/metrics.json").is_file()
+
+
+def header(recipe: Path) -> str:
+    """The comment at the top of a recipe."""
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    return "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipe_runs_as_it_is_or_says_at_the_top_what_it_requires(path: Path) -> None:
+    recipe = load_recipe(path)
+    if not recipe.base.model.startswith("builtin:"):
+        assert "open_clip downloads" in header(path)
+    for source in all_sources(recipe):
+        scheme, _, name = source.partition(":")
+        if scheme == "builtin":
+            assert len(load_task(Request(source, test_only=True)).test)
+        else:
+            assert scheme == "torchvision", source
+            assert hasattr(torchvision.datasets, name), source
+            assert "R1EXPORT_DATA" in header(path)
+            assert "data.download=true" in header(path)

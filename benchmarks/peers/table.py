@@ -31,7 +31,7 @@ WHY = {
     "release_bytes": "classify.onnx, a third graph, shares the weights of the image tower",
     "parity": "the difference is more than rounding",
     "ratio": "the interval does not lie within 2 % of 1",
-    "update_bytes": "in addition to the same factors it carries a signature, the digests of all files and tensors of the result, "
+    "update_bytes": "in addition to the same factors it contains a signature, the digests of all files and tensors of the result, "
     "golden outputs for the device's self-test and the class embeddings of the new version",
 }
 NAMES = {

@@ -10,7 +10,7 @@
 M (in, m) has orthonormal columns and is empty before the first task. An expert adds s B A x, so what lies in the span of M is
 not changed at all, and the merge and the shipped bytes stay as they are. A task's own inputs before it stand for all that the
 model has seen of photographs: the leading directions of both are much the same, as ImageNet's probe shows
-(docs/experiments.md). Sources: gradient projection memory (arXiv
+(docs/experiments/forgetting.md). Sources: gradient projection memory (arXiv
 2103.09762), which InfLoRA (2404.00228) and KeepLoRA (2601.19659) carry over to LoRA.
 """
 

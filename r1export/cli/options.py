@@ -22,10 +22,16 @@ class Precision(StrEnum):
 
 
 RecipeFile = Annotated[
-    Path, typer.Argument(readable=False, metavar="RECIPE", help="Recipe (TOML); see recipes/ for examples.")
+    Path,
+    typer.Argument(
+        readable=False, metavar="RECIPE", help="Recipe (TOML), or the name of a built-in one such as quickstart."
+    ),
 ]
 Run = Annotated[Path, typer.Argument(readable=False, metavar="RUN", help="Run folder.")]
-Out = Annotated[Path, typer.Option("--out", "-o", readable=False, metavar="RUN", help="Run folder to create.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", readable=False, metavar="RUN", help="Run folder to create. Default: runs/RECIPE."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the existing run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the existing run first.")]
 Where = Annotated[Device, typer.Option("--device", help="Device for torch.")]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @contextmanager
 def _open(
     recipe_file: Path,
-    out: Path,
+    out: Path | None,
     resume: bool,
     overwrite: bool,
     device: Device,
@@ -38,6 +38,7 @@ def _open(
 
     recipe = load_recipe(recipe_file, tuple(overrides or ()))
     recipe = in_order(recipe, order) if order else recipe
+    out = out or Path("runs", recipe_file.stem)
     check_run(out, recipe, resume=resume, overwrite=overwrite)  # before torch is loaded, so that an error is immediate
     from r1export.pipeline.run import open_run_context
 
@@ -97,7 +98,7 @@ def _show(terminal: Terminal, report: Report, note: str = "") -> None:
 @app.command()
 def run(
     recipe: RecipeFile,
-    out: Out,
+    out: Out = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     device: Where = Device.auto,
@@ -116,13 +117,15 @@ def run(
         if report is None:
             return
         terminal.accuracy(report.accuracy)
-        _show(terminal, report, f"Report: {out / 'report.html'}   Releases: {out / 'releases'}")
+        _show(
+            terminal, report, f"Report: {context.run.path / 'report.html'}   Releases: {context.run.path / 'releases'}"
+        )
 
 
 @app.command()
 def train(
     recipe: RecipeFile,
-    out: Out,
+    out: Out = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     device: Where = Device.auto,

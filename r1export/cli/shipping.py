@@ -130,16 +130,13 @@ def layout(
     with open_terminal(as_json) as terminal:
         from r1export.layout.check import check_layout
         from r1export.layout.table import layout_named
-        from r1export.layout.write import read_source, write_layout
+        from r1export.layout.write import layout_release
 
         document: dict[str, object] = {}
         if out is not None:
-            kind = layout_named(to)
-            source = read_source(path, variants=variants and kind.takes_variants)
-            written = write_layout(source, to, out, name=name)
-            terminal.say(
-                f"{out}: {len(written.layout.paths)} files for {kind.opened_by}, {written.added / 1000:.1f} kB added"
-            )
+            written = layout_release(path, to, out, name=name, variants=variants)
+            client = layout_named(to).opened_by
+            terminal.say(f"{out}: {len(written.layout.paths)} files for {client}, {written.added / 1000:.1f} kB added")
             for note in written.notes:
                 terminal.say(f"  {note}")
             document |= {"layout": str(out), "shared": written.shared, "added_bytes": written.added}

@@ -49,8 +49,8 @@ class Outcome:
 
 
 def apply(
-    store: Path,
-    bundle: Path,
+    store: Path | str,
+    bundle: Path | str,
     *,
     now: float | None = None,
     retry: bool = False,
@@ -62,13 +62,16 @@ def apply(
     If it is already current, only corrupted files are rebuilt, and its signatures are replaced by those of `bundle`.
     `now` is in seconds since 1970 and defaults to the system clock; `retry` ignores earlier failures of this update.
 
+    After an error the previous version is still current, unless the message says otherwise.
+
     Raises:
-        InputError: malformed.   CheckFailed: refused, or a check failed.
-        Unsupported: no space, no onnxruntime, another update is running.   Inconclusive: the clock is wrong.
-        After any of these the previous version is still current, unless the message says otherwise.
+        InputError: malformed.
+        CheckFailed: refused, or a check failed.
+        Unsupported: no space, no onnxruntime, another update is running.
+        Inconclusive: the clock is wrong.
     """
-    data = read_bundle(bundle)
-    device = Store.open(store)
+    data = read_bundle(Path(bundle))
+    device = Store.open(Path(store))
     with _plain_errors(), device.lock(wait) as descriptor:
         device.sweep()
         offer = Bundle.parse(data, device.trusted(), device.config.threshold)

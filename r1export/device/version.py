@@ -1,6 +1,6 @@
 """A version for applications: its files and onnxruntime sessions, the same in slot and in overlay mode.
 
-    version = open_version(Path("STORE"))
+    version = open_version("STORE")
     session = version.session("visual.onnx")
 
 Open a version once and keep it: `current` can switch at any time, an opened version does not change.
@@ -178,13 +178,13 @@ def check_digest(name: str, digest: str, signed: str) -> None:
         )
 
 
-def open_version(store: Path, slot: str = "") -> Version:
+def open_version(store: Path | str, slot: str = "") -> Version:
     """The current version of a store, or that of `slot` (a folder's name in slots/, or base).
 
     Raises:
         InputError, CheckFailed: no such store or version, or it is damaged.
     """
-    device = Store.open(store)
+    device = Store.open(Path(store))
     return version_in(device, slot or device.current)
 
 

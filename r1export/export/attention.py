@@ -3,7 +3,7 @@
     scores = (q * scale) k^T [+ mask]        out = softmax(scores) v        per head, scale = 1 / sqrt(d / heads)
 
 It works on flattened tokens (n*tokens, d), so that every linear is one Gemm that includes its bias and has its weight as
-torch stores it. docs/experiments.md has the measurements.
+torch stores it. docs/experiments/export.md has the measurements.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     Div(x, Expand(y))        ->  Div(x, y)                       where y broadcasts by itself: CoreML has no Expand to a computed shape
     ArgMax(x in int64)       ->  ArgMax(Cast(x, int32))          LiteRT has it for int32 only
 
-Each computes the same: a sum of squares may round otherwise in the last bit. What it costs is in docs/experiments.md.
+Each computes the same: a sum of squares may round otherwise in the last bit. What it costs is in docs/experiments/export.md.
 """
 
 from __future__ import annotations

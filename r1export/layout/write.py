@@ -45,6 +45,23 @@ def read_source(release: Path, *, variants: bool) -> ReleaseSource:
     return ReleaseSource(found, {name: ReleaseSource(variant) for name, variant in there.items()})
 
 
+def layout_release(
+    release: Path | str, layout: str, out: Path | str, *, name: str = "", variants: bool = True
+) -> WrittenLayout:
+    """Make `out` the folder in which a client opens `release`; weights are hard-linked where the disk allows it.
+
+    `layout` is one of r1export.layout.table.LAYOUTS, for example "fastembed"; `name` is what the client calls the model,
+    where it has a name for it. A layout that has room for the run's fp16 and int8 releases gets them unless `variants` is False.
+
+    Raises:
+        InputError: `release` is no release, no such layout, `out` exists, or `name` does not fit.
+        CheckFailed: the release is damaged.
+        Unsupported: the layout cannot carry this release; no space, no permission. Nothing half-written is left.
+    """
+    source = read_source(Path(release), variants=variants and layout_named(layout).takes_variants)
+    return write_layout(source, layout, Path(out), name=name)
+
+
 def write_layout(source: ReleaseSource, layout: str, out: Path, *, name: str = "") -> WrittenLayout:
     """Make the folder `out`; `name` is what the client calls the model, where it has a name for it.
 

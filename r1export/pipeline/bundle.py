@@ -33,7 +33,7 @@ from r1export.verify.results import Contents, ReleaseReport, Verdict, named_chec
 
 REPORT = "report.json"
 # Allowed growth of the error on another processor. Measured with onnxruntime on aarch64 vs. x86-64, 18 towers
-# (docs/experiments.md): fp32 1.14; fp16 3.9, since aarch64 computes in float16 and x86-64 in float32; int8 1.00.
+# (docs/experiments/updates.md): fp32 1.14; fp16 3.9, since aarch64 computes in float16 and x86-64 in float32; int8 1.00.
 ROOM = {"fp32": 1.5, "fp16": 5.0, "int8": 1.02}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from r1export.export.preprocess import write_preprocess
 from r1export.export.write_release import ReleaseContent, TaskClasses, refused_writes, write_release
 from r1export.pipeline.context import RunContext
 from r1export.pipeline.environment import versions
-from r1export.pipeline.golden import golden_samples
+from r1export.pipeline.golden import GoldenInputs, golden_inputs, golden_samples, golden_texts
 from r1export.pipeline.variant import Variant
 from r1export.pipeline.verification.inputs import BATCH, calibration
 from r1export.update.atomic_io import new_folder, sha256_file, write_json
@@ -43,6 +45,7 @@ def export_releases(context: RunContext, *, overwrite: bool = False, audit: bool
         for folder in (run.graphs(), run.variant().releases_folder, run.variants_folder):
             shutil.rmtree(folder, ignore_errors=True)
     updates, releases = run.updates(recipe), []
+    prompts = _Prompts(context, tuple(updates))
     with refused_writes(run.path):
         for precision in ("fp32", *recipe.export.variants):
             variant = Variant(context, precision)
@@ -50,7 +53,7 @@ def export_releases(context: RunContext, *, overwrite: bool = False, audit: bool
                 context.progress.step(f"Exporting the {precision} graphs (once)")
                 with new_folder(variant.exports.graphs) as folder:
                     _write_graphs(variant, folder)
-            releases += _write_releases(variant, updates)
+            releases += _write_releases(variant, updates, prompts)
     if audit:
         _audit(context, updates)
     return releases
@@ -74,13 +77,47 @@ def _write_graphs(variant: Variant, folder: Path) -> None:
         write_json(folder / variant.exports.ranges.name, {name: list(ends) for name, ends in ranges.items()})
 
 
-def _write_releases(variant: Variant, updates: list[ExpertUpdate]) -> list[Path]:
+@dataclass(frozen=True)
+class _Texts:
+    """Text embeddings: of the class lists of all tasks, each (C, D), and of the golden prompts (n, D)."""
+
+    classes: tuple[np.ndarray, ...]
+    golden: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """The texts of all releases of a run with `updates`, encoded once if no update changes the text tower."""
+
+    context: RunContext
+    updates: tuple[ExpertUpdate, ...]
+
+    @cached_property
+    def golden(self) -> GoldenInputs:
+        return golden_inputs(self.context)
+
+    def encoded(self) -> _Texts:
+        """By the model with its current updates."""
+        changes = any(not name.startswith("visual.") for update in self.updates for name in update.parameters)
+        return self._encode() if changes else self._of_all
+
+    @cached_property
+    def _of_all(self) -> _Texts:
+        return self._encode()
+
+    def _encode(self) -> _Texts:
+        clip = self.context.clip
+        classes = tuple(class_embeddings(clip, task) for task in self.context.tasks)
+        return _Texts(classes, golden_texts(self.context, self.golden))
+
+
+def _write_releases(variant: Variant, updates: list[ExpertUpdate], prompts: _Prompts) -> list[Path]:
     context, releases = variant.context, variant.releases[: len(updates) + 1]
     with context.progress.track(f"Writing {variant.precision} releases", len(releases)) as advance:
         for number, path in enumerate(releases):
             if not path.exists():
                 with context.with_updates_applied(updates[:number]) as merged:
-                    write_release(_content(variant, number, updates, merged), variant.exports.graphs, path)
+                    write_release(_content(variant, number, prompts, merged), variant.exports.graphs, path)
             advance(path.name)
     return releases
 
@@ -97,15 +134,13 @@ def _context_length(context: RunContext) -> int:
     return context.clip.tokenize([""]).shape[1]
 
 
-def _content(
-    variant: Variant, number: int, updates: list[ExpertUpdate], merged: dict[str, np.ndarray]
-) -> ReleaseContent:
-    """The content of release `number` with `updates`; the model currently computes with the parameters `merged`."""
+def _content(variant: Variant, number: int, prompts: _Prompts, merged: dict[str, np.ndarray]) -> ReleaseContent:
+    """The content of release `number`; the model currently computes with the parameters `merged`."""
     context, clip = variant.context, variant.context.clip
-    trained = context.recipe.stream[:number]
+    trained, texts, updates = context.recipe.stream[:number], prompts.encoded(), prompts.updates
     tasks = tuple(
-        TaskClasses(t.name, t.classes, t.templates, class_embeddings(clip, t), i <= number)
-        for i, t in enumerate(context.tasks, 1)
+        TaskClasses(t.name, t.classes, t.templates, embeddings, i <= number)
+        for i, (t, embeddings) in enumerate(zip(context.tasks, texts.classes, strict=True), 1)
     )
     single = variant.precision == FP32
     return ReleaseContent(
@@ -119,7 +154,7 @@ def _content(
         ),
         weights=merged if single else variant.tensors(updates[:number]),
         tasks=tasks,
-        golden=golden_samples(context),
+        golden=golden_samples(context, prompts.golden, texts.golden),
         preprocess=clip.preprocess.to_json(),
         tokenizer=clip.tokenizer,
         graph_digests={graph: graph_digest(variant.exports.graphs / graph) for graph in GRAPHS},

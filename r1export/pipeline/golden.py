@@ -44,14 +44,21 @@ def golden_inputs(context: RunContext) -> GoldenInputs:
 
 
 @torch.inference_mode()
-def golden_samples(context: RunContext) -> GoldenSamples:
-    """The inputs, and the outputs of the model with its current updates."""
-    clip, inputs = context.clip, golden_inputs(context)
+def golden_texts(context: RunContext, inputs: GoldenInputs) -> np.ndarray:
+    """Embeddings of the prompts by the text tower with its current updates: float32 (n, D)."""
+    embeds: np.ndarray = context.clip.encode_text(inputs.tokens).float().cpu().numpy()
+    return embeds
+
+
+@torch.inference_mode()
+def golden_samples(context: RunContext, inputs: GoldenInputs, text_embeds: np.ndarray) -> GoldenSamples:
+    """The inputs, image embeddings by the model with its current updates, and `text_embeds` (n, D)."""
+    clip = context.clip
     return GoldenSamples(
         clip.preprocess.normalize(inputs.pixels).numpy(),
         clip.encode_image(inputs.pixels).float().cpu().numpy(),
         inputs.tokens.cpu().numpy(),
-        clip.encode_text(inputs.tokens).float().cpu().numpy(),
+        text_embeds,
         inputs.pictures,
         inputs.prompts,
     )

@@ -2,7 +2,7 @@
 
 A separate process, because the memory placement of weights makes a session faster or slower for its whole life: with pages
 of 4 kB, base vs. base differed by 3 %; with pages of 2 MB, which the C library uses only if configured at process start,
-by 1.3 % (docs/experiments.md).
+by 1.3 % (docs/experiments/latency.md).
 
     python -m r1export.verify.steady_timing FOLDER     times the graphs in FOLDER/request.json, one line on stdout per block
 """

@@ -72,7 +72,7 @@ IS_BASE = "the base release is the reference"
 
 
 def verify_release(
-    path: Path,
+    path: Path | str,
     providers: Sequence[str] = (),
     budget: TimingBudget | None = DEFAULT_BUDGET,
     limits: Limits | None = None,
@@ -87,6 +87,7 @@ def verify_release(
 
     Raises InputError if `path` is not a release or `update` is malformed, Unsupported for a missing provider.
     """
+    path = Path(path)
     manifest, providers = ReleaseManifest.read(path), tuple(providers) or ("cpu",)
     for provider in providers:
         check_provider(provider)
