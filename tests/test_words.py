@@ -34,7 +34,7 @@ RETIRED = {  # pattern -> what to write instead
     r"a defect of": "internal error",
 }
 ALLOWED = {  # what a retired word is part of where it means something else
-    "stream": ("CUDA stream", "output stream", "file stream", "byte stream"),
+    "stream": ("CUDA stream", "residual stream", "flat stream", "STREAM"),
 }
 CODE = [
     path
