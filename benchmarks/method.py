@@ -1,8 +1,8 @@
-"""The method against its baselines on one stream of tasks: several seeds and orders, one table.
+"""Compare the method with its baselines on one sequence of tasks: several seeds and orders, one table.
 
     python benchmarks/method.py recipes/mini-mtil.toml --seeds 1 2 3 --orders forward reversed --scaling 1 --out runs/methods
 
-Each of recipes/baselines is laid over the stream's recipe and trained by `r1export train` in a process of its own, `--jobs`
+Each of recipes/baselines is applied on top of the recipe and trained by `r1export train` in a process of its own, `--jobs`
 at a time on one thread each. What is there already is not trained again, so a stopped benchmark goes on.
 `--scaling` gives every method the same scaling, which is alpha / rank: with the same alpha a LoRA of rank 4 would
 learn with three times that of a pool of 12. Differences are those of `ours` to the others, over pairs of the same seed and order.
