@@ -52,7 +52,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny CLIP")
     parser.add_argument("--only", nargs="+", choices=USED_BY, default=list(USED_BY), help="some of the contenders")
     parser.add_argument("--timeout", type=int, default=900, help="seconds that a contender may take")
-    parser.add_argument("--blocks", type=int, default=16, help="times that all sessions are opened afresh")
+    parser.add_argument("--blocks", type=int, default=16, help="number of blocks, each with new sessions")
     parser.add_argument("--rounds", type=int, default=5, help="rounds per block; each runs every graph twice")
     parser.add_argument("--threads", type=int, default=0, help="threads of a session, 0 for all cores")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What a convolutional CLIP costs here: export, release, update, latency against other forms, and one training step.
+"""The cost of a convolutional CLIP: export, release, update, latency against other forms, and one training step.
 
     python benchmarks/convolutions.py export MobileCLIP2-S0      # about two minutes
     python benchmarks/convolutions.py train MobileCLIP2-S0       # PEFT only if it is installed
@@ -8,7 +8,7 @@ Random weights at full size, experts in the image tower by the default targets, 
 onnxruntime, interleaved in random order at batch 1: ours; *plain*, the model as open_clip gives it by torch.onnx.export with its
 optimiser; *unmerged*, ours with the low-rank branches that a runtime adapter would run; *int8*, ours quantised. A step is
 forward, loss, backward and AdamW on images against 16 constant class embeddings, in time of the processor; PEFT's LoRA of
-the same rank is put beside the same layers, of the model as it is and of its deployed form.
+the same rank is added to the same layers, of the model as it is and of its deployed form.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Export time, peak memory and latency of our graphs beside Optimum's, in one run: prints tables, writes JSON.
+"""Export time, peak memory and latency of our graphs and Optimum's, in one run: prints tables, writes JSON.
 
     python benchmarks/export.py --models ViT-B-32 ViT-B-16 --optimum OPTIMUM_VENV/bin/python --out export.json
 

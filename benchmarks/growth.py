@@ -5,9 +5,9 @@
 A small model (builtin:world) is adapted to one task for real; the experts of the others are those of that task in another
 order, so that they have their own digests and the same arithmetic. Tasks grow at 10 classes, classes at 10 tasks. Each point
 is measured in a process of its own. Seconds are those of all processors together, with child processes, since other work on
-the machine spoils wall clock more. A last column says how much a step of the largest run costs beside the smallest.
+the machine affects the wall clock more. A last column says how much a step of the largest run costs compared with the smallest.
 
-    start      go on with a run: read what is there, one step of the next task, its accuracy on all tasks
+    start      resume a run: read what is there, one step of the next task, its accuracy on all tasks
     merge      all experts into the base, in memory           export     one release: merge, embed classes, write, hash
     verify     the release by itself, without its time        bundle 0   an update for a new device
     bundle N-1 one for a device that lacks the last task      slot       that device takes it, files are rebuilt

@@ -1,4 +1,4 @@
-"""How sure is rung L5 on a busy machine? Verifies a run again and again beside busy loops, and times a slowed release.
+"""How reliable is rung L5 on a busy machine? Verifies a run repeatedly next to busy loops, and times a slowed release.
 
     r1export run recipes/quickstart.toml --out runs/quickstart
     python benchmarks/latency.py runs/quickstart --repetitions 10 --loops 2 --json latency.json

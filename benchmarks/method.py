@@ -1,8 +1,8 @@
-"""The method against its baselines on one stream of tasks: several seeds and orders, one table.
+"""Compare the method with its baselines on one sequence of tasks: several seeds and orders, one table.
 
     python benchmarks/method.py recipes/mini-mtil.toml --seeds 1 2 3 --orders forward reversed --scaling 1 --out runs/methods
 
-Each of recipes/baselines is laid over the stream's recipe and trained by `r1export train` in a process of its own, `--jobs`
+Each of recipes/baselines is applied on top of the recipe and trained by `r1export train` in a process of its own, `--jobs`
 at a time on one thread each. What is there already is not trained again, so a stopped benchmark goes on.
 `--scaling` gives every method the same scaling, which is alpha / rank: with the same alpha a LoRA of rank 4 would
 learn with three times that of a pool of 12. Differences are those of `ours` to the others, over pairs of the same seed and order.
@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,19 @@ def main() -> None:
     asked = _arguments()
     names = asked.methods or sorted(path.stem for path in BASELINES.glob("*.toml"))
     _lay_over(asked.stream, asked.out)
-    jobs = list(product(names, asked.orders, asked.seeds))
+    pairs = (
+        list(zip(cycle(asked.orders), asked.seeds, strict=False))
+        if asked.alternate
+        else list(product(asked.orders, asked.seeds))
+    )
+    jobs = [(name, *pair) for name in names for pair in pairs]
     with ThreadPoolExecutor(asked.jobs) as pool:
         found = list(pool.map(lambda job: _train(asked, *job), jobs))
     rows = {
         name: [figures for (method, *_), figures in zip(jobs, found, strict=True) if method == name] for name in names
     }
     print(_table(rows))
-    print(_differences(rows, [f"{order} {seed}" for order, seed in product(asked.orders, asked.seeds)]))
+    print(_differences(rows, len(pairs)))
     text = json.dumps({"stream": str(asked.stream), "set": asked.set, "methods": rows}, indent=2)
     (asked.out / "methods.json").write_text(text + "\n", encoding="utf-8")
 
@@ -58,6 +63,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", help="names in recipes/baselines; all if not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--orders", nargs="+", choices=("forward", "reversed"), default=["forward"])
+    parser.add_argument("--alternate", action="store_true", help="one order per seed, in turn, instead of all with all")
     parser.add_argument("--scaling", type=float, help="alpha / rank of every method instead of the recipes' alpha")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="for every run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -131,12 +137,12 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def _differences(rows: dict[str, list[dict[str, Any]]], pairs: list[str]) -> str:
+def _differences(rows: dict[str, list[dict[str, Any]]], pairs: int) -> str:
     """`ours` minus each other method, mean and standard error over the pairs of one order and seed."""
-    if "ours" not in rows or len(pairs) < 2:
+    if "ours" not in rows or pairs < 2:
         return ""
     lines = [
-        f"\n`ours` minus the others, {len(pairs)} pairs\n",
+        f"\n`ours` minus the others, {pairs} pairs\n",
         "| method | " + " | ".join(COLUMNS[:4]) + " |",
         "|---" * 5 + "|",
     ]

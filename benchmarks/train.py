@@ -1,15 +1,15 @@
-"""Cost of one training step: our pools beside the plain variant, PEFT's LoRA and the arithmetic floor, in one run.
+"""Cost of one training step: our pools, the plain variant, PEFT's LoRA and the arithmetic floor, in one run.
 
     python benchmarks/train.py --out train.json            # PEFT and transformers only if they are installed
 
-ViT-B/32 with random weights, batch 32, both towers, experts beside all 144 linears of the blocks. Contenders:
+ViT-B/32 with random weights, batch 32, both towers, experts in all 144 linears of the blocks. Contenders:
 
     ours    one low-rank product per linear, each class of the batch encoded once, up to the end of the longest text;
             the published losses
     distill the same with train.distill_weight: reference texts are encoded too
     whole   ours with texts of 77 tokens
     plain   the dense product B diag(g) A per linear, a text encoded for every image: what the formulas say literally
-    peft    LoRA of rank 12 by PEFT beside the same 144 linears of transformers' CLIP, classes encoded once and
+    peft    LoRA of rank 12 by PEFT in the same 144 linears of transformers' CLIP, classes encoded once and
             filled up to the longest only, as in ours
     floor   forward and input-gradient FLOPs over the rate that a large matrix product reaches here
 

@@ -1,10 +1,10 @@
-"""How large is a field update, and what does applying it cost? ViT-B/16, both towers, random weights.
+"""The size of an update, and the cost of applying it. ViT-B/16, both towers, random weights.
 
     python benchmarks/update.py [--json update.json] [--tasks 4]
     python benchmarks/update.py --only loads --run RUN      # any exported run
 
-Prints bytes of an update beside a binary patch of the same change and beside the whole file, time and memory of
-`r1device apply` beside the file writing and hashing that no updater can avoid, and how long an application loads the last
+Prints bytes of an update, of a binary patch of the same change and of the whole file, time and memory of
+`r1device apply` and of the file writing and hashing that no updater can avoid, and how long an application loads the last
 release of RUN in overlay mode, which merges on loading, and in slot mode, which loads plain files.
 """
 
@@ -192,7 +192,7 @@ def write_manifest(folder: Path, sequence: int, updates: list[dict[str, str]], t
 
 
 def sizes(folder: Path) -> list[dict[str, Any]]:
-    """Bytes of one task's update, beside the files that it replaces."""
+    """Bytes of one task's update, and of the files that it replaces."""
     rows = []
     for towers, dtype in (
         (["visual", "textual"], "float32"),
@@ -346,7 +346,7 @@ def write_and_hash(base: Path, copy: Path) -> None:
 
 
 def timed(name: str, function: Callable[[], None]) -> dict[str, float]:
-    """Seconds by the clock and of the processor: the two differ where other programs run beside."""
+    """Seconds by the clock and of the processor: they differ if other programs run."""
     start, busy = time.perf_counter(), time.process_time()
     function()
     return {f"{name}_seconds": time.perf_counter() - start, f"{name}_processor_seconds": time.process_time() - busy}

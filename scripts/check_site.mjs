@@ -53,17 +53,22 @@ const measure = () => ({
   overflow: document.documentElement.scrollWidth - window.innerWidth,
 });
 
-async function visit(page, origin, name, problems) {
-  const note = (text) => problems.push(text);
+// Opens a page and measures it in every viewport; returns its ids and links.
+async function visit(page, origin, name, note, folder) {
   page.on("console", (message) => ["error", "warning"].includes(message.type()) && note(`console: ${message.text()}`));
   page.on("pageerror", (error) => note(`uncaught: ${error}`));
   page.on("requestfailed", (request) => note(`failed: ${request.url()}`));
   page.on("request", (request) => /^(data|blob):/.test(request.url()) || request.url().startsWith(origin) || note(`other host: ${request.url()}`));
   await page.goto(`${origin}/${name}`, { waitUntil: "load" });
-  const found = await page.evaluate(measure);
-  found.broken.forEach((source) => note(`no picture: ${source}`));
-  if (found.overflow > 0) note(`${found.overflow} pixels wider than the window`);
-  return found;
+  let found;
+  for (const [device, viewport] of Object.entries(VIEWPORTS)) {
+    await page.setViewportSize(viewport);
+    found = await page.evaluate(measure);
+    found.broken.forEach((source) => note(`no picture (${device}): ${source}`));
+    if (found.overflow > 0) note(`${found.overflow} pixels wider than the window (${device})`);
+    if (folder) await page.screenshot({ path: join(folder, `${device}-${name.replaceAll("/", "-")}.png`) });
+  }
+  return { name, ...found };
 }
 
 function deadLinks(pages, origin) {
@@ -89,22 +94,14 @@ const server = await serve();
 const origin = `http://127.0.0.1:${server.address().port}`;
 const browser = await chromium.launch({ executablePath: findChromium(), args: ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"] });
 const wrong = [];
-const names = pagesOfSite();
-for (const [device, viewport] of Object.entries(VIEWPORTS)) {
-  const context = await browser.newContext({ viewport });
-  const pages = [];
-  for (const name of names) {
-    const page = await context.newPage();
-    const problems = [];
-    pages.push({ name, ...(await visit(page, origin, name, problems)) });
-    wrong.push(...problems.map((problem) => `${name} (${device}): ${problem}`));
-    if (folder) await page.screenshot({ path: join(folder, `${device}-${name.replaceAll("/", "-")}.png`) });
-    await page.close();
-  }
-  if (device === "desktop") wrong.push(...deadLinks(pages, origin));
-  await context.close();
+const pages = [];
+for (const name of pagesOfSite()) {
+  const page = await browser.newPage();
+  pages.push(await visit(page, origin, name, (problem) => wrong.push(`${name}: ${problem}`), folder));
+  await page.close();
 }
+wrong.push(...deadLinks(pages, origin));
 await browser.close();
 server.close();
-console.log([...wrong, `${names.length} pages, ${wrong.length} problems`].join("\n"));
+console.log([...wrong, `${pages.length} pages, ${wrong.length} problems`].join("\n"));
 process.exitCode = wrong.length ? 1 : 0;

@@ -1,4 +1,4 @@
-"""Compare what two versions of r1export measured of one run, in every figure that is not a time.
+"""Compare the reports of two versions of r1export on one run, in all figures except times.
 
     python scripts/compare_reports.py BEFORE/report.json AFTER/report.json
 

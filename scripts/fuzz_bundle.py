@@ -1,4 +1,4 @@
-"""Feed the readers of field updates with what nobody would write: coverage-guided, in bounded memory.
+"""Coverage-guided fuzzing of the parsers of updates, in bounded memory.
 
     python scripts/fuzz_bundle.py --seconds 60 [--seed 0]
 

@@ -1,4 +1,4 @@
-"""Feed the readers of releases, recipes and reports with damaged files: each has to answer with a verdict or one line.
+"""Fuzz the readers of releases, recipes and reports: each has to return a verdict or a one-line error.
 
     python scripts/fuzz_release.py --seconds 60 [--seed 0]
 

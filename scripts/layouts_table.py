@@ -1,4 +1,4 @@
-"""Every layout in its client, before and after one field update: the tables of docs/layouts.md.
+"""Test every layout in its client, before and after an update: the tables of docs/layouts.md.
 
     python scripts/layouts_table.py [NAME ...] [--write]
 

@@ -224,7 +224,7 @@ def accuracy(model: nn.Module, tokenize: open_clip.SimpleTokenizer, task: Task, 
 
 
 def print_table(model: nn.Module, tokenize: open_clip.SimpleTokenizer) -> None:
-    """Held-out accuracies with chance beside them."""
+    """Held-out accuracies and the chance level."""
     world = load_builtin("world")
     unseen = np.isin(world.train.labels, [PAIRS.index(pair) for pair in UNSEEN_PAIRS])
     rows = [("world, unseen pairs", world, world.train.subset(np.flatnonzero(unseen)))]

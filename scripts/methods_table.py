@@ -1,63 +1,105 @@
 #!/usr/bin/env python3
-"""Write README's table of methods from their results, benchmarks/results/methods.json: `scripts/methods_table.py [--check]`.
+"""Write the tables of methods in README and docs/experiments/forgetting.md from benchmarks/results/methods.json.
 
-The results are what benchmarks/method.py writes.
+    scripts/methods_table.py [--check]
+
+The results are what benchmarks/method.py writes. README shows a few methods, the experiments all of them, with the standard
+deviation over runs and the differences of r1export's defaults to each, with their standard error over pairs of runs.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results" / "methods.json"
+README, EXPERIMENTS = ROOT / "README.md", ROOT / "docs" / "experiments" / "forgetting.md"
+RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
 BEGIN, END = "<!-- made by scripts/methods_table.py -->\n", "<!-- end -->\n"
 TITLES = {
     "ours": "**r1export's defaults**",
     "former": "the defaults of version 0.1",
     "faithful": "the method as published",
+    "random-4-of-12": "4 of 12 experts at random",
     "lora-r4": "LoRA of rank 4, merged",
+    "lora-r12": "LoRA of rank 12, merged",
+    "codyra": "CoDyRA",
+    "full": "full fine-tuning",
 }
+IN_README = ("ours", "faithful", "lora-r4", "full")
 COLUMNS = ("Transfer", "Avg", "Last", "probe")
+BEFORE = ("zero-shot of later tasks", "zero-shot", "zero-shot", "probe before")
+Runs = Sequence[dict[str, Any]]  # of one method, in the same order of seeds for all
 
 
-def table(methods: dict[str, list[dict[str, Any]]]) -> str:
-    """Means over the runs of each method, in percent, after what the base model does without training."""
-    first = next(iter(methods.values()))
-    before = (
-        _mean(first, "zero-shot of later tasks"),
-        _mean(first, "zero-shot"),
-        _mean(first, "zero-shot"),
-        _mean(first, "probe before"),
-    )
+def short_table(methods: dict[str, Runs]) -> str:
+    """Means over the runs, in percent, after the accuracies of the base model without training."""
     lines = [
-        "| method | Transfer | Avg | Last | probe | shipped a task |",
+        f"| method | {' | '.join(COLUMNS)} | shipped a task |",
         "|---" * 6 + "|",
-        f"| the base model | {' | '.join(f'{value:.1f}' for value in before)} | |",
+        f"| the base model | {' | '.join(_mean(methods['ours'], column) for column in BEFORE)} | |",
     ]
-    for name, title in TITLES.items():
-        if name in methods:
-            cells = [f"{_mean(methods[name], column):.1f}" for column in COLUMNS]
-            lines.append(f"| {title} | {' | '.join(cells)} | {_mean(methods[name], 'shipped kB'):.0f} kB |")
+    for name in IN_README:
+        cells = [_mean(methods[name], column) for column in COLUMNS]
+        lines.append(f"| {TITLES[name]} | {' | '.join(cells)} | {_size(methods[name])} |")
     return "\n".join(lines) + "\n"
 
 
-def _mean(runs: list[dict[str, Any]], column: str) -> float:
-    return float(np.mean([run[column] for run in runs]))
+def full_table(methods: dict[str, Runs]) -> str:
+    """Mean and standard deviation of every method, size and time, and the differences of `ours` to it."""
+    lines = [
+        f"| method | runs | {' | '.join(COLUMNS)} | a task | s | ours minus it: {' | '.join(COLUMNS)} |",
+        "|---" * 12 + "|",
+        f"| zero-shot | {len(methods['ours'])} | {' | '.join(_mean(methods['ours'], c) for c in BEFORE)} | 0 | 0 | | | | |",
+    ]
+    for name, title in TITLES.items():
+        if name in methods:
+            runs = methods[name]
+            cells = [f"{_mean(runs, c)} ± {np.std(_values(runs, c), ddof=1):.1f}" for c in COLUMNS]
+            gains = [""] * 4 if name == "ours" else [_gain(methods["ours"], runs, c) for c in COLUMNS]
+            figures = (str(len(runs)), *cells, _size(runs), f"{np.mean(_values(runs, 'seconds')):.0f}", *gains)
+            lines.append(f"| {title} | {' | '.join(figures)} |")
+    return "\n".join(lines) + "\n"
 
 
-def page() -> str:
-    """README with the table between its marks."""
-    head, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    tail = rest.partition(END)[2]
-    return head + BEGIN + table(json.loads(RESULTS.read_text(encoding="utf-8"))["methods"]) + END + tail
+def _values(runs: Runs, column: str) -> np.ndarray:
+    return np.array([run[column] for run in runs], float)
+
+
+def _mean(runs: Runs, column: str) -> str:
+    return f"{_values(runs, column).mean():.1f}"
+
+
+def _size(runs: Runs) -> str:
+    kilobytes = _values(runs, "shipped kB").mean()
+    return f"{kilobytes:.0f} kB" if kilobytes < 10_000 else f"{kilobytes / 1000:.0f} MB"
+
+
+def _gain(ours: Runs, runs: Runs, column: str) -> str:
+    """Over the pairs of runs with the same seed and order; a method with fewer runs has the first ones."""
+    gains = _values(ours[: len(runs)], column) - _values(runs, column)
+    return f"{gains.mean():+.1f} ± {gains.std(ddof=1) / len(gains) ** 0.5:.1f}"
+
+
+def page(path: Path, table: str) -> str:
+    """The page with the table between its marks."""
+    head, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    return head + BEGIN + table + END + rest.partition(END)[2]
+
+
+def main() -> None:
+    methods = json.loads(RESULTS.read_text(encoding="utf-8"))["methods"]
+    pages = {README: page(README, short_table(methods)), EXPERIMENTS: page(EXPERIMENTS, full_table(methods))}
+    if "--check" in sys.argv:
+        sys.exit(any(text != path.read_text(encoding="utf-8") for path, text in pages.items()))
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if "--check" in sys.argv:
-        sys.exit(page() != README.read_text(encoding="utf-8"))
-    README.write_text(page(), encoding="utf-8")
+    main()

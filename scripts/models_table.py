@@ -1,6 +1,6 @@
 """Writes docs/models.md: which open_clip and timm models can be adapted, merged, exported and verified, each tried out.
 
-    python scripts/models_table.py [NAME ...]        default: one of every family; with names, their rows alone are written anew
+    python scripts/models_table.py [NAME ...]        default: one of every family; with names, only their rows are updated
     python scripts/models_table.py --full NAME ...   as deep as the models are; the rows are printed and not written
 
 Each is built with random weights and two layers where it has one number for them (the structure decides, not the depth),

@@ -1,4 +1,4 @@
-"""Take out each safety rule of verification and of the field updates in turn: some test has to fail, or nothing holds the rule.
+"""Mutation testing: remove each safety rule of verification and updates in turn, and expect a test to fail.
 
     python scripts/mutate_safety.py [--only TEXT] [--tests PATH ...]
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -31,7 +32,7 @@ PAGES = ("README.md", "docs/tutorial.md")
 TRANSCRIPT = ROOT / "docs/transcript.md"
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.S | re.M)
 END = "\x1e"  # ends the output of a command; no program prints it
-SERVES = 40  # seconds that a server may run before Ctrl-C
+PATIENCE = 180  # seconds until the page of a server has to be there
 SHOWN = 40  # lines of output in the transcript, at most
 
 
@@ -115,12 +116,19 @@ class Shell:
 
     def _serve(self, text: str) -> tuple[int, str]:
         """Start a server, fetch its page, stop it as Ctrl-C does: 0 if the page came and the server ended well."""
-        pages: list[int] = []
         port = re.search(r"--port (\d+)", text)
-        reader = Thread(target=lambda: pages.append(_fetch(f"http://127.0.0.1:{port[1] if port else 8000}/")))
-        reader.start()
-        code, output = self._send(f"timeout --foreground --preserve-status --signal=INT {SERVES} {text}")
-        reader.join()
+        with TemporaryDirectory() as folder:
+            process_id = Path(folder) / "pid"
+            pages: list[int] = []
+
+            def visit() -> None:
+                pages.append(_fetch(f"http://127.0.0.1:{port[1] if port else 8000}/"))
+                os.kill(int(process_id.read_text()), signal.SIGINT)
+
+            visitor = Thread(target=visit)
+            visitor.start()
+            code, output = self._send(f"sh -c 'echo $$ > {process_id}; exec {text}'")
+            visitor.join()
         return code or int(pages[0] == 0), f"{output}(stopped with Ctrl-C; the page has {pages[0]} bytes)\n"
 
     def close(self) -> None:
@@ -131,7 +139,7 @@ class Shell:
 
 def _fetch(url: str) -> int:
     """Bytes of a page, once there is one; 0 if it never comes."""
-    for _ in range(SERVES):
+    for _ in range(PATIENCE):
         try:
             with urlopen(url, timeout=5) as response:
                 return len(response.read())
@@ -162,15 +170,15 @@ def title(outcome: Outcome) -> str:
     return f"{_first_line(outcome)}: {ended}"
 
 
-def transcript(pages: dict[str, list[Outcome]], commit: str) -> str:
-    """docs/transcript.md: a table of times, then every command with its output."""
-    total = sum(outcome.seconds for outcomes in pages.values() for outcome in outcomes)
+def transcript(pages: dict[str, list[Outcome]], where: str) -> str:
+    """docs/transcript.md: a table of times, then every command with its output. `where` says what they ran in."""
     ran = [outcome for outcomes in pages.values() for outcome in outcomes if outcome.code is not None]
+    minutes = sum(outcome.seconds for outcome in ran) / 60
     parts = [
         "# Transcript",
-        f"Written by `scripts/newcomer.py`, which follows README and the [tutorial](tutorial.md) word for word in a fresh clone with a fresh\n"
-        f"environment. {date.today()}, commit {commit}, {os.cpu_count()} CPU cores, load average {os.getloadavg()[2]:.0f} (15 minutes): {len(ran)} commands, "
-        f"{sum(o.failed for o in ran)} failed,\n{total / 60:.0f} minutes in all.",
+        f"Written by `scripts/newcomer.py`, which follows README and the [tutorial](tutorial.md) word for word, in {where}.\n"
+        f"{date.today()}, {os.cpu_count()} CPU cores, load average {os.getloadavg()[2]:.0f} (15 minutes): {len(ran)} commands, "
+        f"{sum(o.failed for o in ran)} failed, {minutes:.0f} minutes.",
     ]
     for page, outcomes in pages.items():
         parts.append(f"## {'README' if page == 'README.md' else 'Tutorial'}")
@@ -209,22 +217,21 @@ def main() -> None:
     parser.add_argument(
         "--skip", action="append", default=[], help="leave out commands that begin with this; repeatable"
     )
-    parser.add_argument("--write", action="store_true", help=f"write {TRANSCRIPT.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help=f"write {TRANSCRIPT.relative_to(ROOT)} after each command")
     options = parser.parse_args()
-    with fresh_clone() if options.clone is None else _existing(options.clone) as clone:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=clone, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        pages = {page: list(follow(clone, page, options.skip)) for page in options.page or PAGES}
-        text = transcript(pages, commit).replace(str(clone), "~/r1export")
-    if options.write:
-        TRANSCRIPT.write_text(text, encoding="utf-8")
+    where = (
+        "a fresh clone with a fresh environment"
+        if options.clone is None
+        else "a clone with an environment that was there"
+    )
+    pages: dict[str, list[Outcome]] = {}
+    with fresh_clone() if options.clone is None else nullcontext(options.clone.resolve()) as clone:
+        for page in options.page or PAGES:
+            for outcome in follow(clone, page, options.skip):
+                pages.setdefault(page, []).append(outcome)
+                if options.write:
+                    TRANSCRIPT.write_text(transcript(pages, where).replace(str(clone), "~/r1export"), encoding="utf-8")
     sys.exit(any(outcome.failed for outcomes in pages.values() for outcome in outcomes))
-
-
-@contextmanager
-def _existing(clone: Path) -> Iterator[Path]:
-    yield clone
 
 
 if __name__ == "__main__":

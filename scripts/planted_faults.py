@@ -1,4 +1,4 @@
-"""Plant faults in a small run, make every digest fit again, and verify: which are found, and what nobody can know?
+"""Plant faults in a small run, update all digests, and verify: which faults are detected?
 
     python scripts/planted_faults.py                     # all of them, some minutes on two cores
     python scripts/planted_faults.py --only "golden" --json faults.json

@@ -1,4 +1,4 @@
-"""Fetch what the page of `r1export serve` runs on: onnxruntime-web's WASM build, into r1export/web/vendor.
+"""Download the runtime of `r1export serve`'s web page: onnxruntime-web's WASM build, into r1export/web/vendor.
 
     python scripts/vendor_web.py [--test]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import tarfile
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,11 +110,24 @@ def context_of(run: Path) -> RunContext:
     return RunContext(RunFolder(run), RunFolder(run).recipe(), "cpu", NoProgress())
 
 
+_EXPORTED: dict[str, bytes] = {}  # base and opset of a recipe -> its graphs, as a tar archive
+
+
 def trained_run(folder: Path, recipe: str, *settings: str) -> Path:
-    """A run in folder/run, trained and exported and not yet verified."""
+    """A run in folder/run, trained and exported and not yet verified. The graphs of each base model are exported once."""
     (folder / "recipe.toml").write_text(recipe)
     sets = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
-    for command in (("train", folder / "recipe.toml", "--out", folder / "run", *sets), ("export", folder / "run")):
-        done = r1export(*command)
-        assert done.returncode == 0, done.output
-    return folder / "run"
+    done = r1export("train", folder / "recipe.toml", "--out", folder / "run", *sets)
+    assert done.returncode == 0, done.output
+    run = RunFolder(folder / "run")
+    of_base = run.recipe().model_dump_json(include={"base": True, "export": {"opset"}})
+    if of_base in _EXPORTED:
+        with tarfile.open(fileobj=io.BytesIO(_EXPORTED[of_base])) as archive:
+            archive.extractall(run.path, filter="data")
+    done = r1export("export", run.path)
+    assert done.returncode == 0, done.output
+    if of_base not in _EXPORTED:
+        with tarfile.open(fileobj=(stored := io.BytesIO()), mode="w") as archive:
+            archive.add(run.graphs(), arcname=run.graphs().name)
+        _EXPORTED[of_base] = stored.getvalue()
+    return run.path

@@ -358,7 +358,7 @@ def test_a_tower_without_the_blocks_that_are_named_is_unsupported(recipe, tmp_pa
         "pool.layers=[9]",
         *FAST,
     )
-    one_line_error(result, 3, "the visual tower has 5 blocks, pool.layers names 9")
+    one_line_error(result, 3, "the visual tower has 5 blocks, pool.layers contains 9")
     assert not (tmp_path / "out").exists()
 
 

@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import docs_hook
+import newcomer
+
 from r1export.cli import app
 from r1export.device.__main__ import _parser as device_parser
 from r1export.recipe import Recipe
@@ -61,6 +66,39 @@ def test_every_command_is_in_the_list_of_commands() -> None:
 def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")) if "://" not in link]
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_a_link_that_leaves_the_pages_becomes_the_path_of_a_file() -> None:
+    assert docs_hook.links_as_text("[all](../benchmarks/README.md)", "docs") == "all (`benchmarks/README.md`)"
+    assert (
+        docs_hook.links_as_text("[benchmarks/README.md](../benchmarks/README.md#x)", "docs") == "`benchmarks/README.md`"
+    )
+    for stays in ("[a](../search.md)", "[a](../gone.md)", "[a](search.md#x)", "[a](https://a.example/../b)"):
+        assert docs_hook.links_as_text(stays, "docs/decisions") == stays
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    entries = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    assert sorted(entries) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:])
+
+
+@pytest.mark.parametrize("page", newcomer.PAGES)
+def test_a_newcomer_runs_commands_and_here_documents_as_they_are_written(page: str) -> None:
+    found = newcomer.commands((ROOT / page).read_text(encoding="utf-8"))
+    assert "source .venv/bin/activate" in "\n".join(found)
+    assert [command for command in found if "<<" in command and not command.endswith("\nEOF")] == []
+    programs = {command.split()[0] for command in found}
+    assert programs <= {
+        "./scripts/demo",
+        "./scripts/test",
+        "./scripts/install",
+        "source",
+        "mkdir",
+        "cat",
+        "ls",
+        "python",
+        "r1export",
+    }
 
 
 def test_the_recipe_in_the_readme_is_a_recipe() -> None:

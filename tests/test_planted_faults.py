@@ -54,7 +54,7 @@ PLANTED = [  # fault, mode, exit code, what is said
     ("a matrix x 1.05 next to such a base", BESIDE, 1, "the visual tower differs by"),
     ("a 00-base that does not reproduce its golden samples", BESIDE, 4, "does not pass"),
     ("recipe: verify.max_abs = 0.5", RUN, 4, "verify.max_abs = 0.5 is looser than the default 5e-05"),
-    ("preprocess.json: mean 0", ALONE, 1, "preprocess.json: picture 0 differs"),
+    ("preprocess.json: mean 0", ALONE, 1, "preprocess.json: image 0 differs"),
     ("preprocess.onnx: garbage", ALONE, 1, "preprocess.onnx"),
     ("vocabulary: two entries exchanged in all files", ALONE, 1, "vocabulary entry"),
     ("class names rotated", ALONE, 1, "classes/arrows.safetensors is stale"),

@@ -65,7 +65,7 @@ def test_missing_and_unknown_members_are_named(tmp_path: Path) -> None:
     document = METRICS.to_json()
     del document["avg"], document["last"]
     write_json(tmp_path / "metrics.json", document)
-    with pytest.raises(InputError, match="it lacks avg, last"):
+    with pytest.raises(InputError, match="missing keys: avg, last"):
         RunFolder(tmp_path).metrics()
     write_json(tmp_path / "metrics.json", METRICS.to_json() | {"more": 1})
     with pytest.raises(InputError, match="corrupted: more"):

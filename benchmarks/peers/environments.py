@@ -1,4 +1,4 @@
-"""One virtual environment for each set of peers, beside the project's own packages: torch and onnxruntime are not installed twice.
+"""One virtual environment per set of peers, on top of the project's own packages, so that torch and onnxruntime are installed once.
 
 What a peer pins differently (transformers 4 for Optimum) lies in its environment and hides the project's.
 """

@@ -86,7 +86,7 @@ def planted_run(work: Path, path: Path) -> RunContext:
     for pool in pools.values():
         pool.reset_(torch.Generator().manual_seed(0))
     lora = read_lora(work)
-    assert lora.keys() == pools.keys(), "the LoRA and the pools stand beside different linears"
+    assert lora.keys() == pools.keys(), "the LoRA and the pools adapt different linears"
     for rows, (lora_A, lora_B) in lora.items():
         pools[rows].lora_A.data.copy_(torch.from_numpy(lora_A))
         pools[rows].lora_B.data.copy_(torch.from_numpy(lora_B))

@@ -1,6 +1,6 @@
-"""The parts of a CLIP that can get experts: towers, their blocks, the layers of a block, the token that votes.
+"""The parts of a CLIP that can have experts: towers, their blocks, the layers of a block, and the routing token.
 
-Families of models are recognized by their parts, not by their names or versions.
+Model families are recognized by their modules, not by names or versions.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def chosen_blocks(model: AnyModule, tower: Tower, settings: PoolSettings) -> lis
     blocks, layers = _blocks(model, tower), settings.layers
     if layers and max(layers) >= len(blocks):
         raise Unsupported(
-            f"the {tower} tower has {len(blocks)} blocks, pool.layers names {max(layers)}", "count blocks from 0"
+            f"the {tower} tower has {len(blocks)} blocks, pool.layers contains {max(layers)}",
+            "blocks are numbered from 0",
         )
     return [block for i, block in enumerate(blocks) if not layers or i in layers or i - len(blocks) in layers]
 
@@ -80,8 +81,8 @@ def _blocks(model: AnyModule, tower: Tower) -> list[Block]:
     else:
         kind = type(getattr(module, "trunk", getattr(module, "transformer", module))).__name__
         raise Unsupported(
-            f"the {tower} tower ({kind}) has no blocks with linears or convolutions that experts could adapt",
-            "leave the tower out of pool.towers",
+            f"the {tower} tower ({kind}) has no blocks with linears or convolutions that can be adapted",
+            "remove the tower from pool.towers",
         )
     return blocks
 

@@ -1,4 +1,4 @@
-"""Weights from a file into a model: read without running code, converted to open_clip's names, checked before memory is taken."""
+"""Load weights from a file: without running code, converted to open_clip's names, and checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ SIGNATURES = (
     (b"\x80", "a pickle"),
     (b"GGUF", "a GGUF file of quantized weights"),
     (b"\x89HDF", "an HDF5 file of Keras"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself: run `git lfs pull`"),
-    (b"\x08", "an ONNX model, perhaps"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),
+    (b"\x08", "possibly an ONNX model"),
 )
 _CONVERT = "convert the checkpoint with safetensors.torch.save_file"
 _FIT = "check base.model and base.config"
 
 
 def load_weights_(model: Any, weights: Path, *, allow_pickle: bool = False) -> list[str]:
-    """Load a checkpoint into `model`, in place, and return what a person should know about it, one line each.
+    """Load a checkpoint into `model`, in place, and return notes for the user, one line each.
 
     Raises:
-        InputError: not a file, not safetensors and no pickle allowed, integers or values that are not finite where there should
-            be weights, or it does not fit the model; the first tensor is named.
-        Unsupported: it may not be read.
+        InputError: not a file, not safetensors and pickle is not allowed, integer or non-finite weights, or tensors that don't
+            match the model; the message names the first tensor.
+        Unsupported: the file is not readable.
     """
     with _reading(weights):
         pickled = allow_pickle and weights.suffix != SUFFIX
@@ -133,7 +133,7 @@ def _check_fit(weights: Path, state: State, model: nn.Module, *, resizable: bool
     if wrong:
         more = f"; {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
         raise InputError(
-            f"{weights} does not fit the model: {wrong[0]} is {stored.get(wrong[0], 'missing')}, "
+            f"{weights} does not match the model: {wrong[0]} is {stored.get(wrong[0], 'missing')}, "
             f"expected {sizes.get(wrong[0], 'no such tensor')}{more}",
             _FIT,
         )
@@ -159,7 +159,7 @@ def _check_floating(weights: Path, state: State, model: nn.Module) -> None:
         more = f" and {len(codes) - 1} more are" if len(codes) > 1 else " is"
         raise InputError(
             f"{weights}: {codes[0]}{more} not floating point of 16 bits or more",
-            "quantized codes are no weights without their scales: give the checkpoint that they were made from",
+            "quantized values can't be used without their scales: use the original checkpoint",
         )
 
 
@@ -168,8 +168,8 @@ def _check_finite(weights: Path, state: State) -> None:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             raise InputError(
-                f"{weights}: {name} has {count} values that are NaN or infinite",
-                "give a checkpoint from before training diverged",
+                f"{weights}: {name} has {count} NaN or infinite values",
+                "use a checkpoint from before training diverged",
             )
 
 
@@ -178,9 +178,7 @@ def _about_activation(model: nn.Module, stored: State) -> list[str]:
     quick = any(type(module).__name__ == "QuickGELU" for module in model.modules())
     if quick or not has_openai_extras(without_wrappers(stored)):
         return []
-    return [
-        "warning: these are OpenAI's weights, which need QuickGELU, and the config has none: set base.quick_gelu = true"
-    ]
+    return ["warning: OpenAI's weights need QuickGELU, which the config lacks: set base.quick_gelu = true"]
 
 
 @contextmanager
@@ -188,12 +186,12 @@ def _reading(weights: Path) -> Iterator[None]:
     """What goes wrong while the file is read is an InputError."""
     if weights.is_dir():
         raise InputError(
-            f"{weights}: a folder, expected a {SUFFIX} file",
-            f'give the file in it, or base.model = "local-dir:{weights}" if it has an open_clip_config.json',
+            f"{weights} is a folder, expected a {SUFFIX} file",
+            f'use the file in it, or base.model = "local-dir:{weights}" if it has an open_clip_config.json',
         )
     if not weights.is_file():
         problem = "not a file" if weights.exists() else "no such file"
-        raise InputError(f"{weights}: {problem}", f"give the path of a {SUFFIX} file as base.weights")
+        raise InputError(f"{weights}: {problem}", f"set base.weights to the path of a {SUFFIX} file")
     try:
         weights.open("rb").close()  # safetensors says that a file is missing where it may not be read
         yield

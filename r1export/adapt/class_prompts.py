@@ -1,4 +1,4 @@
-"""Whether the text tower can tell the classes of a task apart: by their tokens, which are all that it sees."""
+"""Check that the classes of a task have different tokens, so that the text tower can distinguish them."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ ClipModel = Any
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What open_clip does to an image before the visual tower, cut where the pixels are still bytes."""
+    """open_clip's preprocessing, split where the pixels are still bytes."""
 
     config: PreprocessCfg
 
@@ -84,7 +84,7 @@ class Preprocess:
         return pixels.float().div_(255).sub_(mean).div_(std)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything a client needs to do the same."""
+        """The preprocess.json for clients."""
         config = self.config
         return {
             "size": list(self.size), "mode": config.mode, "resize_mode": config.resize_mode, "interpolation": config.interpolation,
@@ -255,12 +255,12 @@ def _not_built(error: Exception, source: Source) -> R1ExportError:
     origin = source.config.origin
     if not source.may_fetch and not isinstance(error, MemoryError | torch.OutOfMemoryError):
         return InputError(
-            f"{origin}: open_clip cannot build this model: {type(error).__name__}: {first_line(error)}",
-            "correct the config: see open_clip's own in its model_configs",
+            f"{origin}: open_clip fails to build the model: {type(error).__name__}: {first_line(error)}",
+            "fix the config; open_clip's model_configs has examples",
         )
     return Unsupported(
-        f"open_clip cannot make {source.name}: {first_line(error)}",
-        "fetch the weights once with network, or give base.weights; check the free memory",
+        f"open_clip fails to load {source.name}: {first_line(error)}",
+        "download the weights once, or set base.weights; check the free memory",
     )
 
 

@@ -1,4 +1,4 @@
-"""The form in which an image tower is deployed: branches fused, BatchNorm folded into what stands before it.
+"""The deployed form of an image tower: branches fused, BatchNorm folded into the preceding layer.
 
 Procedure 1, in float64, rounded once to the type of the weights:
 
@@ -6,8 +6,8 @@ Procedure 1, in float64, rounded once to the type of the weights:
     2. each BatchNorm whose input is the output of a convolution or linear that nothing else reads goes into it:
        g = gamma / sqrt(var + eps)      W' = g[:, None, ...] W      b' = g (b - mean) + beta
 
-A BatchNorm anywhere else stays. A tower with neither is not touched. Experts, digests and graphs are those of the
-deployed form: it has one weight where experts are merged, and a training step is cheaper.
+Other BatchNorms stay, and a tower with neither is unchanged. Experts, digests and graphs refer to the deployed form: it has
+a single weight to merge experts into, and makes training steps cheaper.
 """
 
 from __future__ import annotations

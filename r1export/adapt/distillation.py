@@ -2,9 +2,9 @@
 
     L = mean_n KL( softmax(s I_n T^T) || softmax(s i_n t^T) )        s = exp(logit_scale)
 
-I_n, T are unit-norm embeddings of the task's own images and of reference texts by the model before the task, i_n, t those of
-the model that is trained. The texts are the 1,000 class names of ImageNet in open_clip's wording and the classes of earlier
-tasks: no image but the task's own is needed. Learning without forgetting (arXiv 1606.09282) in the form of LwF-VR
+I_n, T are unit-norm embeddings of the task's images and of reference texts by the previous model, i_n, t those of the model
+in training. The texts are the 1,000 class names of ImageNet in open_clip's wording and the classes of earlier tasks: no
+other images than the task's are needed. Learning without forgetting (arXiv 1606.09282) in the form of LwF-VR
 (arXiv 2303.06628), whose texts are random sentences.
 """
 

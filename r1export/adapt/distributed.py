@@ -1,4 +1,4 @@
-"""Training by several processes (torchrun): images are shared out, features gathered, votes added up.
+"""Distributed training (torchrun): images are split, features gathered, votes summed.
 
 Each process encodes its part of the images and all prompts; the loss is that of the joined batch, in every process. With
 world processes the gradient that reaches a feature is world times that of one loss, and DistributedDataParallel takes
@@ -82,7 +82,9 @@ def shares(indices: np.ndarray) -> list[np.ndarray]:
     """The images of each process, of equal number. Raises InputError if there are too few for one each."""
     count = len(indices) // world()
     if not count:
-        raise InputError(f"a batch of {len(indices)} images for {world()} processes", "raise train.batch_size")
+        raise InputError(
+            f"a batch of {len(indices)} images is too small for {world()} processes", "raise train.batch_size"
+        )
     return [indices[i * count : (i + 1) * count] for i in range(world())]
 
 

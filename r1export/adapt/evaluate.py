@@ -1,4 +1,4 @@
-"""What a CLIP can do: class embeddings and zero-shot accuracy of a task."""
+"""Class embeddings and zero-shot accuracy of a task."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Compute once what no expert changes: an image tower up to the first block that has experts.
+"""Cache the frozen start of an image tower: everything up to the first block with experts.
 
-Where `pool.layers` leaves out the first blocks, what enters the first block with experts is the same in every step of every task.
-It is computed once for each image and kept, and the tower then starts there: the modules before it return zeros of the
-shape that they gave, and what was kept takes the place of the block's input. A tower in which something later reads more
-than that input does not give the same embeddings so, and is computed from the pixels as ever.
+If `pool.layers` excludes the first blocks, the input of the first block with experts is the same in every step. It is
+computed once per image and cached, and the tower starts there: earlier modules return zeros of the right shape, and the
+cached value replaces the block's input. If a later module reads more than that input, the embeddings would differ, and the
+tower is computed from the pixels instead.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import nn
 from r1export.adapt.pool import RoutingToken, Target
 from r1export.errors import InputError, Unsupported, first_line
 
-_REMEDY = "give the tokenizer of this model as base.tokenizer"
+_REMEDY = "set base.tokenizer to the tokenizer of this model"
 
 # How paths end in a block, with the target that names the linear; an earlier one wins.
 TARGETS: tuple[tuple[str, Target], ...] = (
@@ -32,7 +32,7 @@ def hf_blocks(tower: nn.Module) -> list[tuple[str, nn.Module]]:
     for path, module in tower.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
             return [(f"{path}.{i}", block) for i, block in enumerate(module)]
-    raise Unsupported("the textual tower of transformers has no list of blocks", "leave it out of pool.towers")
+    raise Unsupported("the text tower (transformers) has no list of blocks", "remove it from pool.towers")
 
 
 def hf_layers(block: nn.Module) -> list[tuple[nn.Module, str, str, nn.Linear, Target]]:
@@ -55,7 +55,8 @@ def hf_routing_token(tower: Any, text_token: str) -> RoutingToken:
     """
     if text_token == "end":
         raise Unsupported(
-            "a text tower of transformers has no token that only its end sees", 'set pool.text_token = "start"'
+            "text towers of transformers have no end token that alone sees the whole text",
+            'set pool.text_token = "start"',
         )
     return "first" if isinstance(tower.pooler, ClsPooler | ClsLastHiddenStatePooler) else "mean"
 
@@ -71,10 +72,13 @@ def check_hf_tower(origin: str, model: Any, tokenizer: Any) -> None:
     pads = tower.config.pad_token_id, tokenizer.pad_id
     if pads[0] != pads[1]:
         raise InputError(
-            f"{origin}: its text tower takes {pads[0]} for the pad token, the tokenizer pads with {pads[1]}", _REMEDY
+            f"{origin}: the text tower's pad token is {pads[0]}, the tokenizer pads with {pads[1]}", _REMEDY
         )
     if tower.vocab_size < tokenizer.rows:
-        raise InputError(f"{origin}: {tower.vocab_size} rows for tokens, the tokenizer gives {tokenizer.rows}", _REMEDY)
+        raise InputError(
+            f"{origin}: the text tower has {tower.vocab_size} token embeddings, the tokenizer needs {tokenizer.rows}",
+            _REMEDY,
+        )
     try:
         with torch.no_grad():
             model.encode_text(
@@ -82,8 +86,8 @@ def check_hf_tower(origin: str, model: Any, tokenizer: Any) -> None:
             )
     except (IndexError, RuntimeError) as error:
         raise InputError(
-            f"{origin}: its text tower does not read {tokenizer.context_length} tokens: {first_line(error)}",
-            "give text_cfg.context_length as the model was trained",
+            f"{origin}: the text tower fails with {tokenizer.context_length} tokens: {first_line(error)}",
+            "set text_cfg.context_length as in training",
         ) from error
 
 

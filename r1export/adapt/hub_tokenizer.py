@@ -22,7 +22,7 @@ from torch import Tensor
 
 from r1export.errors import InputError, Unsupported, first_line, refused
 
-Json = dict[str, Any]  # tokenizer.json and the files beside it, which other programs define
+Json = dict[str, Any]  # tokenizer.json and related files, as other programs define them
 CleanName = Literal["lower", "whitespace", "canonicalize"]
 Side = Literal["left", "right"]
 
@@ -34,12 +34,12 @@ PAD_TOKENS = ("[PAD]", "<pad>")  # of classes of transformers whose files need n
 SEPARATORS = ("[SEP]", "</s>")
 DECODER_ONLY = ("GemmaTokenizer", "LlamaTokenizer")
 MAX_BYTES = 1 << 28  # of a tokenizer.json; the largest that open_clip names has 34 MB
-_REMEDY = "give base.tokenizer: the tokenizer.json of the model, or the folder that it is in"
+_REMEDY = "set base.tokenizer to the model's tokenizer.json, or its folder"
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a folder or a repository says of its tokenizer: tokenizer.json, and the settings that stand beside it."""
+    """The tokenizer files of a folder or repository: tokenizer.json and its settings."""
 
     origin: str
     definition: Json
@@ -142,9 +142,9 @@ def make_tokenizer(origin: str, text: Mapping[str, Any], local: Path | None, *, 
     length, arguments = text.get("context_length", DEFAULT_CONTEXT_LENGTH), text.get("tokenizer_kwargs") or {}
     repository = text.get("hf_tokenizer_name")
     if text.get("tokenizer_mode"):
-        raise InputError(f"{origin}: text_cfg.tokenizer_mode {text['tokenizer_mode']!r} is not known", "remove it")
+        raise InputError(f"{origin}: unknown text_cfg.tokenizer_mode {text['tokenizer_mode']!r}", "remove it")
     if local is None and repository and not may_fetch:
-        raise InputError(f"{origin}: text_cfg.hf_tokenizer_name: a config names no place to load from", _REMEDY)
+        raise InputError(f"{origin}: text_cfg.hf_tokenizer_name: a config must not load from a hub", _REMEDY)
     if local is None and not repository:
         simple: Any = SimpleTokenizer(context_length=length, **arguments)
         _check_rows(origin, text, simple.vocab_size)
@@ -174,7 +174,7 @@ def hub_tokenizer(files: TokenizerFiles, context_length: int, arguments: Mapping
     padding = (definition.get("padding") or {}).get("pad_token", "")
     pad, pad_id = _first_known(tokenizer, (files.named("pad_token"), padding, *PAD_TOKENS))
     if not pad:
-        raise InputError(f"{files.origin}: no pad token", "add pad_token to tokenizer_config.json beside it")
+        raise InputError(f"{files.origin}: no pad token", "add pad_token to its tokenizer_config.json")
     _, separator = _first_known(tokenizer, (files.named("sep_token"), *SEPARATORS))
     return HubTokenizer(
         definition=definition,
@@ -234,7 +234,7 @@ def _built(definition: Json, origin: str) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # plain Exceptions, and panics that are none
-        raise InputError(f"{origin}: the tokenizers library cannot read it: {first_line(error)}", _REMEDY) from error
+        raise InputError(f"{origin}: invalid for the tokenizers library: {first_line(error)}", _REMEDY) from error
 
 
 def _first_known(tokenizer: Tokenizer, candidates: Sequence[str]) -> tuple[str, int]:
@@ -267,7 +267,7 @@ def _optional(repository: str, name: str) -> Path | None:
 
 def _unreachable(repository: str, name: str, error: Exception, instead: str) -> Unsupported:
     return Unsupported(
-        f"{repository}: {name} cannot be fetched: {first_line(error)}", f"fetch it once with network, or give {instead}"
+        f"{repository}: cannot download {name}: {first_line(error)}", f"download it once, or set {instead}"
     )
 
 
@@ -280,7 +280,7 @@ def _object(path: Path) -> Json:
     except PermissionError as error:
         raise refused(error) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a readable JSON file: {first_line(error)}", _REMEDY) from error
+        raise InputError(f"{path}: invalid JSON: {first_line(error)}", _REMEDY) from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: found {value!r:.80}, expected an object", _REMEDY)
     return value

@@ -24,7 +24,7 @@ THREADS = max(1, os.cpu_count() or 1)  # PIL decodes and resizes outside the int
 class RandomCrop:
     """Crops of 90 to 100 % of an image's area with an aspect of 3:4 to 4:3, resized to what the model sees.
 
-    Every image has one crop, or, with `anew`, another at every visit. The same seed, image and visit give the same crop.
+    Every image has one crop, or, with `anew`, a new one at every visit. The same seed, image and visit give the same crop.
     Source: RandomResizedCrop of torchvision with the scale that open_clip trains with.
     """
 
@@ -81,7 +81,7 @@ class Pixels:
         return len(self.images)
 
     def batch(self, indices: np.ndarray, visit: int = 0) -> Tensor:
-        """uint8 (n, 3, h, w); `visit` counts for crops that are drawn anew. Raises InputError naming an image that cannot be decoded."""
+        """uint8 (n, 3, h, w); `visit` selects the crop if there is a new one at every visit. Raises InputError naming an image that cannot be decoded."""
         if self._kept is None:
             return torch.from_numpy(np.stack(self._decode(indices, visit)))
         missing = np.unique(indices[~self._done[indices]])

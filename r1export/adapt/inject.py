@@ -50,8 +50,8 @@ def inject_experts_(model: nn.Module, settings: PoolSettings) -> Pools:
                 injector.inject_(block)
             if len(pools) == before:
                 raise Unsupported(
-                    f"the {tower} tower has nothing that pool.targets names: {', '.join(settings.targets)}",
-                    "add fc and proj (pointwise layers) or conv (larger kernels), or leave the tower out of pool.towers",
+                    f"the {tower} tower has no layers that match pool.targets: {', '.join(settings.targets)}",
+                    "add fc and proj (pointwise layers) or conv (larger kernels), or remove the tower from pool.towers",
                 )
     except Unsupported:
         eject_experts_(model)
@@ -176,7 +176,7 @@ def _refuse_unknown(attention: AnyModule, name: str) -> None:
     if not getattr(attention, "batch_first", True):
         raise Unsupported(f"{name} is not batch-first self-attention", "update open_clip_torch")
     if getattr(attention, "logit_scale", None) is not None:
-        raise Unsupported(f"{name} is scaled cosine attention", "leave the tower out of pool.towers")
+        raise Unsupported(f"{name} is scaled cosine attention", "remove the tower from pool.towers")
 
 
 def eject_experts_(model: AnyModule) -> None:

@@ -1,4 +1,4 @@
-"""What the inputs of earlier tasks span, layer by layer: new experts do not read it, so earlier answers hardly move.
+"""Protected input directions: new experts ignore the span of earlier tasks' inputs in each layer, which reduces forgetting.
 
     during a task    A <- A - (A M) M^T    after the reset and after every step of the optimizer
     after a task     G = sum x x^T over all tokens of its training images and class prompts, experts frozen
@@ -126,7 +126,7 @@ def parse_span(tensors: Mapping[str, np.ndarray], pools: Pools, location: str) -
             found = "missing" if columns is None else f"of shape {columns.shape}"
             raise InputError(
                 f"{location}: {rows}.directions is {found}, expected ({len(pool.span)}, k)",
-                "the file is damaged or of another recipe: train the task again",
+                "the file is corrupted or from another recipe: train the task again",
             )
         span[rows] = columns
     return span

@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class StreamMetrics:
-    """`transfer` is None for a single task, where nothing is left to transfer to."""
+    """`transfer` is None for a single task."""
 
     transfer: float | None
     avg: float

@@ -35,7 +35,7 @@ TRANSFORMER = (
 )
 _TIMM_NAME = re.compile(r"[A-Za-z0-9_.]+")  # without the schemes that timm fetches from, such as hf-hub:
 _LOCAL_NAME = re.compile(r"[\w./-]{1,200}")  # of a folder
-_REMEDY = "correct or remove it: base.config describes a model and names no place to load from, base.model takes open_clip's names"
+_REMEDY = "fix or remove it: base.config must not load from a hub; base.model accepts open_clip's names"
 
 Json = dict[str, Any]
 
@@ -89,7 +89,7 @@ class ModelConfig:
         """A folder with the transformer's config, from which transformers reads it; empty for one of the hub."""
         if self.text.get("hf_model_name") and find_spec("transformers") is None:
             raise Unsupported(
-                f"{self.name}: its text tower is one of transformers, which is not installed",
+                f"{self.name}: the text tower needs transformers, which is not installed",
                 "pip install 'r1export[hf]'",
             )
         if self.transformer is None:
@@ -104,14 +104,14 @@ def builtin_config(name: str) -> ModelConfig:
     """The config of one of open_clip's own models. Raises InputError for an unknown name."""
     if name not in open_clip.list_models():
         raise InputError(
-            f"open_clip {open_clip.__version__} knows no model {name!r}",
-            "open_clip.list_models() names them, or give base.config",
+            f"open_clip {open_clip.__version__} has no model {name!r}",
+            "choose one of open_clip.list_models(), or set base.config",
         )
     return ModelConfig(name, name, open_clip.get_model_config(name))
 
 
 def read_model_config(path: Path, name: str = "", *, may_fetch: bool = False) -> ModelConfig:
-    """Read and check a config: open_clip's `model_cfg` alone, or an open_clip_config.json with a `preprocess_cfg` beside it.
+    """Read and check a config: open_clip's `model_cfg` alone, or an open_clip_config.json that also has a `preprocess_cfg`.
 
     With `may_fetch` the config of a transformer may come from the hub, as that of a repository does.
 
@@ -125,7 +125,7 @@ def read_model_config(path: Path, name: str = "", *, may_fetch: bool = False) ->
         values = _object(path, document, "model_cfg")
         preprocess = _object(path, document, "preprocess_cfg") if "preprocess_cfg" in document else None
     if missing := REQUIRED - values.keys():
-        raise InputError(f"{path}: no {', '.join(sorted(missing))}", "give an open_clip model config")
+        raise InputError(f"{path}: missing {', '.join(sorted(missing))}", "use an open_clip model config")
     values, transformer = _take_transformer(path, values)
     _check_entries(path, values, described=may_fetch or transformer is not None)
     return ModelConfig(str(path), name or path.stem, values, preprocess, transformer)
@@ -157,7 +157,7 @@ def _take_transformer(path: Path, values: Json) -> tuple[Json, Json | None]:
         or "auto_map" in transformer
     ):
         raise InputError(
-            f"{origin}: no config of {', '.join(TRANSFORMER_TYPES)}", "give the config.json of the transformer"
+            f"{origin}: not a config of {', '.join(TRANSFORMER_TYPES)}", "use the config.json of the transformer"
         )
     for section, key, value in _entries(transformer):
         if key in LIMITS and _largest(value) > LIMITS[key]:
@@ -180,7 +180,7 @@ def _object(path: Path, document: Json, key: str) -> Json:
     value = document[key]
     if not isinstance(value, dict):
         raise InputError(
-            f"{path}: {key}: found {value!r:.80}, expected an object", "give open_clip's open_clip_config.json"
+            f"{path}: {key}: found {value!r:.80}, expected an object", "use an open_clip_config.json of open_clip"
         )
     return value
 
@@ -193,11 +193,11 @@ def _read(path: Path) -> Json:
         raise refused(error) from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{path}: not a readable open_clip config: {error}",
-            "give the JSON with embed_dim, vision_cfg and text_cfg",
+            f"{path}: invalid JSON: {error}",
+            "use an open_clip config with embed_dim, vision_cfg and text_cfg",
         ) from None
     if not isinstance(values, dict):
-        raise InputError(f"{path}: found {values!r:.80}, expected an object", "give an open_clip model config")
+        raise InputError(f"{path}: found {values!r:.80}, expected an object", "use an open_clip model config")
     return values
 
 

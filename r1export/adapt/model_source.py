@@ -1,4 +1,4 @@
-"""Where a base model comes from: a name and a tag of open_clip, a folder, a repository of the hub, or a file of weights."""
+"""Sources of a base model: an open_clip name and tag, a folder, a Hub repository, or a file of weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHECKPOINTS = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors",
     "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "pytorch_model.bin", "pytorch_model.pth", "model.pth",
 )  # fmt: skip
-_PICKLE = "set base.allow_pickle=true if you trust its source, or convert it and give base.weights"
+_PICKLE = "set base.allow_pickle=true if you trust its source, or convert it to safetensors"
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def _download(model: str, pretrained: str, tag: Mapping[str, Any]) -> Path:
         return Path(open_clip.download_pretrained(tag))
     except Exception as error:  # what the hub, urllib and the disk raise
         raise Unsupported(
-            f"{model} {pretrained}: its weights cannot be fetched: {first_line(error)}",
-            "fetch the weights once with network, or give base.weights",
+            f"{model} {pretrained}: cannot download the weights: {first_line(error)}",
+            "download the weights once, or set base.weights",
         ) from error
 
 
@@ -92,7 +92,7 @@ def _in_folder(folder: Path, allow_pickle: bool) -> Source:
         problem = "no such folder" if not folder.is_dir() else f"no {CONFIG} in it"
         raise InputError(
             f"{LOCAL_DIR_PREFIX}{folder}: {problem}",
-            "give a folder as open_clip saves it, or base.weights and base.config",
+            "use a folder in open_clip's format, or set base.weights and base.config",
         )
     weights = _checkpoint(folder, allow_pickle)
     tokenizer = folder if (folder / DEFINITION).is_file() else None
@@ -119,14 +119,14 @@ def _checkpoint(folder: Path, allow_pickle: bool) -> Path:
 def _in_repository(repository: str, allow_pickle: bool) -> Source:
     config = fetch(repository, CONFIG, "base.weights and base.config")
     if config is None:
-        raise InputError(f"{HF_HUB_PREFIX}{repository} has no {CONFIG}", "give base.weights and base.config")
+        raise InputError(f"{HF_HUB_PREFIX}{repository} has no {CONFIG}", "set base.weights and base.config")
     for name in CHECKPOINTS:
         if weights := fetch(repository, name, "base.weights and base.config"):
             _check_pickle(repository, weights, allow_pickle)
             described = read_model_config(config, repository.rpartition("/")[2], may_fetch=True)
             return Source(f"{HF_HUB_PREFIX}{repository}", described, weights, may_fetch=True)
     raise InputError(
-        f"{HF_HUB_PREFIX}{repository} has none of {', '.join(CHECKPOINTS)}", "give base.weights and base.config"
+        f"{HF_HUB_PREFIX}{repository} has none of {', '.join(CHECKPOINTS)}", "set base.weights and base.config"
     )
 
 
@@ -139,4 +139,4 @@ def _check_tag(model: str, tag: str, *, known: bool) -> None:
 def _check_pickle(owner: str, file: Path, allow_pickle: bool) -> None:
     """Raises InputError if torch would have to unpickle a file unasked."""
     if not (allow_pickle or file.suffix == SUFFIX):
-        raise InputError(f"{owner}: {file} is not safetensors, and reading a pickle can run code", _PICKLE)
+        raise InputError(f"{owner}: {file} is not safetensors, and unpickling can run code", _PICKLE)

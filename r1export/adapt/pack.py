@@ -1,4 +1,4 @@
-"""What goes into pools and comes out of them: packed experts, the columns of earlier tasks, the whole unmerged model."""
+"""Import and export of pools: packed experts, the experts of earlier tasks, the complete unmerged model."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ def _checked(value: np.ndarray | None, shape: tuple[int, ...], location: str) ->
     if value is None or value.shape != shape:
         found = "missing" if value is None else f"of shape {value.shape}"
         raise InputError(
-            f"{location} is {found}, expected {shape}", "the file is damaged or of another recipe: train the task again"
+            f"{location} is {found}, expected {shape}",
+            "the file is corrupted or from another recipe: train the task again",
         )
     return value

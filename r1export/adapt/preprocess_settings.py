@@ -1,7 +1,7 @@
-"""How pictures are prepared for a base model: what the recipe says, else its config, else all tags of its family.
+"""Preprocessing settings of a base model: from the recipe, else its config, else all tags of its family.
 
-Weights in a file say nothing of it, and open_clip's default is OpenAI's: it would be wrong for MobileCLIP, PE-Core or SigLIP
-without a word.
+Weight files don't contain them, and open_clip's default is OpenAI's, which would be silently wrong for MobileCLIP, PE-Core or
+SigLIP.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ def _undecided(model: str, name: str, values: Mapping[str, Any]) -> tuple[str, s
     lines = "base.mean, base.std, base.interpolation and base.resize_mode"
     if not values:
         return (
-            f"{model or 'the base model'}: nothing says how its pictures are prepared",
-            f'give {lines} (OpenAI: mean = {list(open_clip.OPENAI_DATASET_MEAN)}, std = {list(open_clip.OPENAI_DATASET_STD)}, "bicubic", "shortest"), '
+            f"{model or 'the base model'}: unknown preprocessing",
+            f'set {lines} (OpenAI: mean = {list(open_clip.OPENAI_DATASET_MEAN)}, std = {list(open_clip.OPENAI_DATASET_STD)}, "bicubic", "shortest"), '
             "or preprocess_cfg in the config",
         )
     choices = {value: tag for tag, value in values.items()}
     listed = "; ".join(f"{value} of {tag}" for value, tag in choices.items())
-    return f"{model}: its tags differ in {name}: {listed}", f"give base.{name} as these weights were trained"
+    return f"{model}: its tags differ in {name}: {listed}", f"set base.{name} as in the training of these weights"
 
 
 def _hashable(value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Encode texts as far as they go: what stands behind the end of a text changes nothing where attention is causal.
+"""Truncate texts at the end of the longest one: with causal attention, later positions have no effect.
 
-A context has 77 tokens, a prompt ten: cut at the end of the longest text of a batch, the same embeddings come of a
-seventh of the work. Graphs are exported from the whole tower, and the proof compares with the whole tower.
+A context has 77 tokens, a prompt about ten, so the same embeddings take a seventh of the work. Graphs are exported from the
+complete tower, and the proof compares with the complete tower.
 """
 
 from __future__ import annotations

@@ -290,5 +290,5 @@ def _load_checkpoint_(path: Path, pools: Pools, optimizer: torch.optim.Optimizer
         optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
         losses = tensors["losses"].tolist()
     except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: damaged: {error}", "delete it: the task then starts from its beginning") from error
+        raise InputError(f"{path}: corrupted: {error}", "delete it to restart the task") from error
     return _Progress(len(losses), losses)

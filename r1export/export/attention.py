@@ -2,8 +2,8 @@
 
     scores = (q * scale) k^T [+ mask]        out = softmax(scores) v        per head, scale = 1 / sqrt(d / heads)
 
-It works on a flat stream (n*tokens, d), so that every linear is one Gemm with its bias inside and its weight as torch
-stores it. Which forms were measured, and against what, is in docs/experiments/export.md.
+It works on flattened tokens (n*tokens, d), so that every linear is one Gemm that includes its bias and has its weight as
+torch stores it. docs/experiments/export.md has the measurements.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def block_lists(tower: nn.Module) -> Iterator[Blocks]:
 
 
 def open_up_(blocks: Blocks, tokens: int, *, first_only: bool) -> None:
-    """Rewrite a sequence of blocks in place: the stream between them becomes (n*tokens, d)."""
+    """Rewrite a sequence of blocks in place: the activations between them become (n*tokens, d)."""
     for block in blocks:
         block.attn = OpenAttention(block.attn, tokens)
     first, last = blocks[0], blocks[-1]

@@ -1,7 +1,7 @@
-"""Export a merged model again and compare it with its release: the long way has to lead to the same files.
+"""Re-export a merged model and compare it with its release.
 
-A release is written without the exporter, from the graphs of the one export and the merged weights. The audit takes no
-part of that: it traces the model with the weights it has, walks both graphs side by side, and compares every byte.
+A release is written without the exporter, from the exported graphs of the base and the merged weights. The audit is
+independent of that: it traces the merged model, walks both graphs in parallel, and compares every byte.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _walk(fresh: ir.Graph, deployed: ir.Graph, location: str) -> list[tuple[ir.V
             if twin.get(mine, mine) is not theirs:
                 read, expected = (value.name if value else "nothing" for value in (theirs, mine))
                 raise CheckFailed(
-                    f"{where}: reads {read}, the fresh export reads {expected}",
+                    f"{where}: reads {read}, the new export reads {expected}",
                     "export the run again with --overwrite",
                 )
         twin.update(zip(node.outputs, released.outputs, strict=True))
@@ -96,7 +96,7 @@ def _attributes(node: ir.Node) -> dict[str, str]:
 def _same(fresh: object, released: object, where: str) -> None:
     if fresh != released:
         raise CheckFailed(
-            f"{where}: {released} in the release, {fresh} in a fresh export", "export the run again with --overwrite"
+            f"{where}: {released} in the release, {fresh} in the new export", "export the run again with --overwrite"
         )
 
 
@@ -107,5 +107,5 @@ def _same_bytes(fresh: np.ndarray, released: np.ndarray, where: str) -> None:
         new, old = (f"sha256 {sha256_bytes(data)[:16]} {list(shape)}" for _, shape, data in contents)
         raise CheckFailed(
             f"{where}: {old} in the release, {new} in a fresh export",
-            "the merged weights are not those of the release: write it again",
+            "the release has other weights than the merged model: export it again",
         )

@@ -1,7 +1,7 @@
-"""Export once: the ONNX graphs of a model, whatever its weights.
+"""Export the ONNX graphs of a model, independent of its weights.
 
-Written from sentinel weights (see weight_map), so nothing that depends on a weight, a task or a date can enter the
-bytes: two models of one architecture give the same files.
+Graphs are exported from sentinel weights (see weight_map), so the files don't depend on weights, tasks or dates: two models
+of one architecture give the same bytes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def export_graphs(
         Unsupported: the exporter cannot trace the model, a parameter cannot be placed, or the graph computes something else.
     """
     if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise InputError(f"opset {opset} is out of range", f"choose export.opset from {MIN_OPSET} to {MAX_OPSET}")
+        raise InputError(f"opset {opset} is out of range", f"set export.opset to {MIN_OPSET} to {MAX_OPSET}")
     model = copy.deepcopy(model).cpu().float().eval()
     sentinels = fill_with_sentinels_(model, SENTINEL_SEED)
     towers = make_towers(model, image_size, context_length)
@@ -101,12 +101,12 @@ def trace(tower: Tower, opset: int) -> tuple[ir.Model, set[str]]:
             simplify_(program.model, held)
     except Exception as error:  # the exporter has no error type of its own for all that it cannot do
         raise Unsupported(
-            f"torch.onnx cannot export the {tower.files.name} tower at opset {opset}: {_last_line(error)}",
+            f"torch.onnx fails to export the {tower.files.name} tower at opset {opset}: {_last_line(error)}",
             "try another opset",
         ) from error
     if program.model.opset_imports[""] != opset:
         raise Unsupported(
-            f"the {tower.files.name} tower came out at opset {program.model.opset_imports['']}, expected {opset}",
+            f"the {tower.files.name} tower was exported at opset {program.model.opset_imports['']}, expected {opset}",
             "try another opset",
         )
     return _anonymous_(program.model, opset), used

@@ -1,4 +1,4 @@
-"""The int8 variant: linears and convolutions multiply 8-bit integers, static scales, one for each row of a weight.
+"""The int8 variant: linears and convolutions multiply 8-bit integers, with static scales, one per row of a weight.
 
     x ~ input_scale * (q - input_zero_point), q uint8        W ~ scale[:, None] * q, q int8 (update/int8.py)
 

@@ -27,7 +27,7 @@ def model_card(manifest: ReleaseManifest) -> str:
         name=manifest.name,
         base=manifest.base.name,
         base_sha256=manifest.base.sha256,
-        licence=manifest.base.licence or "not known to r1export; ask where they come from",
+        licence=manifest.base.licence or "unknown; check their source",
         precision=manifest.precision,
         count=len(learned),
         rows=rows,
@@ -86,17 +86,17 @@ def _percent(value: float | None) -> str:
 
 CARD = """# {name}
 
-CLIP as ONNX in {precision}, made by r1export {version} from base model `{base}`, with {count} learned task(s) merged into its weights.
-The graphs are those of the base model, byte for byte; only the weights differ.
+CLIP as ONNX in {precision}, exported with r1export {version} from base model `{base}`, with {count} fine-tuned task(s) merged into the weights.
+The graphs are byte-identical to the base model's; only the weights differ.
 Licence of the base weights: {licence}. Their SHA-256: `{base_sha256}`.
 
 | task | classes | top-1 | learned |
 |---|---|---|---|
 {rows}
 
-## Classify a picture
+## Classify an image
 
-Save this as `classify.py` in the folder of the release and run it there. It decodes, resizes and normalizes a picture as the lab did.
+Save this as `classify.py` in the release folder and run it there. It decodes, resizes and normalizes an image as in training.
 
 ```python
 # pip install onnxruntime numpy pillow
@@ -106,8 +106,8 @@ import numpy as np
 import onnxruntime as ort
 from PIL import Image, ImageOps
 
-PICTURE = "photo.jpg"  # yours
-TASK = "{task}"  # the classes to choose from; there are: {tasks}
+PICTURE = "photo.jpg"  # your image
+TASK = "{task}"  # one of: {tasks}
 
 p = json.load(open("preprocess.json", encoding="utf-8"))
 height, width = p["size"]
@@ -147,10 +147,10 @@ logits = session.run(None, {{"pixel_values": pixels.transpose(2, 0, 1)[None], "c
 print(names[logits.argmax()])
 ```
 
-`preprocess.onnx`, where it is there, turns an upright RGB picture of any size (uint8, height x width x 3) into `pixel_values`, to a few of
-256 levels. `visual.onnx` gives the L2-normalized embedding of `pixel_values`.
+`preprocess.onnx`, if present, turns an upright RGB image of any size (uint8, height x width x 3) into `pixel_values`, with differences of at
+most a few of 256 levels. `visual.onnx` returns the L2-normalized embedding of `pixel_values`.
 
-## Classes of your own
+## Use your own classes
 
 ```python
 # pip install onnxruntime numpy tokenizers
@@ -166,12 +166,12 @@ session = ort.InferenceSession("textual.onnx", providers=["CPUExecutionProvider"
 print(session.run(None, {{"input_ids": ids}})[0])  # one row of length 1 for each text: class_embeds
 ```
 
-Of several templates for one class the rows are averaged and scaled to length 1. The ids are those of open_clip, except perhaps for
+For several templates per class, average the rows and scale the result to length 1. The ids match open_clip's, except possibly for
 
 {limits}
 
-`golden.safetensors` holds inputs and expected outputs for a self-test; `manifest.json` lists every file's SHA-256 and where each
-parameter lies.
+`golden.safetensors` contains inputs and expected outputs for a self-test; `manifest.json` lists the SHA-256 of every file and the location
+of every parameter.
 
 ## Digests
 

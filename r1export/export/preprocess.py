@@ -1,4 +1,4 @@
-"""preprocess.onnx: what open_clip does to an image, as a graph, so that a client needs no imaging library.
+"""preprocess.onnx: open_clip's preprocessing as a graph, so that clients need no imaging library.
 
     image uint8 (height, width, 3), any size -> pixel_values float32 (1, 3, H, W)
 
@@ -77,7 +77,7 @@ def write_preprocess(config: Mapping[str, Any], path: Path, *, opset: int, ir_ve
     if not has_graph(config):
         raise Unsupported(
             f"no preprocess.onnx for {config['mode']} {resize_mode} {config['interpolation']} {height}x{width}",
-            "preprocess as preprocess.json says, in the client",
+            "implement preprocess.json in the client",
         )
     text = GRAPH.format(
         ir_version=ir_version, opset=opset, height=height, width=width, filter=FILTERS[config["interpolation"]],

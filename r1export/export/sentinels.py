@@ -55,7 +55,7 @@ def prove(graphs: Mapping[Tower, ir.Model], weights: WeightMap, sentinels: Mappi
             if not difference <= SAME:  # NaN is not
                 raise Unsupported(
                     f"the exported {tower.files.name} tower differs from torch by {difference:.1e} on random weights, expected {SAME}",
-                    "report the model",
+                    "please report the model",
                 )
             path.with_name(file).unlink()
 
@@ -67,7 +67,7 @@ def _difference(tower: Tower, path: Path) -> float:
         (embeds,) = open_session(path).run(None, feeds)
     except Exception as error:  # onnxruntime raises its own classes straight from C++, without a common base
         raise Unsupported(
-            f"onnxruntime refuses the exported {tower.files.name} tower: {first_line(error)}",
+            f"onnxruntime rejects the exported {tower.files.name} tower: {first_line(error)}",
             "try another opset",
         ) from error
     expected = torch.cat([tower.expected, tower.expected[:1]]).numpy()

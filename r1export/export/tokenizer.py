@@ -1,6 +1,6 @@
-"""What a client needs to turn prompts into input_ids: the tokenizer as plain JSON and text.
+"""The tokenizer files of a release, as plain JSON and text.
 
-The `tokenizers` library alone gives the ids of the lab: open_clip's text cleaning is part of tokenizer.json.
+The `tokenizers` library alone gives the same ids as in training: open_clip's text cleaning is part of tokenizer.json.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
         _write_clip(tokenizer, folder)
     else:
         raise Unsupported(
-            f"tokenizer {type(tokenizer).__name__} cannot be written for clients",
+            f"tokenizer {type(tokenizer).__name__} is not supported for clients",
             "use a model with CLIP's or a hub tokenizer",
         )
 

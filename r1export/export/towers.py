@@ -1,4 +1,4 @@
-"""The two towers of a CLIP as modules made for export: one input, one unit-norm output, attention in the open.
+"""The two towers of a CLIP as modules for export: one input, one unit-norm output, explicit attention.
 
 visual   pixel_values float (n, 3, H, W) -> image_embeds (n, D)
 textual  input_ids    int64 (n, L)       -> text_embeds  (n, D)

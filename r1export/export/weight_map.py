@@ -1,4 +1,4 @@
-"""Which initializer of an exported graph holds which parameter of the model, found by content.
+"""Map the initializers of an exported graph to the parameters of the model, by content.
 
 The exporter folds transposes and loses names. So the model is exported with sentinel weights, random tensors no two of
 which are equal, and every parameter is looked for among the initializers by its bytes, straight or transposed. A
@@ -122,12 +122,12 @@ def place_parameters(
         if len(matches) != 1 and (matches or name in used):
             raise Unsupported(
                 f"parameter {name} occurs {len(matches)} times in the exported graph, expected once",
-                "the exporter folded or repeated it: report the model, or use another opset",
+                "the exporter folded or repeated it: please report the model, or use another opset",
             )
         for value in matches.values():
             placed[Placement(name, tuple(value.const_value.shape.numpy()), transposed=not straight)] = value
     if len({id(value) for value in placed.values()}) != len(placed):
-        raise Unsupported("two parameters share one initializer", "report the model")
+        raise Unsupported("two parameters share one initializer", "please report the model")
     return placed
 
 

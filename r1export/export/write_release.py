@@ -1,6 +1,6 @@
-"""A release: one folder that can be deployed by itself, written whole or not at all, in the time of writing its bytes.
+"""Write a release: one self-contained folder, written atomically.
 
-The .onnx files are copied from the one export; only the weights and what follows from them are new.
+The .onnx files are copied from the export of the base; only the weights and the files that depend on them are new.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def refused_writes(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise refused(error, f"{path} could not be written") from error
+        raise refused(error, f"cannot write {path}") from error
 
 
 def _write_classes(tasks: tuple[TaskClasses, ...], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""transformers.js and Optimum: config.json, processors, onnx/*.onnx with FILE.onnx_data beside them.
+"""transformers.js and Optimum: config.json, processors, onnx/*.onnx with FILE.onnx_data.
 
 Contract: @huggingface/transformers 4.3.1, models/session.js and utils/model-loader.js (names of external data),
 pipelines/zero-shot-image-classification.js (logits_per_image, model_type). It cuts long texts

@@ -38,7 +38,7 @@ def attempt(look: Callable[[], Check], *, of: int) -> Check:
 
 
 def check_manifest(manifest: ReleaseManifest, expected: Mapping[str, object]) -> Check:
-    """Check the manifest's digest of itself, the consistency of its fields, and the `expected` values of fields."""
+    """Check the manifest's self-digest, the consistency of its fields, and the `expected` values of fields."""
     problems = list(_contradictions(manifest))
     if manifest.sha256 != manifest.digest():
         problems.append("manifest.json was edited: self-digest mismatch")

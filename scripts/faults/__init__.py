@@ -1,1 +1,1 @@
-"""Faults that scripts/planted_faults.py plants in a run: one module for each kind, and what it takes to plant one."""
+"""The faults of scripts/planted_faults.py: one module per kind, and helpers to plant them."""

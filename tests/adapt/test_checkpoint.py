@@ -266,7 +266,7 @@ def test_floats_of_8_bits_are_weights_where_the_file_says_that_they_have_no_scal
 def test_weights_that_are_not_finite_are_named_and_counted(value: float, tmp_path) -> None:
     state = random_state(TINY)
     state["visual.ln_post.bias"][3] = value
-    with pytest.raises(InputError, match=r"visual\.ln_post\.bias has 1 values that are NaN or infinite"):
+    with pytest.raises(InputError, match=r"visual\.ln_post\.bias has 1 NaN or infinite values"):
         load_clip(**written(tmp_path, TINY, state))
 
 

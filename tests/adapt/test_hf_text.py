@@ -107,7 +107,7 @@ def inject_and_name(model: torch.nn.Module, target: str) -> list[str]:
 
 
 def test_the_end_of_a_text_does_not_vote_there(model) -> None:
-    with pytest.raises(Unsupported, match="no token that only its end sees"):
+    with pytest.raises(Unsupported, match="no end token that alone sees the whole text"):
         inject_experts_(model, replace(POOL, towers=("textual",), text_token="end"))
 
 
@@ -142,8 +142,8 @@ def test_a_transformer_that_open_clip_cannot_build_is_refused(transformer: objec
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"pad_token_id": 0}, "takes 0 for the pad token, the tokenizer pads with 1"),
-        ({"vocab_size": 500}, "500 rows for tokens, the tokenizer gives"),
+        ({"pad_token_id": 0}, "pad token is 0, the tokenizer pads with 1"),
+        ({"vocab_size": 500}, "500 token embeddings, the tokenizer needs"),
         ({"max_position_embeddings": 12}, "does not read 16 tokens"),
     ],
 )

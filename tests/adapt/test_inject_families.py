@@ -191,7 +191,7 @@ def test_the_decoder_of_coca_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("visual", "reason"),
     [
-        (lambda: timm.create_model("resnet10t", num_classes=24), "has nothing that pool.targets names"),
+        (lambda: timm.create_model("resnet10t", num_classes=24), "has no layers that match pool.targets"),
         (lambda: timm.create_model("test_nfnet", num_classes=24), "has no blocks"),
     ],
 )
@@ -227,7 +227,7 @@ def test_blocks_are_counted_over_all_stages() -> None:
     assert adapted(FAMILIES["EfficientNet"](), layers=last) == adapted(
         FAMILIES["EfficientNet"](), layers=tuple(range(5, 16))
     )
-    with pytest.raises(Unsupported, match=r"has 16 blocks, pool\.layers names 16"):
+    with pytest.raises(Unsupported, match=r"has 16 blocks, pool\.layers contains 16"):
         adapted(FAMILIES["EfficientNet"](), layers=(16,))
 
 

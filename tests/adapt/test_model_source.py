@@ -63,7 +63,7 @@ def test_a_repository_that_cannot_be_reached_is_a_matter_of_the_environment(monk
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(hub_tokenizer, "hf_hub_download", fetch)
-    with pytest.raises(Unsupported, match=r"someone/clip: open_clip_config\.json cannot be fetched: no route to host"):
+    with pytest.raises(Unsupported, match=r"someone/clip: cannot download open_clip_config\.json: no route to host"):
         load_clip("hf-hub:someone/clip")
 
 
@@ -113,7 +113,7 @@ def _in_parts(folder: Path) -> None:
 def test_weights_without_a_word_on_pictures_are_refused_and_the_recipe_can_say_it(folder) -> None:
     (folder / "plain.json").write_text(json.dumps(TINY), encoding="utf-8")
     arguments = {"weights": folder / "open_clip_model.safetensors", "config": folder / "plain.json"}
-    with pytest.raises(InputError, match=r"nothing says how its pictures are prepared.*base\.mean.*preprocess_cfg"):
+    with pytest.raises(InputError, match=r"unknown preprocessing.*base\.mean.*preprocess_cfg"):
         load_clip(**arguments)
 
 

@@ -246,7 +246,7 @@ def test_a_sparse_gate_that_was_fixed_is_merged_as_it_was_trained(tiny_clip, str
 
 
 def test_a_layer_that_is_not_there_is_refused_by_its_number(tiny_clip) -> None:
-    with pytest.raises(Unsupported, match=r"2 blocks, pool\.layers names 7"):
+    with pytest.raises(Unsupported, match=r"2 blocks, pool\.layers contains 7"):
         inject_experts_(tiny_clip.model, replace(LARGE, layers=(0, 7)))
 
 

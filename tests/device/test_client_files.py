@@ -147,7 +147,7 @@ def test_one_pixel_that_is_far_off_and_many_that_are_a_little_off_are_noticed(ru
     fleet.refresh(release(run, 1))
     reseal(release(run, 1))
     done = apply(run)
-    assert (done.returncode, "preprocess.onnx: picture 0 differs" in done.output) == (1, True), done.output
+    assert (done.returncode, "preprocess.onnx: image 0 differs" in done.output) == (1, True), done.output
     assert words in done.output
 
 

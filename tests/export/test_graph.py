@@ -211,9 +211,9 @@ def test_the_audit_names_an_input_that_a_fresh_export_leaves_out() -> None:
         node = ir.node("Clip", [x, ends[0] if low else None, ends[1]])
         return ir.Graph([x], node.outputs, nodes=[node], initializers=ends, opset_imports={"": 20})
 
-    with pytest.raises(CheckFailed, match=r"node 0 \(Clip\): reads low, the fresh export reads nothing"):
+    with pytest.raises(CheckFailed, match=r"node 0 \(Clip\): reads low, the new export reads nothing"):
         _walk(clip(False), clip(True), "01-a/visual.onnx")
-    with pytest.raises(CheckFailed, match=r"node 0 \(Clip\): reads nothing, the fresh export reads low"):
+    with pytest.raises(CheckFailed, match=r"node 0 \(Clip\): reads nothing, the new export reads low"):
         _walk(clip(True), clip(False), "01-a/visual.onnx")
 
 

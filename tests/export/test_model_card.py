@@ -123,7 +123,7 @@ def test_the_card_says_which_texts_may_get_other_ids() -> None:
 
 def test_the_card_names_the_task_learned_last_and_all_there_are() -> None:
     code = snippets(model_card(MANIFEST))[0]
-    assert 'TASK = "shapes"  # the classes to choose from; there are: colours, shapes, sizes' in code
+    assert 'TASK = "shapes"  # one of: colours, shapes, sizes' in code
 
 
 def test_the_card_shows_an_accuracy_of_exactly_zero_and_one_that_was_not_measured() -> None:

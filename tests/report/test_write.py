@@ -12,6 +12,7 @@ from report.examples import release, run, stage
 from r1export.report.write import remove_reports, render_html, render_junit, render_markdown, write_report
 from r1export.verify.results import (
     TITLES,
+    UNTIMED,
     Answer,
     Check,
     Example,
@@ -102,6 +103,21 @@ def test_what_does_not_apply_is_named_and_does_not_count_as_passed() -> None:
             assert "Not applicable" in page.row(title)
     assert "Not applicable" in page.row("Same graph")
     assert report.verdict == "pass"
+
+
+def test_figures_of_what_does_not_apply_are_told_from_those_that_were_not_measured() -> None:
+    merge = Parity.not_applicable("the base release has no merge")
+    base = release(
+        release=replace(release().release, index=0),
+        parity=replace(release().parity, merge=merge, total=Parity.unmeasured("busy")),
+        latency=Latency.not_applicable("the base release is the reference"),
+    )
+    assert markdown_row(base, "Max. difference") == "| Max. difference | not applicable | 2.9e-6 | not measured |"
+    assert "## Latency\n\nNot applicable." in render_markdown(base)
+    row = markdown_row(replace(run(), releases=(base,)), base.name)
+    assert row.endswith("| not measured | **✓ Passed** | not applicable | not applicable |")
+    untimed = render_markdown(release(latency=Latency.not_applicable(UNTIMED)))
+    assert "## Latency\n\nNot measured." in untimed
 
 
 def test_evidence_says_how_many_samples_were_compared() -> None:
@@ -215,7 +231,7 @@ def test_junit_counts_what_failed_and_skips_what_did_not_pass() -> None:
     assert [case.get("name") for case in root[0] if case.find("failure") is not None] == ["total", "verdict"]
     skipped = {case.get("name"): case[0].get("message", "") for case in root[0] if case.find("skipped") is not None}
     assert skipped["cost"] == "not applicable: nothing to compare with"
-    assert skipped["latency"].startswith("inconclusive: 1.001 times the base")
+    assert skipped["latency"].startswith("inconclusive: 1.001 vs. base")
 
 
 def test_junit_of_a_run_has_one_suite_per_release_and_one_for_the_run() -> None:

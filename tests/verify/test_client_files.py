@@ -125,7 +125,7 @@ def test_another_preprocess_graph_is_found(release: Path) -> None:
     write_preprocess(other.to_json(), release / "preprocess.onnx", opset=20)
     check = preprocessing(release, golden_of(preprocess()))
     assert check.verdict == "fail"
-    assert "preprocess.onnx: picture 0 differs" in check.detail
+    assert "preprocess.onnx: image 0 differs" in check.detail
 
 
 def test_a_preprocess_graph_that_has_to_be_there_and_is_not_is_found(release: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_manifest_can_only_make_the_gate_stricter() -> None:
     strict = manifest_gate(manifest_of(here, golden=GoldenGate(1e-6, 1.0)))
     assert (strict.max_abs, strict.min_cosine) == (1e-6, 1.0)
     assert manifest_gate(manifest_of(here)) == Gate()
-    with pytest.raises(InputError, match="precision is 'int4', known are fp32, fp16, int8"):
+    with pytest.raises(InputError, match="unknown precision 'int4', expected one of fp32, fp16, int8"):
         manifest_gate(manifest_of(here, precision="int4"))
 
 

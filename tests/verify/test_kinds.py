@@ -156,7 +156,8 @@ def test_no_limit_that_a_release_states_loosens_the_gate(
 
 @given(verdict=st.sampled_from([v for v in Verdict if v is not Verdict.PASS]), error=st.floats(0, 10))
 def test_no_neighbour_that_does_not_pass_loosens_the_gate(verdict: Verdict, error: float) -> None:
-    control = Parity(verdict=verdict, looked_at=1, of=1, max_abs=error, min_cosine=0.0)
+    of = 0 if verdict is Verdict.NOT_APPLICABLE else 1
+    control = Parity(verdict=verdict, looked_at=of, of=of, detail="a reason", max_abs=error, min_cosine=0.0)
     assert all(gate.calibrated(control) == gate for gate in GATES.values())
 
 

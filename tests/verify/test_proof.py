@@ -251,7 +251,7 @@ def test_a_provider_that_is_not_here_is_refused_and_never_replaced_by_another(wr
 
 def test_inputs_that_the_graph_does_not_take_are_a_failed_check(write_graph) -> None:
     run = runner(open_session(write_graph("baked", batch=1)))
-    with pytest.raises(CheckFailed, match=r"cannot run x \[2, 6\]"):
+    with pytest.raises(CheckFailed, match=r"fails to run x \[2, 6\]"):
         run({"x": np.zeros((2, 6), np.float32)})
 
 

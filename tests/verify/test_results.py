@@ -79,6 +79,13 @@ def test_a_judgement_passes_only_without_problems_and_with_everything_looked_at(
     assert (check.verdict == "fail") == bool(problems)
 
 
+@pytest.mark.parametrize("fields", [{"looked_at": 0, "of": 0}, {"looked_at": 1, "of": 1, "detail": "a reason"}])
+def test_a_check_that_does_not_apply_has_a_reason_and_no_items(fields: dict) -> None:
+    with pytest.raises(ValueError, match="does not apply"):
+        Check(verdict=Verdict.NOT_APPLICABLE, **fields)
+    assert Check.not_applicable("the base has no merge").detail == "the base has no merge"
+
+
 def test_many_problems_are_cut_and_counted() -> None:
     check = Check.judge([f"p{i}" for i in range(7)], looked_at=7, of=7, detail="well")
     assert check.detail == "p0; p1; p2; p3; p4 (and 2 more)"

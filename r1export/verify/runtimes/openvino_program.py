@@ -30,7 +30,7 @@ def execute(graph: Path, feeds: Mapping[str, np.ndarray]) -> Execution:
 
     Raises:
         Unsupported: OpenVINO is not installed.
-        CheckFailed: it refuses the model or the inputs.
+        CheckFailed: it rejects the model or the inputs.
     """
     check_provider("openvino")
     try:

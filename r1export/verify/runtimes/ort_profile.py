@@ -78,7 +78,7 @@ def execute(graph: Path, feeds: Mapping[str, np.ndarray], provider: str = "cpu")
 
     Raises:
         Unsupported: this onnxruntime has not the provider.
-        CheckFailed: onnxruntime refuses the model or the inputs, or fell back to another provider.
+        CheckFailed: onnxruntime rejects the model or the inputs, or fell back to another provider.
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized, options = Path(folder) / "optimized.onnx", session_options()

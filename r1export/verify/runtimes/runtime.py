@@ -96,7 +96,7 @@ def open_session(graph: Path, *, level: str = "all", provider: str = "cpu", thre
 
     Raises:
         Unsupported: the provider is not here, or onnxruntime silently fell back to another one.
-        CheckFailed: the runtime refuses the model.
+        CheckFailed: the runtime rejects the model.
     """
     check_provider(provider)
     if PROVIDERS[provider].has_levels:

@@ -58,7 +58,7 @@ def test_what_it_refuses_is_a_failed_check_in_one_line(write_graph, tmp_path) ->
     with pytest.raises(CheckFailed, match=r"OpenVINO rejects the model: .*Could not open the file"):
         open_session(tmp_path / "none.onnx", provider="openvino")
     run = runner(open_session(write_graph("baked", batch=1), provider="openvino"))
-    with pytest.raises(CheckFailed, match=r"cannot run x \[2, 6\]: Can't set the input tensor"):
+    with pytest.raises(CheckFailed, match=r"fails to run x \[2, 6\]: Can't set the input tensor"):
         run({"x": np.zeros((2, WIDTH), np.float32)})
 
 
