@@ -94,6 +94,7 @@ class Shell:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            preexec_fn=_hear_interrupts,
         )
 
     def run(self, command: str) -> Outcome:
@@ -137,6 +138,11 @@ class Shell:
         self.process.wait()
 
 
+def _hear_interrupts() -> None:
+    """Ctrl-C ends what the shell runs, also where this script is a background job, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _fetch(url: str) -> int:
     """Bytes of a page, once there is one; 0 if it never comes."""
     for _ in range(PATIENCE):
@@ -174,11 +180,12 @@ def transcript(pages: dict[str, list[Outcome]], where: str) -> str:
     """docs/transcript.md: a table of times, then every command with its output. `where` says what they ran in."""
     ran = [outcome for outcomes in pages.values() for outcome in outcomes if outcome.code is not None]
     minutes = sum(outcome.seconds for outcome in ran) / 60
+    left_out = sum(map(len, pages.values())) - len(ran)
     parts = [
         "# Transcript",
         f"Written by `scripts/newcomer.py`, which follows README and the [tutorial](tutorial.md) word for word, in {where}.\n"
         f"{date.today()}, {os.cpu_count()} CPU cores, load average {os.getloadavg()[2]:.0f} (15 minutes): {len(ran)} commands, "
-        f"{sum(o.failed for o in ran)} failed, {minutes:.0f} minutes.",
+        f"{sum(o.failed for o in ran)} failed, {left_out} left out, {minutes:.0f} minutes.",
     ]
     for page, outcomes in pages.items():
         parts.append(f"## {'README' if page == 'README.md' else 'Tutorial'}")
