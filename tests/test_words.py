@@ -38,7 +38,7 @@ ALLOWED = {  # what a retired word is part of where it means something else
 }
 CODE = [
     path
-    for folder in ("r1export", "scripts", "benchmarks")
+    for folder in ("r1export", "scripts", "benchmarks", "examples")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if "clients" not in path.parts
 ]
@@ -48,6 +48,8 @@ PAGES = [
         "*.md",
         "docs/**/*.md",
         "benchmarks/*.md",
+        "examples/*.md",
+        "examples/*.ipynb",
         "recipes/**/*.toml",
         "r1export/**/*.j2",
         "r1export/web/page/*",

@@ -170,7 +170,7 @@ def test_a_link_or_a_pipe_that_takes_the_place_of_a_file_is_not_followed(release
 def test_a_release_that_does_not_hold_is_refused_before_it_is_served(release: Path) -> None:
     manifest = ReleaseManifest.read(release)
     replace(manifest, name="another").write(release)
-    with pytest.raises(CheckFailed, match="digest of itself"):
+    with pytest.raises(CheckFailed, match="self-digest mismatch"):
         open_source(release)
     manifest.write(release)
     with open(release / "visual.safetensors", "r+b") as file:
