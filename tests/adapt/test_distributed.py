@@ -67,5 +67,5 @@ def test_alone_every_image_is_ones_own() -> None:
 def test_fewer_images_than_processes_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(distributed, "world", lambda: 4)
     assert [part.tolist() for part in distributed.shares(np.arange(9))] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    with pytest.raises(InputError, match="3 images for 4 processes"):
+    with pytest.raises(InputError, match="3 images is too small for 4 processes"):
         distributed.shares(np.arange(3))

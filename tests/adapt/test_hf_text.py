@@ -113,7 +113,7 @@ def test_the_end_of_a_text_does_not_vote_there(model) -> None:
 
 def test_without_transformers_one_line_says_what_to_install(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(model_config, "find_spec", lambda name: None)
-    with pytest.raises(Unsupported, match=r"own: its text tower is one of transformers.*pip install 'r1export\[hf\]'"):
+    with pytest.raises(Unsupported, match=r"own: the text tower needs transformers.*pip install 'r1export\[hf\]'"):
         read_model_config(written(tmp_path, BERT)).build()
 
 

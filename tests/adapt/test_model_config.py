@@ -259,5 +259,5 @@ def test_weights_of_another_dtype_are_converted_and_of_another_shape_refused(tmp
     save_file(halves, tmp_path / "half.safetensors")
     assert load_clip(weights=tmp_path / "half.safetensors", config=tiny_files[1]).model.logit_scale.ndim == 0
     save_file({**halves, "logit_scale": halves["logit_scale"].reshape(1, 1)}, tmp_path / "odd.safetensors")
-    with pytest.raises(InputError, match="does not fit the model"):
+    with pytest.raises(InputError, match="does not match the model"):
         load_clip(weights=tmp_path / "odd.safetensors", config=tiny_files[1])

@@ -40,7 +40,7 @@ def test_every_model_of_open_clip_is_known_or_refused_by_what_is_missing(model: 
         )
     else:
         with pytest.raises(
-            InputError, match=r"tags differ in .*set base\." if tags else r"nothing says how.*set base\.mean"
+            InputError, match=r"tags differ in .*set base\." if tags else r"unknown preprocessing.*set base\.mean"
         ):
             of_family(model, PreprocessSettings())
 

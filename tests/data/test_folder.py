@@ -94,9 +94,9 @@ def test_what_is_no_picture_or_hidden_is_left_out_and_noted(flat):
     assert task.classes == ("ant", "bee")
     assert len(task.train) + len(task.test) == 40
     assert sorted(task.notes) == [
-        "skipped (not an image): ant/notes.txt",
         "skipped (hidden entry): .cache, ant/._01.png",
         "skipped (image outside of a class folder): stray.png",
+        "skipped (not an image): ant/notes.txt",
     ]
 
 

@@ -455,7 +455,7 @@ def test_a_root_that_does_not_exist_is_refused_and_not_made(tmp_path):
 
 
 def test_an_unknown_set_lists_the_known_ones(tmp_path):
-    with pytest.raises(InputError, match="torchvision:ImageNet is unknown") as refused:
+    with pytest.raises(InputError, match="unknown data set torchvision:ImageNet") as refused:
         torchvision_sets.load("ImageNet", tmp_path)
     assert "FGVCAircraft" in refused.value.remedy
 

@@ -83,7 +83,7 @@ def test_the_kit_tries_them_too(run, tmp_path) -> None:
     ):
         done = subprocess.run([sys.executable, kit, *map(str, verb)], capture_output=True, text=True)
         assert done.returncode == code, done.stderr
-    assert "tokenizer.json: other input_ids" in done.stderr
+    assert "tokenizer.json: wrong input_ids" in done.stderr
 
 
 def tokenizer_with(run: Path, number: int, left: str, right: str) -> None:
@@ -104,7 +104,7 @@ def test_a_base_whose_preprocessing_is_not_the_labs_makes_no_store(run, changed)
     write_preprocess(fleet.CONFIG | changed, base / "preprocess.onnx", opset=19)
     reseal(base)
     done = init(run)
-    assert (done.returncode, "health check of preprocess.onnx: picture" in done.output) == (1, True), done.output
+    assert (done.returncode, "health check of preprocess.onnx: image" in done.output) == (1, True), done.output
     assert not (run.parent / "store").exists()
 
 
@@ -135,7 +135,7 @@ def test_an_update_with_another_picture_than_its_pixels_is_taken_back(run) -> No
     picture = read_tensors(release(run, 1) / "golden.safetensors")["picture_2"]
     change_golden(run, picture_2=255 - picture)
     done = apply(run)
-    assert (done.returncode, "preprocess.onnx: picture 2 differs by up to" in done.output) == (1, True), done.output
+    assert (done.returncode, "preprocess.onnx: image 2 differs by up to" in done.output) == (1, True), done.output
     assert (run.parent / "store/current").resolve().name == "base"
 
 
@@ -169,7 +169,7 @@ def test_a_tokenizer_that_is_none_fails(run, text) -> None:
     (release(run, 1) / "tokenizer/tokenizer.json").write_text(text)
     reseal(release(run, 1))
     done = apply(run)
-    assert (done.returncode, "tokenizer.json cannot be used" in done.output) == (1, True), done.output
+    assert (done.returncode, "cannot load tokenizer/tokenizer.json" in done.output) == (1, True), done.output
 
 
 def test_fewer_prompts_than_input_ids_fail(run) -> None:

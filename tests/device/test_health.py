@@ -31,7 +31,7 @@ def test_a_sound_version_is_healthy_in_both_towers(lab, device):
     ("limits", "name"),
     [
         (Health(1e-4, 1.0, 0.0), "lowest cosine"),
-        (Health(1e-9, -1.0, 0.0), "largest difference"),
+        (Health(1e-9, -1.0, 0.0), "max. difference"),
     ],
 )
 def test_what_is_beyond_a_limit_is_named(lab, device, monkeypatch, limits, name):

@@ -95,9 +95,9 @@ def test_open_clip_weights_are_those_of_the_model(lab, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--to", "torchserve"), 2, "layout 'torchserve': there is none of this name"),
+        (("--to", "torchserve"), 2, "unknown layout 'torchserve'"),
         (("--to", "immich"), 3, "immich has no model with 128-dimensional embeddings"),
-        ((), 2, "layout '': there is none of this name"),
+        ((), 2, "unknown layout ''"),
     ],
 )
 def test_a_layout_that_cannot_be_made_is_one_line(lab, tmp_path, arguments, code, message) -> None:

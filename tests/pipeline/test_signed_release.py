@@ -137,7 +137,7 @@ def test_what_is_no_update_or_lacks_its_keys_is_bad_input(
         ("text.r1u", ("fleet.pub",), (), "not a .r1u file"),
         ("nowhere.r1u", ("fleet.pub",), (), "no such file"),
         ("1.r1u", (), (), "--bundle and --trust must be used together"),
-        ("1.r1u", ("fleet.pub", "fleet.pub"), ("--threshold", 2), "2 signatures of 1 keys"),
+        ("1.r1u", ("fleet.pub", "fleet.pub"), ("--threshold", 2), "2 signatures required from 1 keys"),
     ):
         done = verify(release, update, keys, *options)
         assert (done.returncode, words in done.stderr) == (2, True), done.output

@@ -159,7 +159,7 @@ def test_pictures_that_are_new_are_embedded_and_the_others_kept(lab, photos, ind
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--out", "vectors.csv"), 2, "vectors in .csv"),
+        (("--out", "vectors.csv"), 2, "unsupported suffix .csv"),
         (("--out", "there.npy"), 2, "there.npy exists"),
         (("--out", "new.npy", "--from", "there.npy"), 2, "there.npy: not a file of r1export vectors"),
     ],

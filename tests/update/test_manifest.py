@@ -187,7 +187,7 @@ def test_experts_out_of_order_or_twice_are_refused(document):
     reordered["updates"][1]["experts"].reverse()
     refused(reordered, "sorted")
     document["updates"].append(document["updates"][0])
-    refused(document, "twice")
+    refused(document, "duplicate update")
 
 
 def test_a_newer_format_updater_or_algorithm_asks_for_a_newer_updater(document):

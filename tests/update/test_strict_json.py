@@ -8,7 +8,7 @@ from r1export.update.strict_json import parse_json
 
 def test_a_document_beyond_its_limit_is_not_parsed():
     assert parse_json(b'{"a": 1}', "x", 8).integer("a") == 1
-    with pytest.raises(InputError, match="9 bytes, at most 8"):
+    with pytest.raises(InputError, match="9 bytes, expected at most 8"):
         parse_json(b'{"a": 1} ', "x", 8)
 
 

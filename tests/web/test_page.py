@@ -85,7 +85,7 @@ def test_the_golden_test_passes_and_the_release_is_shown(browser, lab, serve) ->
     assert "8 golden samples" in detail
     assert "same top-1 in 8 of 8" in detail
     assert "3 images through preprocess.onnx: difference up to " in detail
-    assert "Prompts: not checked, this page has no tokenizer." in detail
+    assert "Prompts: not checked (this page has no tokenizer)." in detail
     text = browser.do("page.innerText", "#tasks") + browser.do("page.innerText", "#facts")
     for task in manifest["tasks"]:
         assert (
@@ -320,7 +320,7 @@ def test_what_is_no_picture_is_said_to_be_none(browser, lab, serve, picture: Pat
     (tmp_path / "notes.png").write_text("no picture")
     settle(browser, serve(lab.release(1)))
     browser.do("page.setInputFiles", "#file", str(tmp_path / "notes.png"))
-    browser.do("until", 'document.querySelector("#hint").innerText.includes("is not a picture")')
+    browser.do("until", 'document.querySelector("#hint").innerText.includes("is not an image")')
     classify(browser, picture)
     assert browser.do("page.innerText", "#hint") == "disc.png"
 

@@ -86,7 +86,7 @@ def test_a_release_that_cannot_be_derived_is_refused(run, key, tmp_path):
     tensors = read_tensors(folder / "visual.safetensors")
     tensors["visual.proj.weight"] = tensors["visual.proj.weight"] * 1.5
     write_tensors(folder / "visual.safetensors", tensors)
-    with pytest.raises(CheckFailed, match=r"visual\.safetensors is damaged"):
+    with pytest.raises(CheckFailed, match=r"visual\.safetensors is corrupted"):
         make_bundle(tmp_path / "run", Step(1), [key], TERMS)
     document = json.loads((folder / "manifest.json").read_text())
     import hashlib
@@ -126,7 +126,7 @@ def test_a_file_that_changes_after_it_was_planned_is_refused(run, key, tmp_path,
     delivery = plan_delivery(tmp_path / "run", Step(1))
     file = delivery.target.path / path
     file.write_bytes(file.read_bytes() + b" ")
-    with pytest.raises(CheckFailed, match=rf"{path} is damaged"):
+    with pytest.raises(CheckFailed, match=rf"{path} is corrupted"):
         sign_delivery(delivery, TERMS, [key])
 
 
