@@ -9,19 +9,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from running import context_of, r1export, reseal
 
 from r1export.device.health import check_health
 from r1export.device.version import Version
 from r1export.errors import Unsupported
 from r1export.pipeline import bundle
+from r1export.pipeline.context import NoProgress, RunContext
 from r1export.pipeline.variant import Variant
 from r1export.pipeline.verification.without_task import check_without_tasks
+from r1export.recipe import load_recipe
+from r1export.run_folder import RunFolder
 from r1export.update.atomic_io import sha256_file
 from r1export.update.bundle import split
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.manifest import Health, Manifest
 from r1export.update.release_manifest import GoldenGate, Release, ReleaseManifest
+from r1export.verify.parity import GATES
 from r1export.verify.results import Verdict
 
 
@@ -204,3 +209,16 @@ def test_the_weights_of_a_version_without_a_task_are_compared_with_the_factors_t
     found = check_without_tasks(Release.read(release), variant, 2, ["arrows"])
     assert found.weights.verdict is Verdict.FAIL
     assert f"{name} is not base + factors" in found.weights.detail
+
+
+def test_fp16_leaves_room_on_the_built_in_model_which_amplifies_the_rounding_of_weights(tmp_path) -> None:
+    recipe = '[base]\nmodel = "builtin:photo"\n[[tasks]]\nname = "clothing10"\nsource = "builtin:clothing10"\n'
+    (tmp_path / "recipe.toml").write_text(recipe)
+    context = RunContext(RunFolder(tmp_path / "run"), load_recipe(tmp_path / "recipe.toml"), "cpu", NoProgress())
+    pixels = next(context.tests["clothing10"].batches(8))
+    with torch.inference_mode():
+        single = context.clip.encode_image(pixels)
+        for weight in context.clip.model.visual.parameters():
+            weight.copy_(weight.half())
+        lost = 1 - (single * context.clip.encode_image(pixels)).sum(1).min().item()
+    assert 1e-6 < lost * bundle.ROOM["fp16"] ** 2 < 1 - GATES["fp16"].min_cosine
