@@ -172,6 +172,8 @@ class Pool(_Section):
     """Dropout on the input of the experts."""
     factors: Literal["fp32", "fp16"] = "fp32"
     """Precision of the merged experts; `fp16` halves the size of updates."""
+    init: Literal["gradient", "random"] = "random"
+    """`gradient` lets experts start with the input directions in which the task's loss is steepest; `random` as in LoRA and the published code."""
     router: Literal["random", "straight-through"] = "random"
     """`random` keeps the router at its random initialization, as the published code does; `straight-through` trains it."""
     text_token: Literal["start", "end"] = "start"
