@@ -86,8 +86,12 @@ def _calls(pools: Pools) -> Iterator[Calls]:
 
 
 def _directions(gradient: Tensor, pool: ExpertPool) -> Tensor:
-    """At most `rank` leading right singular vectors of `gradient` (out, in) outside of the pool's span, as rows (k, in)."""
+    """At most `rank` leading right singular vectors of `gradient` (out, in) outside of the pool's span, as rows (k, in).
+
+    The largest entry of each is positive: without a rule the sign would depend on rounding.
+    """
     outside = gradient - (gradient @ pool.span) @ pool.span.T
     rank = pool.settings.rank
     _, values, vectors = torch.svd_lowrank(outside, q=min(rank + OVERSAMPLED, *outside.shape), niter=3)
-    return vectors[:, :rank][:, values[:rank] > NEGLIGIBLE * values[0]].T
+    leading = vectors[:, :rank][:, values[:rank] > NEGLIGIBLE * values[0]].T
+    return leading * leading.gather(1, leading.abs().argmax(1, keepdim=True)).sign()
