@@ -24,7 +24,7 @@ from r1export.adapt.pool import ExpertPool, Pools, routed
 from r1export.adapt.trainer import Objective, TrainingTask, task_prompts
 from r1export.update.factors import Rows
 
-BATCHES = 4  # of a task, or all of its images if they are fewer
+BATCHES = 8  # of a task, or all of its images if they are fewer
 OVERSAMPLED = 8  # directions computed beyond those that are used, which makes the last ones exact enough
 NEGLIGIBLE = 1e-4  # of the largest singular value: below it a direction is rounding
 
