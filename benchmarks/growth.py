@@ -58,6 +58,7 @@ batch_size = 8
 protect = 0.0
 protect_own = 0.0
 [pool]
+init = "random"
 alpha = 12.0
 """
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ import numpy as np
 from r1export.recipe import load_recipe
 
 BASELINES = Path(__file__).parents[1] / "recipes" / "baselines"
+KEEP_LORA = Path(__file__).with_name("keep_lora.py")  # trains by r1export's trainer with changes of its own
 COLUMNS = ("Transfer", "Avg", "Last", "probe", "trainable", "shipped kB", "seconds")
 
 
@@ -52,9 +54,9 @@ def main() -> None:
 def _lay_over(stream: Path, out: Path) -> None:
     """Copies of the baselines that extend `stream` instead of mini-MTIL."""
     out.mkdir(parents=True, exist_ok=True)
-    for path in BASELINES.glob("*.toml"):
+    for path in (*BASELINES.glob("*.toml"), KEEP_LORA.with_name("keep-lora.toml")):
         text = path.read_text(encoding="utf-8")
-        (out / path.name).write_text(text.replace("../mini-mtil.toml", str(stream.resolve())), encoding="utf-8")
+        (out / path.name).write_text(re.sub(r'"[^"]*/mini-mtil.toml"', f'"{stream.resolve()}"', text), encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:
@@ -74,7 +76,8 @@ def _arguments() -> argparse.Namespace:
 def _train(asked: argparse.Namespace, method: str, order: str, seed: int) -> dict[str, Any]:
     """The figures of one run, trained if it is not there. SystemExit with what the command said if it fails."""
     run = asked.out / f"{method}-{order}-{seed}"
-    command = [sys.executable, "-m", "r1export", "train", asked.out / f"{method}.toml", "--out", run, "--resume"]
+    program = [KEEP_LORA] if method == "keep-lora" else ["-m", "r1export"]
+    command = [sys.executable, *program, "train", asked.out / f"{method}.toml", "--out", run, "--resume"]
     sets = [*asked.set, f"train.seed={seed}"]
     if asked.scaling:
         sets.append(f"pool.alpha={asked.scaling * load_recipe(asked.out / f'{method}.toml').pool.rank}")

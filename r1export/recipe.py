@@ -158,7 +158,7 @@ class TaskSource(_Section):
 
 
 class Pool(_Section):
-    """The pool of rank-1 experts of every adapted layer. Defaults: arXiv 2601.22828."""
+    """The pool of rank-1 experts of every adapted layer. Defaults: arXiv 2601.22828, except `init`."""
 
     rank: int = Field(12, ge=1, le=4096)
     """Number of experts in the pool."""
@@ -172,6 +172,8 @@ class Pool(_Section):
     """Dropout on the input of the experts."""
     factors: Literal["fp32", "fp16"] = "fp32"
     """Precision of the merged experts; `fp16` halves the size of updates."""
+    init: Literal["gradient", "random"] = "gradient"
+    """`gradient` lets experts start with the input directions in which the task's loss is steepest; `random` as in LoRA and the published code."""
     router: Literal["random", "straight-through"] = "random"
     """`random` keeps the router at its random initialization, as the published code does; `straight-through` trains it."""
     text_token: Literal["start", "end"] = "start"
@@ -224,7 +226,7 @@ class Train(_Section):
     """Fraction of the energy of earlier tasks' inputs to protect: new experts ignore these input directions. 0 disables it."""
     protect_own: float = Field(0.8, ge=0, lt=1)
     """The same for the inputs that the task's own images produce before training, as a proxy for pretraining data. 0 disables it."""
-    distill_weight: float = Field(1.0, ge=0)
+    distill_weight: float = Field(2.0, ge=0)
     """Weight of the distillation loss, which preserves the previous model's predictions on the task's images and reference names. 0 disables it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` runs the frozen model under autocast; experts and optimizer state stay in float32."""

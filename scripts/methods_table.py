@@ -23,11 +23,13 @@ RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
 BEGIN, END = "<!-- made by scripts/methods_table.py -->\n", "<!-- end -->\n"
 TITLES = {
     "ours": "**r1export's defaults**",
+    "random-init": "the same, experts start at random, distillation 1.0",
     "former": "the defaults of version 0.1",
     "faithful": "the method as published",
     "random-4-of-12": "4 of 12 experts at random",
     "lora-r4": "LoRA of rank 4, merged",
     "lora-r12": "LoRA of rank 12, merged",
+    "keep-lora": "KeepLoRA, rank 4",
     "codyra": "CoDyRA",
     "full": "full fine-tuning",
 }

@@ -93,6 +93,13 @@ def gathered(features: Tensor) -> Tensor:
     return torch.cat(all_gather(features)) if world() > 1 else features
 
 
+def average_(tensor: Tensor) -> None:
+    """The mean over all processes, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world()
+
+
 def own(parts: list[np.ndarray]) -> np.ndarray:
     """This process's part."""
     return parts[dist.get_rank() if world() > 1 else 0]

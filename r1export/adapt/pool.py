@@ -289,6 +289,15 @@ class ExpertPool(nn.Module):
         """What the rows of A are multiplied with, one row for each position: (n, ..., in) -> (N, in)."""
         return x.reshape(-1, x.shape[-1])
 
+    def writes(self, y: Tensor) -> Tensor:
+        """What the rows of B give, one row for each position as in `reads`: (n, ..., out) -> (N, out)."""
+        return y.reshape(-1, y.shape[-1])
+
+    @torch.no_grad()
+    def read_along_(self, directions: Tensor) -> None:
+        """The first experts read these unit rows (k, in), with the mean square norm that `reset_` gives."""
+        self.lora_A[: len(directions)] = directions / math.sqrt(3)
+
     def overlap(self) -> Tensor:
         """sum |B_J^T P| over the leading experts J and the merged columns P of earlier tasks (a scalar)."""
         return (self.lora_B[:, self.selected()].T @ self.past).abs().sum()
@@ -325,6 +334,10 @@ class ConvolutionPool(ExpertPool):
         padding = 0 if self._pads_to_input else cast(tuple[int, ...], self._padding)
         patches = F.unfold(x, self._kernel, self._dilation, padding, self._stride)
         return patches.transpose(1, 2).flatten(0, 1)
+
+    def writes(self, y: Tensor) -> Tensor:
+        """(n, out, h', w') -> (N, out)."""
+        return y.flatten(2).transpose(1, 2).flatten(0, 1)
 
     def token(self, x: Tensor) -> Tensor:
         """The mean of each image over its positions, (n, in)."""

@@ -156,7 +156,7 @@ def train_pools_(
     learned = [p for pool in pools.values() for p in pool.parameters()]
     learned = learned or [p for p in clip.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    objective = _Objective(clip, distributed.encoders(clip, pools), pools, task_prompts(clip, training), training)
+    objective = Objective(clip, distributed.encoders(clip, pools), pools, task_prompts(clip, training), training)
     progress = _Progress()
     if checkpoint is not None and checkpoint.exists():
         progress = _load_checkpoint_(checkpoint, pools, optimizer)
@@ -171,7 +171,7 @@ def train_pools_(
     return progress.losses
 
 
-def _train_step_(objective: _Objective, optimizer: torch.optim.Optimizer, progress: _Progress) -> TrainStep:
+def _train_step_(objective: Objective, optimizer: torch.optim.Optimizer, progress: _Progress) -> TrainStep:
     """One step of the optimizer. Raises InputError if the loss is not finite."""
     started, settings, pools = time.perf_counter(), objective.training.settings, objective.pools
     if progress.step >= settings.consolidate * settings.iterations:
@@ -223,7 +223,7 @@ def task_prompts(clip: Clip, training: TrainingTask) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Objective:
+class Objective:
     """What stays the same over the steps of one task, and the losses of a step."""
 
     clip: Clip

@@ -287,7 +287,7 @@ def inject_pools_(clip: Clip, recipe: Recipe) -> Pools:
 
 def pool_settings(pool: Pool) -> PoolSettings:
     """The pool settings of a recipe."""
-    return PoolSettings(**pool.model_dump(exclude={"factors", "past"}))
+    return PoolSettings(**pool.model_dump(exclude={"factors", "past", "init"}))
 
 
 def train_settings(train: Train) -> TrainSettings:

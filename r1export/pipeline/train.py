@@ -18,6 +18,7 @@ from r1export.adapt.clip import digest, licence
 from r1export.adapt.distillation import BATCH, DistillationTargets, distillation_targets, reference_names
 from r1export.adapt.evaluate import accuracy, all_classes
 from r1export.adapt.full_finetune import fine_tune_
+from r1export.adapt.gradient_init import init_along_gradient_
 from r1export.adapt.inject import eject_experts_
 from r1export.adapt.input_span import (
     Span,
@@ -197,6 +198,8 @@ def _train_experts(job: TaskJob) -> _Trained:
         reset_pools_(pools, recipe.train.seed, training.number)
         earlier = _leave_spans_(job, pools)
         _set_past_(job, pools)
+        if recipe.pool.init == "gradient" and not job.folder.checkpoint.exists():
+            init_along_gradient_(clip, pools, training)
         losses = train_pools_(clip, pools, training, checkpoint=job.folder.checkpoint, on_step=job.on_step)
         update = pack_experts(pools, DTYPES[recipe.pool.factors])
         if recipe.pool.factors != "fp32":
