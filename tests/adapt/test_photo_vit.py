@@ -60,7 +60,7 @@ def test_it_names_photographs_that_it_was_not_taught_here(base: Clip) -> None:
     probe = load_builtin("objects33")
     rows = np.arange(0, len(probe.test), 3)
     images = image_embeddings(base, Pixels(probe.test.subset(rows), base.preprocess))
-    assert ((images @ class_embeddings(base, probe).T).argmax(1) == probe.test.labels[rows]).mean() > 0.75
+    assert ((images @ class_embeddings(base, probe).T).argmax(1) == probe.test.labels[rows]).mean() > 0.8
 
 
 def test_experts_stand_in_the_attention_and_the_mlp_of_the_transformer_and_are_routed_by_the_class_token(
