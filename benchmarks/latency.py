@@ -191,8 +191,9 @@ def _last_release(run: Path) -> Iterator[dict[str, Path]]:
 
 
 def _timed(graphs: dict[str, Path], feeds: Feeds, repetition: int, program: str) -> Row:
-    latency = added_latency(make_contenders(graphs, feeds, "cpu"), PAIRS, MARGIN, DEFAULT_BUDGET)
-    return _row(repetition, program, latency)
+    controls = {program: graphs["unmerged"]} if "unmerged" in graphs else {}
+    contenders = make_contenders(graphs["base"], {program: graphs["merged"]}, controls, feeds, "cpu")
+    return _row(repetition, program, added_latency(contenders, PAIRS, MARGIN, DEFAULT_BUDGET)[program])
 
 
 def _row(repetition: int, program: str, latency: Latency) -> Row:

@@ -1,27 +1,28 @@
-"""Time base and release in turn in one process.
+"""Time the base and one or several releases in turn in one process.
 
 Each block opens fresh sessions, because the memory placement of weights can make one session a few percent slower for its
 whole life. Each round runs the contenders in random order and then in reverse, which cancels drift. All clocks are read
-around every run, and the clock with the lowest noise (base vs. base) decides the verdict.
+around every run, and the clock with the lowest noise (base vs. base) decides the verdicts.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from r1export.verify.clocks import WALL, Clocks, Meter, wall_clock
-from r1export.verify.paired_stats import latency_verdict, paired_ratio
+from r1export.verify.paired_stats import clearly_within, latency_verdict, paired_ratio
 from r1export.verify.results import ClockRatios, Latency, ProviderLatency, Ratio, Times, Verdict, overall
 
 WARM_UP = 2  # uncounted runs after opening a session: weights are paged in, then memory is planned
 P90_COUNT, P99_COUNT = 50, 500  # runs needed for a quantile
 TORCH_ROUNDS = 3
 PAIR_RATIOS = 400  # single pairs that a report stores for its plot
-DECISIVE = ("again", "merged")  # contenders whose ratio to the base decides
+BASE, AGAIN = "base", "again"  # the base is timed twice, for the noise floor
+CONTROL_BLOCKS = 6  # blocks in which unmerged models are timed: they are far from the base, so few blocks suffice
 Job = Callable[[], object]
 Opener = Callable[[], Job]
 Clock = Callable[[], float | tuple[float, ...]]
@@ -33,28 +34,32 @@ class TimingBudget:
 
     blocks         a bootstrap over fewer than ten has intervals that are too narrow
     fewest_rounds  per block, of a model so slow that `seconds` is used up before: a median needs a few
-    seconds        that the rounds of the first `blocks` may take together
+    seconds        that the rounds of one contender in the first `blocks` may take together
     patience       seconds after these in which blocks are added; half as long again as they took, if that is longer
     precision      intervals are narrowed to this part of the margin: an equal pair then lies outside once in 10^4 times
     """
 
     blocks: int = 10
     fewest_rounds: int = 2
-    seconds: float = 12.0
+    seconds: float = 3.0
     patience: float = 40.0
     precision: float = 3.0
 
 
 DEFAULT_BUDGET = TimingBudget()
-SHOWN = TimingBudget(blocks=4, seconds=3.0, patience=0.0)  # for contenders that are shown but don't decide
+SHOWN = TimingBudget(blocks=4, seconds=0.75, patience=0.0)  # for the wall clock where it doesn't decide
 
 
 @dataclass(frozen=True)
 class Precision:
-    """When to stop: at least `pairs` pairs, and all intervals narrower than `halfwidth` (in logarithms)."""
+    """When to stop: at least `pairs` pairs, and all intervals narrower than `halfwidth` (in logarithms).
+
+    With a `margin` also as soon as all ratios are clearly within it (`clearly_within`).
+    """
 
     pairs: int
     halfwidth: float
+    margin: float = 0.0
 
 
 RELATIVE = Precision(80, 0.05)  # two different programs, not expected to be equal
@@ -62,7 +67,10 @@ RELATIVE = Precision(80, 0.05)  # two different programs, not expected to be equ
 
 @dataclass(frozen=True)
 class Readings:
-    """Clock readings (blocks, rounds, 2, clocks) of each contender: seconds, or cycles and instructions."""
+    """Clock readings (blocks, rounds, 2, clocks) of each contender: seconds, or cycles and instructions.
+
+    Unmerged models have the first blocks only.
+    """
 
     clocks: Clocks
     counts: Mapping[str, np.ndarray]
@@ -74,12 +82,12 @@ class Readings:
     def ratios(self, clock: str) -> dict[str, Ratio]:
         """Every contender vs. base by one clock."""
         counts = self.by(clock)
-        return {name: _paired(counts, name) for name in counts if name != "base"}
+        return {name: paired_ratio(*_pairs(counts, name)) for name in counts if name != BASE}
 
     @property
     def steadiest(self) -> str:
         """The deciding clock: the one with the lowest noise (base vs. base), regardless of the other contenders."""
-        return min(self.clocks.deciding, key=lambda clock: _paired(self.by(clock), "again").halfwidth)
+        return min(self.clocks.deciding, key=lambda clock: paired_ratio(*_pairs(self.by(clock), AGAIN)).halfwidth)
 
 
 Measure = Callable[[Precision, TimingBudget, Callable[[], None]], Readings]
@@ -87,24 +95,33 @@ Measure = Callable[[Precision, TimingBudget, Callable[[], None]], Readings]
 
 @dataclass(frozen=True)
 class Contenders:
-    """The contenders on one provider: base and release, and the unmerged graph and torch if available.
+    """The contenders on one provider: the base, releases by name, and the unmerged model of those that have one.
 
-    `steady` measures "base", "again", "merged" and "unmerged" by clocks with less noise than the wall clock, if available;
-    the wall clock is then only shown.
+    `steady` measures all of them by clocks with less noise than the wall clock, if available; the wall clock is then only
+    shown.
     """
 
     provider: str
     base: Opener
-    release: Opener
-    unmerged: Opener | None = None
-    torch: Mapping[str, Job] | None = None
+    releases: Mapping[str, Opener]
+    unmerged: Mapping[str, Opener] = field(default_factory=dict)
     steady: Measure | None = None
 
     @property
     def openers(self) -> dict[str, Opener]:
         """The graphs by name; the base twice, for the noise floor."""
-        unmerged = {"unmerged": self.unmerged} if self.unmerged else {}
-        return {"base": self.base, "again": self.base, "merged": self.release} | unmerged
+        controls = {control_of(name): opener for name, opener in self.unmerged.items()}
+        return {BASE: self.base, AGAIN: self.base} | dict(self.releases) | controls
+
+    @property
+    def controls(self) -> frozenset[str]:
+        """The names of the unmerged models among `openers`."""
+        return frozenset(map(control_of, self.unmerged))
+
+
+def control_of(release: str) -> str:
+    """The name of a release's unmerged model among the contenders."""
+    return f"{release} unmerged"
 
 
 def time_rounds(
@@ -142,41 +159,46 @@ def measure(
     budget: TimingBudget,
     on_block: Callable[[], None] = lambda: None,
     meter: Meter | None = None,
+    controls: Collection[str] = (),
 ) -> Readings:
     """Time "base" and the other contenders, with fresh sessions in every block; by the wall clock without a `meter`.
 
-    After the requested pairs, or as many as fit in the budget, timing continues until the deciding intervals are narrow
-    enough by one of the deciding clocks, or the patience is used up. The stopping rule depends on the width of the
-    intervals, not on their position, so it doesn't bias the verdict.
+    `controls` are timed in the first CONTROL_BLOCKS blocks. After the requested pairs, or as many as fit in the budget, timing
+    continues until the other contenders are known well enough by one of the deciding clocks, or the patience is used up.
+    Stopping early needs a pass at three standard errors (`clearly_within`); stopping otherwise depends on the width of the
+    intervals, not on their position, so neither biases the verdict.
     """
     meter = meter or wall_clock()
     rng, rounds = np.random.default_rng(0), max(2, -(-wanted.pairs // (2 * budget.blocks)))
     started, deadline = meter.elapsed(), None
-    decisive = [name for name in openers if name in DECISIVE] or [name for name in openers if name != "base"]
+    decisive = [name for name in openers if name != BASE and name not in controls]
     blocks: list[dict[str, np.ndarray]] = []
     enough = budget.blocks
     while True:
-        jobs = {str(name): openers[str(name)]() for name in rng.permutation(list(openers))}
+        timed = [name for name in openers if name not in controls or len(blocks) < CONTROL_BLOCKS]
+        jobs = {str(name): openers[str(name)]() for name in rng.permutation(timed)}
         if not blocks:
             rounds = min(rounds, _affordable_rounds(jobs, budget, meter))
         blocks.append(time_runs(jobs, rounds, rng, meter.read))
+        jobs.clear()  # closes the sessions before the next ones are opened
         on_block()
         if len(blocks) < enough:
             continue
         enough = len(blocks) + max(1, len(blocks) // 5)  # intervals are slow to compute and change slowly
         now = meter.elapsed()
         deadline = deadline or now + max(budget.patience, (now - started) / 2)
-        readings = Readings(meter.clocks, {name: np.stack([block[name] for block in blocks]) for name in openers})
-        if now > deadline or _narrow(readings, decisive, wanted.halfwidth):
+        counts = {name: np.stack([block[name] for block in blocks if name in block]) for name in openers}
+        readings = Readings(meter.clocks, counts)
+        if now > deadline or any(_settled(readings.by(clock), decisive, wanted) for clock in meter.clocks.deciding):
             return readings
 
 
-def _narrow(readings: Readings, decisive: Sequence[str], halfwidth: float) -> bool:
-    """Whether all intervals of `decisive` are narrow enough by one of the deciding clocks."""
-    return any(
-        max(_paired(readings.by(clock), name).halfwidth for name in decisive) <= halfwidth
-        for clock in readings.clocks.deciding
-    )
+def _settled(counts: Mapping[str, np.ndarray], decisive: Sequence[str], wanted: Precision) -> bool:
+    """Whether all `decisive` contenders are known well enough by one clock."""
+    pairs = [_pairs(counts, name) for name in decisive]
+    if all(clearly_within(*pair, wanted.margin) for pair in pairs):
+        return True
+    return all(paired_ratio(*pair).halfwidth <= wanted.halfwidth for pair in pairs)
 
 
 def _affordable_rounds(jobs: Mapping[str, Job], budget: TimingBudget, meter: Meter) -> int:
@@ -184,27 +206,37 @@ def _affordable_rounds(jobs: Mapping[str, Job], budget: TimingBudget, meter: Met
     started = meter.elapsed()
     for job in (*jobs.values(), *jobs.values()):
         job()
-    return max(budget.fewest_rounds, int(budget.seconds / budget.blocks / max(meter.elapsed() - started, 1e-9)))
+    affordable = len(jobs) * budget.seconds / budget.blocks
+    return max(budget.fewest_rounds, int(affordable / max(meter.elapsed() - started, 1e-9)))
 
 
 def added_latency(
     contenders: Contenders, pairs: int, margin: float, budget: TimingBudget, on_block: Callable[[], None] = lambda: None
-) -> Latency:
-    """Rung L5 on one provider: release vs. base, and base vs. base as the noise floor.
-
-    The unmerged model and torch are for comparison. `contenders.torch` is named as in the report's table of models.
-    """
-    wanted = Precision(pairs, margin / budget.precision)
+) -> dict[str, Latency]:
+    """Rung L5 of each release on one provider: release vs. base, base vs. base as the noise floor, the unmerged model to compare."""
+    wanted = Precision(pairs, margin / budget.precision, margin)
     if contenders.steady:
         deciding = contenders.steady(wanted, budget, on_block)
-        wall = measure(contenders.openers, RELATIVE, replace(SHOWN, seconds=min(SHOWN.seconds, budget.seconds)))
+        wall = _by_wall_clock(contenders, RELATIVE, replace(SHOWN, seconds=min(SHOWN.seconds, budget.seconds)))
     else:
-        deciding = wall = measure(contenders.openers, wanted, budget, on_block)
+        deciding = wall = _by_wall_clock(contenders, wanted, budget, on_block)
+    return {name: _latency(name, contenders.provider, deciding, wall, margin) for name in contenders.releases}
+
+
+def _by_wall_clock(
+    contenders: Contenders, wanted: Precision, budget: TimingBudget, on_block: Callable[[], None] = lambda: None
+) -> Readings:
+    return measure(contenders.openers, wanted, budget, on_block, controls=contenders.controls)
+
+
+def _latency(release: str, provider: str, deciding: Readings, wall: Readings, margin: float) -> Latency:
     clock = deciding.steadiest
-    clocks = {name: clock_ratios(readings, name) for readings in (deciding, wall) for name in readings.clocks.names}
+    clocks = {
+        name: clock_ratios(readings, name, release) for readings in (deciding, wall) for name in readings.clocks.names
+    }
     ratio, noise, unmerged = clocks[clock].merged, clocks[clock].noise, clocks[clock].unmerged
     verdict, detail = latency_verdict(ratio, noise, margin)
-    counts, provider = deciding.by(clock), contenders.provider
+    merged, base = _pairs(deciding.by(clock), release)
     return Latency(
         verdict=verdict,
         looked_at=1,
@@ -216,9 +248,9 @@ def added_latency(
         margin=margin,
         noise_floor=noise,
         unmerged_ratio=unmerged.ratio if unmerged else None,
-        pairs=int(counts["base"].size),
-        pair_ratios=tuple((counts["merged"].mean(-1) / counts["base"].mean(-1)).ravel().tolist()[:PAIR_RATIOS]),
-        providers={provider: {"1": _times_of(wall) | _torch_times(contenders)}},
+        pairs=2 * base.size,
+        pair_ratios=tuple((merged / base).ravel().tolist()[:PAIR_RATIOS]),
+        providers={provider: {"1": _times_of(wall, release)}},
         by_provider={
             provider: ProviderLatency(
                 verdict=verdict, ratio=ratio.ratio, ci95=ratio.ci95, noise_floor=noise, clock=clock, clocks=clocks
@@ -228,34 +260,33 @@ def added_latency(
     )
 
 
-def clock_ratios(readings: Readings, clock: str) -> ClockRatios:
+def clock_ratios(readings: Readings, clock: str, release: str) -> ClockRatios:
     """The ratios of one clock."""
     ratios = readings.ratios(clock)
     return ClockRatios(
-        merged=ratios["merged"],
-        noise=ratios["again"],
-        unmerged=ratios.get("unmerged"),
+        merged=ratios[release],
+        noise=ratios[AGAIN],
+        unmerged=ratios.get(control_of(release)),
         threads=readings.clocks.threads,
-        pairs=int(readings.by(clock)["base"].size),
+        pairs=int(readings.by(clock)[BASE].size),
     )
 
 
-def _times_of(wall: Readings) -> dict[str, Times]:
+def _times_of(wall: Readings, release: str) -> dict[str, Times]:
     """Times of the graphs by the wall clock: the latency of a client."""
-    return {name: _times(values) for name, values in wall.by(WALL).items() if name != "again"}
+    values, names = wall.by(WALL), {"base": BASE, "merged": release, "unmerged": control_of(release)}
+    return {row: _times(values[name]) for row, name in names.items() if name in values}
 
 
-def _torch_times(contenders: Contenders) -> dict[str, Times]:
+def torch_times(jobs: Mapping[str, Job]) -> dict[str, Times]:
     """Times of torch, measured separately: its threads spin for a while after each call and would slow the next contender."""
-    if not contenders.torch:
-        return {}
-    seconds = time_runs(contenders.torch, TORCH_ROUNDS, np.random.default_rng(1))
+    seconds = time_runs(jobs, TORCH_ROUNDS, np.random.default_rng(1))
     return {name: _times(values) for name, values in seconds.items()}
 
 
 def relative_time(base: Opener, other: Opener, budget: TimingBudget) -> Ratio:
     """Latency ratio of another program to the base, where a difference is expected."""
-    return measure({"base": base, "other": other}, RELATIVE, budget).ratios(WALL)["other"]
+    return measure({BASE: base, "other": other}, RELATIVE, budget).ratios(WALL)["other"]
 
 
 def slowest(by_provider: Sequence[Latency], tower: str) -> Latency:
@@ -275,9 +306,10 @@ def slowest(by_provider: Sequence[Latency], tower: str) -> Latency:
     )
 
 
-def _paired(seconds: Mapping[str, np.ndarray], name: str) -> Ratio:
-    """A contender vs. base, round by round: the two runs of a round are averaged, which cancels drift."""
-    return paired_ratio(seconds[name].mean(-1), seconds["base"].mean(-1))
+def _pairs(counts: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(blocks, rounds) of a contender and of the base: the two runs of a round are averaged, which cancels drift."""
+    own = counts[name].mean(-1)
+    return own, counts[BASE].mean(-1)[: len(own)]
 
 
 def _times(seconds: np.ndarray) -> Times:

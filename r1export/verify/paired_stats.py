@@ -13,6 +13,7 @@ import numpy as np
 from r1export.verify.results import Ratio, Verdict
 
 RESAMPLES = 2000
+EARLY = 3.0  # standard errors within the margin that end timing early
 
 
 def paired_ratio(numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) -> Ratio:
@@ -20,7 +21,7 @@ def paired_ratio(numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) 
 
     The estimate is the mean over the blocks of each block's median log-ratio.
     """
-    medians = np.median(np.log(numerator) - np.log(denominator), axis=1)
+    medians = _block_medians(numerator, denominator)
     draws = np.random.default_rng(seed).integers(len(medians), size=(RESAMPLES, len(medians)))
     low, high = np.quantile(medians[draws].mean(1), [0.025, 0.975])
     # Resampling n blocks underestimates their spread by sqrt((n - 1) / n); widen around the estimate.
@@ -28,6 +29,23 @@ def paired_ratio(numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) 
     centre = medians.mean()
     value, low, high = (float(np.exp(centre + (edge - centre) * widen)) for edge in (centre, low, high))
     return Ratio(value, (low, high))
+
+
+def clearly_within(numerator: np.ndarray, denominator: np.ndarray, margin: float) -> bool:
+    """Whether the ratio of two series (blocks, rounds) is within a factor of 1 + margin by three standard errors.
+
+    This is the boundary of Haybittle (1971) and Peto et al. (1976) for looking at data before they are complete: it is so
+    strict that looking several times hardly adds to the error of the interval that is looked at last.
+    """
+    medians = _block_medians(numerator, denominator)
+    if len(medians) < 2:
+        return False
+    error = medians.std(ddof=1) / np.sqrt(len(medians))
+    return bool(abs(medians.mean()) + EARLY * error < np.log1p(margin))
+
+
+def _block_medians(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    return np.asarray(np.median(np.log(numerator) - np.log(denominator), axis=1))
 
 
 def latency_verdict(merged: Ratio, noise: Ratio, margin: float) -> tuple[Verdict, str]:

@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ import numpy as np
 
 from r1export.errors import CheckFailed, R1ExportError, first_line
 from r1export.verify.clocks import Clocks, thread_clocks
-from r1export.verify.latency import Measure, Opener, Precision, Readings, TimingBudget, measure
+from r1export.verify.latency import AGAIN, BASE, Measure, Opener, Precision, Readings, TimingBudget, measure
 from r1export.verify.runtimes.runtime import job, open_session
 
 LARGE_PAGES = "glibc.malloc.hugetlb=1"  # madvise(MADV_HUGEPAGE) on what malloc maps; other C libraries ignore it
@@ -31,23 +31,28 @@ REQUEST, FEEDS, READINGS = "request.json", "feeds.npz", "readings.npz"
 
 @dataclass(frozen=True)
 class _Request:
-    """`graphs` are paths by contender."""
+    """`graphs` are paths by contender; `controls` are those that are timed in the first blocks only."""
 
     graphs: dict[str, str]
+    controls: list[str]
     wanted: dict[str, float]
     budget: dict[str, float]
 
 
-def steady_timing(graphs: Mapping[str, Path], feeds: Mapping[str, np.ndarray]) -> Measure:
+def steady_timing(
+    graphs: Mapping[str, Path], feeds: Mapping[str, np.ndarray], controls: Collection[str] = ()
+) -> Measure:
     """A meter for `graphs`, one of which is "base", on the CPU provider; "again" is the base a second time.
+
+    `controls` are those of the graphs that are timed in the first blocks only.
 
     The meter raises CheckFailed if timing fails.
     """
-    by_name = {name: str(path.resolve()) for name, path in ({"again": graphs["base"]} | dict(graphs)).items()}
+    by_name = {name: str(path.resolve()) for name, path in ({AGAIN: graphs[BASE]} | dict(graphs)).items()}
 
     def time_them(wanted: Precision, budget: TimingBudget, on_block: Callable[[], None]) -> Readings:
         with TemporaryDirectory(prefix="r1export-") as folder:
-            request = _Request(by_name, asdict(wanted), asdict(budget))
+            request = _Request(by_name, sorted(controls), asdict(wanted), asdict(budget))
             (Path(folder) / REQUEST).write_text(json.dumps(asdict(request)), encoding="utf-8")
             np.savez(Path(folder) / FEEDS, **feeds)  # type: ignore[arg-type]  # its stubs take allow_pickle for a feed
             _run(Path(folder), on_block)
@@ -101,6 +106,7 @@ def _time(folder: Path) -> None:
             TimingBudget(**request.budget),  # type: ignore[arg-type]
             lambda: print("block", flush=True),
             meter,
+            request.controls,
         )
     clocks = readings.clocks
     facts = {"clocks": clocks.names, "threads": clocks.threads, "uncounted": clocks.uncounted}

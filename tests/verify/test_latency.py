@@ -7,14 +7,16 @@ import pytest
 
 from r1export.verify import latency
 from r1export.verify.clocks import CYCLES, INSTRUCTIONS, PROCESSOR, WALL, Clocks, Meter
-from r1export.verify.latency import Contenders, Precision, Readings, TimingBudget, measure
+from r1export.verify.latency import CONTROL_BLOCKS, Contenders, Precision, Readings, TimingBudget, measure
 from r1export.verify.results import Latency
 
 BUDGET = TimingBudget()
 
 
-def timed(base, release, pairs: int = 40, **others) -> Latency:
-    return latency.added_latency(Contenders("CPUExecutionProvider", base, release, **others), pairs, 0.02, BUDGET)
+def timed(base, release, pairs: int = 40, unmerged=None, **others) -> Latency:
+    controls = {"merged": unmerged} if unmerged else {}
+    contenders = Contenders("CPUExecutionProvider", base, {"merged": release}, controls, **others)
+    return latency.added_latency(contenders, pairs, 0.02, BUDGET)["merged"]
 
 
 class Clock:
@@ -95,27 +97,63 @@ def test_measuring_goes_on_while_intervals_are_wide_until_patience_ends(clock, u
     found = timed(noisy, noisy)
     assert found.verdict == "inconclusive"
     assert found.pairs > 40
-    assert BUDGET.patience < clock.now < 1.3 * (BUDGET.patience + BUDGET.seconds)
+    assert BUDGET.patience < clock.now < 1.3 * (BUDGET.patience + 3 * BUDGET.seconds)
 
 
 def test_a_slow_model_gets_fewer_pairs_and_never_too_few_for_a_median(clock) -> None:
-    for seconds, rounds in ((0.005, 20), (0.045, 4), (10.0, BUDGET.fewest_rounds)):
+    for seconds, rounds in ((0.005, 20), (0.045, 3), (10.0, BUDGET.fewest_rounds)):
         found = timed(lambda s=seconds: clock.job(s), lambda s=seconds: clock.job(s), 400)
         assert found.pairs == 2 * BUDGET.blocks * rounds
         assert found.verdict == "pass"
 
 
-def test_the_unmerged_model_and_torch_stand_beside_the_base(clock) -> None:
-    found = timed(
-        lambda: clock.job(1.0),
-        lambda: clock.job(1.0),
-        unmerged=lambda: clock.job(1.3),
-        torch={"unmerged_torch": clock.job(2.5)},
-    )
+def test_the_unmerged_model_stands_beside_the_base(clock) -> None:
+    found = timed(lambda: clock.job(1.0), lambda: clock.job(1.0), unmerged=lambda: clock.job(1.3))
     assert found.unmerged_ratio == pytest.approx(1.3)
     table = found.providers["CPUExecutionProvider"]["1"]
-    assert table["unmerged_torch"].median_ms == pytest.approx(2500)
+    assert table["unmerged"].median_ms == pytest.approx(1300)
     assert table["base"].p99_ms is None, "too few runs for a 99th percentile"
+
+
+def test_the_times_of_torch_are_those_of_single_runs(clock) -> None:
+    assert latency.torch_times({"merged_torch": clock.job(2.5)})["merged_torch"].median_ms == pytest.approx(2500)
+
+
+def test_releases_that_are_timed_together_are_each_compared_with_the_same_base(clock) -> None:
+    seconds = {"01": 1.0, "02": 1.05, "03": 1.0}
+    releases = {name: (lambda s=s: clock.job(s)) for name, s in seconds.items()}
+    controls = {"02": lambda: clock.job(1.4)}
+    contenders = Contenders("CPUExecutionProvider", lambda: clock.job(1.0), releases, controls)
+    found = latency.added_latency(contenders, 40, 0.02, BUDGET)
+    assert {name: (one.verdict, round(one.ratio, 3)) for name, one in found.items()} == {
+        "01": ("pass", 1.0), "02": ("fail", 1.05), "03": ("pass", 1.0)
+    }  # fmt: skip
+    assert [one.unmerged_ratio for one in found.values()] == [None, pytest.approx(1.4), None]
+
+
+def test_unmerged_models_are_opened_in_the_first_blocks_only(clock) -> None:
+    opened = []
+    timed(lambda: clock.job(1.0), lambda: clock.job(1.0), unmerged=lambda: opened.append(1) or clock.job(1.3))
+    assert len(opened) == CONTROL_BLOCKS < BUDGET.blocks
+
+
+def test_sessions_of_a_block_are_closed_before_the_next_are_opened(clock) -> None:
+    """Else twice as much memory is needed."""
+    alive, most = set(), []
+
+    class Job:
+        def __init__(self) -> None:
+            alive.add(id(self))
+            most.append(len(alive))
+
+        def __call__(self) -> None:
+            clock.now += 1.0
+
+        def __del__(self) -> None:
+            alive.discard(id(self))
+
+    timed(Job, Job)
+    assert max(most) == 3
 
 
 def readings(clocks: Clocks, spreads: dict[str, float], slower: float = 1.0) -> Readings:
@@ -173,4 +211,4 @@ def test_a_budget_is_kept_by_the_time_that_its_meter_counts() -> None:
         return processor.job(0.005 * float(np.exp(rng.normal(0, 0.3))))
 
     measure({"base": noisy, "again": noisy, "merged": noisy}, Precision(40, 1e-9), BUDGET, meter=meter)
-    assert BUDGET.patience < processor.now < 1.3 * (BUDGET.patience + BUDGET.seconds)
+    assert BUDGET.patience < processor.now < 1.3 * (BUDGET.patience + 3 * BUDGET.seconds)

@@ -1,9 +1,10 @@
-"""Rung L5 of the proof: one tower of base and release, timed interleaved, with the unmerged model and torch for comparison."""
+"""Rung L5 of the proof: one tower of the base and of several releases, timed interleaved, with unmerged models to compare."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,59 +16,113 @@ from r1export.pipeline.variant import ReleaseRef, Variant
 from r1export.pipeline.verification.proof import touched_towers, unmerged
 from r1export.pipeline.verification.torch_models import TorchModels, encoders
 from r1export.verify import latency, parity
-from r1export.verify.latency import Contenders, Opener, TimingBudget
-from r1export.verify.results import Check, Latency, Ratio
+from r1export.verify.latency import BASE, Contenders, Opener, TimingBudget
+from r1export.verify.results import Check, Latency, Ratio, Times
 from r1export.verify.runtimes.runtime import PROVIDERS, job, open_session
 from r1export.verify.steady_timing import steady_timing
 
+OPEN_BYTES = 3e9  # weights of all sessions that are open at a time: the base twice, each release and its unmerged model
+TOGETHER = 8  # releases timed together, at most: the more, the longer it takes until the first is known
 
-def release_latency(
-    ref: ReleaseRef,
-    inputs: parity.Inputs,
-    models: TorchModels,
-    control: Check,
-    providers: Sequence[str],
-    budget: TimingBudget,
-) -> Latency:
-    """Rung L5 on every provider that can be timed; in fp32 with torch, and with the unmerged model if the `control` could run it.
 
-    The visual tower is timed, or the text tower if the updates leave the visual one as it is.
+@dataclass(frozen=True)
+class ToTime:
+    """A release that waits for rung L5: the tower that is timed, one input of it, and what was measured with its torch models.
+
+    `control` says that the unmerged model can be run.
     """
+
+    ref: ReleaseRef
+    tower: str
+    values: np.ndarray
+    control: bool
+    torch: Mapping[str, Times]
+
+    @property
+    def graph(self) -> str:
+        return f"{self.tower}.onnx"
+
+    @property
+    def together(self) -> tuple[Variant, str, tuple[int, ...]]:
+        """What releases that are timed together have in common."""
+        return self.ref.variant, self.tower, self.values.shape
+
+
+def to_time(ref: ReleaseRef, inputs: parity.Inputs, models: TorchModels, control: Check) -> ToTime:
+    """Prepare rung L5: the visual tower, or the text tower if the updates leave the visual one as it is; torch in fp32 only."""
     tower = next(iter(touched_towers(ref, ref.updates)), "visual")
-    feeds, settings = {parity.ENTRIES[tower]: inputs.tower(tower)[:1]}, ref.context.recipe.verify
-    torch_jobs = _torch_jobs(models, tower, inputs.tower(tower)[:1]) if ref.variant.is_reference else None
-    results = []
-    with _branches(ref, tower) if control.looked_at else nullcontext() as branches:
-        for provider in (timed := timeable(providers)):
-            graphs = {"base": ref.base.path / f"{tower}.onnx", "merged": ref.path / f"{tower}.onnx"}
+    values = inputs.tower(tower)[:1]
+    torch = latency.torch_times(_torch_jobs(models, tower, values)) if ref.variant.is_reference else {}
+    return ToTime(ref, tower, values, bool(control.looked_at), torch)
+
+
+def group_size(base: ReleaseRef) -> int:
+    """How many releases are timed together: as many as fit in OPEN_BYTES, at most TOGETHER."""
+    tower = max((base.path / f"{tower}.safetensors").stat().st_size for tower in parity.TOWERS)
+    return max(1, min(TOGETHER, int(OPEN_BYTES / (2 * tower)) - 1))
+
+
+def release_latencies(waiting: Sequence[ToTime], providers: Sequence[str], budget: TimingBudget) -> list[Latency]:
+    """Rung L5 of each, on every provider that can be timed."""
+    groups: dict[object, list[ToTime]] = {}
+    for one in waiting:
+        groups.setdefault(one.together, []).append(one)
+    found = {
+        one.ref.path: result
+        for group in groups.values()
+        for one, result in zip(group, _time_together(group, providers, budget), strict=True)
+    }
+    return [found[one.ref.path] for one in waiting]
+
+
+def _time_together(group: Sequence[ToTime], providers: Sequence[str], budget: TimingBudget) -> list[Latency]:
+    first, timed = group[0], timeable(providers)
+    settings, progress = first.ref.context.recipe.verify, first.ref.context.progress
+    feeds = {parity.ENTRIES[first.tower]: first.values}
+    results: dict[str, list[Latency]] = {one.ref.path.name: [] for one in group}
+    with ExitStack() as stack:
+        controls = {one.ref.path.name: stack.enter_context(_unmerged(one)) for one in group if one.control}
+        for provider in timed:
             contenders = make_contenders(
-                graphs | ({"unmerged": branches} if branches else {}),
+                first.ref.base.path / first.graph,
+                {one.ref.path.name: one.ref.path / one.graph for one in group},
+                {name: path for name, path in controls.items() if path},
                 feeds,
                 provider,
-                torch=torch_jobs if provider == timed[0] else None,
             )
-            title = f"Latency on {provider}, base and release interleaved"
-            with ref.context.progress.track(title, budget.blocks) as advance:
-                results.append(latency.added_latency(contenders, settings.pairs, settings.margin, budget, advance))
-    return latency.slowest(results, tower)
+            title = f"Latency on {provider}, base and {_count(group)} interleaved"
+            with progress.track(title, budget.blocks) as advance:
+                found = latency.added_latency(contenders, settings.pairs, settings.margin, budget, advance)
+            for name, result in found.items():
+                results[name].append(result)
+    return [_with_torch(latency.slowest(results[one.ref.path.name], one.tower), one.torch) for one in group]
+
+
+def _count(group: Sequence[ToTime]) -> str:
+    return "release" if len(group) == 1 else f"{len(group)} releases"
+
+
+def _with_torch(result: Latency, times: Mapping[str, Times]) -> Latency:
+    """The result with the times of torch in the table of the first provider."""
+    tables = dict(result.providers or {})
+    for provider in list(tables)[:1]:
+        tables[provider] = {"1": dict(tables[provider]["1"]) | dict(times)}
+    return replace(result, providers=tables or None)
 
 
 def make_contenders(
-    graphs: Mapping[str, Path],
-    feeds: dict[str, np.ndarray],
-    provider: str,
-    torch: Mapping[str, latency.Job] | None = None,
+    base: Path, releases: Mapping[str, Path], unmerged: Mapping[str, Path], feeds: dict[str, np.ndarray], provider: str
 ) -> Contenders:
-    """The contenders of "base", "merged" and, where there is one, "unmerged" on one provider; on the CPU by processor time."""
-    openers = {name: opener(path, feeds, provider) for name, path in graphs.items()}
-    return Contenders(
-        PROVIDERS[provider].name,
-        base=openers["base"],
-        release=openers["merged"],
-        unmerged=openers.get("unmerged"),
-        torch=torch,
-        steady=steady_timing(graphs, feeds) if provider == "cpu" else None,
+    """The graphs of the base, of releases by name and of their unmerged models on one provider; on the CPU by processor time."""
+    openers, controls = (
+        {name: opener(path, feeds, provider) for name, path in graphs.items()} for graphs in (releases, unmerged)
     )
+    contenders = Contenders(PROVIDERS[provider].name, opener(base, feeds, provider), openers, controls)
+    if provider != "cpu":
+        return contenders
+    named = {latency.control_of(name): path for name, path in unmerged.items()}
+    graphs = {BASE: base} | dict(releases) | named
+    return replace(contenders, steady=steady_timing(graphs, feeds, named))
 
 
 def timeable(providers: Iterable[str]) -> list[str]:
@@ -97,12 +152,12 @@ def _torch_jobs(models: TorchModels, tower: str, values: np.ndarray) -> dict[str
 
 
 @contextmanager
-def _branches(ref: ReleaseRef, tower: str) -> Iterator[Path | None]:
+def _unmerged(one: ToTime) -> Iterator[Path | None]:
     """The unmerged tower; None where earlier updates alone change it."""
     with ExitStack() as stack:
         path = None
         with suppress(Unsupported):
-            path = stack.enter_context(unmerged(ref, tower))
+            path = stack.enter_context(unmerged(one.ref, one.tower))
         yield path
 
 

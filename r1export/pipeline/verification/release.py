@@ -303,9 +303,10 @@ def _latency(
     path: Path, base: Path, tower: str, feeds: Feeds, providers: Sequence[str], budget: TimingBudget
 ) -> Latency:
     """Rung L5 on one tower."""
-    results, settings = [], Verify()
+    results: list[Latency] = []
+    settings = Verify()
     for provider in timeable(providers):
-        graphs = {"base": base / f"{tower}.onnx", "merged": path / f"{tower}.onnx"}
-        contenders = make_contenders(graphs, dict(feeds), provider)
-        results.append(latency.added_latency(contenders, settings.pairs, settings.margin, budget))
+        graphs = {path.name: path / f"{tower}.onnx"}
+        contenders = make_contenders(base / f"{tower}.onnx", graphs, {}, dict(feeds), provider)
+        results += latency.added_latency(contenders, settings.pairs, settings.margin, budget).values()
     return latency.slowest(results, tower)

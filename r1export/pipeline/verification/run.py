@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,15 @@ from r1export.pipeline.variant import REFERENCE, ReleaseRef, Variant
 from r1export.pipeline.verification.examples import examples
 from r1export.pipeline.verification.freezing_gaps import summarize
 from r1export.pipeline.verification.inputs import ImageEmbeddings
+from r1export.pipeline.verification.latency import group_size, release_latencies
 from r1export.pipeline.verification.parity import TorchRun
-from r1export.pipeline.verification.run_release import BaseMeasurements, Conditions, measure_base, verify_release
+from r1export.pipeline.verification.run_release import (
+    BaseMeasurements,
+    Conditions,
+    Verified,
+    measure_base,
+    verify_release,
+)
 from r1export.pipeline.verification.torch_models import torch_models
 from r1export.report.write import remove_reports, write_report
 from r1export.run_folder import RunMetrics
@@ -73,23 +80,39 @@ def _release_refs(context: RunContext, updates: Sequence[ExpertUpdate]) -> list[
 def _verify_releases(
     context: RunContext, updates: Sequence[ExpertUpdate], conditions: Conditions
 ) -> Iterator[ReleaseReport]:
-    """The reports of all releases, each written as soon as it is made; the base first in every precision."""
+    """The reports of all releases, each written as soon as it is complete; the base first in every precision.
+
+    Several releases are timed together, which is faster than one after the other and compares all with the same base.
+    """
     variants = Variant.all_of(context)
     bases: dict[Variant, BaseMeasurements] = {}
+    waiting: list[Verified] = []
+    together = group_size(variants[0].release(0))
     with torch_models(context, 0, []) as models:
         runs = [TorchRun(context, models, task) for task in context.tasks]
         for variant in variants:
             base = variant.release(0)
             context.progress.step(f"Verifying {base.label}")
             bases[variant] = measure_base(base, runs, conditions)
-            yield _written(verify_release(base, bases[variant], runs[0], conditions), base)
+            yield _written(verify_release(base, bases[variant], runs[0], conditions).report, base)
     for number in range(1, len(updates) + 1):
         with torch_models(context, number, list(updates[:number])) as models:
             run = TorchRun(context, models, context.tasks[number - 1])
             for variant in variants:
                 ref = variant.release(number, updates)
                 context.progress.step(f"Verifying {ref.label}")
-                yield _written(verify_release(ref, bases[variant], run, conditions), ref)
+                waiting.append(verify_release(ref, bases[variant], run, conditions))
+        if number % together == 0 or number == len(updates):
+            yield from _timed(waiting, conditions)
+            waiting.clear()
+
+
+def _timed(verified: Sequence[Verified], conditions: Conditions) -> Iterator[ReleaseReport]:
+    """The written reports, with the latencies of those that are to be timed."""
+    waiting = [one.to_time for one in verified if one.to_time]
+    latencies = iter(release_latencies(waiting, conditions.providers, conditions.budget) if conditions.budget else ())
+    for one in verified:
+        yield _written(replace(one.report, latency=next(latencies)) if one.to_time else one.report, one.ref)
 
 
 def _written(report: ReleaseReport, ref: ReleaseRef) -> ReleaseReport:

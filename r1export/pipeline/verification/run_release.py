@@ -11,7 +11,7 @@ from r1export.pipeline.variant import ReleaseRef
 from r1export.pipeline.verification.contents import WEIGHT_FILES, check_contents
 from r1export.pipeline.verification.freezing_gaps import measure_gaps
 from r1export.pipeline.verification.inputs import ImageEmbeddings, test_images
-from r1export.pipeline.verification.latency import release_latency, variant_speed
+from r1export.pipeline.verification.latency import ToTime, to_time, variant_speed
 from r1export.pipeline.verification.parity import TorchRun, base_control, release_parity
 from r1export.pipeline.verification.proof import embedding_width, graph_feeds, release_proof, run_graphs
 from r1export.update.atomic_io import sha256_file
@@ -90,8 +90,17 @@ def measure_base(base: ReleaseRef, runs: Sequence[TorchRun], conditions: Conditi
     return BaseMeasurements(manifest, contents, parity, controls, executions, speed)
 
 
-def verify_release(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, conditions: Conditions) -> ReleaseReport:
-    """Verify one release, possibly the base. A release with modified files is not measured further."""
+@dataclass(frozen=True)
+class Verified:
+    """The report of a release, and what is left to time: nothing if it failed, is the base, or the run is verified without time."""
+
+    ref: ReleaseRef
+    report: ReleaseReport
+    to_time: ToTime | None = None
+
+
+def verify_release(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, conditions: Conditions) -> Verified:
+    """Verify one release, possibly the base, except for its latency. A release with modified files is not measured further."""
     manifest, contents = (base.manifest, base.contents) if ref.is_base else _read_contents(ref, conditions)
     report = ReleaseReport(
         created=conditions.created,
@@ -104,18 +113,21 @@ def verify_release(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, condi
         accuracy=_accuracy_until(ref),
     )
     if manifest is None or Verdict.FAIL in (contents.manifest.verdict, contents.files.verdict):
-        return report
+        return Verified(ref, report)
     parity = base.parity if ref.is_base else _parity(ref, base, run, conditions)
     report = replace(report, parity=parity)
     if contents.verdict is not Verdict.FAIL and not ref.variant.is_reference:  # also shown if parity fails
         report = replace(report, variant=_variant_cost(ref, manifest, base))
     if Verdict.FAIL in (contents.verdict, parity.verdict):
-        return report
+        return Verified(ref, report)
     report = replace(report, proof=release_proof(ref, run.inputs, base.executions, conditions.providers))
     if ref.is_base:
-        return replace(report, latency=Latency.not_applicable("the base release is the reference"))
+        return Verified(ref, replace(report, latency=Latency.not_applicable("the base release is the reference")))
     report = replace(report, compatible_with=_drift(ref, conditions) if ref.variant.is_reference else ())
-    return report if report.proof.verdict is Verdict.FAIL else _with_time_and_gaps(report, ref, base, run, conditions)
+    if report.proof.verdict is Verdict.FAIL:
+        return Verified(ref, report)
+    report = replace(report, gaps=_gaps(ref, run) if ref.variant.is_reference else None)
+    return _ready_to_time(ref, report, base, run, conditions)
 
 
 def _read_contents(ref: ReleaseRef, conditions: Conditions) -> tuple[ReleaseManifest | None, Contents]:
@@ -132,19 +144,16 @@ def _parity(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, conditions: 
     return release_parity(ref, run, control, conditions.providers)
 
 
-def _with_time_and_gaps(
-    report: ReleaseReport, ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, conditions: Conditions
-) -> ReleaseReport:
-    """The report of a release that passed so far, with its gaps (in fp32) and its added latency."""
-    gaps = _gaps(ref, run) if ref.variant.is_reference else None
+def _ready_to_time(
+    ref: ReleaseRef, report: ReleaseReport, base: BaseMeasurements, run: TorchRun, conditions: Conditions
+) -> Verified:
+    """A release that passed so far."""
     if conditions.budget is None:
-        latency = Latency.not_applicable(UNTIMED)
-    elif not base.executions.runs:
-        latency = Latency.unmeasured(f"cannot run the base: {base.executions.problem}")
-    else:
-        control = report.proof.control
-        latency = release_latency(ref, run.inputs, run.models, control, conditions.providers, conditions.budget)
-    return replace(report, gaps=gaps, latency=latency)
+        return Verified(ref, replace(report, latency=Latency.not_applicable(UNTIMED)))
+    if not base.executions.runs:
+        reason = f"cannot run the base: {base.executions.problem}"
+        return Verified(ref, replace(report, latency=Latency.unmeasured(reason)))
+    return Verified(ref, report, to_time(ref, run.inputs, run.models, report.proof.control))
 
 
 def _variant_cost(ref: ReleaseRef, manifest: ReleaseManifest, base: BaseMeasurements) -> VariantCost:
