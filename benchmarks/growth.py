@@ -35,7 +35,7 @@ from PIL import Image
 from r1export.device import install, provision
 from r1export.export.write_release import write_release
 from r1export.pipeline.context import NoProgress, RunContext
-from r1export.pipeline.export import _content, _write_graphs
+from r1export.pipeline.export import _content, _Prompts, _write_graphs
 from r1export.pipeline.train import train_tasks
 from r1export.pipeline.variant import Variant
 from r1export.pipeline.verification.release import verify_release
@@ -139,9 +139,10 @@ def measure(folder: Path, factors: Path, tasks: int, classes: int) -> Costs:
         context.merged(updates)
     with new_folder(variant.exports.graphs) as graphs:
         _write_graphs(variant, graphs)
+    prompts = _Prompts(context, tuple(updates))
     for number in sorted({0, tasks - 1, tasks}):
         with costs.step("export"), context.with_updates_applied(updates[:number]) as merged:
-            write_release(_content(variant, number, updates, merged), variant.exports.graphs, variant.releases[number])
+            write_release(_content(variant, number, prompts, merged), variant.exports.graphs, variant.releases[number])
     release = variant.releases[tasks]
     with costs.step("verify"):
         verify_release(release, budget=None)
