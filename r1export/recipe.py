@@ -71,7 +71,7 @@ class Base(_Section):
 
     model: str = ""
     """open_clip model name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME` (in open_clip's format), or a built-in model:
-    `builtin:photo` (photographs) or `builtin:world` (drawn shapes)."""
+    `builtin:photo` (photographs), `builtin:photo-vit` (photographs, a vision transformer) or `builtin:world` (drawn shapes)."""
     pretrained: str = ""
     """open_clip's pretrained tag for `model`."""
     weights: str = ""

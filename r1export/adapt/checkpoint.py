@@ -16,6 +16,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from r1export.adapt.layouts import State, has_openai_extras, to_open_clip, without_wrappers
+from r1export.adapt.photo_vit import EXTENDS, with_photo
 from r1export.errors import InputError, first_line, refused
 
 SUFFIX = ".safetensors"
@@ -81,8 +82,11 @@ def what_it_is(path: Path) -> str:
 def _read(weights: Path) -> State:
     with safe_open(weights, "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        if opened.metadata() != UNSCALED:
-            return tensors
+        metadata = opened.metadata() or {}
+    if EXTENDS in metadata:
+        return with_photo(tensors, _read(weights.with_name(metadata[EXTENDS])))
+    if metadata != UNSCALED:
+        return tensors
     return {name: t.half() if t.dtype == torch.float8_e4m3fn else t for name, t in tensors.items()}  # no value changes
 
 
@@ -90,8 +94,10 @@ def _headers(weights: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """(dtype, shape) of all tensors, from the header alone."""
     with _reading(weights), safe_open(weights, "pt") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        kinds = FLOATS | ({"F8_E4M3": torch.float16} if opened.metadata() == UNSCALED else {})
-        return {name: (kinds.get(part.get_dtype(), CODE), tuple(part.get_shape())) for name, part in slices.items()}
+        metadata = opened.metadata() or {}
+        kinds = FLOATS | ({"F8_E4M3": torch.float16} if metadata == UNSCALED else {})
+        headers = {name: (kinds.get(part.get_dtype(), CODE), tuple(part.get_shape())) for name, part in slices.items()}
+        return with_photo(headers, _headers(weights.with_name(metadata[EXTENDS]))) if EXTENDS in metadata else headers
 
 
 def _resized_(state: State, model: Any) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,15 @@ class Clip:
         with torch.no_grad():
             for name, value in weights.items():
                 tensors[name].copy_(torch.from_numpy(np.array(value)))
+
+    def with_weights(self, weights: Mapping[str, np.ndarray]) -> Clip:
+        """The same model with these weights, all of them by name; on the CPU it shares their memory and must not be trained."""
+        shared = {id(value): value for value in (*self.model.parameters(), *self.model.buffers())}
+        model = copy.deepcopy(self.model, shared)
+        device = self.model.logit_scale.device
+        tensors = {name: torch.from_numpy(value).to(device) for name, value in weights.items()}
+        model.load_state_dict(tensors, strict=False, assign=True)
+        return replace(self, model=model)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

@@ -42,7 +42,7 @@ class ModelFiles(NamedTuple):
 _HERE = Path(__file__).parent / "builtin"
 BUILTIN_MODELS = {
     name: ModelFiles(_HERE / f"{file}.safetensors", _HERE / f"{file}.json")
-    for name, file in (("world", "world-s32"), ("photo", "photo-lite0-128"))
+    for name, file in (("world", "world-s32"), ("photo", "photo-lite0-128"), ("photo-vit", "photo-vit-128"))
 }
 
 # Hue range in degrees, saturation range, value range.

@@ -34,6 +34,17 @@ def test_embeddings_have_unit_norm_and_are_open_clips(tiny_clip) -> None:
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(2))
 
 
+def test_a_copy_with_other_weights_shares_their_memory_and_leaves_the_model_as_it_was(tiny_clip) -> None:
+    before = tiny_clip.parameters()
+    weights = {name: np.array(value * np.float32(1.5)) for name, value in before.items()}
+    other = tiny_clip.with_weights(weights)
+    assert digest(other.parameters()) == digest(weights)
+    assert digest(tiny_clip.parameters()) == digest(before)
+    shared = other.model.state_dict(keep_vars=True)
+    assert all(value.data_ptr() == weights[name].ctypes.data for name, value in shared.items() if name in weights)
+    assert not any(p.requires_grad for p in other.model.parameters())
+
+
 def test_a_loaded_clip_is_frozen_and_in_eval_mode(tiny_clip) -> None:
     assert not tiny_clip.model.training
     assert not any(p.requires_grad for p in tiny_clip.model.parameters())

@@ -36,6 +36,8 @@ def test_all_packs_together_are_small() -> None:
     assert sum((FOLDER / f"{name}.npz").stat().st_size for name in PACKS) < 8e6
 
 
-@pytest.mark.parametrize("file", [*(f"{name}.npz" for name in PACKS), "photo-lite0-128.safetensors"])
+@pytest.mark.parametrize(
+    "file", [*(f"{name}.npz" for name in PACKS), "photo-lite0-128.safetensors", "photo-vit-128.safetensors"]
+)
 def test_the_source_and_licence_of_every_file_stand_in_the_notice(file: str) -> None:
     assert f"{Path(packed.__file__).parent.name}/builtin/{file}" in NOTICE.read_text(encoding="utf-8")

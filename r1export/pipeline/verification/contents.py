@@ -73,14 +73,19 @@ def _check_known(manifest: ReleaseManifest, required: Sequence[str]) -> Check:
     return Check.judge(problems, looked_at=count, of=max(count, len(required)), detail="each is a known file")
 
 
-def check_contents(ref: ReleaseRef, manifest: ReleaseManifest, embeddings: ImageEmbeddings) -> Contents:
-    """Everything that can be known of the contents of a run's release; `embeddings` are those of test images."""
+def check_contents(
+    ref: ReleaseRef, manifest: ReleaseManifest, embeddings: ImageEmbeddings, merged: Mapping[str, np.ndarray]
+) -> Contents:
+    """Everything that can be known of the contents of a run's release.
+
+    `embeddings` are those of test images, `merged` the parameters of the merged model in fp32.
+    """
     context, path = ref.context, ref.path
     tasks = [task.name for task in context.tasks]
     identity = check_manifest_and_files(path, manifest, tasks, expected_fields(ref))
     if overall(check.verdict for check in identity.values()) is Verdict.FAIL:
         return Contents.only(SKIPPED, **identity)
-    parameters = ref.variant.tensors(ref.updates)
+    parameters = merged if ref.variant.is_reference else ref.variant.tensors(ref.updates)
     updates = list(zip(ref.learned, ref.updates, strict=True))
     epsilons = {
         name: module.eps for name, module in context.clip.model.named_modules() if isinstance(module, LayerNorm)

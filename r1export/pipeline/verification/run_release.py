@@ -74,7 +74,7 @@ class BaseMeasurements:
 
 def measure_base(base: ReleaseRef, runs: Sequence[TorchRun], conditions: Conditions) -> BaseMeasurements:
     """Run the base on the inputs of every task: `runs` has one for each, the first of which its own report is made from."""
-    manifest, contents = _read_contents(base, conditions)
+    manifest, contents = _read_contents(base, runs[0], conditions)
     if contents.verdict is Verdict.FAIL:
         skipped, not_run = ParityStages.unmeasured(SKIPPED), Executions({}, "its contents failed")
         return BaseMeasurements(manifest, contents, skipped, {}, not_run)
@@ -101,7 +101,7 @@ class Verified:
 
 def verify_release(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, conditions: Conditions) -> Verified:
     """Verify one release, possibly the base, except for its latency. A release with modified files is not measured further."""
-    manifest, contents = (base.manifest, base.contents) if ref.is_base else _read_contents(ref, conditions)
+    manifest, contents = (base.manifest, base.contents) if ref.is_base else _read_contents(ref, run, conditions)
     report = ReleaseReport(
         created=conditions.created,
         environment=conditions.environment,
@@ -130,10 +130,10 @@ def verify_release(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, condi
     return _ready_to_time(ref, report, base, run, conditions)
 
 
-def _read_contents(ref: ReleaseRef, conditions: Conditions) -> tuple[ReleaseManifest | None, Contents]:
+def _read_contents(ref: ReleaseRef, run: TorchRun, conditions: Conditions) -> tuple[ReleaseManifest | None, Contents]:
     try:
         manifest = ReleaseManifest.read(ref.path)
-        return manifest, check_contents(ref, manifest, conditions.embeddings)
+        return manifest, check_contents(ref, manifest, conditions.embeddings, run.models.parameters)
     except R1ExportError as error:
         reason = f"{error.message} (to recreate it, delete {ref.path} and run r1export export)"
         return None, Contents.only(SKIPPED, manifest=Check.failed(reason, of=1))

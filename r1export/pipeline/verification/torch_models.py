@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,11 +24,15 @@ from r1export.verify.parity import Encode, Model
 
 @dataclass(frozen=True)
 class TorchModels:
-    """`merged` as a plain CLIP; `unmerged` with its `pools` frozen. The base has nothing to merge: both are one, without pools."""
+    """`merged` as a plain CLIP; `unmerged` with its `pools` frozen. The base has nothing to merge: both are one, without pools.
+
+    `parameters` are those of `merged`, by name.
+    """
 
     merged: Clip
     unmerged: Clip
     pools: Pools
+    parameters: Mapping[str, np.ndarray]
 
 
 @contextmanager
@@ -39,12 +42,12 @@ def torch_models(context: RunContext, number: int, updates: list[ExpertUpdate]) 
     Unmerged is what was trained: the weights before the task, with the selected experts added.
     """
     clip = context.clip
-    merged = replace(clip, model=copy.deepcopy(clip.model))
+    if not number:
+        yield TorchModels(clip, clip, {}, context.base)
+        return
+    parameters = context.merged(updates)
+    merged = clip.with_weights(parameters)
     try:
-        merged.load_(context.merged(updates))
-        if not number:
-            yield TorchModels(merged, merged, {})
-            return
         clip.load_(context.merged(updates[:-1]))
         pools = inject_pools_(clip, context.recipe)
         path = context.run.task(number, context.tasks[number - 1].name).pool
@@ -52,7 +55,7 @@ def torch_models(context: RunContext, number: int, updates: list[ExpertUpdate]) 
         for pool in pools.values():
             pool.freeze_()
         clip.model.eval()
-        yield TorchModels(merged, clip, pools)
+        yield TorchModels(merged, clip, pools, parameters)
     finally:
         eject_experts_(clip.model)
         clip.load_(context.base)

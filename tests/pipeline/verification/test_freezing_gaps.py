@@ -53,7 +53,7 @@ def embeddings_of(clip: Clip, pixels: torch.Tensor) -> Embeddings:
 def gaps_of(clip: Clip, pools: dict, task: Task, pixels: torch.Tensor, merged: Embeddings | None = None) -> Gaps:
     frozen = embeddings_of(clip, pixels)
     test = LabelledImages(pixels, task.test.labels[: len(pixels)])
-    return measure_gaps(TorchModels(clip, clip, pools), task, test, frozen, merged or frozen)
+    return measure_gaps(TorchModels(clip, clip, pools, {}), task, test, frozen, merged or frozen)
 
 
 def test_g1_is_rounding_alone_in_float32(tiny_clip: Clip, stripes, pixels: torch.Tensor) -> None:
@@ -107,7 +107,7 @@ def test_gaps_are_differences_of_accuracies_and_leave_the_pools_frozen(
 
 def test_experts_that_were_fixed_before_the_end_have_a_merge_gap_alone(tiny_clip: Clip, stripes, pixels) -> None:
     pools, frozen = taught(tiny_clip), embeddings_of(tiny_clip, pixels)
-    gaps = measure_gaps(TorchModels(tiny_clip, tiny_clip, pools), stripes, None, frozen, frozen)
+    gaps = measure_gaps(TorchModels(tiny_clip, tiny_clip, pools, {}), stripes, None, frozen, frozen)
     assert gaps == Gaps(G1=0.0, G1_top1_agreement=1.0)
     assert (gaps.G2, gaps.G3) == (None, None)
     assert [row for row in accuracy_summary(run(gaps=summarize({"a": gaps}))) if "gap" in row[0]] == [
