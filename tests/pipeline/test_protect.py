@@ -59,3 +59,16 @@ def test_directions_that_are_gone_are_named(folder, tmp_path) -> None:
     done = r1export("train", tmp_path / "copy/recipe.toml", "--out", tmp_path / "copy/run", *sets, "--resume")
     assert done.returncode == 2
     assert str(gone) in done.stderr
+
+
+def test_experts_start_along_the_gradient_unless_the_recipe_says_at_random(folder, tmp_path) -> None:
+    shutil.copy(folder / "recipe.toml", tmp_path)
+    train(tmp_path, "--set", "pool.init=random", "--set", "train.protect_own=0", "--set", "train.iterations=1")
+    train(folder, "--out", tmp_path / "along", "--set", "train.protect_own=0", "--set", "train.iterations=1")
+    random, along = (
+        read_tensors(run / "tasks/01-digits/pool.safetensors") for run in (tmp_path / "run", tmp_path / "along")
+    )
+    name = next(name for name in along if name.endswith("lora_A"))
+    leading, drawn = (tensors[name][:2] for tensors in (along, random))
+    assert abs(leading[0] @ leading[1]) < 0.05 * leading[0] @ leading[0]
+    assert not np.allclose(leading, drawn, atol=0.1)
