@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 from export.exporting import export
+from safetensors.torch import load_file, save_file
 from settings import POOL
 from timm.models import VisionTransformer
 
@@ -19,7 +20,7 @@ from r1export.adapt.frozen_start import frozen_start
 from r1export.adapt.image_cache import Pixels
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.model_config import read_model_config
-from r1export.adapt.photo_vit import BACKBONE
+from r1export.adapt.photo_vit import BACKBONE, EXTENDS
 from r1export.adapt.preprocess_settings import OPENAI
 from r1export.data.synthetic import BUILTIN_MODELS, load_builtin
 from r1export.errors import InputError
@@ -54,6 +55,13 @@ def test_without_the_file_that_has_the_rest_it_is_refused(tmp_path: Path) -> Non
     shutil.copy(WEIGHTS, tmp_path)
     with pytest.raises(InputError, match="photo-lite0-128"):
         load_clip(weights=tmp_path / WEIGHTS.name, config=CONFIG, preprocess=OPENAI)
+
+
+def test_the_rest_is_never_read_from_another_folder(tmp_path: Path) -> None:
+    photo = BUILTIN_MODELS["photo"].weights
+    save_file(load_file(WEIGHTS), tmp_path / "w.safetensors", metadata={EXTENDS: f"{photo.parent}/{photo.name}"})
+    with pytest.raises(InputError, match="Invalid name"):
+        load_clip(weights=tmp_path / "w.safetensors", config=CONFIG, preprocess=OPENAI)
 
 
 def test_it_names_photographs_that_it_was_not_taught_here(base: Clip) -> None:
