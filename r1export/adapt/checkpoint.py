@@ -84,7 +84,7 @@ def _read(weights: Path) -> State:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         metadata = opened.metadata() or {}
     if EXTENDS in metadata:
-        return with_photo(tensors, _read(weights.with_name(metadata[EXTENDS])))
+        return with_photo(tensors, _read(_rest(weights, metadata)))
     if metadata != UNSCALED:
         return tensors
     return {name: t.half() if t.dtype == torch.float8_e4m3fn else t for name, t in tensors.items()}  # no value changes
@@ -97,7 +97,18 @@ def _headers(weights: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         metadata = opened.metadata() or {}
         kinds = FLOATS | ({"F8_E4M3": torch.float16} if metadata == UNSCALED else {})
         headers = {name: (kinds.get(part.get_dtype(), CODE), tuple(part.get_shape())) for name, part in slices.items()}
-        return with_photo(headers, _headers(weights.with_name(metadata[EXTENDS]))) if EXTENDS in metadata else headers
+        return with_photo(headers, _headers(_rest(weights, metadata))) if EXTENDS in metadata else headers
+
+
+def _rest(weights: Path, metadata: Mapping[str, str]) -> Path:
+    """The file next to `weights` that has the rest of its tensors, and extends no other file."""
+    rest = weights.with_name(metadata[EXTENDS])
+    with safe_open(rest, "pt") as opened:
+        if EXTENDS in (opened.metadata() or {}):
+            raise InputError(
+                f"{weights} extends {rest.name}, which extends another file", "expected complete weights there"
+            )
+    return rest
 
 
 def _resized_(state: State, model: Any) -> list[str]:

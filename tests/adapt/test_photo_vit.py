@@ -64,6 +64,12 @@ def test_the_rest_is_never_read_from_another_folder(tmp_path: Path) -> None:
         load_clip(weights=tmp_path / "w.safetensors", config=CONFIG, preprocess=OPENAI)
 
 
+def test_a_file_that_extends_itself_is_refused(tmp_path: Path) -> None:
+    save_file(load_file(WEIGHTS), tmp_path / "w.safetensors", metadata={EXTENDS: "w.safetensors"})
+    with pytest.raises(InputError, match=r"extends w\.safetensors, which extends another file"):
+        load_clip(weights=tmp_path / "w.safetensors", config=CONFIG, preprocess=OPENAI)
+
+
 def test_it_names_photographs_that_it_was_not_taught_here(base: Clip) -> None:
     probe = load_builtin("objects33")
     rows = np.arange(0, len(probe.test), 3)
