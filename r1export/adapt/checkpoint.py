@@ -106,7 +106,8 @@ def _rest(weights: Path, metadata: Mapping[str, str]) -> Path:
     with safe_open(rest, "pt") as opened:
         if EXTENDS in (opened.metadata() or {}):
             raise InputError(
-                f"{weights} extends {rest.name}, which extends another file", "expected complete weights there"
+                f"{weights} extends {rest.name}, which extends another file, expected complete weights there",
+                "download both files again",
             )
     return rest
 

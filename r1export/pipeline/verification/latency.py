@@ -26,7 +26,7 @@ TOGETHER = 8  # releases timed together, at most: the more, the longer it takes 
 
 
 @dataclass(frozen=True)
-class ToTime:
+class PendingTiming:
     """A release that waits for rung L5: the tower that is timed, one input of it, and what was measured with its torch models.
 
     `control` says that the unmerged model can be run.
@@ -48,12 +48,12 @@ class ToTime:
         return self.ref.variant, self.tower, self.values.shape
 
 
-def to_time(ref: ReleaseRef, inputs: parity.Inputs, models: TorchModels, control: Check) -> ToTime:
+def prepare_timing(ref: ReleaseRef, inputs: parity.Inputs, models: TorchModels, control: Check) -> PendingTiming:
     """Prepare rung L5: the visual tower, or the text tower if the updates leave the visual one as it is; torch in fp32 only."""
     tower = next(iter(touched_towers(ref, ref.updates)), "visual")
     values = inputs.tower(tower)[:1]
     torch = latency.torch_times(_torch_jobs(models, tower, values)) if ref.variant.is_reference else {}
-    return ToTime(ref, tower, values, bool(control.looked_at), torch)
+    return PendingTiming(ref, tower, values, bool(control.looked_at), torch)
 
 
 def group_size(base: ReleaseRef) -> int:
@@ -62,9 +62,11 @@ def group_size(base: ReleaseRef) -> int:
     return max(1, min(TOGETHER, int(OPEN_BYTES / (2 * tower)) - 1))
 
 
-def release_latencies(waiting: Sequence[ToTime], providers: Sequence[str], budget: TimingBudget) -> list[Latency]:
+def release_latencies(
+    waiting: Sequence[PendingTiming], providers: Sequence[str], budget: TimingBudget
+) -> list[Latency]:
     """Rung L5 of each, on every provider that can be timed."""
-    groups: dict[object, list[ToTime]] = {}
+    groups: dict[object, list[PendingTiming]] = {}
     for one in waiting:
         groups.setdefault(one.together, []).append(one)
     found = {
@@ -75,7 +77,7 @@ def release_latencies(waiting: Sequence[ToTime], providers: Sequence[str], budge
     return [found[one.ref.path] for one in waiting]
 
 
-def _time_together(group: Sequence[ToTime], providers: Sequence[str], budget: TimingBudget) -> list[Latency]:
+def _time_together(group: Sequence[PendingTiming], providers: Sequence[str], budget: TimingBudget) -> list[Latency]:
     first, timed = group[0], timeable(providers)
     settings, progress = first.ref.context.recipe.verify, first.ref.context.progress
     feeds = {parity.ENTRIES[first.tower]: first.values}
@@ -98,7 +100,7 @@ def _time_together(group: Sequence[ToTime], providers: Sequence[str], budget: Ti
     return [_with_torch(latency.slowest(results[one.ref.path.name], one.tower), one.torch) for one in group]
 
 
-def _count(group: Sequence[ToTime]) -> str:
+def _count(group: Sequence[PendingTiming]) -> str:
     return "release" if len(group) == 1 else f"{len(group)} releases"
 
 
@@ -152,7 +154,7 @@ def _torch_jobs(models: TorchModels, tower: str, values: np.ndarray) -> dict[str
 
 
 @contextmanager
-def _unmerged(one: ToTime) -> Iterator[Path | None]:
+def _unmerged(one: PendingTiming) -> Iterator[Path | None]:
     """The unmerged tower; None where earlier updates alone change it."""
     with ExitStack() as stack:
         path = None

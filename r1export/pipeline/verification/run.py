@@ -109,10 +109,10 @@ def _verify_releases(
 
 def _timed(verified: Sequence[Verified], conditions: Conditions) -> Iterator[ReleaseReport]:
     """The written reports, with the latencies of those that are to be timed."""
-    waiting = [one.to_time for one in verified if one.to_time]
-    latencies = iter(release_latencies(waiting, conditions.providers, conditions.budget) if conditions.budget else ())
+    pending = [one.pending for one in verified if one.pending]
+    latencies = iter(release_latencies(pending, conditions.providers, conditions.budget) if conditions.budget else ())
     for one in verified:
-        yield _written(replace(one.report, latency=next(latencies)) if one.to_time else one.report, one.ref)
+        yield _written(replace(one.report, latency=next(latencies)) if one.pending else one.report, one.ref)
 
 
 def _written(report: ReleaseReport, ref: ReleaseRef) -> ReleaseReport:

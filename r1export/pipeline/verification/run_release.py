@@ -11,7 +11,7 @@ from r1export.pipeline.variant import ReleaseRef
 from r1export.pipeline.verification.contents import WEIGHT_FILES, check_contents
 from r1export.pipeline.verification.freezing_gaps import measure_gaps
 from r1export.pipeline.verification.inputs import ImageEmbeddings, test_images
-from r1export.pipeline.verification.latency import ToTime, to_time, variant_speed
+from r1export.pipeline.verification.latency import PendingTiming, prepare_timing, variant_speed
 from r1export.pipeline.verification.parity import TorchRun, base_control, release_parity
 from r1export.pipeline.verification.proof import embedding_width, graph_feeds, release_proof, run_graphs
 from r1export.update.atomic_io import sha256_file
@@ -92,11 +92,11 @@ def measure_base(base: ReleaseRef, runs: Sequence[TorchRun], conditions: Conditi
 
 @dataclass(frozen=True)
 class Verified:
-    """The report of a release, and what is left to time: nothing if it failed, is the base, or the run is verified without time."""
+    """The report of a release, and the timing that is pending: none if it failed, is the base, or the run is verified without time."""
 
     ref: ReleaseRef
     report: ReleaseReport
-    to_time: ToTime | None = None
+    pending: PendingTiming | None = None
 
 
 def verify_release(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, conditions: Conditions) -> Verified:
@@ -127,7 +127,7 @@ def verify_release(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, condi
     if report.proof.verdict is Verdict.FAIL:
         return Verified(ref, report)
     report = replace(report, gaps=_gaps(ref, run) if ref.variant.is_reference else None)
-    return _ready_to_time(ref, report, base, run, conditions)
+    return _ready_for_timing(ref, report, base, run, conditions)
 
 
 def _read_contents(ref: ReleaseRef, run: TorchRun, conditions: Conditions) -> tuple[ReleaseManifest | None, Contents]:
@@ -144,7 +144,7 @@ def _parity(ref: ReleaseRef, base: BaseMeasurements, run: TorchRun, conditions: 
     return release_parity(ref, run, control, conditions.providers)
 
 
-def _ready_to_time(
+def _ready_for_timing(
     ref: ReleaseRef, report: ReleaseReport, base: BaseMeasurements, run: TorchRun, conditions: Conditions
 ) -> Verified:
     """A release that passed so far."""
@@ -153,7 +153,7 @@ def _ready_to_time(
     if not base.executions.runs:
         reason = f"cannot run the base: {base.executions.problem}"
         return Verified(ref, replace(report, latency=Latency.unmeasured(reason)))
-    return Verified(ref, report, to_time(ref, run.inputs, run.models, report.proof.control))
+    return Verified(ref, report, prepare_timing(ref, run.inputs, run.models, report.proof.control))
 
 
 def _variant_cost(ref: ReleaseRef, manifest: ReleaseManifest, base: BaseMeasurements) -> VariantCost:
