@@ -21,11 +21,12 @@ Shapes: X (n, tokens, in) or (n, in, h, w), A (r, in) or (r, in*kh*kw), B (out, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame
@@ -117,8 +118,29 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, float]:
         return F.dropout(x, p), 1.0
     below = min(round(p * 2**16), 2**16 - 1)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= below - 2**15
-    return x * kept, 1 - below / 2**16
+    kept = words.numpy().view(np.int16)[: x.numel()].reshape(x.shape) >= below - 2**15
+    return cast(Tensor, _Masked.apply(x, torch.from_numpy(kept))), 1 - below / 2**16
+
+
+class _Masked(torch.autograd.Function):
+    """`x` where the mask is true, else zero. Numpy multiplies by booleans in one pass; torch first converts them to floats."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(kept)
+        return _masked(x, kept)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _masked(grad, *ctx.saved_tensors), None
+
+
+def _masked(x: Tensor, kept: Tensor) -> Tensor:
+    if x.dtype == torch.bfloat16:  # unknown to numpy
+        return x * kept
+    masked = torch.empty_like(x)
+    np.multiply(x.detach().numpy(), kept.numpy(), out=masked.numpy())
+    return masked
 
 
 class TowerInputs:
@@ -195,14 +217,26 @@ class ExpertPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, tokens, in) -> (n, tokens, out); there may be more axes of positions than one."""
+        x, kept = self.dropped(x)
+        return self.add(x, self.weights(x, kept))
+
+    def dropped(self, x: Tensor) -> tuple[Tensor, float]:
+        """`drop` of the input, if the experts that act are still chosen in training."""
+        chosen = self.training and not isinstance(self._routing, Frozen)
+        return drop(x, self.settings.dropout if chosen else 0.0)
+
+    def weights(self, x: Tensor, kept: float) -> Tensor:
+        """The weights of the experts, (r,) or (samples, 1, r), scaling included, for an input of which `dropped` kept a share."""
         if isinstance(self._routing, Frozen):
-            return self.add(x, self._routing.gate * self.settings.scaling)
-        x, kept = drop(x, self.settings.dropout if self.training else 0.0)
-        gate = self.gate(self.token(x) / kept, self._routing)
-        return self.add(x, gate * (self.settings.scaling / kept))
+            return self._routing.gate * self.settings.scaling
+        return self.gate(self.token(x) / kept, self._routing) * (self.settings.scaling / kept)
+
+    def columns(self, x: Tensor, kept: float) -> Tensor:
+        """The columns of B times the weights, as rows (r, out): the experts are the same for every sample."""
+        return self.lora_B.T * self.weights(x, kept)[:, None]
 
     def add(self, x: Tensor, weights: Tensor) -> Tensor:
-        """What the experts add with these weights, (r,) or (samples, 1, r), scaling included."""
+        """What the experts add with these weights."""
         low = F.linear(x, self.lora_A)
         if weights.ndim > 1:
             return F.linear((self._by_sample(low) * weights).view(low.shape), self.lora_B)
@@ -342,6 +376,19 @@ class ConvolutionPool(ExpertPool):
     def token(self, x: Tensor) -> Tensor:
         """The mean of each image over its positions, (n, in)."""
         return x.mean((2, 3))
+
+
+def add_experts_(y: Tensor, x: Tensor, pools: Sequence[ExpertPool | int]) -> Tensor:
+    """What a linear gives, `y` (positions, out), plus what its pools add for its input `x` (n, tokens, in); `y` is overwritten.
+
+    The pools adapt the rows of the weight one after the other; a number stands for as many rows without a pool. All of them
+    read the same dropout of `x`, and there is one product with all A and one with all B. No pool routes per sample.
+    """
+    present = [pool for pool in pools if isinstance(pool, ExpertPool)]
+    x, kept = present[0].dropped(x)
+    low = F.linear(x.flatten(0, -2), torch.cat([pool.lora_A for pool in present]))
+    columns = [y.new_zeros(0, pool) if isinstance(pool, int) else pool.columns(x, kept) for pool in pools]
+    return y.addmm_(low.to(y.dtype), torch.block_diag(*columns).to(y.dtype))
 
 
 Pools = dict[Rows, ExpertPool]  # by the rows of the parameter that they adapt, sorted
