@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -65,7 +66,7 @@ def _adapted(base: Callable[[Tensor], Tensor], x: Tensor, pools: Sequence[Expert
 
 
 class RankOneAttention(nn.Module):
-    """A frozen nn.MultiheadAttention (batch first), or open_clip's own, with pools for q, k, v and out; self-attention only."""
+    """A frozen nn.MultiheadAttention (batch first), or open_clip's own, with pools for q, k, v and out: self-attention, of all tokens or of the first."""
 
     def __init__(self, base: AnyModule, pools: dict[str, ExpertPool]) -> None:
         super().__init__()
@@ -80,10 +81,12 @@ class RankOneAttention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, None]:
-        """(n, tokens, d) -> (n, tokens, d); `key` and `value` are `query`. A mask is (L, L) or (n*heads, L, L), additive."""
+        """(n, tokens, d) -> (n, tokens, d). `key` is `query`, or all tokens where `query` is the first; `value` is `key`.
+
+        A mask is (L, L) or (n*heads, L, L), additive.
+        """
         base, (n, tokens, width) = self.base, query.shape
-        packed = _adapted(self._in_proj, query, _chosen(self.pools, "qkv", width))
-        q, k, v = (part.view(n, tokens, base.num_heads, -1).transpose(1, 2) for part in packed.chunk(3, -1))
+        q, k, v = (part.unflatten(-1, (base.num_heads, -1)).transpose(1, 2) for part in self._projected(query, key))
         if attn_mask is not None and attn_mask.ndim == 3:
             attn_mask = attn_mask.view(n, base.num_heads, tokens, tokens)
         of_open_clip = not isinstance(base, nn.MultiheadAttention)
@@ -97,8 +100,19 @@ class RankOneAttention(nn.Module):
         out = _adapted(base.out_proj, mixed, _chosen(self.pools, ["out"], width))
         return out if of_open_clip else (out, None)
 
-    def _in_proj(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.base.in_proj_weight, self.base.in_proj_bias)
+    def _projected(self, query: Tensor, key: Tensor | None) -> Sequence[Tensor]:
+        """q, k and v (n, tokens, d)."""
+        if key is None or key is query:
+            return self._part("qkv", query).chunk(3, -1)
+        return self._part("q", query), *self._part("kv", key).chunk(2, -1)
+
+    def _part(self, targets: str, x: Tensor) -> Tensor:
+        """The projections that `targets`, a part of "qkv", names, one after the other in the last axis."""
+        weight, bias, width = self.base.in_proj_weight, self.base.in_proj_bias, x.shape[-1]
+        start = "qkv".index(targets) * width
+        rows = slice(start, start + len(targets) * width)
+        base = partial(F.linear, weight=weight[rows], bias=None if bias is None else bias[rows])
+        return _adapted(base, x, _chosen(self.pools, targets, width))
 
 
 class RankOneAttentionPool(nn.Module):

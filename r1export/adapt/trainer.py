@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1export.adapt import distributed
+from r1export.adapt.class_token import class_token_only
 from r1export.adapt.clip import Clip
 from r1export.adapt.distillation import DistillationTargets
 from r1export.adapt.image_cache import Images
@@ -257,7 +258,7 @@ class Objective:
         if targets is not None:
             drawn = targets.draw(seed)
             tokens = torch.cat([classes, targets.tokens[drawn]])
-        with short_texts(self.clip.model):
+        with short_texts(self.clip.model), class_token_only(self.clip.model):
             image, text = self.encode(pixels, tokens)
         image, scale = distributed.gathered(image), self.clip.model.logit_scale.exp()
         logits = (scale * image @ text[: len(classes)].T).float()
