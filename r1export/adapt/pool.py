@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -111,36 +111,17 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, float]:
     """`x` with each element zero with probability `p`, and the share of elements that is kept: dropout(x) is their quotient.
 
     On a CPU 16 random bits decide over an element, a sixth of the time of torch's own, which was a fifth of a training step.
+    They come from numpy, with a seed from torch: it generates them twice as fast and compares them six times as fast.
     """
     if p == 0:
         return x, 1.0
     if x.device.type != "cpu":
         return F.dropout(x, p), 1.0
     below = min(round(p * 2**16), 2**16 - 1)
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    kept = words.numpy().view(np.int16)[: x.numel()].reshape(x.shape) >= below - 2**15
-    return cast(Tensor, _Masked.apply(x, torch.from_numpy(kept))), 1 - below / 2**16
-
-
-class _Masked(torch.autograd.Function):
-    """`x` where the mask is true, else zero. Numpy multiplies by booleans in one pass; torch first converts them to floats."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Tensor) -> Tensor:
-        ctx.save_for_backward(kept)
-        return _masked(x, kept)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _masked(grad, *ctx.saved_tensors), None
-
-
-def _masked(x: Tensor, kept: Tensor) -> Tensor:
-    if x.dtype == torch.bfloat16:  # unknown to numpy
-        return x * kept
-    masked = torch.empty_like(x)
-    np.multiply(x.detach().numpy(), kept.numpy(), out=masked.numpy())
-    return masked
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    words = np.random.PCG64(seed).random_raw(-(-x.numel() // 4))
+    kept = words.view(np.uint16)[: x.numel()].reshape(x.shape) >= below
+    return x * torch.from_numpy(kept), 1 - below / 2**16
 
 
 class TowerInputs:
