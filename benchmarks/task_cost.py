@@ -102,6 +102,10 @@ def main() -> None:
     with timed("distillation targets", seconds):
         targets = distillation_targets(clip, training.train, visited, reference_names())
     training = replace(training, targets=targets)
+    fixed_steps = round((1 - recipe.consolidate) * recipe.iterations)
+    for phase, fixed in (("a step", False), ("a step with experts fixed", True)):
+        seconds[phase] = step_seconds(random_clip(options.model), training, options.steps, fixed=fixed)
+        print(f"{phase}: {seconds[phase][0]:.2f} s, {seconds[phase][1]:.2f} s of the processor", flush=True)
     pools = inject_experts_(clip.model, pool_settings(Pool()))
     reset_pools_(pools, 0, 1)
     with timed("directions of the task's own images", seconds):
@@ -110,10 +114,6 @@ def main() -> None:
         init_along_gradient_(clip, pools, training)
     with timed("directions to protect", seconds):
         new_directions(clip, pools, training.train, task_prompts(clip, training), recipe.protect)
-    fixed_steps = round((1 - recipe.consolidate) * recipe.iterations)
-    for phase, fixed in (("a step", False), ("a step with experts fixed", True)):
-        seconds[phase] = step_seconds(random_clip(options.model), training, options.steps, fixed=fixed)
-        print(f"{phase}: {seconds[phase][0]:.2f} s, {seconds[phase][1]:.2f} s of the processor", flush=True)
     counts = {"a step": recipe.iterations - fixed_steps, "a step with experts fixed": fixed_steps}
     total, processor = (sum(s[clock] * counts.get(phase, 1) for phase, s in seconds.items()) for clock in (0, 1))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
