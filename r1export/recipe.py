@@ -230,6 +230,9 @@ class Train(_Section):
     """Weight of the distillation loss, which preserves the previous model's predictions on the task's images and reference names. 0 disables it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` runs the frozen model under autocast; experts and optimizer state stay in float32."""
+    guard: float | None = Field(None, ge=0)
+    """Percentage points of zero-shot accuracy that a task may cost, estimated on crops of its own images: its update is scaled down until
+    it does. Default: no limit."""
     consolidate: float = Field(0.3, ge=0, le=1)
     """Fraction of the iterations after which the selection of experts is fixed and only these are trained. 1 disables it."""
     checkpoint_every: int = Field(50, ge=1)
@@ -302,8 +305,10 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
-    def _thresholds(self) -> Self:
+    def _compatible(self) -> Self:
         gate, consolidate = self.pool.gate, self.train.consolidate
+        if self.train.guard is not None and self.train.method == "full":
+            raise ValueError('train.guard scales experts, but train.method is "full": remove one of them')
         if gate == "sparse" and consolidate < 1:
             raise ValueError(
                 f'pool.gate "sparse" needs train.consolidate = 1, found {consolidate}: its gates are thresholded until the end'
