@@ -80,7 +80,8 @@ def _train(asked: argparse.Namespace, method: str, order: str, seed: int) -> dic
     command = [sys.executable, *program, "train", asked.out / f"{method}.toml", "--out", run, "--resume"]
     sets = [*asked.set, f"train.seed={seed}"]
     if asked.scaling:
-        sets.append(f"pool.alpha={asked.scaling * load_recipe(asked.out / f'{method}.toml').pool.rank}")
+        rank = load_recipe(asked.out / f"{method}.toml", tuple(sets)).pool.rank
+        sets.append(f"pool.alpha={asked.scaling * rank}")
     command += [part for value in sets for part in ("--set", value)]
     command += ["--order", "reversed"] if order == "reversed" else []
     if not (run / "metrics.json").exists():
