@@ -88,7 +88,7 @@ def _train(asked: argparse.Namespace, method: str, order: str, seed: int) -> dic
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{run}: {done.stderr.strip().splitlines()[-1]}")
-    found = _figures(run)
+    found = {"order": order, "seed": seed, **_figures(run)}
     print(
         f"{run.name}: " + ", ".join(f"{name} {found[name]:.1f}" for name in COLUMNS[:4] if found[name] is not None),
         flush=True,
