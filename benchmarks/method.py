@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from r1export.recipe import load_recipe
+from r1export.recipe_file import load_recipe
 
 BASELINES = Path(__file__).parents[1] / "recipes" / "baselines"
 KEEP_LORA = Path(__file__).with_name("keep_lora.py")  # trains by r1export's trainer with changes of its own

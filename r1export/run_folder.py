@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from r1export.errors import InputError, refused
-from r1export.recipe import Recipe, load_recipe
+from r1export.recipe import Recipe
+from r1export.recipe_file import load_recipe
 from r1export.update.atomic_io import PARTIAL, read_regular, remove, write_file, write_json
 from r1export.update.factors import ExpertUpdate
 from r1export.update.release_manifest import BaseModel
