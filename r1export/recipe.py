@@ -142,6 +142,9 @@ class Pool(_Section):
     """`gradient` lets experts start with the input directions in which the task's loss is steepest; `random` as in LoRA and the published code."""
     router: Literal["random", "straight-through"] = "random"
     """`random` keeps the router at its random initialization, as the published code does; `straight-through` trains it."""
+    select: Literal["effect", "votes"] = "effect"
+    """Merged experts: those with the largest `effect` on the loss, as many as k_merge per layer would take in bytes, or the k_merge of each
+    layer with the most `votes`, as published."""
     text_token: Literal["start", "end"] = "start"
     """Router input in the text tower: the start token, which sees no text, or the end token, which sees all of it."""
     past: Literal["merged", "pool"] = "merged"
