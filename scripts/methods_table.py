@@ -26,7 +26,8 @@ BEGIN, END = "<!-- {} by scripts/methods_table.py -->\n", "<!-- end -->\n"
 TITLES = {
     "ours": "**r1export's defaults**",
     "no-pool": "the same with a LoRA of rank 4 instead of the pool",
-    "random-init": "the same, experts start at random, distillation 1.0",
+    "votes": "the same, experts selected by votes",
+    "random-init": "experts selected by votes and started at random, distillation 1.0",
     "former": "the defaults of version 0.1",
     "faithful": "the method as published",
     "random-4-of-12": "4 of 12 experts at random",
@@ -65,7 +66,7 @@ def full_table(methods: dict[str, Runs]) -> str:
     for name, title in TITLES.items():
         if name in methods:
             runs = methods[name]
-            cells = [f"{_mean(runs, c)} ± {np.std(_values(runs, c), ddof=1):.1f}" for c in COLUMNS]
+            cells = [_spread(runs, c) for c in COLUMNS]
             gains = [""] * 4 if name == "ours" else [_gain(methods["ours"], runs, c) for c in COLUMNS]
             figures = (str(len(runs)), *cells, _size(runs), f"{np.mean(_values(runs, 'seconds')):.0f}", *gains)
             lines.append(f"| {title} | {' | '.join(figures)} |")
@@ -80,6 +81,11 @@ def _mean(runs: Runs, column: str) -> str:
     return f"{_values(runs, column).mean():.1f}"
 
 
+def _spread(runs: Runs, column: str) -> str:
+    """The mean, and the standard deviation if there is one."""
+    return f"{_mean(runs, column)}" + (f" ± {_values(runs, column).std(ddof=1):.1f}" if len(runs) > 1 else "")
+
+
 def _size(runs: Runs) -> str:
     kilobytes = _values(runs, "shipped kB").mean()
     return f"{kilobytes:.0f} kB" if kilobytes < 10_000 else f"{kilobytes / 1000:.0f} MB"
@@ -89,7 +95,7 @@ def _gain(ours: Runs, runs: Runs, column: str) -> str:
     """Over the pairs of runs with the same seed and order."""
     others = {(run["order"], run["seed"]): run[column] for run in runs}
     gains = np.array([run[column] - others[key] for run in ours if (key := (run["order"], run["seed"])) in others])
-    return f"{gains.mean():+.1f} ± {gains.std(ddof=1) / len(gains) ** 0.5:.1f}"
+    return f"{gains.mean():+.1f}" + (f" ± {gains.std(ddof=1) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else "")
 
 
 def with_table(page: str, results: str, table: str) -> str:
