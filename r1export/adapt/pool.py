@@ -46,6 +46,7 @@ class PoolSettings:
 
     `rank` experts, `k_train` act on a batch, `k_merge` are merged; scaling = alpha / rank. `router` is "random" (as it was
     drawn) or "straight-through" (it learns). `gate` is "binary" or "sparse" (each expert has a trained weight and no router).
+    `select`: those merged have the largest effect on the loss (expert_effect.py), or the most votes.
     `layers` are numbers of blocks from 0, empty for all. `text_token` is the token that votes in the text tower.
     """
 
@@ -56,6 +57,7 @@ class PoolSettings:
     dropout: float
     router: Literal["random", "straight-through"]
     gate: Literal["binary", "sparse"]
+    select: Literal["effect", "votes"]
     text_token: Literal["start", "end"]
     towers: tuple[Tower, ...]
     targets: tuple[Target, ...]
@@ -141,6 +143,7 @@ class ExpertPool(nn.Module):
     """
 
     counts: Tensor
+    chosen: Tensor
     past: Tensor
     span: Tensor
 
@@ -162,6 +165,7 @@ class ExpertPool(nn.Module):
         if settings.gate == "sparse":
             self.importance = nn.Parameter(base.new_ones(settings.rank))
         self.register_buffer("counts", base.new_zeros(settings.rank, dtype=torch.int64))
+        self.register_buffer("chosen", base.new_zeros(settings.rank, dtype=torch.bool))
         self.register_buffer("past", base.new_zeros(rows, 0), persistent=False)
         self.register_buffer("span", base.new_zeros(columns, 0), persistent=False)
         self._routing: Routing = Batch()
@@ -191,6 +195,7 @@ class ExpertPool(nn.Module):
                 tensor.copy_(torch.empty(tensor.shape, dtype=tensor.dtype).uniform_(-bound, bound, generator=generator))
             self.lora_B.zero_()
             self.counts.zero_()
+            self.chosen.zero_()
             if self.settings.gate == "sparse":
                 self.importance.fill_(1)
         self.leave_span_()
@@ -266,11 +271,20 @@ class ExpertPool(nn.Module):
         return gate + (mean - mean.detach())
 
     def selected(self, k: int | None = None) -> Tensor:
-        """The k (default k_merge) experts with the most votes of this task, ascending; those not zero of a sparse gate."""
+        """The experts that are merged, ascending: those of `choose_`, or the k (default k_merge) with the most votes of this
+        task; of a sparse gate those that are not zero.
+        """
         if self.settings.gate == "sparse":
             kept = self.importance.detach().nonzero()[:, 0]
             return kept if len(kept) else top_experts(self.importance.detach().abs(), 1)
+        if k is None and self.chosen.any():
+            return self.chosen.nonzero()[:, 0]
         return top_experts(self.counts, self.settings.k_merge if k is None else k)
+
+    def choose_(self, experts: Sequence[int]) -> None:
+        """From now on these experts are the selected ones, whatever the votes."""
+        self.chosen.zero_()
+        self.chosen[list(experts)] = True
 
     def frozen(self, k: int | None = None) -> Frozen:
         """Exactly the selected experts, whatever the input: the function that will be merged."""
