@@ -160,10 +160,11 @@ def own_contents(
 ) -> Contents:
     """The checks that need no run, but the `base` next to it; golden samples use `runs`."""
     tasks = [task.name for task in manifest.tasks]
+    runs = runs or GoldenRuns()
     identity = check_manifest_and_files(path, manifest, tasks, _expected_fields(manifest, base))
     if overall(check.verdict for check in identity.values()) is Verdict.FAIL:
         return Contents.only(SKIPPED, **identity)
-    if problem := try_graphs(path, limits or limits_for(path)):
+    if problem := try_graphs(path, limits or limits_for(path), runs):
         return Contents.only(SKIPPED, **identity, graphs=Check.failed(problem, of=len(GRAPHS)))
     classes = sum(task.classes for task in manifest.tasks)
     return Contents(
