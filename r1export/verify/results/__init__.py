@@ -4,7 +4,7 @@ Parity, latency and the rungs of the proof are checks that also need the figures
 """
 
 from r1export.verify.results.accuracy import Accuracy, Agreement, Drift, Gaps, Probe, RunGaps
-from r1export.verify.results.check import LISTED, SKIPPED, Check, Verdict, combined, overall
+from r1export.verify.results.check import LISTED, SKIPPED, Check, Verdict, combined, named_checks, overall
 from r1export.verify.results.contents import UNSIGNED, Contents, Sensitivity
 from r1export.verify.results.latency import UNTIMED, ClockRatios, Latency, ProviderLatency, Ratio, Times
 from r1export.verify.results.parity import PARITY_STAGES, Difference, Flip, Histogram, Parity, ParityStages
@@ -21,7 +21,6 @@ from r1export.verify.results.report import (
     RunReport,
     TaskInputs,
     VariantCost,
-    named_checks,
 )
 
 __all__ = [

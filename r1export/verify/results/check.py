@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, Self
 
@@ -100,3 +100,9 @@ class Check:
     def not_applicable(cls, reason: str) -> Self:
         """The check doesn't apply, with the reason."""
         return cls(verdict=Verdict.NOT_APPLICABLE, looked_at=0, of=0, detail=reason)
+
+
+def named_checks(group: Any) -> Iterator[tuple[str, Check]]:
+    """The checks of a result type by the names of their fields."""
+    for f in fields(group):
+        yield f.name, getattr(group, f.name)

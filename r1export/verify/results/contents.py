@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from r1export.verify.results.check import Check, Verdict, overall
-from r1export.verify.results.report import named_checks
+from r1export.verify.results.check import Check, Verdict, named_checks, overall
 
 UNSIGNED = Check.not_applicable("no signed update to compare with (--bundle)")
 

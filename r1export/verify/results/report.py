@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from r1export.verify.results.accuracy import Accuracy, Drift, Gaps, RunGaps
-from r1export.verify.results.check import SKIPPED, Check, Verdict, overall
+from r1export.verify.results.check import SKIPPED, Check, Verdict, named_checks, overall
 from r1export.verify.results.contents import Contents, Sensitivity
 from r1export.verify.results.latency import Latency, Ratio
 from r1export.verify.results.parity import ParityStages
@@ -226,12 +226,6 @@ class RunReport:
 
 
 Report = ReleaseReport | RunReport
-
-
-def named_checks(group: Any) -> Iterator[tuple[str, Check]]:
-    """The checks of a result type by the names of their fields."""
-    for f in fields(group):
-        yield f.name, getattr(group, f.name)
 
 
 def _reasons(checks: Iterable[tuple[str, Check]]) -> tuple[str, ...]:
