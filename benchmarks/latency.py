@@ -32,7 +32,7 @@ from onnx import helper, numpy_helper
 
 from r1export.pipeline.context import NoProgress, RunContext
 from r1export.pipeline.variant import REFERENCE, Variant
-from r1export.pipeline.verification.latency import make_contenders
+from r1export.pipeline.verification.contenders import make_contenders
 from r1export.pipeline.verification.proof import unmerged
 from r1export.report.json_format import read_report
 from r1export.run_folder import RunFolder

@@ -43,14 +43,18 @@ VERIFY_TESTS = (
 )
 # file, what stands there, what is put in its place
 VERIFY_RULES = [
-    ("verify/results.py", "if self.verdict is Verdict.PASS and not 0 < self.looked_at == self.of:", "if False:"),
-    ("verify/results.py", "if self.verdict is Verdict.PASS and not self._decided():", "if False:"),
-    ("verify/results.py", "        elif 0 < looked_at == of:", "        elif looked_at == of:"),
-    ("verify/results.py", "        if listed:\n            more", "        if False:\n            more"),
-    ("verify/results.py", "    if Verdict.FAIL in applicable:", "    if False:"),
-    ("verify/results.py", "Verdict.PASS if applicable == {Verdict.PASS}", "Verdict.PASS if Verdict.PASS in applicable"),
-    ("verify/results.py", "return bool(self.digest) and self.digest == self.expected", "return True"),
-    ("verify/results.py", "        return max_abs <= tolerance and min_cosine", "        return min_cosine"),
+    ("verify/results/check.py", "if self.verdict is Verdict.PASS and not 0 < self.looked_at == self.of:", "if False:"),
+    ("verify/results/check.py", "if self.verdict is Verdict.PASS and not self._decided():", "if False:"),
+    ("verify/results/check.py", "        elif 0 < looked_at == of:", "        elif looked_at == of:"),
+    ("verify/results/check.py", "        if listed:\n            more", "        if False:\n            more"),
+    ("verify/results/check.py", "    if Verdict.FAIL in applicable:", "    if False:"),
+    (
+        "verify/results/check.py",
+        "Verdict.PASS if applicable == {Verdict.PASS}",
+        "Verdict.PASS if Verdict.PASS in applicable",
+    ),
+    ("verify/results/proof.py", "return bool(self.digest) and self.digest == self.expected", "return True"),
+    ("verify/results/parity.py", "        return max_abs <= tolerance and min_cosine", "        return min_cosine"),
     ("verify/parity.py", "            or control.verdict is not Verdict.PASS\n", ""),
     ("verify/parity.py", "if not np.isfinite(differences).all():", "if False:"),
     ("verify/parity.py", "any(candidate.shape != reference.shape for candidate in candidates)", "False"),

@@ -1,4 +1,4 @@
-"""Write r1export/report/report.schema.json from the types of a report. Run it after a change of r1export/verify/results.py."""
+"""Write r1export/report/report.schema.json from the types of a report. Run it after a change of r1export/verify/results/."""
 
 from __future__ import annotations
 

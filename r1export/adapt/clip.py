@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -167,16 +166,6 @@ def licence(pretrained: str) -> str:
     Sources: github.com/openai/CLIP (LICENSE) and the model cards of huggingface.co/laion.
     """
     return "MIT" if pretrained == "openai" or pretrained.startswith("laion") else ""
-
-
-def digest(weights: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all tensors, sorted by name."""
-    sha = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name]
-        sha.update(f"{name}\0{tensor.dtype.str}\0{tensor.shape}\0".encode())
-        sha.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
-    return sha.hexdigest()
 
 
 def load_clip(

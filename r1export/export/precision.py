@@ -17,11 +17,10 @@ from r1export.errors import Unsupported
 from r1export.export.fp16 import half_graphs
 from r1export.export.int8 import SCALE, STEP, ZERO, Ranges, input_scale, quantized_graphs, range_of
 from r1export.export.weight_map import WeightMap
-from r1export.update.factors import PROCEDURE, ExpertUpdate
-from r1export.update.int8 import PROCEDURE_INT8, dequantize, quantize
+from r1export.update.factors import ExpertUpdate
+from r1export.update.int8 import dequantize, quantize
 
 WRITERS = {"fp16": half_graphs, "int8": quantized_graphs}  # (graphs in fp32, new folder) -> WeightMap
-PROCEDURES = {"fp32": PROCEDURE, "fp16": PROCEDURE, "int8": PROCEDURE_INT8}
 
 
 def version_tensors(

@@ -18,13 +18,13 @@ import numpy as np
 from r1export.errors import refused
 from r1export.export.int8 import SCALE
 from r1export.export.model_card import model_card
-from r1export.export.precision import PROCEDURES
 from r1export.export.tokenizer import write_tokenizer
 from r1export.export.weight_map import Placement, WeightMap
 from r1export.update.atomic_io import new_folder, sha256_bytes, sha256_file, write_file, write_json
 from r1export.update.container import write_tensors
 from r1export.update.factors import Rows
 from r1export.update.golden_samples import GoldenSamples
+from r1export.update.manifest import PROCEDURES
 from r1export.update.release_layout import (
     CLASS_EMBEDS,
     CLASSES,

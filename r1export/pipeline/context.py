@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from r1export.adapt.class_prompts import check_prompts
-from r1export.adapt.clip import Clip, digest, load_clip
+from r1export.adapt.clip import Clip, load_clip
 from r1export.adapt.frozen_start import BlockInputs, LateClip, frozen_start, late_clip
 from r1export.adapt.image_cache import Images, Pixels, RandomCrop
 from r1export.adapt.inject import eject_experts_, inject_experts_
@@ -31,6 +31,7 @@ from r1export.errors import InputError, Unsupported
 from r1export.export.tokenizer import write_tokenizer
 from r1export.recipe import Pool, Recipe, TaskSource, Train
 from r1export.run_folder import RunFolder
+from r1export.update.container import digest
 from r1export.update.factors import ExpertUpdate
 from r1export.update.run_layout import TaskLayout
 from r1export.verify.results import TaskInputs

@@ -1,4 +1,4 @@
-"""The environment section of a report: versions, machine, time."""
+"""The environment section of a report: versions, machine, time. torch isn't imported, since it takes seconds."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
-import torch
 
 from r1export import __version__
+from r1export.pipeline.cuda_driver import device_name
 from r1export.verify.results import Environment
 from r1export.verify.runtimes import openvino_runtime
-from r1export.verify.runtimes.runtime import PROVIDERS
+from r1export.verify.runtimes.runtime import CORES, PROVIDERS
 
 
 def versions() -> dict[str, str]:
-    import onnx
-    import open_clip
-
+    """The versions of Python and of the packages that compute."""
     return {
-        "python": platform.python_version(), "torch": torch.__version__, "open_clip": open_clip.__version__, "onnx": onnx.__version__,
-        "onnxruntime": onnxruntime.__version__, "numpy": np.__version__,
+        "python": platform.python_version(), "torch": version("torch"), "open_clip": version("open_clip_torch"),
+        "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__, "numpy": np.__version__,
     }  # fmt: skip
 
 
@@ -34,9 +33,9 @@ def environment(providers: Sequence[str]) -> Environment:
         r1export=__version__,
         **versions(),
         cpu=_cpu_name(),
-        threads=torch.get_num_threads(),
+        threads=CORES,
         os=f"{platform.system()} {platform.machine()}",
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        gpu=device_name(),
         runtimes=runtimes(providers),
         openvino=version("openvino") if "openvino" in providers else None,
     )
@@ -47,7 +46,7 @@ def absent(provider: str) -> str:
     if provider == "openvino" and not openvino_runtime.installed():
         return "not installed"
     if provider in ("cuda", "tensorrt"):
-        if not torch.cuda.is_available():
+        if device_name() is None:
             return "no device"
         if PROVIDERS[provider].name not in onnxruntime.get_available_providers():
             return "not in this build of onnxruntime"

@@ -14,7 +14,7 @@ import torch
 
 from r1export import __version__
 from r1export.adapt import distributed
-from r1export.adapt.clip import digest, licence
+from r1export.adapt.clip import licence
 from r1export.adapt.distillation import BATCH, DistillationTargets, distillation_targets, reference_names
 from r1export.adapt.evaluate import accuracy, all_classes
 from r1export.adapt.full_finetune import fine_tune_
@@ -44,7 +44,7 @@ from r1export.pipeline.tensorboard import log_accuracies, step_log
 from r1export.recipe import Recipe
 from r1export.run_folder import RunInputs, RunMetrics, RunRecord, Share, TaskMetrics, read_value
 from r1export.update.atomic_io import write_json
-from r1export.update.container import read_tensors, write_tensors
+from r1export.update.container import digest, read_tensors, write_tensors
 from r1export.update.factors import ExpertUpdate
 from r1export.update.release_manifest import BaseModel
 from r1export.update.run_layout import TaskLayout

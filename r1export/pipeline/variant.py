@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from r1export.data.task import Task
-from r1export.export.precision import PROCEDURES, version_tensors
+from r1export.export.precision import version_tensors
 from r1export.export.weight_map import WeightMap
 from r1export.pipeline.context import RunContext
 from r1export.run_folder import read_value
 from r1export.update.factors import ExpertUpdate
+from r1export.update.manifest import PROCEDURES
 from r1export.update.release_manifest import GoldenGate
 from r1export.update.run_layout import FP32, VariantLayout
 from r1export.verify.parity import GATES, Gate

@@ -9,6 +9,7 @@ Format: https://huggingface.co/docs/safetensors (the safetensors library is the 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -229,3 +230,13 @@ def _views(layout: Layout, data: np.ndarray) -> dict[str, np.ndarray]:
         s.name: np.asarray(from_stored(data[s.offset : s.offset + s.nbytes], s.dtype)).reshape(s.shape)
         for s in layout.specs
     }
+
+
+def digest(weights: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors, sorted by name."""
+    sha = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name]
+        sha.update(f"{name}\0{tensor.dtype.str}\0{tensor.shape}\0".encode())
+        sha.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+    return sha.hexdigest()

@@ -25,7 +25,7 @@ MAX_MANIFEST = 1 << 20  # bytes
 MAX_PAYLOAD = 64 << 20  # bytes
 ALIGN = 8  # alignment of every update and every part of a file
 ITEMSIZE = {"F32": 4, "F16": 2}
-PROCEDURES = (PROCEDURE, PROCEDURE_INT8)
+PROCEDURES = {"fp32": PROCEDURE, "fp16": PROCEDURE, "int8": PROCEDURE_INT8}  # by precision
 
 _DTYPE = re.compile("|".join(ITEMSIZE))
 _SOURCE = re.compile("base|payload")
@@ -191,9 +191,10 @@ def _known_algorithm(fields: Fields) -> str:
         fields.integer("min_updater", 1),
         fields.text("algorithm", TEXT),
     )
-    if form != FORMAT or updater > UPDATER or algorithm not in PROCEDURES:
+    if form != FORMAT or updater > UPDATER or algorithm not in PROCEDURES.values():
         raise Unsupported(
-            f"the update is {form}, for updater {updater}, algorithm {algorithm}; this updater supports {FORMAT}, {UPDATER}, {', '.join(PROCEDURES)}",
+            f"the update is {form}, for updater {updater}, algorithm {algorithm}; "
+            f"this updater supports {FORMAT}, {UPDATER}, {', '.join(sorted({*PROCEDURES.values()}))}",
             "update the updater first",
         )
     return algorithm

@@ -52,6 +52,25 @@ class GoldenRuns:
             self._outputs[release, provider] = run_in_batches(model, inputs, configs)
         return self._outputs[release, provider]
 
+    def add(self, release: Path, provider: str, outputs: Outputs) -> None:
+        """Outputs that another process computed."""
+        self._outputs[release, provider] = outputs
+
+
+def save_outputs(path: Path, outputs: Outputs) -> None:
+    """Write the outputs of one provider, fully optimized, as an .npz file of one array per batch size and tower."""
+    arrays = {f"{config.batch}.{t}": embeds.tower(t) for config, embeds in outputs.items() for t in TOWERS}
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # its stubs take allow_pickle for an array
+
+
+def load_outputs(path: Path, provider: str) -> Outputs:
+    """What `save_outputs` wrote. Raises OSError, ValueError or KeyError if it is not there, damaged or incomplete."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return {
+            ExecutionConfig(provider, "all", batch): Embeddings(*(arrays[f"{batch}.{tower}"] for tower in TOWERS))
+            for batch in BATCHES
+        }
+
 
 def golden_parity(
     release: Path,

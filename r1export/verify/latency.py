@@ -35,7 +35,7 @@ class TimingBudget:
     blocks         a bootstrap over fewer than ten has intervals that are too narrow
     fewest_rounds  per block, of a model so slow that `seconds` is used up before: a median needs a few
     seconds        that the rounds of one contender in the first `blocks` may take together
-    patience       seconds after these in which blocks are added; half as long again as they took, if that is longer
+    patience       seconds after these in which blocks are added; half as long again as they took, if that is longer; 0: none
     precision      intervals are narrowed to this part of the margin: an equal pair then lies outside once in 10^4 times
     """
 
@@ -186,10 +186,10 @@ def measure(
             continue
         enough = len(blocks) + max(1, len(blocks) // 5)  # intervals are slow to compute and change slowly
         now = meter.elapsed()
-        deadline = deadline or now + max(budget.patience, (now - started) / 2)
+        deadline = deadline or now + (max(budget.patience, (now - started) / 2) if budget.patience else 0.0)
         counts = {name: np.stack([block[name] for block in blocks if name in block]) for name in openers}
         readings = Readings(meter.clocks, counts)
-        if now > deadline or any(_settled(readings.by(clock), decisive, wanted) for clock in meter.clocks.deciding):
+        if now >= deadline or any(_settled(readings.by(clock), decisive, wanted) for clock in meter.clocks.deciding):
             return readings
 
 

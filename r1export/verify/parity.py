@@ -10,6 +10,7 @@ the base model's own export, in the same precision, is the control that the gate
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,10 +26,14 @@ HISTOGRAM_EDGES = np.logspace(-12, 1, 27)
 
 @dataclass(frozen=True)
 class Model:
-    """A CLIP as two functions: pixel_values (n, 3, H, W) -> (n, D) and input_ids (n, L) -> (n, D)."""
+    """A CLIP as two functions: pixel_values (n, 3, H, W) -> (n, D) and input_ids (n, L) -> (n, D).
+
+    `workers` is how many calls may run at a time, each in its own thread.
+    """
 
     visual: Encode
     textual: Encode
+    workers: int = 1
 
     def tower(self, name: str) -> Encode:
         return self.visual if name == "visual" else self.textual
@@ -142,19 +147,38 @@ def run_in_batches(
 
     Raises CheckFailed naming the tower and the batch size.
     """
-    return {
-        config: Embeddings(*(_encode(model, tower, inputs.tower(tower), config.batch) for tower in TOWERS))
-        for config in configs
-    }
+    configs = list(configs)
+    with ThreadPoolExecutor(model.workers) as pool:
+        pending = {
+            (config, tower): _start(pool, model.tower(tower), inputs.tower(tower), config.batch)
+            for config in sorted(configs, key=lambda one: one.batch or len(inputs), reverse=True)  # the longest first
+            for tower in TOWERS
+        }
+        try:
+            return {
+                config: Embeddings(*(_joined(pending[config, t], t, inputs.tower(t), config.batch) for t in TOWERS))
+                for config in configs
+            }
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after a failure
 
 
-def _encode(model: Model, tower: str, values: np.ndarray, batch: int) -> np.ndarray:
-    if not len(values):
+Pending = list[Future[np.ndarray]]
+
+
+def _start(pool: ThreadPoolExecutor, encode: Encode, values: np.ndarray, batch: int) -> Pending:
+    """The encoding of each batch."""
+    size = batch or max(1, len(values))
+    return [pool.submit(encode, values[i : i + size]) for i in range(0, len(values), size)]
+
+
+def _joined(pending: Pending, tower: str, values: np.ndarray, batch: int) -> np.ndarray:
+    """The embeddings (n, D) of all batches."""
+    if not pending:
         raise CheckFailed(f"no input for the {tower} tower", "export the release again")
     size = batch or len(values)
-    encode = model.tower(tower)
     try:
-        embeddings = np.concatenate([np.asarray(encode(values[i : i + size])) for i in range(0, len(values), size)])
+        embeddings = np.concatenate([np.asarray(part.result()) for part in pending])
     except CheckFailed as error:
         where = f"the {tower} tower fails at batch size {min(size, len(values))}"
         raise CheckFailed(f"{where}: {error.message}", error.remedy) from error

@@ -15,8 +15,9 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors.torch import save_file
 
-from r1export.adapt.clip import digest, licence, load_clip
+from r1export.adapt.clip import licence, load_clip
 from r1export.errors import InputError
+from r1export.update.container import digest
 
 
 @pytest.mark.parametrize("size", [(16, 16), (37, 20), (9, 64)])

@@ -14,8 +14,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from r1export.adapt import hub_tokenizer
-from r1export.adapt.clip import digest, load_clip
+from r1export.adapt.clip import load_clip
 from r1export.errors import InputError, Unsupported
+from r1export.update.container import digest
 
 PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bilinear", "resize_mode": "squash"}
 

@@ -100,6 +100,16 @@ def test_measuring_goes_on_while_intervals_are_wide_until_patience_ends(clock, u
     assert BUDGET.patience < clock.now < 1.3 * (BUDGET.patience + 3 * BUDGET.seconds)
 
 
+def test_without_patience_no_block_is_added_however_wide_the_intervals(clock) -> None:
+    rng = np.random.default_rng(0)
+
+    def noisy():
+        return clock.job(float(np.exp(rng.normal(0, 0.3))))
+
+    readings = measure({"base": noisy, "again": noisy}, Precision(8, 0.05), TimingBudget(blocks=4, patience=0.0))
+    assert len(readings.by(WALL)["again"]) == 4
+
+
 def test_a_slow_model_gets_fewer_pairs_and_never_too_few_for_a_median(clock) -> None:
     for seconds, rounds in ((0.005, 20), (0.045, 3), (10.0, BUDGET.fewest_rounds)):
         found = timed(lambda s=seconds: clock.job(s), lambda s=seconds: clock.job(s), 400)

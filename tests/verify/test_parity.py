@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -208,7 +209,32 @@ def test_every_input_is_encoded_once_per_batch_size() -> None:
     embeddings = run_in_batches(model(encode), Inputs(IMAGES, TEXTS), configs)
     assert list(embeddings) == configs
     assert all(np.array_equal(one.visual, IMAGES) for one in embeddings.values())
-    assert sizes == [1] * 13 + [3, 3, 2, 3, 2] + [8, 5]
+    assert sorted(sizes) == sorted([1] * 13 + [3, 3, 2, 3, 2] + [8, 5])
+
+
+def test_calls_of_several_workers_run_at_the_same_time_and_keep_their_order() -> None:
+    together = Barrier(2, timeout=10)  # breaks unless two calls are inside
+
+    def encode(values: np.ndarray) -> np.ndarray:
+        together.wait()
+        return values
+
+    config = ExecutionConfig("cpu", "all", 1)
+    found = run_in_batches(Model(encode, encode, workers=2), Inputs(IMAGES, TEXTS[:4]), [config])[config]
+    assert np.array_equal(found.visual, IMAGES)
+    assert np.array_equal(found.textual, TEXTS[:4])
+
+
+def test_after_a_failure_no_further_batch_is_started() -> None:
+    started = []
+
+    def encode(values: np.ndarray) -> np.ndarray:
+        started.append(len(values))
+        raise CheckFailed("out of memory")
+
+    with pytest.raises(CheckFailed, match="batch size 1: out of memory"):
+        run_in_batches(model(encode), Inputs(np.zeros((10_000, 1)), TEXTS), [ExecutionConfig("cpu", "all", 1)])
+    assert len(started) < 10_000
 
 
 def test_a_batch_that_cannot_be_run_is_named() -> None:

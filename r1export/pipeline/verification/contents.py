@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from r1export.pipeline.context import RunContext
 from r1export.pipeline.golden import golden_inputs
 from r1export.pipeline.variant import ReleaseRef
 from r1export.pipeline.verification.accuracy import check_accuracies
+from r1export.pipeline.verification.identity import WEIGHT_FILES, check_manifest_and_files
 from r1export.pipeline.verification.inputs import ImageEmbeddings
 from r1export.update.atomic_io import json_bytes, sha256_file
 from r1export.update.factors import ExpertUpdate
 from r1export.update.golden_samples import PICTURES, SAMPLES
 from r1export.update.release_layout import (
-    GOLDEN,
     GRAPHS,
     MODEL_CARD,
     MODEL_CONFIG,
@@ -30,7 +30,6 @@ from r1export.update.release_layout import (
     TEXTUAL,
     TOKENIZER,
     TOWERS,
-    UNLISTED,
     class_embeddings_file,
     class_names_file,
 )  # fmt: skip
@@ -45,32 +44,6 @@ from r1export.verify.runtimes.runtime import open_session, runner
 
 BATCH = 64  # prompts embedded at a time
 TOWER_GRAPHS = tuple(tower.graph for tower in TOWERS)
-WEIGHT_FILES = tuple(tower.weights for tower in TOWERS)
-
-
-def required_files(tasks: Sequence[str]) -> tuple[str, ...]:
-    """The files that every release has, whatever its manifest lists."""
-    classes = [name(task) for task in tasks for name in (class_embeddings_file, class_names_file)]
-    return (*GRAPHS, *WEIGHT_FILES, GOLDEN, PREPROCESS, f"{TOKENIZER}/tokenizer.json", *classes)
-
-
-def check_manifest_and_files(release: Path, manifest: ReleaseManifest, tasks: Sequence[str], expected: dict[str, object]) -> dict[str, Check]:  # fmt: skip
-    """Whether it is the release that was written. If this fails, nothing else is measured."""
-    required = required_files(tasks)
-    files = contents.check_files(release, manifest, required, UNLISTED)
-    return {
-        "manifest": contents.check_manifest(manifest, expected),
-        "files": Check.joined([files, _check_known(manifest, required)]),
-    }
-
-
-def _check_known(manifest: ReleaseManifest, required: Sequence[str]) -> Check:
-    """Check that each listed file is one that a release can have."""
-    known = {*required, PREPROCESS_GRAPH, MODEL_CONFIG}
-    foreign = [name for name in manifest.files if name not in known and not name.startswith(f"{TOKENIZER}/")]
-    problems = [f"{name} is not a file of a release of {', '.join(t.name for t in manifest.tasks)}" for name in foreign]
-    count = len(manifest.files)
-    return Check.judge(problems, looked_at=count, of=max(count, len(required)), detail="each is a known file")
 
 
 def check_contents(

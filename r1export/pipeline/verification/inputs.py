@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from r1export.data.task import Task
 from r1export.pipeline.context import RunContext
 from r1export.update.release_layout import VISUAL
 from r1export.verify.parity import Inputs
-from r1export.verify.runtimes.runtime import open_session, runner
+from r1export.verify.runtimes.runtime import CORES, open_session, runner
 
 BATCH = 32  # images embedded at a time
 SMALL = 30e6  # parameters of a model that is given all samples and images
@@ -100,11 +101,16 @@ class ImageEmbeddings:
         known = self._computed.setdefault((release, task.name), {})
         missing = np.array([i for i in images if int(i) not in known], np.int64)
         if len(missing):
-            run, pixels = runner(open_session(release / VISUAL.graph)), self._context.tests[task.name].batch(missing)
-            parts = [self._context.clip.preprocess.normalize(part).numpy() for part in pixels.split(BATCH)]
-            values = np.concatenate([run({VISUAL.input: part}) for part in parts])
+            values = self._embed(release, self._context.tests[task.name].batch(missing))
             known.update({int(i): value for i, value in zip(missing, values, strict=True)})
         return np.stack([known[int(i)] for i in images])
+
+    def _embed(self, release: Path, pixels: Tensor) -> np.ndarray:
+        normalize = self._context.clip.preprocess.normalize
+        run = runner(open_session(release / VISUAL.graph, threads=1))
+        with ThreadPoolExecutor(CORES) as pool:
+            parts = pool.map(lambda part: run({VISUAL.input: normalize(part).numpy()}), pixels.split(BATCH))
+            return np.concatenate(list(parts))
 
     def gallery(self, release: Path) -> np.ndarray:
         """Unit-norm (n, D) of test images of all tasks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,13 +13,12 @@ import numpy as np
 from r1export.adapt.pool import Batch, routed
 from r1export.errors import Unsupported
 from r1export.pipeline.variant import ReleaseRef, Variant
+from r1export.pipeline.verification.contenders import make_contenders, opener, timeable
 from r1export.pipeline.verification.proof import touched_towers, unmerged
 from r1export.pipeline.verification.torch_models import TorchModels, encoders
 from r1export.verify import latency, parity
-from r1export.verify.latency import BASE, Contenders, Opener, TimingBudget
+from r1export.verify.latency import TimingBudget
 from r1export.verify.results import Check, Latency, Ratio, Times
-from r1export.verify.runtimes.runtime import PROVIDERS, job, open_session
-from r1export.verify.steady_timing import steady_timing
 
 OPEN_BYTES = 3e9  # weights of all sessions that are open at a time: the base twice, each release and its unmerged model
 TOGETHER = 8  # releases timed together, at most: the more, the longer it takes until the first is known
@@ -112,26 +111,6 @@ def _with_torch(result: Latency, times: Mapping[str, Times]) -> Latency:
     return replace(result, providers=tables or None)
 
 
-def make_contenders(
-    base: Path, releases: Mapping[str, Path], unmerged: Mapping[str, Path], feeds: dict[str, np.ndarray], provider: str
-) -> Contenders:
-    """The graphs of the base, of releases by name and of their unmerged models on one provider; on the CPU by processor time."""
-    openers, controls = (
-        {name: opener(path, feeds, provider) for name, path in graphs.items()} for graphs in (releases, unmerged)
-    )
-    contenders = Contenders(PROVIDERS[provider].name, opener(base, feeds, provider), openers, controls)
-    if provider != "cpu":
-        return contenders
-    named = {latency.control_of(name): path for name, path in unmerged.items()}
-    graphs = {BASE: base} | dict(releases) | named
-    return replace(contenders, steady=steady_timing(graphs, feeds, named))
-
-
-def timeable(providers: Iterable[str]) -> list[str]:
-    """The providers whose latency is meaningful."""
-    return [provider for provider in providers if PROVIDERS[provider].timed]
-
-
 def variant_speed(
     variant: Variant, inputs: parity.Inputs, providers: Sequence[str], budget: TimingBudget
 ) -> dict[str, Ratio]:
@@ -172,8 +151,3 @@ def _routed(models: TorchModels, tower: str) -> parity.Encode:
             return encode(values)
 
     return run
-
-
-def opener(graph: Path, feeds: dict[str, np.ndarray], provider: str) -> Opener:
-    """Opens a fresh session on `graph` and gives the job of running it once on `feeds`."""
-    return lambda: job(open_session(graph, provider=provider), feeds, provider)

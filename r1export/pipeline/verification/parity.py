@@ -11,7 +11,7 @@ from r1export.errors import CheckFailed
 from r1export.pipeline.context import RunContext
 from r1export.pipeline.variant import ReleaseRef
 from r1export.pipeline.verification.inputs import parity_inputs, sample_count
-from r1export.pipeline.verification.torch_models import TorchModels, encoders, module_boundaries
+from r1export.pipeline.verification.torch_models import TorchModels, calls_in_parallel, encoders, module_boundaries
 from r1export.verify import parity
 from r1export.verify.locate import locate
 from r1export.verify.parity import Embeddings, ExecutionConfig, Outputs
@@ -46,13 +46,15 @@ class TorchRun:
     @cached_property
     def merged(self) -> Embeddings:
         """Of all inputs at once."""
-        return parity.run_in_batches(encoders(self.models.merged.model), self.inputs, [WHOLE])[WHOLE]
+        model = replace(encoders(self.models.merged.model), workers=1)  # two long calls, which torch splits by itself
+        return parity.run_in_batches(model, self.inputs, [WHOLE])[WHOLE]
 
     @cached_property
     def unmerged_outputs(self) -> Outputs:
         """In every batch size."""
         configs = [replace(WHOLE, batch=batch) for batch in self.batches]
-        return parity.run_in_batches(encoders(self.models.unmerged.model), self.inputs, configs)
+        with calls_in_parallel():
+            return parity.run_in_batches(encoders(self.models.unmerged.model), self.inputs, configs)
 
     @property
     def unmerged(self) -> Embeddings:

@@ -8,20 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from r1export.adapt.clip import digest
 from r1export.errors import R1ExportError, Unsupported
 from r1export.export.model_card import model_card
-from r1export.export.precision import PROCEDURES
 from r1export.export.preprocess import has_graph
 from r1export.pipeline.environment import environment, now
-from r1export.pipeline.verification.contents import WEIGHT_FILES, check_manifest_and_files
-from r1export.pipeline.verification.latency import make_contenders, timeable
-from r1export.pipeline.verification.proof import graph_feeds, run_graphs
+from r1export.pipeline.verification.contenders import make_contenders, timeable
+from r1export.pipeline.verification.graph_runs import graph_feeds, run_graphs
+from r1export.pipeline.verification.identity import WEIGHT_FILES, check_manifest_and_files
 from r1export.recipe import Verify
 from r1export.report.write import remove_reports
 from r1export.update.atomic_io import sha256_file
-from r1export.update.container import map_tensors
+from r1export.update.container import digest, map_tensors
 from r1export.update.golden_samples import PICTURES, SAMPLES
+from r1export.update.manifest import PROCEDURES
 from r1export.update.release_layout import GRAPHS, MANIFEST, MODEL_CARD, VISUAL, class_names_file
 from r1export.update.release_manifest import ReleaseManifest, TensorEntry
 from r1export.update.run_layout import FP32
@@ -161,10 +160,11 @@ def own_contents(
 ) -> Contents:
     """The checks that need no run, but the `base` next to it; golden samples use `runs`."""
     tasks = [task.name for task in manifest.tasks]
+    runs = runs or GoldenRuns()
     identity = check_manifest_and_files(path, manifest, tasks, _expected_fields(manifest, base))
     if overall(check.verdict for check in identity.values()) is Verdict.FAIL:
         return Contents.only(SKIPPED, **identity)
-    if problem := try_graphs(path, limits or limits_for(path)):
+    if problem := try_graphs(path, limits or limits_for(path), runs):
         return Contents.only(SKIPPED, **identity, graphs=Check.failed(problem, of=len(GRAPHS)))
     classes = sum(task.classes for task in manifest.tasks)
     return Contents(

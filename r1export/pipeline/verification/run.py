@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from r1export.adapt.metrics import stream_metrics
 from r1export.errors import InputError, Unsupported
@@ -37,7 +38,7 @@ from r1export.verify.runtimes.runtime import check_provider
 
 def default_providers() -> tuple[str, ...]:
     """cpu, and cuda where torch and onnxruntime can use it."""
-    return ("cpu",) if absent("cuda") else ("cpu", "cuda")
+    return ("cpu",) if absent("cuda") or not torch.cuda.is_available() else ("cpu", "cuda")
 
 
 def verify_run(

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 
 from r1export.errors import CheckFailed, R1ExportError
 from r1export.pipeline.variant import ReleaseRef
-from r1export.pipeline.verification.contents import WEIGHT_FILES, check_contents
+from r1export.pipeline.verification.contents import check_contents
 from r1export.pipeline.verification.freezing_gaps import measure_gaps
+from r1export.pipeline.verification.graph_runs import graph_feeds, run_graphs
+from r1export.pipeline.verification.identity import WEIGHT_FILES
 from r1export.pipeline.verification.inputs import ImageEmbeddings, test_images
 from r1export.pipeline.verification.latency import PendingTiming, prepare_timing, variant_speed
 from r1export.pipeline.verification.parity import TorchRun, base_control, release_parity
-from r1export.pipeline.verification.proof import embedding_width, graph_feeds, release_proof, run_graphs
+from r1export.pipeline.verification.proof import embedding_width, release_proof
 from r1export.update.atomic_io import sha256_file
 from r1export.update.release_layout import GRAPHS, MANIFEST
 from r1export.update.release_manifest import ReleaseManifest

@@ -20,6 +20,7 @@ from r1export.update.container import read_tensors
 from r1export.update.factors import ExpertUpdate
 from r1export.verify.locate import Boundary
 from r1export.verify.parity import Encode, Model
+from r1export.verify.runtimes.runtime import CORES
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,17 @@ def torch_models(context: RunContext, number: int, updates: list[ExpertUpdate]) 
         clip.load_(context.base)
 
 
+@contextmanager
+def calls_in_parallel() -> Iterator[None]:
+    """torch computes each call in one thread, so that the workers of a `Model` share the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def encoders(model: ClipModel) -> Model:
     """The two towers of an open_clip model as functions of arrays."""
     device = model.logit_scale.device
@@ -72,7 +84,7 @@ def encoders(model: ClipModel) -> Model:
 
         return run
 
-    return Model(call(model.encode_image), call(model.encode_text))
+    return Model(call(model.encode_image), call(model.encode_text), CORES if device.type == "cpu" else 1)
 
 
 def module_boundaries(model: nn.Module, run: Callable[[], np.ndarray]) -> tuple[list[Boundary], np.ndarray]:

@@ -11,8 +11,9 @@ from running import QUICK, RECIPE, context_of, r1export, trained_run
 
 from r1export.errors import Unsupported
 from r1export.pipeline.variant import Variant
+from r1export.pipeline.verification.graph_runs import graph_feeds, run_graphs
 from r1export.pipeline.verification.inputs import parity_inputs
-from r1export.pipeline.verification.proof import embedding_width, graph_feeds, release_proof, run_graphs, touched_towers
+from r1export.pipeline.verification.proof import embedding_width, release_proof, touched_towers
 from r1export.pipeline.verification.release import verify_release
 from r1export.pipeline.verification.run import verify_run
 from r1export.update.container import read_tensors, write_tensors
