@@ -39,7 +39,7 @@ from r1export.pipeline.export import _content, _Prompts, _write_graphs
 from r1export.pipeline.train import train_tasks
 from r1export.pipeline.variant import Variant
 from r1export.pipeline.verification.release import verify_release
-from r1export.recipe import load_recipe
+from r1export.recipe_file import load_recipe
 from r1export.run_folder import RunFolder, open_run
 from r1export.update.atomic_io import new_folder, write_json
 from r1export.update.envelope import SecretKey

@@ -434,6 +434,18 @@ class Gaps:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Guard:
+    """How `train.guard` changed a task: the update's `scale`, and the estimated loss of zero-shot accuracy in percentage points,
+    of the whole update and of what was kept, with the `limit` that was set.
+    """
+
+    limit: float
+    scale: float
+    whole: float
+    kept: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunGaps:
     """The largest G1, the means of G2 and G3, and the gaps of each task."""
 
@@ -623,6 +635,7 @@ class RunReport:
     releases: tuple[ReleaseReport, ...]
     accuracy: Accuracy
     gaps: RunGaps | None = None
+    guards: Mapping[str, Guard] = field(default_factory=dict)
     inputs: tuple[TaskInputs, ...] = ()
     examples: tuple[Example, ...] = ()
 
