@@ -198,8 +198,8 @@ def main() -> None:
                     f"| {contender} | {batch} | {row['median_ms']:.1f} | {row['ours_to_it']:.3f} | {row['ci95'][0]:.3f} to {row['ci95'][1]:.3f} |"
                 )
         print(flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if options.out:  # after each model, so that a run that is stopped keeps what it has
+            options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Graphs of one fixed batch, for compilers that take no dynamic dimension (QNN, RKNN, Hailo).
 
-They are made from the graphs of any precision and refer to the same bytes of the same weights files. Fixing the batch turns
-the shapes into constants, and the nodes that computed them go. The opset is 18, which compilers support that stop
+They are made from the dynamic graphs and refer to the same bytes of the same weights files. Fixing the batch turns
+shapes into constants, and the nodes that computed them go. The opset is 18, which compilers support that stop
 at 19; only Gelu has to be written otherwise for it (it came with 20).
 """
 
@@ -16,7 +16,7 @@ from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
 
 from r1export.errors import Unsupported, first_line
-from r1export.export.graph import IR_VERSIONS, write_graph
+from r1export.export.graph import IR_VERSIONS, quiet, write_graph
 from r1export.export.simplify import CONSTANT_ELEMENTS
 from r1export.update.release_layout import TOWERS
 
@@ -33,7 +33,8 @@ def static_graphs(graphs: Path, batch: int) -> None:
     """
     for tower in TOWERS:
         model = ir.from_proto(_at_opset_18(onnx.load(graphs / tower.graph, load_external_data=False)))
-        _fix_(model, batch)
+        with quiet():  # the optimizer warns that there are no weights, which nothing here needs
+            _fix_(model, batch)
         _check(model, tower.static_graph)
         write_graph(model, graphs / tower.static_graph)
 
@@ -41,6 +42,9 @@ def static_graphs(graphs: Path, batch: int) -> None:
 def _at_opset_18(model: onnx.ModelProto) -> onnx.ModelProto:
     """With Gelu written as its definition in the ONNX standard; all else computes the same in both opsets."""
     model = onnx.inliner.inline_selected_functions(model, [("", "Gelu")], inline_schema_functions=True)
+    for node in model.graph.node:
+        if node.op_type == "Sum" and len(node.input) == 2:  # in that definition; LiteRT's converter broadcasts Add only
+            node.op_type = "Add"
     model.ir_version = IR_VERSIONS[STATIC_OPSET]
     next(opset for opset in model.opset_import if not opset.domain).version = STATIC_OPSET
     return model
@@ -50,7 +54,7 @@ def _fix_(model: ir.Model, batch: int) -> None:
     """Give the inputs their batch, and fold what follows from it; weights are left alone."""
     graph = model.graph
     for value in graph.inputs:
-        value.shape = ir.Shape([batch, *value.shape[1:]])
+        value.shape = ir.Shape([batch, *(value.shape or ())[1:]])
     for value in (value for node in graph for value in node.outputs):
         value.shape = None  # that of the dynamic batch: it is inferred again
     weights = {value for value in graph.initializers.values() if isinstance(value.const_value, ir.ExternalTensor)}

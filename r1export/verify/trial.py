@@ -57,6 +57,7 @@ def run_everything(release: Path) -> None:
     from r1export.update.release_manifest import ReleaseManifest
     from r1export.verify.golden import check_classifier, golden_parity, read_golden
     from r1export.verify.runtimes.runtime import open_session, runner
+    from r1export.verify.static_graphs import check_static_graphs
 
     golden, manifest = read_golden(release), ReleaseManifest.read(release)
     golden_parity(release, manifest)
@@ -65,6 +66,7 @@ def run_everything(release: Path) -> None:
         run = runner(open_session(release / PREPROCESS_GRAPH))
         for picture in golden.pictures:
             run({"image": picture})
+    list(check_static_graphs(release, manifest))
 
 
 def main(release: Path, nbytes: int) -> int:
