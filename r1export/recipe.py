@@ -219,6 +219,8 @@ class Export(_Section):
     """ONNX opset of the graphs."""
     variants: tuple[Literal["fp16", "int8"], ...] = ()
     """Additional precisions of every release, each with its own graphs, tolerances and accuracy."""
+    static_batch: int = Field(0, ge=0, le=64)
+    """Also write the fp32 towers with this fixed batch size, at opset 18, for compilers without dynamic shapes. 0 disables it."""
 
 
 class Verify(_Section):
