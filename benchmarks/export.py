@@ -3,8 +3,10 @@
     python benchmarks/export.py --models ViT-B-32 ViT-B-16 --optimum OPTIMUM_VENV/bin/python --out export.json
 
 Random weights: time depends on shapes. Optimum exports both towers as one graph; its image half is cut out of that.
-Every export runs in a process of its own, so that its peak memory is its own. A later release is what is written again:
-the weights files, without the merge before and the manifest after.
+Every export runs in a process of its own, so that its peak memory is its own; contenders alternate, and the ratio is the
+median over `--exports` pairs. Ours is the graphs, their proof in onnxruntime and the weights files; Optimum's is its export
+without validation. Imports and the model's construction are not counted. A later release is what is written again: the
+weights files, without the merge before and the manifest after.
 Latencies are interleaved in random order on one thread and counted in CPU time of that thread, which other processes
 on the machine do not lengthen. Optimum is optional and lives in an environment of its own.
 """
@@ -22,17 +24,24 @@ from pathlib import Path
 
 import numpy as np
 
+USED = """{"seconds": time.perf_counter() - start[0], "processor_seconds": time.process_time() - start[1],
+    "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}"""
 OURS = """
 import json, logging, resource, sys, time
 logging.disable(logging.WARNING)
 from pathlib import Path
 import open_clip
 from r1export.export.graph import export_graphs
-model = open_clip.create_model(sys.argv[1], load_weights=False).eval()
+from r1export.export.towers import float_tensors
+from r1export.update.container import write_tensors
+model, folder = open_clip.create_model(sys.argv[1], load_weights=False).eval(), Path(sys.argv[2])
 size = model.visual.image_size
-start = time.perf_counter()
-export_graphs(model, size if isinstance(size, tuple) else (size, size), 77, Path(sys.argv[2]), opset=20)
-print(json.dumps({"seconds": time.perf_counter() - start, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+start = time.perf_counter(), time.process_time()
+weights = export_graphs(model, size if isinstance(size, tuple) else (size, size), 77, folder, opset=20)
+state = {name: tensor.detach().numpy() for name, tensor in float_tensors(model).items()}
+for file in weights.files:
+    write_tensors(folder / file, weights.stored(file, state))
+print(json.dumps(USED))
 """
 RELEASE = """
 import json, resource, sys, time
@@ -44,11 +53,11 @@ folder = Path(sys.argv[1])
 weights = WeightMap.read(folder / "weight_map.json")
 rng = np.random.default_rng(0)
 state = {n: rng.standard_normal(p.shape[::-1] if p.transposed else p.shape, np.float32) * 0.02 for n, (_, p) in weights.placements().items()}
-start = time.perf_counter()
+start = time.perf_counter(), time.process_time()
 for file in weights.files:
     stored = weights.stored(file, state)
     write_layout(folder / file, weights.layout(file), lambda spec: stored[spec.name])
-print(json.dumps({"seconds": time.perf_counter() - start, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+print(json.dumps(USED))
 """
 OPTIMUM = """
 import json, resource, sys, time, warnings
@@ -60,16 +69,17 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 patch, folder = int(sys.argv[1]), Path(sys.argv[2])
 vision, text = CLIPVisionConfig(patch_size=patch, hidden_act="gelu"), CLIPTextConfig(hidden_act="gelu")
 model = CLIPModel(CLIPConfig.from_text_vision_configs(text, vision, projection_dim=512)).eval()
-start = time.perf_counter()
+start = time.perf_counter(), time.process_time()
 onnx_export_from_model(model, folder / "both", task="zero-shot-image-classification", do_validation=False)
-seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+used = USED
 onnx.utils.extract_model(folder / "both" / "model.onnx", folder / "optimum_visual.onnx", ["pixel_values"], ["image_embeds"])
-print(json.dumps({"seconds": seconds, "peak_gb": peak}))
+print(json.dumps(used))
 """
 
 
 def child(python: str, code: str, *arguments: str) -> dict[str, float]:
-    done = subprocess.run([python, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    command = [python, "-c", code.replace("USED", USED), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(
             f"{Path(python).name} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}"
@@ -77,18 +87,40 @@ def child(python: str, code: str, *arguments: str) -> dict[str, float]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measure(name: str, folder: Path, optimum: str | None, rounds: int) -> dict[str, object]:
+def measure(name: str, folder: Path, optimum: str | None, options: argparse.Namespace) -> dict[str, object]:
     """All figures of one architecture."""
-    (folder / "ours").mkdir()
-    first = child(sys.executable, OURS, name, str(folder / "ours"))
-    exports = {"ours, first export": first, "ours, later release": child(sys.executable, RELEASE, str(folder / "ours"))}
     graphs = {"ours": folder / "ours" / "visual.onnx"}
+    jobs = {"ours, first export": (sys.executable, OURS, name, str(folder / "ours"))}
     if optimum:
-        exports["Optimum, every export"] = child(optimum, OPTIMUM, name.rsplit("-", 1)[1], str(folder))
+        jobs["Optimum, every export"] = (optimum, OPTIMUM, name.rsplit("-", 1)[1], str(folder))
         graphs["Optimum"] = folder / "optimum_visual.onnx"
+    (folder / "ours").mkdir()
+    runs: dict[str, list[dict[str, float]]] = {job: [] for job in jobs}
+    for i in range(options.exports):
+        for job in sorted(jobs, reverse=bool(i % 2)):
+            runs[job].append(child(*jobs[job]))
+            print(name, job, runs[job][-1], file=sys.stderr, flush=True)
+    runs["ours, later release"] = [child(sys.executable, RELEASE, str(folder / "ours"))]
     return {
-        "exports": exports,
-        "latency": {batch: latency(name, graphs, batch, max(4, rounds // batch)) for batch in (1, 8)},
+        "exports": {job: _medians(rows) for job, rows in runs.items()},
+        "ours_to_optimum": _export_ratios(runs) if optimum else None,
+        "latency": {
+            batch: latency(name, graphs, batch, max(4, options.rounds // batch)) for batch in (1, 8) if options.rounds
+        },
+    }
+
+
+def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {figure: float(np.median([row[figure] for row in rows])) for figure in rows[0]}
+
+
+def _export_ratios(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float | list[float]]]:
+    """Ours / Optimum by clock, over pairs."""
+    ours, other = runs["ours, first export"], runs["Optimum, every export"]
+    rng = np.random.default_rng(2)
+    return {
+        clock: _ratio(np.array([row[clock] for row in ours]), np.array([row[clock] for row in other]), rng)
+        for clock in ("seconds", "processor_seconds")
     }
 
 
@@ -141,7 +173,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["ViT-B-16"])
     parser.add_argument("--optimum", help="python of an environment with optimum-onnx")
-    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--exports", type=int, default=5, help="pairs of first exports")
+    parser.add_argument("--rounds", type=int, default=24, help="of the latency; 0 leaves it out")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if not options.optimum:
@@ -149,10 +182,15 @@ def main() -> None:
     results = {}
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = measure(name, Path(folder), options.optimum, options.rounds)
-        print(f"## {name}\n\n| export of both towers | seconds | peak memory, GB |\n|---|---|---|")
+            results[name] = measure(name, Path(folder), options.optimum, options)
+        print(
+            f"## {name}\n\n| export of both towers | seconds | processor seconds | peak memory, GB |\n|---|---|---|---|"
+        )
         for what, row in results[name]["exports"].items():
-            print(f"| {what} | {row['seconds']:.1f} | {row['peak_gb']:.2f} |")
+            print(f"| {what} | {row['seconds']:.1f} | {row['processor_seconds']:.1f} | {row['peak_gb']:.2f} |")
+        for clock, row in (results[name]["ours_to_optimum"] or {}).items():
+            low, high = row["ci95"]
+            print(f"\nours / Optimum, {clock}: {row['ours_to_it']:.3f} ({low:.3f} to {high:.3f}, {row['n']} pairs)")
         print("\n| visual tower, 1 thread | batch | median ms | ours / it | 95 % |\n|---|---|---|---|---|")
         for batch, rows in results[name]["latency"].items():
             for contender, row in rows.items():
@@ -160,8 +198,8 @@ def main() -> None:
                     f"| {contender} | {batch} | {row['median_ms']:.1f} | {row['ours_to_it']:.3f} | {row['ci95'][0]:.3f} to {row['ci95'][1]:.3f} |"
                 )
         print(flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if options.out:  # after each model, so that a run that is stopped keeps what it has
+            options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from r1export.pipeline.export import _content, _Prompts, _write_graphs
 from r1export.pipeline.train import train_tasks
 from r1export.pipeline.variant import Variant
 from r1export.pipeline.verification.release import verify_release
-from r1export.recipe import load_recipe
+from r1export.recipe_file import load_recipe
 from r1export.run_folder import RunFolder, open_run
 from r1export.update.atomic_io import new_folder, write_json
 from r1export.update.envelope import SecretKey
@@ -216,15 +216,19 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.point:
         return run_point(Path(asked.point[0]), int(asked.point[1]), int(asked.point[2]))
+    points: dict[str, list[dict[str, object]]] = {"tasks": [], "classes": []}
     with tempfile.TemporaryDirectory() as folder:
         factors = train_one(Path(folder))
-        by_tasks = [point(factors, tasks, FEW_CLASSES) for tasks in asked.tasks]
-        by_classes = [point(factors, FEW_TASKS, classes) for classes in asked.classes]
-    for points, column in ((by_tasks, "tasks"), (by_classes, "classes")):
-        if points:
-            print(table(points, column), end="\n\n")
-    if asked.json:
-        write_json(asked.json, {"tasks": by_tasks, "classes": by_classes})
+        sizes = [("tasks", tasks, FEW_CLASSES) for tasks in asked.tasks]
+        for column, tasks, classes in sizes + [("classes", FEW_TASKS, classes) for classes in asked.classes]:
+            points[column].append(point(factors, tasks, classes))
+            if (
+                asked.json
+            ):  # after each point: the largest ones take long, and a sweep that is stopped keeps what it has
+                write_json(asked.json, points)
+    for column, measured in points.items():
+        if measured:
+            print(table(measured, column), end="\n\n")
     return None
 
 

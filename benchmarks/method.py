@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from r1export.recipe import load_recipe
+from r1export.recipe_file import load_recipe
 
 BASELINES = Path(__file__).parents[1] / "recipes" / "baselines"
 KEEP_LORA = Path(__file__).with_name("keep_lora.py")  # trains by r1export's trainer with changes of its own
@@ -80,14 +80,15 @@ def _train(asked: argparse.Namespace, method: str, order: str, seed: int) -> dic
     command = [sys.executable, *program, "train", asked.out / f"{method}.toml", "--out", run, "--resume"]
     sets = [*asked.set, f"train.seed={seed}"]
     if asked.scaling:
-        sets.append(f"pool.alpha={asked.scaling * load_recipe(asked.out / f'{method}.toml').pool.rank}")
+        rank = load_recipe(asked.out / f"{method}.toml", tuple(sets)).pool.rank
+        sets.append(f"pool.alpha={asked.scaling * rank}")
     command += [part for value in sets for part in ("--set", value)]
     command += ["--order", "reversed"] if order == "reversed" else []
     if not (run / "metrics.json").exists():
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{run}: {done.stderr.strip().splitlines()[-1]}")
-    found = _figures(run)
+    found = {"order": order, "seed": seed, **_figures(run)}
     print(
         f"{run.name}: " + ", ".join(f"{name} {found[name]:.1f}" for name in COLUMNS[:4] if found[name] is not None),
         flush=True,

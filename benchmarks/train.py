@@ -6,14 +6,17 @@ ViT-B/32 with random weights, batch 32, both towers, experts in all 144 linears 
 
     ours    one low-rank product per linear, each class of the batch encoded once, up to the end of the longest text;
             the published losses
-    distill the same with train.distill_weight: reference texts are encoded too
+    fixed   the same once the selection of experts is fixed: no dropout, no votes; 70 % of a task's steps by default
+    distill ours with train.distill_weight: reference texts are encoded too
     whole   ours with texts of 77 tokens
     plain   the dense product B diag(g) A per linear, a text encoded for every image: what the formulas say literally
     peft    LoRA of rank 12 by PEFT in the same 144 linears of transformers' CLIP, classes encoded once and
             filled up to the longest only, as in ours
-    floor   forward and input-gradient FLOPs over the rate that a large matrix product reaches here
+    base    the model without experts, forward and backward down to the first linear that would have some
+    floor   the FLOPs of base over the rate that a large matrix product reaches in the same rounds
 
-Steps are interleaved in random order; peak memory is measured with each contender in a process of its own.
+Steps are interleaved in random order; peak memory is measured with each contender in a process of its own. `--processor` counts
+processor time, for a machine that has other work to do: set OMP_NUM_THREADS=1 with it.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from r1export.adapt.class_token import class_token_only
 from r1export.adapt.distillation import REFERENCES
 from r1export.adapt.inject import inject_experts_
 from r1export.adapt.losses import in_batch_loss
@@ -52,10 +56,10 @@ Step = Callable[[], None]
 
 
 class PlainPool(ExpertPool):
-    """The same function, with the dense product of the factors, as it is often written."""
+    """The same function, with the dense product of the factors, as it is often written. In eval mode, as pools are computed together in training."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(x, self.settings.dropout, self.training)
+        x = F.dropout(x, self.settings.dropout)
         gate = self.gate(self.token(x), Batch()) * self.settings.scaling
         return F.linear(x, self.lora_B @ torch.diag(gate) @ self.lora_A)
 
@@ -81,10 +85,10 @@ def clip_step(
     pixels, tokens, labels = inputs(batch, classes, references)
     known = torch.randn(batch, references).softmax(1) if references else None
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)
-    model.train()
 
     def step() -> None:
-        image = model.encode_image(pixels, normalize=True)
+        with nullcontext() if plain else class_token_only(model):
+            image = model.encode_image(pixels, normalize=True)
         with nullcontext() if plain or whole else short_texts(model):
             text = model.encode_text(tokens[labels] if plain else tokens, normalize=True)
         loss = in_batch_loss(100 * image @ text[:classes].T, labels)
@@ -98,15 +102,21 @@ def clip_step(
     return step
 
 
-def ours(batch: int, classes: int, *, plain: bool = False, whole: bool = False, references: int = 0) -> Step:
+def ours(
+    batch: int, classes: int, *, plain: bool = False, fixed: bool = False, whole: bool = False, references: int = 0
+) -> Step:
     import open_clip
 
     model = open_clip.create_model("ViT-B-32", load_weights=False).requires_grad_(False)
     pools = inject_experts_(model, pool_settings(Pool()))
     reset_pools_(pools, 0, 1)
+    model.train()
     for pool in pools.values():
         if plain:
             pool.__class__ = PlainPool
+            pool.eval()
+        if fixed:
+            pool.freeze_()
     parameters = [parameter for pool in pools.values() for parameter in pool.parameters()]
     assert len(pools) == 144
     return clip_step(model, parameters, batch, classes, plain=plain, whole=whole, references=references)
@@ -140,6 +150,7 @@ def peft(batch: int, classes: int) -> Step:
 
 CONTENDERS = {
     "ours": ours,
+    "fixed": partial(ours, fixed=True),
     "distill": partial(ours, references=REFERENCES),
     "whole": partial(ours, whole=True),
     "plain": partial(ours, plain=True),
@@ -147,25 +158,46 @@ CONTENDERS = {
 }
 
 
-def floor(batch: int, classes: int) -> dict[str, float]:
-    """FLOPs of one step without experts (forward, and the gradients of inputs) and the time they take at full rate."""
+def base(batch: int, classes: int) -> Step:
+    """One forward and backward pass of the model alone; only biases of the first block of each tower require a gradient."""
     import open_clip
+
+    model = open_clip.create_model("ViT-B-32", load_weights=False).requires_grad_(False).train()
+    biases = [tower.resblocks[0].attn.in_proj_bias for tower in (model.visual.transformer, model.transformer)]
+    for bias in biases:
+        bias.requires_grad_()
+    pixels, tokens, labels = inputs(batch, classes)
+
+    def step() -> None:
+        with short_texts(model):
+            image, text = model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
+        torch.autograd.grad(in_batch_loss(100 * image @ text.T, labels), biases)
+
+    return step
+
+
+def gigaflops(step: Step) -> float:
+    """Of the products of one step, in GFLOP. In training mode: the fused attention of evaluation is unknown to the counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = open_clip.create_model("ViT-B-32", load_weights=False).eval()
-    pixels, tokens, _ = inputs(batch, classes)
-    with torch.no_grad(), short_texts(model), FlopCounterMode(display=False) as counter:
-        model.encode_image(pixels)
-        model.encode_text(tokens)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return float(counter.get_total_flops()) / 1e9
+
+
+PRODUCT = 2 * 1600 * 768 * 3072 * 20 / 1e9  # GFLOP of `product`
+
+
+def product() -> Step:
+    """Twenty large matrix products."""
     a, b = torch.randn(1600, 768), torch.randn(768, 3072)
-    seconds = []
-    for _ in range(30):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    rate = 2 * 1600 * 768 * 3072 / float(np.median(seconds[5:]))
-    flops = 2 * counter.get_total_flops()
-    return {"gflops": flops / 1e9, "rate_gflops_per_s": rate / 1e9, "seconds": flops / rate}
+    out = torch.empty(1600, 3072)
+
+    def step() -> None:
+        for _ in range(20):
+            torch.mm(a, b, out=out)
+
+    return step
 
 
 def peak_memory(name: str, batch: int, classes: int) -> float:
@@ -180,6 +212,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--classes", type=int, default=16, help="classes in a batch")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--processor", action="store_true", help="processor time instead of wall clock, no peak memory")
+    parser.add_argument("--only", nargs="*", help="contenders to run; ours is always needed")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--alone", choices=CONTENDERS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -190,38 +224,43 @@ def main() -> None:
         step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return
-    names = ["ours", "distill", "whole", "plain"]
+    names = ["ours", "fixed", "distill", "whole", "plain"]
     try:
         import peft  # noqa: F401
 
         names.append("peft")
     except ImportError:
         print("PEFT is absent: pip install peft transformers to compare with it\n")
-    memory = {name: peak_memory(name, asked.batch, asked.classes) for name in names}
+    names = [name for name in names if name in asked.only] if asked.only else names
+    memory = {} if asked.processor else {name: peak_memory(name, asked.batch, asked.classes) for name in names}
     steps = {name: CONTENDERS[name](asked.batch, asked.classes) for name in names}
-    seconds = time_rounds(steps, asked.rounds, np.random.default_rng(0))
-    least = floor(asked.batch, asked.classes)
+    alone = base(asked.batch, asked.classes)
+    flops = gigaflops(alone)
+    steps |= {"base": alone, "floor": product()}
+    clock = time.process_time if asked.processor else time.perf_counter
+    seconds = time_rounds(steps, asked.rounds, np.random.default_rng(0), clock)
+    rate = PRODUCT / float(np.median(seconds["floor"]))
+    seconds["floor"] *= flops / PRODUCT
     print(
-        f"| one step, ViT-B/32, batch {asked.batch}, {asked.classes} classes | seconds | its time / ours | 95 % | peak GB |\n|---|---|---|---|---|"
+        f"One step, ViT-B/32, batch {asked.batch}, {asked.classes} classes; floor: {flops:.0f} GFLOP at {rate:.0f} GFLOP/s\n"
+    )
+    print(
+        "| contender | seconds | its time / ours | 95 % | its time / floor | 95 % | peak GB |\n|---|---|---|---|---|---|---|"
     )
     rows = {}
-    for name in names:
-        to_ours = paired_ratio(seconds[name][:, None], seconds["ours"][:, None])
-        rows[name] = {
-            "seconds": float(np.median(seconds[name])),
-            "to_ours": to_ours.ratio,
-            "ci95": to_ours.ci95,
-            "peak_gb": memory[name],
-            "n": len(seconds[name]),
-        }
-        print(
-            f"| {name} | {rows[name]['seconds']:.2f} | {to_ours.ratio:.3f} | {to_ours.ci95[0]:.3f} to {to_ours.ci95[1]:.3f} | {memory[name]:.2f} |"
+    for name in steps:
+        to_ours, to_floor = (
+            paired_ratio(seconds[name][:, None], seconds[other][:, None]) for other in ("ours", "floor")
         )
-    share = least["seconds"] / rows["ours"]["seconds"]
-    rate = f"{least['gflops']:.0f} GFLOPs at {least['rate_gflops_per_s']:.0f} GFLOP/s"
-    print(f"| floor: {rate} | {least['seconds']:.2f} | {share:.3f} | | |")
+        rows[name] = {
+            "seconds": float(np.median(seconds[name])), "n": len(seconds[name]), "peak_gb": memory.get(name),
+            "to_ours": to_ours.ratio, "to_ours_ci95": to_ours.ci95, "to_floor": to_floor.ratio, "to_floor_ci95": to_floor.ci95,
+        }  # fmt: skip
+        shares = " | ".join(f"{r.ratio:.2f} | {r.ci95[0]:.2f} to {r.ci95[1]:.2f}" for r in (to_ours, to_floor))
+        print(f"| {name} | {rows[name]['seconds']:.2f} | {shares} | {memory.get(name, float('nan')):.2f} |")
     if asked.out:
         versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        least = {"gflop": flops, "gflop_per_s": rate}
         asked.out.write_text(
             json.dumps({"rows": rows, "floor": least, "versions": versions}, indent=2) + "\n", encoding="utf-8"
         )

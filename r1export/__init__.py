@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from r1export.layout.write import layout_release
     from r1export.pipeline.run import run
     from r1export.pipeline.verification.release import verify_release
-    from r1export.recipe import load_recipe
+    from r1export.recipe_file import load_recipe
     from r1export.update.factors import ExpertUpdate
 
 __version__ = "0.2.0"
@@ -52,7 +52,7 @@ _PLACES = {
     "Unsupported": "errors:Unsupported",
     "apply_bundle": "device.install:apply",
     "layout_release": "layout.write:layout_release",
-    "load_recipe": "recipe:load_recipe",
+    "load_recipe": "recipe_file:load_recipe",
     "open_version": "device.version:open_version",
     "run": "pipeline.run:run",
     "verify_release": "pipeline.verification.release:verify_release",

@@ -177,7 +177,7 @@ def _graph(path: Path) -> Description:
 
 
 def _recipe(path: Path) -> Description:
-    from r1export.recipe import load_recipe
+    from r1export.recipe_file import load_recipe
 
     recipe = load_recipe(path)
     rows = [

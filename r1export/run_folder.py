@@ -6,9 +6,9 @@ Whether a step is done follows from its files, which are written atomically.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -17,13 +17,14 @@ from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from r1export.errors import InputError, refused
-from r1export.recipe import Recipe, load_recipe
+from r1export.recipe import Recipe
+from r1export.recipe_file import load_recipe
 from r1export.update.atomic_io import PARTIAL, read_regular, remove, write_file, write_json
 from r1export.update.factors import ExpertUpdate
 from r1export.update.release_manifest import BaseModel
 from r1export.update.run_layout import RunLayout
 from r1export.update.strict_json import parse_json
-from r1export.verify.results import Probe, TaskInputs
+from r1export.verify.results import Gaps, Guard, Probe, TaskInputs
 
 MAX_JSON = 64 << 20  # bytes
 LOCK = ".lock"  # held by the command that works on the run
@@ -95,6 +96,27 @@ class RunInputs:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskMetrics:
+    """tasks/NN-NAME/metrics.json: how a task was trained. `losses` has one supervised loss for each step; `gaps` are added by `verify`."""
+
+    __pydantic_config__ = _STRICT
+
+    task: str
+    images: int
+    losses: tuple[float, ...]
+    seconds: float
+    peak_rss_mb: float
+    trainable_parameters: int
+    factor_bytes: int
+    guard: Guard | None = None
+    gaps: Gaps | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON document, keys in file order, without what is None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
 @dataclass(frozen=True)
 class RunFolder(RunLayout):
     """A run on disk."""
@@ -134,11 +156,15 @@ class RunFolder(RunLayout):
         files = (self.task(i, task.name).factors for i, task in enumerate(recipe.stream, 1))
         return [ExpertUpdate.read(file) for file in takewhile(Path.exists, files)]
 
-    def keep_gaps(self, number: int, name: str, gaps: Mapping[str, object]) -> None:
-        """Add G1 to G3 of a task, which `verify` measures, to the metrics.json that training wrote."""
+    def task_metrics(self, number: int, name: str) -> TaskMetrics | None:
+        """What training recorded about a task, None if the file was deleted. Raises InputError if it is corrupted."""
         path = self.task(number, name).metrics
-        metrics = read_json(path, "delete the file and verify again") if path.exists() else {}
-        write_json(path, metrics | {"gaps": dict(gaps)})
+        return read_value(TaskMetrics, path, "delete the file") if path.exists() else None
+
+    def keep_gaps(self, number: int, name: str, gaps: Gaps) -> None:
+        """Add G1 to G3 of a task, which `verify` measures, to what training recorded."""
+        if metrics := self.task_metrics(number, name):
+            write_json(self.task(number, name).metrics, replace(metrics, gaps=gaps).to_json())
 
     def base(self) -> BaseModel:
         """The base model. Raises InputError if run.json is missing or corrupted."""

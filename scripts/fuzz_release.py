@@ -26,7 +26,7 @@ from r1export.cli import app
 from r1export.errors import R1ExportError
 from r1export.inspection import describe
 from r1export.pipeline.verification.identity import WEIGHT_FILES, check_manifest_and_files
-from r1export.recipe import load_recipe
+from r1export.recipe_file import load_recipe
 from r1export.report.json_format import read_report
 from r1export.update.atomic_io import sha256_file
 from r1export.update.release_layout import GRAPHS

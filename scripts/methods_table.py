@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Write the tables of methods in README and docs/experiments/forgetting.md from benchmarks/results/methods.json.
+"""Write the tables of methods in README and docs/experiments/forgetting.md from benchmarks/results/methods*.json.
 
     scripts/methods_table.py [--check]
 
 The results are what benchmarks/method.py writes. README shows a few methods, the experiments all of them, with the standard
-deviation over runs and the differences of r1export's defaults to each, with their standard error over pairs of runs.
+deviation over runs and the differences of r1export's defaults to each, with their standard error over the runs of both with the
+same seed and order.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 README, EXPERIMENTS = ROOT / "README.md", ROOT / "docs" / "experiments" / "forgetting.md"
-RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
-BEGIN, END = "<!-- made by scripts/methods_table.py -->\n", "<!-- end -->\n"
+RESULTS = ROOT / "benchmarks" / "results"
+OF_PHOTO, OF_VIT = "methods", "methods-vit"  # the files of builtin:photo and builtin:photo-vit
+BEGIN, END = "<!-- {} by scripts/methods_table.py -->\n", "<!-- end -->\n"
 TITLES = {
     "ours": "**r1export's defaults**",
-    "random-init": "the same, experts start at random, distillation 1.0",
+    "no-pool": "the same with a LoRA of rank 4 instead of the pool",
+    "votes": "the same, experts selected by votes",
+    "random-init": "experts selected by votes and started at random, distillation 1.0",
     "former": "the defaults of version 0.1",
     "faithful": "the method as published",
     "random-4-of-12": "4 of 12 experts at random",
@@ -36,7 +40,7 @@ TITLES = {
 IN_README = ("ours", "faithful", "lora-r4", "full")
 COLUMNS = ("Transfer", "Avg", "Last", "probe")
 BEFORE = ("zero-shot of later tasks", "zero-shot", "zero-shot", "probe before")
-Runs = Sequence[dict[str, Any]]  # of one method, in the same order of seeds for all
+Runs = Sequence[dict[str, Any]]  # of one method
 
 
 def short_table(methods: dict[str, Runs]) -> str:
@@ -62,7 +66,7 @@ def full_table(methods: dict[str, Runs]) -> str:
     for name, title in TITLES.items():
         if name in methods:
             runs = methods[name]
-            cells = [f"{_mean(runs, c)} ± {np.std(_values(runs, c), ddof=1):.1f}" for c in COLUMNS]
+            cells = [_spread(runs, c) for c in COLUMNS]
             gains = [""] * 4 if name == "ours" else [_gain(methods["ours"], runs, c) for c in COLUMNS]
             figures = (str(len(runs)), *cells, _size(runs), f"{np.mean(_values(runs, 'seconds')):.0f}", *gains)
             lines.append(f"| {title} | {' | '.join(figures)} |")
@@ -77,29 +81,40 @@ def _mean(runs: Runs, column: str) -> str:
     return f"{_values(runs, column).mean():.1f}"
 
 
+def _spread(runs: Runs, column: str) -> str:
+    """The mean, and the standard deviation if there is one."""
+    return f"{_mean(runs, column)}" + (f" ± {_values(runs, column).std(ddof=1):.1f}" if len(runs) > 1 else "")
+
+
 def _size(runs: Runs) -> str:
     kilobytes = _values(runs, "shipped kB").mean()
     return f"{kilobytes:.0f} kB" if kilobytes < 10_000 else f"{kilobytes / 1000:.0f} MB"
 
 
 def _gain(ours: Runs, runs: Runs, column: str) -> str:
-    """Over the pairs of runs with the same seed and order; a method with fewer runs has the first ones."""
-    gains = _values(ours[: len(runs)], column) - _values(runs, column)
-    return f"{gains.mean():+.1f} ± {gains.std(ddof=1) / len(gains) ** 0.5:.1f}"
+    """Over the pairs of runs with the same seed and order."""
+    others = {(run["order"], run["seed"]): run[column] for run in runs}
+    gains = np.array([run[column] - others[key] for run in ours if (key := (run["order"], run["seed"])) in others])
+    return f"{gains.mean():+.1f}" + (f" ± {gains.std(ddof=1) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else "")
 
 
-def page(path: Path, table: str) -> str:
-    """The page with the table between its marks."""
-    head, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    return head + BEGIN + table + END + rest.partition(END)[2]
+def with_table(page: str, results: str, table: str) -> str:
+    """The page with the table of these results between its marks."""
+    head, begin, rest = page.partition(BEGIN.format(results))
+    return head + begin + table + END + rest.partition(END)[2] if begin else page
 
 
 def main() -> None:
-    methods = json.loads(RESULTS.read_text(encoding="utf-8"))["methods"]
-    pages = {README: page(README, short_table(methods)), EXPERIMENTS: page(EXPERIMENTS, full_table(methods))}
+    pages = {path: path.read_text(encoding="utf-8") for path in (README, EXPERIMENTS)}
+    made = dict(pages)
+    for results, path, table in (
+        (OF_PHOTO, README, short_table), (OF_PHOTO, EXPERIMENTS, full_table), (OF_VIT, EXPERIMENTS, full_table)
+    ):  # fmt: skip
+        methods = json.loads((RESULTS / f"{results}.json").read_text(encoding="utf-8"))["methods"]
+        made[path] = with_table(made[path], results, table(methods))
     if "--check" in sys.argv:
-        sys.exit(any(text != path.read_text(encoding="utf-8") for path, text in pages.items()))
-    for path, text in pages.items():
+        sys.exit(made != pages)
+    for path, text in made.items():
         path.write_text(text, encoding="utf-8")
 
 

@@ -34,7 +34,7 @@ from r1export.pipeline.export import export_releases
 from r1export.pipeline.train import train_tasks
 from r1export.pipeline.verification.release import verify_release
 from r1export.pipeline.verification.run import verify_run
-from r1export.recipe import load_recipe
+from r1export.recipe_file import load_recipe
 from r1export.run_folder import RunFolder, open_run
 from r1export.verify.results import Report
 

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from running import r1export
 
 from r1export.errors import InputError
-from r1export.recipe import RETIRED, Export, Recipe, Retired, TaskSource, in_order, load_recipe
+from r1export.recipe import Export, Recipe, TaskSource, in_order
+from r1export.recipe_file import RETIRED, Retired, load_recipe
 from r1export.run_folder import RunFolder
 from r1export.update.names import NAME, PATH, check_paths
 

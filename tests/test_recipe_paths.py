@@ -8,7 +8,8 @@ from running import RECIPE, r1export
 
 from r1export.data.request import Request
 from r1export.data.sources import load_task
-from r1export.recipe import Recipe, load_recipe
+from r1export.recipe import Recipe
+from r1export.recipe_file import load_recipe
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").rglob("*.toml"))
 BASE = '[base]\nweights = "w.safetensors"\nconfig = "/abs/c.json"\n'

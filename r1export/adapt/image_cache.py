@@ -22,7 +22,7 @@ THREADS = max(1, os.cpu_count() or 1)  # PIL decodes and resizes outside the int
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Crops of 90 to 100 % of an image's area with an aspect of 3:4 to 4:3, resized to what the model sees.
+    """Crops of a fraction `area` of an image with an aspect of 3:4 to 4:3, resized to what the model sees.
 
     Every image has one crop, or, with `anew`, a new one at every visit. The same seed, image and visit give the same crop.
     Source: RandomResizedCrop of torchvision with the scale that open_clip trains with.
@@ -30,12 +30,16 @@ class RandomCrop:
 
     seed: int
     anew: bool = False
+    area: tuple[float, float] = (0.9, 1.0)
 
     def box(self, width: int, height: int, image: int, visit: int = 0) -> tuple[int, int, int, int]:
         """Left, top, right and bottom in pixels of an image of this size; all of it if no crop drawn in ten tries fits."""
         rng = np.random.default_rng([self.seed, image, visit if self.anew else 0])
         for _ in range(10):
-            area, aspect = width * height * rng.uniform(0.9, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            area, aspect = (
+                width * height * rng.uniform(*self.area),
+                math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))),
+            )
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
                 left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))

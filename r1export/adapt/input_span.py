@@ -47,16 +47,14 @@ def new_directions(clip: Clip, pools: Pools, images: Images, prompts: Tensor, sh
 
     `prompts` are tokens (C, L). The experts act as they will be merged. Takes one pass over the images.
     """
-    moments = input_moments(clip, pools, images, prompts)
-    return {rows: _directions(moments[rows], pool.span.cpu().double(), share) for rows, pool in pools.items()}
+    return _new_span(pools, input_moments(clip, pools, images, prompts), share)
 
 
 def own_directions(clip: Clip, pools: Pools, images: Images, sample: np.ndarray, share: float) -> Span:
     """The directions outside of the span of each pool of the image tower, so that with them `share` of the energy is held of
     what the model makes of the images `sample`, int64 (n,), before it learns them: B is zero after the reset."""
     parts = (images.batch(sample[start : start + BATCH]) for start in range(0, len(sample), BATCH))
-    moments = _moments(clip, pools, parts, ())
-    return {rows: _directions(each, pools[rows].span.cpu().double(), share) for rows, each in moments.items()}
+    return _new_span(pools, _moments(clip, pools, parts, ()), share)
 
 
 def input_moments(clip: Clip, pools: Pools, images: Images, prompts: Tensor) -> Moments:
@@ -77,17 +75,20 @@ def _moments(clip: Clip, pools: Pools, images: Iterable[Tensor], prompts: Iterab
 
 @contextmanager
 def _watched(pools: Pools) -> Iterator[Moments]:
-    """Within it the moments of what goes into every pool are added up. Pools that read the same input share the product."""
+    """Within it the moments of what goes into every pool are added up. Pools that read the same input share one tensor."""
     moments: Moments = {}
-    last: list[tuple[Tensor, Tensor]] = []  # the input of the pool before, kept alive so that its identity is its own
+    last: list[
+        tuple[Tensor, Tensor]
+    ] = []  # input and moments of the pool before; alive, so that its identity is its own
 
     def watch(rows: Rows) -> Callable[..., None]:
         def add(pool: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
             if not (last and last[0][0] is x):
                 read = pools[rows].reads(x).float()
-                last[:] = [(x, (read.T @ read).cpu().double())]
-            moments[rows] = moments[rows] + last[0][1] if rows in moments else last[0][1].clone()
+                product = (read.T @ read).cpu().double()
+                last[:] = [(x, moments[rows].add_(product) if rows in moments else product)]
+            moments[rows] = last[0][1]
 
         return add
 
@@ -97,6 +98,17 @@ def _watched(pools: Pools) -> Iterator[Moments]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _new_span(pools: Pools, moments: Moments, share: float) -> Span:
+    """The directions of every pool that has moments, computed once for pools with the same input and the same span."""
+    spans: Span = {}
+    for rows, moment in moments.items():
+        held = pools[rows].span
+        alike = (other for other in spans if moments[other] is moment and torch.equal(pools[other].span, held))
+        same = next(alike, None)
+        spans[rows] = _directions(moment, held.cpu().double(), share) if same is None else spans[same]
+    return spans
 
 
 def _directions(moment: Tensor, span: Tensor, share: float) -> np.ndarray:

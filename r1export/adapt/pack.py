@@ -56,7 +56,7 @@ def set_past_pools_(pools: Pools, earlier: Mapping[str, Mapping[str, np.ndarray]
 
 
 def pool_tensors(pools: Pools) -> dict[str, np.ndarray]:
-    """A, B, router and counts of all pools, named `ROWS.lora_A` and so on: the unmerged model."""
+    """A, B, router, counts and choice of all pools, named `ROWS.lora_A` and so on: the unmerged model."""
     return {
         f"{rows}.{name}": tensor.detach().cpu().numpy()
         for rows, pool in pools.items()
@@ -65,10 +65,14 @@ def pool_tensors(pools: Pools) -> dict[str, np.ndarray]:
 
 
 def load_pool_tensors_(pools: Pools, tensors: Mapping[str, np.ndarray], location: str) -> None:
-    """Inverse of `pool_tensors`. Raises InputError, which begins with `location`, if a tensor is missing or of another shape."""
+    """Inverse of `pool_tensors`. Raises InputError, which begins with `location`, if a tensor is missing or of another shape.
+
+    Files of versions before 0.2 have no choice: their experts are those with the most votes.
+    """
     for rows, pool in pools.items():
         for name, target in pool.state_dict().items():
-            value = _checked(tensors.get(f"{rows}.{name}"), tuple(target.shape), f"{location}: {rows}.{name}")
+            value = tensors.get(f"{rows}.{name}", np.zeros(len(target), bool) if name == "chosen" else None)
+            value = _checked(value, tuple(target.shape), f"{location}: {rows}.{name}")
             target.copy_(torch.from_numpy(np.array(value)))
 
 

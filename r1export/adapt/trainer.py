@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1export.adapt import distributed
+from r1export.adapt.class_token import class_token_only
 from r1export.adapt.clip import Clip
 from r1export.adapt.distillation import DistillationTargets
+from r1export.adapt.expert_effect import expert_effects, within_bytes
 from r1export.adapt.image_cache import Images
 from r1export.adapt.losses import in_batch_loss, orthogonality_loss
 from r1export.adapt.pack import load_pool_tensors_, pool_tensors
@@ -27,6 +30,7 @@ from r1export.data.task import Task
 from r1export.errors import InputError
 from r1export.update.container import read_tensors, write_tensors
 
+EFFECT_BATCHES = 4  # before the choice of experts
 SHRINK = 0.005  # largest soft threshold on a sparse gate, arXiv 2412.01004
 
 
@@ -165,6 +169,7 @@ def train_pools_(
             on_step(_train_step_(objective, optimizer, progress))
             if checkpoint is not None and progress.step % settings.checkpoint_every == 0 and distributed.is_first():
                 _write_checkpoint(checkpoint, pools, optimizer, progress)
+        _select_(objective, progress.step)
     distributed.wait()
     if checkpoint is not None and distributed.is_first():
         checkpoint.unlink(missing_ok=True)
@@ -175,7 +180,7 @@ def _train_step_(objective: Objective, optimizer: torch.optim.Optimizer, progres
     """One step of the optimizer. Raises InputError if the loss is not finite."""
     started, settings, pools = time.perf_counter(), objective.training.settings, objective.pools
     if progress.step >= settings.consolidate * settings.iterations:
-        _consolidate_(pools)
+        _consolidate_(objective, progress.step)
     losses = objective.losses(progress.step)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(progress.step, settings)
@@ -201,11 +206,33 @@ def _in_training(clip: Clip, learners: Iterable[nn.Module]) -> Iterator[None]:
         clip.model.eval()
 
 
-def _consolidate_(pools: Pools) -> None:
+def _consolidate_(objective: Objective, step: int) -> None:
     """Fix the experts, so that from here on the function that is trained is the one that will be merged."""
-    for pool in pools.values():
-        if not isinstance(pool.routing, Frozen):
-            pool.freeze_()
+    if any(isinstance(pool.routing, Frozen) for pool in objective.pools.values()):
+        return
+    _select_(objective, step)
+    for pool in objective.pools.values():
+        pool.freeze_()
+
+
+def _select_(objective: Objective, step: int) -> None:
+    """Choose the experts with the largest effect on the batches before `step`, if they are to be chosen so; once, also in a resumed run.
+
+    Before the first step none has an effect, and votes decide.
+    """
+    pools = {rows: pool for rows, pool in objective.pools.items() if pool.settings.select == "effect"}
+    pools = {rows: pool for rows, pool in pools.items() if pool.settings.gate == "binary"}
+    if not step or not pools or any(pool.chosen.any() for pool in pools.values()):
+        return
+    alone = replace(objective, encode=distributed.Encoders(objective.clip))
+
+    def loss(step: int) -> Tensor:
+        supervised, _, distillation = alone.losses(step)
+        return supervised + distillation
+
+    batches = range(max(0, step - EFFECT_BATCHES), step)
+    for rows, experts in within_bytes(pools, expert_effects(pools, [partial(loss, step) for step in batches])).items():
+        pools[rows].choose_(experts)
 
 
 def _shrink_(pools: Pools, share: float) -> None:
@@ -257,7 +284,7 @@ class Objective:
         if targets is not None:
             drawn = targets.draw(seed)
             tokens = torch.cat([classes, targets.tokens[drawn]])
-        with short_texts(self.clip.model):
+        with short_texts(self.clip.model), class_token_only(self.clip.model):
             image, text = self.encode(pixels, tokens)
         image, scale = distributed.gathered(image), self.clip.model.logit_scale.exp()
         logits = (scale * image @ text[: len(classes)].T).float()

@@ -34,7 +34,8 @@ def _open(
     order: str | None,
     terminal: Terminal,
 ) -> Iterator[RunContext]:
-    from r1export.recipe import in_order, load_recipe
+    from r1export.recipe import in_order
+    from r1export.recipe_file import load_recipe
     from r1export.run_folder import check_run
 
     recipe = load_recipe(recipe_file, tuple(overrides or ()))

@@ -82,7 +82,7 @@ def export_graphs(
 def trace(tower: Tower, opset: int) -> tuple[ir.Model, set[str]]:
     """The simplified graph of a tower and the state_dict names of the tensors that it uses."""
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 tower.module, (tower.example,), dynamo=True, opset_version=opset, optimize=False, verbose=False,
                 input_names=[tower.files.input], output_names=[tower.files.output], dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -124,7 +124,7 @@ def _used(program: torch.export.ExportedProgram) -> set[str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter reports progress and advice through warnings and the log; errors still come through."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -34,6 +34,7 @@ from r1export.update.release_layout import (
     MODEL_CONFIG,
     PREPROCESS,
     PREPROCESS_GRAPH,
+    STATIC_GRAPHS,
     TOKENIZER,
     UNLISTED,
     class_embeddings_file,
@@ -97,7 +98,8 @@ def write_release(content: ReleaseContent, graphs: Path, path: Path) -> ReleaseM
     """
     weights = WeightMap.read(graphs / WEIGHT_MAP)
     with refused_writes(path), new_folder(path) as folder:
-        for graph in (*GRAPHS, *((PREPROCESS_GRAPH,) if (graphs / PREPROCESS_GRAPH).exists() else ())):
+        optional = (name for name in (PREPROCESS_GRAPH, *STATIC_GRAPHS) if (graphs / name).exists())
+        for graph in (*GRAPHS, *optional):
             shutil.copyfile(graphs / graph, folder / graph)
         tensors = {file: weights.stored(file, content.weights) for file in weights.files}
         with ThreadPoolExecutor(1) as pool:  # all bytes are hashed twice, which takes as long as writing them

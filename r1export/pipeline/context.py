@@ -16,7 +16,7 @@ import torch
 
 from r1export.adapt.class_prompts import check_prompts
 from r1export.adapt.clip import Clip, load_clip
-from r1export.adapt.frozen_start import BlockInputs, frozen_start, late_clip
+from r1export.adapt.frozen_start import BlockInputs, LateClip, frozen_start, late_clip
 from r1export.adapt.image_cache import Images, Pixels, RandomCrop
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pool import Pools, PoolSettings
@@ -144,6 +144,11 @@ class RunContext:
             for sets in (self.trains, self.tests)
         )
         return Learner(late_clip(clip, start), trains, tests)
+
+    def learner_images(self, pixels: Pixels) -> Images:
+        """Images in the form in which the learner's model takes them."""
+        clip = self.learner.clip
+        return BlockInputs(pixels, self.clip, clip.start) if isinstance(clip, LateClip) and clip.start else pixels
 
     def task_layout(self, number: int) -> TaskLayout:
         """The folder of task `number`, counted from 1."""

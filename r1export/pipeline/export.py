@@ -18,6 +18,7 @@ from r1export.export.graph import export_graphs
 from r1export.export.int8 import calibrate
 from r1export.export.precision import WRITERS
 from r1export.export.preprocess import write_preprocess
+from r1export.export.static import static_graphs
 from r1export.export.write_release import ReleaseContent, TaskClasses, refused_writes, write_release
 from r1export.pipeline.context import RunContext
 from r1export.pipeline.environment import versions
@@ -26,10 +27,10 @@ from r1export.pipeline.variant import Variant
 from r1export.pipeline.verification.inputs import BATCH, calibration
 from r1export.update.atomic_io import new_folder, sha256_file, write_json
 from r1export.update.factors import ExpertUpdate
-from r1export.update.release_layout import GRAPHS, PREPROCESS_GRAPH, VISUAL
+from r1export.update.release_layout import PREPROCESS_GRAPH, VISUAL
 from r1export.update.release_manifest import MergedUpdate
 from r1export.update.run_layout import FP32
-from r1export.verify.graph_digest import graph_digest
+from r1export.verify.graph_digest import graph_digests
 from r1export.verify.runtimes.runtime import open_session, runner
 
 
@@ -68,6 +69,8 @@ def _write_graphs(variant: Variant, folder: Path) -> None:
             Unsupported
         ):  # some preprocessing can't be expressed exactly as a graph; preprocess.json describes it
             write_preprocess(preprocess.to_json(), folder / PREPROCESS_GRAPH, opset=opset)
+        if batch := context.recipe.export.static_batch:
+            static_graphs(folder, batch)
         return
     WRITERS[variant.precision](source, folder)
     if (source / PREPROCESS_GRAPH).exists():
@@ -157,7 +160,7 @@ def _content(variant: Variant, number: int, prompts: _Prompts, merged: dict[str,
         golden=golden_samples(context, prompts.golden, texts.golden),
         preprocess=clip.preprocess.to_json(),
         tokenizer=clip.tokenizer,
-        graph_digests={graph: graph_digest(variant.exports.graphs / graph) for graph in GRAPHS},
+        graph_digests=graph_digests(variant.exports.graphs),
         accuracy=lambda folder: context.run.metrics().after(number) if single else _accuracies(context, folder, tasks),
         versions={"r1export": __version__} | versions(),
         tolerance=variant.tolerance,

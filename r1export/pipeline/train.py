@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from r1export.adapt.distillation import BATCH, DistillationTargets, distillation
 from r1export.adapt.evaluate import accuracy, all_classes
 from r1export.adapt.full_finetune import fine_tune_
 from r1export.adapt.gradient_init import init_along_gradient_
+from r1export.adapt.guard import AREA, VIEWS, Answers, Guarded, guard_
+from r1export.adapt.image_cache import Pixels, RandomCrop
 from r1export.adapt.inject import eject_experts_
 from r1export.adapt.input_span import (
     Span,
@@ -40,13 +42,13 @@ from r1export.pipeline.environment import now, versions
 from r1export.pipeline.golden import golden_inputs
 from r1export.pipeline.tensorboard import log_accuracies, step_log
 from r1export.recipe import Recipe
-from r1export.run_folder import RunInputs, RunMetrics, RunRecord, Share, read_value
+from r1export.run_folder import RunInputs, RunMetrics, RunRecord, Share, TaskMetrics, read_value
 from r1export.update.atomic_io import write_json
 from r1export.update.container import digest, read_tensors, write_tensors
 from r1export.update.factors import ExpertUpdate
 from r1export.update.release_manifest import BaseModel
 from r1export.update.run_layout import TaskLayout
-from r1export.verify.results import Probe
+from r1export.verify.results import Guard, Probe
 
 OWN_IMAGES = 256  # images of a task for train.protect_own
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
@@ -156,11 +158,12 @@ class TaskJob:
 
 @dataclass(frozen=True)
 class _Trained:
-    """The loss of every step, the update to merge, and the number of trained parameters."""
+    """The loss of every step, the update to merge, the number of trained parameters, and what the guard did."""
 
     losses: list[float]
     update: ExpertUpdate
     parameters: int
+    guarded: Guarded | None = None
 
 
 def _train_task(context: RunContext, number: int, task: Task, earlier: list[ExpertUpdate], folder: TaskLayout) -> None:
@@ -181,13 +184,17 @@ def _train_task(context: RunContext, number: int, task: Task, earlier: list[Expe
         trained = train(TaskJob(context, training, earlier, folder, on_step))
     if not distributed.is_first():
         return
-    write_json(
-        folder.metrics,
-        {
-            "task": task.name, "images": len(task.train), "losses": trained.losses, "seconds": time.perf_counter() - started, "peak_rss_mb": _peak_rss_mb(),
-            "trainable_parameters": trained.parameters, "factor_bytes": trained.update.nbytes,
-        },
-    )  # fmt: skip
+    metrics = TaskMetrics(
+        task=task.name,
+        images=len(task.train),
+        losses=tuple(trained.losses),
+        seconds=time.perf_counter() - started,
+        peak_rss_mb=_peak_rss_mb(),
+        trainable_parameters=trained.parameters,
+        factor_bytes=trained.update.nbytes,
+        guard=Guard(**asdict(trained.guarded)) if trained.guarded else None,
+    )
+    write_json(folder.metrics, metrics.to_json())
     trained.update.write(folder.factors)
 
 
@@ -196,20 +203,45 @@ def _train_experts(job: TaskJob) -> _Trained:
     pools = inject_pools_(clip, recipe)
     try:
         reset_pools_(pools, recipe.train.seed, training.number)
+        limit = recipe.train.guard
+        answers = None if limit is None else _answers(job)
         earlier = _leave_spans_(job, pools)
         _set_past_(job, pools)
         if recipe.pool.init == "gradient" and not job.folder.checkpoint.exists():
             init_along_gradient_(clip, pools, training)
         losses = train_pools_(clip, pools, training, checkpoint=job.folder.checkpoint, on_step=job.on_step)
+        guarded = None if limit is None or answers is None else guard_(clip, pools, answers, limit)
         update = pack_experts(pools, DTYPES[recipe.pool.factors])
         if recipe.pool.factors != "fp32":
             load_rounded_factors_(pools, update)
         if distributed.is_first():
             write_tensors(job.folder.pool, pool_tensors(pools))
             _write_directions(job, pools, earlier)
-        return _Trained(losses, update, sum(p.numel() for pool in pools.values() for p in pool.learned()))
+        return _Trained(losses, update, sum(p.numel() for pool in pools.values() for p in pool.learned()), guarded)
     finally:
         eject_experts_(clip.model)
+
+
+def _answers(job: TaskJob) -> Answers:
+    """The answers of the model before the task on crops of the task's images, among reference names."""
+    context, training = job.context, job.training
+    crops = RandomCrop(training.seed(7), area=AREA)
+    sample = _sample(training, VIEWS, training.seed(8))
+    views = Pixels(training.task.train.subset(sample), context.clip.preprocess, augment=crops)
+    return Answers.of(context.learner.clip, context.learner_images(views), _reference_names(context, training))
+
+
+def _sample(training: TrainingTask, size: int, seed: int) -> np.ndarray:
+    """At most `size` of the images that training visits, ascending int64."""
+    images = training.visited()
+    if len(images) <= size:
+        return images
+    return np.sort(np.random.default_rng(seed).choice(images, size, replace=False))
+
+
+def _reference_names(context: RunContext, training: TrainingTask) -> tuple[str, ...]:
+    """The names of ImageNet and of the classes of earlier tasks."""
+    return reference_names([name for earlier in context.tasks[: training.number - 1] for name in earlier.classes])
 
 
 def _set_past_(job: TaskJob, pools: Pools) -> None:
@@ -229,9 +261,7 @@ def _leave_spans_(job: TaskJob, pools: Pools) -> list[Span]:
     earlier = _earlier_spans(job, pools) if settings.protect else []
     set_spans_(pools, earlier)
     if settings.protect_own:
-        sample = training.visited()
-        if len(sample) > OWN_IMAGES:
-            sample = np.sort(np.random.default_rng(training.seed(5)).choice(sample, OWN_IMAGES, replace=False))
+        sample = _sample(training, OWN_IMAGES, training.seed(5))
         own = own_directions(job.context.learner.clip, pools, training.train, sample, settings.protect_own)
         set_spans_(pools, [*earlier, own])
     for pool in pools.values():
@@ -264,7 +294,7 @@ def _train_all_weights(job: TaskJob) -> _Trained:
 def _distillation_targets(context: RunContext, training: TrainingTask, title: str) -> DistillationTargets:
     """The predictions of the model before a task, on the task's images and on reference names."""
     images = training.visited()
-    names = reference_names([name for earlier in context.tasks[: training.number - 1] for name in earlier.classes])
+    names = _reference_names(context, training)
     batches = sum(-(-len(items) // BATCH) for items in (names, images))
     with context.progress.track(f"{title}: computing distillation targets", batches) as advance:
         return distillation_targets(context.learner.clip, training.train, images, names, advance)

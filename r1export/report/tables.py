@@ -362,6 +362,16 @@ def releases(run: RunReport) -> Table:
     return Table(["Release", "Verdict", "Max. difference", "Same graph", "Latency vs. base", "Update"], rows)
 
 
+def guards(run: RunReport) -> Table | None:
+    """By how much `train.guard` scaled the update of each task down; None if it was not set."""
+    rows = [
+        [task, f"{guard.scale:.2f}", *(f"{value:.2f}" for value in (guard.kept, guard.whole, guard.limit))]
+        for task, guard in run.guards.items()
+    ]
+    titles = ("Task", "Update scaled by", "Estimated loss, points", "Unscaled, points", "Limit, points")
+    return Table(titles, rows) if rows else None
+
+
 def inputs(run: RunReport) -> Table | None:
     """Changes that decoding made to the images of each task, beyond open_clip's transform; None if there are none."""
     rows = []

@@ -153,6 +153,7 @@ def _page(report: Report, pictures: bool) -> dict[str, object]:
         "run_checks": tables.check_table(lines(run), "Check") if run else None,
         "releases": tables.releases(run) if run else None,
         "variants": tables.variants(parts),
+        "guards": tables.guards(run) if run else None,
         "inputs": tables.inputs(run) if run else None,
         "examples": _by_task(run.examples) if run else {},
         "sections": [_section(part, f"r{n}", pictures) for n, part in enumerate(parts)],

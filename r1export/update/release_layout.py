@@ -18,6 +18,11 @@ class TowerFiles:
         return f"{self.name}.onnx"
 
     @property
+    def static_graph(self) -> str:
+        """The graph of a fixed batch, which a release has if the recipe asks for it."""
+        return f"{self.name}.static.onnx"
+
+    @property
     def weights(self) -> str:
         return f"{self.name}.safetensors"
 
@@ -33,6 +38,7 @@ WEIGHTS = {
     CLASSIFIER: VISUAL.weights,
 }  # graph -> the file that holds its weights
 GRAPHS = tuple(WEIGHTS)
+STATIC_GRAPHS = tuple(tower.static_graph for tower in TOWERS)  # optional
 PREPROCESS_GRAPH, PREPROCESS = "preprocess.onnx", "preprocess.json"
 TOKENIZER = "tokenizer"
 MODEL_CONFIG = "open_clip_config.json"  # what open_clip builds the model from

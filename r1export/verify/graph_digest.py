@@ -17,6 +17,7 @@ import onnx
 from onnx import AttributeProto, TensorProto, numpy_helper
 
 from r1export.errors import CheckFailed, first_line
+from r1export.update.release_layout import GRAPHS, STATIC_GRAPHS
 
 SMALL = 1024  # bytes; integers up to this size are shapes, axes and indices and belong to the structure
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
@@ -39,6 +40,12 @@ def graph_digest(graph: Path | onnx.ModelProto, *, structural: bool = False) -> 
     except Exception as error:  # an untrusted graph can violate the format in any way
         raise CheckFailed(f"not a valid ONNX graph: {first_line(error)}", "export the graphs again") from error
     return hashlib.sha256(document.encode()).hexdigest()
+
+
+def graph_digests(folder: Path) -> dict[str, str]:
+    """Graph -> digest, of those that every release has, and of static ones if they are there. Raises as `graph_digest`."""
+    present = (*GRAPHS, *(name for name in STATIC_GRAPHS if (folder / name).exists()))
+    return {name: graph_digest(folder / name) for name in present}
 
 
 def read_graph(path: Path) -> onnx.ModelProto:

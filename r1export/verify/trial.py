@@ -28,6 +28,7 @@ from r1export.verify.golden import (
 )
 from r1export.verify.parity import Outputs
 from r1export.verify.runtimes.runtime import open_session, runner
+from r1export.verify.static_graphs import check_static_graphs
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def run_everything(release: Path) -> Outputs:
         run = runner(open_session(release / PREPROCESS_GRAPH))
         for picture in golden.pictures:
             run({"image": picture})
+    list(check_static_graphs(release, manifest))
     return runs.of(release, "cpu")
 
 

@@ -86,3 +86,11 @@ def test_random_crops_hold_nine_tenths_of_the_image_or_all_of_it() -> None:
     assert 0.89 < min(boxes) < 0.92
     assert max(boxes) <= 1
     assert crop.box(1000, 10, image=0) == (0, 0, 1000, 10)  # no crop of that aspect fits
+
+
+def test_random_crops_can_be_smaller() -> None:
+    crop = RandomCrop(seed=3, anew=True, area=(0.1, 0.3))
+    boxes = [crop.box(200, 180, image=0, visit=visit) for visit in range(200)]
+    areas = [(right - left) * (bottom - top) / (200 * 180) for left, top, right, bottom in boxes]
+    assert 0.09 < min(areas) < 0.12
+    assert 0.28 < max(areas) < 0.31

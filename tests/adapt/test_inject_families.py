@@ -154,6 +154,23 @@ def test_every_expert_learns_and_every_pool_counts_votes(model) -> None:
         assert pool.counts.sum() == 3 * 4, rows
 
 
+def gradients(model: nn.Module, pools: dict[object, ExpertPool]) -> list[torch.Tensor]:
+    learned = [pool.lora_A for pool in pools.values()] + [pool.lora_B for pool in pools.values()]
+    loss = sum((embeds * torch.linspace(-1, 1, 24)).sum() for embeds in encode(model))
+    return [loss.detach(), *torch.autograd.grad(loss, learned)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"targets": ("v", "fc")}])
+def test_pools_that_are_computed_together_in_training_give_what_each_gives_alone(model, changes) -> None:
+    pools = inject_experts_(model, replace(POOL, dropout=0.0, alpha=12.0, **changes))
+    train_at_random_(pools)
+    alone = gradients(model, pools)
+    for pool in pools.values():
+        pool.train()
+    for one, other in zip(alone, gradients(model, pools), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
 def test_ejecting_restores_the_very_model(model) -> None:
     with torch.no_grad():
         before, names, kinds = encode(model), list(model.state_dict()), [type(m) for m in model.modules()]

@@ -115,6 +115,30 @@ def test_moments_are_those_of_what_goes_into_every_pool(lesson) -> None:
     assert moments.keys() == pools.keys()
 
 
+def test_pools_with_the_same_input_share_its_moments_and_directions_and_others_do_not(lesson) -> None:
+    clip, pools, training = lesson
+    reset_pools_(pools, 0, 1)
+    prompts = task_prompts(clip, training)
+    moments, span = input_moments(clip, pools, training.train, prompts), span_of(lesson, 0.7)
+    packed = [rows for rows in pools if rows.parameter == "visual.transformer.resblocks.0.attn.in_proj_weight"]
+    assert len(packed) == 3
+    assert len({id(moments[rows]) for rows in packed}) == 1
+    assert len({id(moment) for moment in moments.values()}) == len(pools) - 2 * 4, "q, k and v of four blocks"
+    for rows, pool in pools.items():
+        assert np.array_equal(span[rows], _directions(moments[rows], pool.span.double(), 0.7))
+
+
+def test_a_pool_with_a_span_of_its_own_gets_directions_of_its_own(lesson) -> None:
+    _, pools, _ = lesson
+    reset_pools_(pools, 0, 1)
+    q, k, v = (rows for rows in pools if rows.parameter == "visual.transformer.resblocks.0.attn.in_proj_weight")
+    set_spans_(pools, [{q: span_of(lesson, 0.5)[q]}])
+    span = span_of(lesson, 0.9)
+    assert np.abs(span[q].T @ pools[q].span.numpy()).max() < 1e-5
+    assert np.array_equal(span[k], span[v])
+    assert span[q].shape[1] < span[k].shape[1]
+
+
 @pytest.mark.parametrize("convolution", [torch.nn.Conv2d(3, 5, 1), torch.nn.Conv2d(3, 5, 3, stride=2, padding=1)])
 def test_a_convolution_reads_its_patches(convolution) -> None:
     pool, x = ConvolutionPool(convolution, POOL), torch.randn(2, 3, 7, 6)

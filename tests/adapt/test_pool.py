@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from settings import POOL
 
-from r1export.adapt.pool import Batch, ExpertPool, Frozen, PerSample, TowerInputs, drop, routed, top_experts
+from r1export.adapt.pool import (
+    Batch,
+    ExpertPool,
+    Frozen,
+    PerSample,
+    TowerInputs,
+    add_experts_,
+    drop,
+    routed,
+    top_experts,
+)
 
 
 def make_pool(**changes) -> ExpertPool:
@@ -116,6 +126,25 @@ def test_a_pool_with_dropout_adds_the_same_on_average() -> None:
         expected = pool.eval()(x)
         mean = torch.stack([pool.train()(x) for _ in range(4000)]).mean(0)
     torch.testing.assert_close(mean, expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("routing", ["batch", "frozen"])
+def test_pools_with_the_same_input_add_to_what_the_linear_gives_as_each_alone_would(routing: str) -> None:
+    first, last = make_pool().train(), make_pool(rank=3).train()
+    if routing == "frozen":
+        first.freeze_(), last.freeze_()
+    x, y = torch.randn(4, 3, 6, dtype=torch.float64), torch.randn(12, 14, dtype=torch.float64)
+    added = torch.cat([first(x), torch.zeros(4, 3, 4, dtype=torch.float64), last(x)], -1).view(12, 14)
+    expected = y + added
+    torch.testing.assert_close(add_experts_(y, x, [first, 4, last]), expected, atol=1e-12, rtol=0)
+
+
+def test_pools_with_the_same_input_share_its_dropout() -> None:
+    first, last = make_pool(dropout=0.5).train(), make_pool(dropout=0.5).train()
+    x = torch.randn(4, 3, 6, dtype=torch.float64)
+    both = add_experts_(torch.zeros(12, 10, dtype=torch.float64), x, [first, last])
+    assert torch.equal(both[:, :5], both[:, 5:])
+    assert not torch.equal(both, add_experts_(torch.zeros(12, 10, dtype=torch.float64), x, [first, last]))
 
 
 def test_the_faithful_router_gets_no_gradient_and_the_experts_do() -> None:

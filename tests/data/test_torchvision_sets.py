@@ -19,7 +19,7 @@ from r1export.data.request import Request
 from r1export.data.sources import load_task
 from r1export.data.task import ImageSet, few_shot
 from r1export.errors import InputError
-from r1export.recipe import load_recipe
+from r1export.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -19,7 +19,7 @@ from r1export.pipeline import bundle
 from r1export.pipeline.context import NoProgress, RunContext
 from r1export.pipeline.variant import Variant
 from r1export.pipeline.verification.without_task import check_without_tasks
-from r1export.recipe import load_recipe
+from r1export.recipe_file import load_recipe
 from r1export.run_folder import RunFolder
 from r1export.update.atomic_io import sha256_file
 from r1export.update.bundle import split

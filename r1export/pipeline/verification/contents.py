@@ -22,11 +22,11 @@ from r1export.update.atomic_io import json_bytes, sha256_file
 from r1export.update.factors import ExpertUpdate
 from r1export.update.golden_samples import PICTURES, SAMPLES
 from r1export.update.release_layout import (
-    GRAPHS,
     MODEL_CARD,
     MODEL_CONFIG,
     PREPROCESS,
     PREPROCESS_GRAPH,
+    STATIC_GRAPHS,
     TEXTUAL,
     TOKENIZER,
     TOWERS,
@@ -38,9 +38,10 @@ from r1export.verify import contents
 from r1export.verify.client_files import ClientTokenizer, ListedClasses, check_preprocess, check_tokenizer
 from r1export.verify.contents import Embed, attempt
 from r1export.verify.golden import check_classifier, check_golden, read_golden
-from r1export.verify.graph_digest import graph_digest
+from r1export.verify.graph_digest import graph_digests
 from r1export.verify.results import SKIPPED, UNSIGNED, Check, Contents, Verdict, overall
 from r1export.verify.runtimes.runtime import open_session, runner
+from r1export.verify.static_graphs import check_static_graphs
 
 BATCH = 64  # prompts embedded at a time
 TOWER_GRAPHS = tuple(tower.graph for tower in TOWERS)
@@ -67,7 +68,7 @@ def check_contents(
     return Contents(
         **identity,
         base=contents.check_base(manifest, context.base_sha256, "the base model of the run"),
-        graphs=attempt(lambda: contents.check_epsilons(path, TOWER_GRAPHS, epsilons), of=len(epsilons)),
+        graphs=attempt(lambda: _check_graphs(ref, manifest, epsilons), of=len(epsilons)),
         tensors=attempt(lambda: _check_tensors(ref, manifest, parameters), of=count),
         weights=attempt(lambda: contents.check_weights(path, manifest, parameters, updates), of=count),
         preprocess=attempt(lambda: _check_preprocess(ref), of=PICTURES),
@@ -93,7 +94,7 @@ def expected_fields(ref: ReleaseRef) -> dict[str, object]:
         "updates": tuple(
             MergedUpdate(name, sha256_file(context.run.task(i, name).factors)) for i, name in enumerate(ref.learned, 1)
         ),
-        "graphs": {graph: graph_digest(variant.exports.graphs / graph) for graph in GRAPHS},
+        "graphs": graph_digests(variant.exports.graphs),
         "golden": variant.tolerance,
     }
     return facts | ({"tasks": _expected_tasks(ref)} if variant.is_reference else {})
@@ -105,6 +106,16 @@ def _expected_tasks(ref: ReleaseRef) -> tuple[TaskEntry, ...]:
         TaskEntry(task.name, len(task.classes), task.name in ref.learned, accuracies[task.name])
         for task in ref.context.tasks
     )
+
+
+def _check_graphs(ref: ReleaseRef, manifest: ReleaseManifest, epsilons: Mapping[str, float]) -> Check:
+    """The epsilons are the model's, and the static graphs, if the recipe asks for them, are the exported ones and compute the same."""
+    checks = [contents.check_epsilons(ref.path, TOWER_GRAPHS, epsilons)]
+    exported = [name for name in STATIC_GRAPHS if (ref.variant.exports.graphs / name).exists()]
+    if exported:
+        detail = "the static graphs are the exported ones"
+        checks.append(contents.check_same_files(ref.path, ref.variant.exports.graphs, exported, detail))
+    return Check.joined([*checks, *check_static_graphs(ref.path, manifest)])
 
 
 def _check_tensors(ref: ReleaseRef, manifest: ReleaseManifest, parameters: Mapping[str, np.ndarray]) -> Check:

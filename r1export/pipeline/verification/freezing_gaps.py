@@ -50,9 +50,9 @@ def measure_gaps(
 def _with_routing_gaps(exact: Gaps, models: TorchModels, task: Task, test: LabelledImages) -> Gaps:
     settings = next(iter(models.pools.values())).settings
     routings: dict[str, Callable[[ExpertPool], Routing]] = {
-        f"frozen_{k}": partial(ExpertPool.frozen, k=k)
-        for k in sorted({settings.k_merge, settings.k_train, settings.rank})
+        f"frozen_{k}": partial(ExpertPool.frozen, k=k) for k in sorted({settings.k_train, settings.rank})
     }
+    routings |= {f"frozen_{settings.k_merge}": ExpertPool.frozen}  # those that are merged, however they were chosen
     routings |= {"routed_batch_32": lambda _: Batch(), "routed_batch_1": lambda _: PerSample()}
     accuracies = {}
     for name, choose in routings.items():

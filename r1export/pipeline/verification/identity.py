@@ -11,6 +11,7 @@ from r1export.update.release_layout import (
     MODEL_CONFIG,
     PREPROCESS,
     PREPROCESS_GRAPH,
+    STATIC_GRAPHS,
     TOKENIZER,
     TOWERS,
     UNLISTED,
@@ -42,7 +43,7 @@ def check_manifest_and_files(release: Path, manifest: ReleaseManifest, tasks: Se
 
 def _check_known(manifest: ReleaseManifest, required: Sequence[str]) -> Check:
     """Check that each listed file is one that a release can have."""
-    known = {*required, PREPROCESS_GRAPH, MODEL_CONFIG}
+    known = {*required, PREPROCESS_GRAPH, MODEL_CONFIG, *STATIC_GRAPHS}
     foreign = [name for name in manifest.files if name not in known and not name.startswith(f"{TOKENIZER}/")]
     problems = [f"{name} is not a file of a release of {', '.join(t.name for t in manifest.tasks)}" for name in foreign]
     count = len(manifest.files)

@@ -21,7 +21,7 @@ from r1export.update.atomic_io import sha256_file
 from r1export.update.container import digest, map_tensors
 from r1export.update.golden_samples import PICTURES, SAMPLES
 from r1export.update.manifest import PROCEDURES
-from r1export.update.release_layout import GRAPHS, MANIFEST, MODEL_CARD, VISUAL, class_names_file
+from r1export.update.release_layout import GRAPHS, MANIFEST, MODEL_CARD, STATIC_GRAPHS, VISUAL, class_names_file
 from r1export.update.release_manifest import ReleaseManifest, TensorEntry
 from r1export.update.run_layout import FP32
 from r1export.verify import contents, latency, parity, proof
@@ -61,6 +61,7 @@ from r1export.verify.results import (
 )  # fmt: skip
 from r1export.verify.runtimes.runtime import check_provider
 from r1export.verify.signature import SignedUpdate, check_signature
+from r1export.verify.static_graphs import check_static_graphs
 from r1export.verify.trial import Limits, limits_for, try_graphs
 
 NO_RUN = "needs the run: verify the run folder"
@@ -170,7 +171,7 @@ def own_contents(
     return Contents(
         **identity,
         base=attempt(lambda: _check_base(path, manifest, base), of=1),
-        graphs=attempt(lambda: contents.check_programs(path, manifest, GRAPHS), of=len(GRAPHS)),
+        graphs=attempt(lambda: _check_graphs(path, manifest), of=len(GRAPHS)),
         tensors=attempt(lambda: contents.check_tensor_map(path, manifest, WEIGHT_FILES), of=len(manifest.tensors)),
         weights=Check.not_applicable(NO_RUN),
         preprocess=attempt(lambda: _check_preprocess(path), of=PICTURES),
@@ -182,6 +183,12 @@ def own_contents(
         card=attempt(lambda: _check_card(path, manifest), of=1),
         signature=UNSIGNED,
     )
+
+
+def _check_graphs(path: Path, manifest: ReleaseManifest) -> Check:
+    """The structures are the released ones, and static graphs, if there are any, compute the same."""
+    listed = (*GRAPHS, *(name for name in STATIC_GRAPHS if name in manifest.files))
+    return Check.joined([contents.check_programs(path, manifest, listed), *check_static_graphs(path, manifest)])
 
 
 def _check_card(path: Path, manifest: ReleaseManifest) -> Check:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from r1export.run_folder import RunMetrics
 from r1export.update.factors import ExpertUpdate
 from r1export.verify.latency import DEFAULT_BUDGET, TimingBudget
 from r1export.verify.parity import GATES
-from r1export.verify.results import Accuracy, Check, ReleaseReport, RunContents, RunReport, Verdict
+from r1export.verify.results import Accuracy, Check, Guard, ReleaseReport, RunContents, RunReport, Verdict
 from r1export.verify.runtimes.runtime import check_provider
 
 
@@ -119,7 +119,7 @@ def _timed(verified: Sequence[Verified], conditions: Conditions) -> Iterator[Rel
 def _written(report: ReleaseReport, ref: ReleaseRef) -> ReleaseReport:
     write_report(report, ref.path)
     if report.gaps:
-        ref.context.run.keep_gaps(ref.number, ref.task.name, asdict(report.gaps))
+        ref.context.run.keep_gaps(ref.number, ref.task.name, report.gaps)
     return report
 
 
@@ -147,9 +147,17 @@ def _run_report(
         releases=tuple(by_variant),
         accuracy=accuracy_of(context.run.metrics()),
         gaps=summarize(gaps),
+        guards=_guards(context),
         inputs=context.run.inputs(),
         examples=examples(context, updates),
     )
+
+
+def _guards(context: RunContext) -> dict[str, Guard]:
+    """By task, what `train.guard` changed."""
+    names = [task.name for task in context.recipe.stream]
+    found = {name: context.run.task_metrics(number, name) for number, name in enumerate(names, 1)}
+    return {name: metrics.guard for name, metrics in found.items() if metrics and metrics.guard}
 
 
 def _check_gates(context: RunContext) -> Check:

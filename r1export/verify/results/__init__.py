@@ -3,7 +3,7 @@
 Parity, latency and the rungs of the proof are checks that also need the figures that decide them.
 """
 
-from r1export.verify.results.accuracy import Accuracy, Agreement, Drift, Gaps, Probe, RunGaps
+from r1export.verify.results.accuracy import Accuracy, Agreement, Drift, Gaps, Guard, Probe, RunGaps
 from r1export.verify.results.check import LISTED, SKIPPED, Check, Verdict, combined, named_checks, overall
 from r1export.verify.results.contents import UNSIGNED, Contents, Sensitivity
 from r1export.verify.results.latency import UNTIMED, ClockRatios, Latency, ProviderLatency, Ratio, Times
@@ -43,6 +43,7 @@ __all__ = [
     "Example",
     "Flip",
     "Gaps",
+    "Guard",
     "Histogram",
     "Latency",
     "Parity",

@@ -53,6 +53,18 @@ class Gaps:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Guard:
+    """How `train.guard` changed a task: the update's `scale`, and the estimated loss of zero-shot accuracy in percentage points,
+    of the whole update and of what was kept, with the `limit` that was set.
+    """
+
+    limit: float
+    scale: float
+    whole: float
+    kept: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunGaps:
     """The largest G1, the means of G2 and G3, and the gaps of each task."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from r1export.verify.results.accuracy import Accuracy, Drift, Gaps, RunGaps
+from r1export.verify.results.accuracy import Accuracy, Drift, Gaps, Guard, RunGaps
 from r1export.verify.results.check import SKIPPED, Check, Verdict, named_checks, overall
 from r1export.verify.results.contents import Contents, Sensitivity
 from r1export.verify.results.latency import Latency, Ratio
@@ -202,6 +202,7 @@ class RunReport:
     releases: tuple[ReleaseReport, ...]
     accuracy: Accuracy
     gaps: RunGaps | None = None
+    guards: Mapping[str, Guard] = field(default_factory=dict)
     inputs: tuple[TaskInputs, ...] = ()
     examples: tuple[Example, ...] = ()
 
