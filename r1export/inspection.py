@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import packages_distributions, version
@@ -144,9 +144,15 @@ def _tensors(path: Path) -> Description:
     rows = [[spec.name, NAMES[spec.dtype], str(list(spec.shape)), size(spec.nbytes)] for spec in layout.specs]
     facts: dict[str, object] = {"file": str(path), "tensors": len(rows), "bytes": layout.nbytes}
     if experts := {spec.name.removesuffix(".u"): spec.shape[-1] for spec in layout.specs if _is_factor(spec)}:
-        facts |= {"adapted linears": len(experts), "experts per linear": max(experts.values())}
+        facts |= {"adapted linears": len(experts), "experts per linear": _span(experts.values())}
         facts["parameters changed"] = len({Rows.parse(name).parameter for name in experts})
     return Description("Tensors", facts, ["name", "dtype", "shape", "size"], rows)
+
+
+def _span(counts: Collection[int]) -> str:
+    """The smallest and the largest number, or the only one."""
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _is_factor(spec: TensorSpec) -> bool:

@@ -385,7 +385,7 @@ def test_verify_export_report_and_inspect_say_what_they_need(tmp_path) -> None:
     [
         (".", ["digits", "arrows"]),
         ("releases/01-digits", ["visual.onnx"]),
-        ("tasks/01-digits/factors.safetensors", ["adapted linears: 24", "experts per linear: 4"]),
+        ("tasks/01-digits/factors.safetensors", ["adapted linears: 24", "experts per linear: 1 to "]),
         ("releases/00-base/classify.onnx", ["class_embeds", "opset"]),
         ("recipe.toml", ["train.iterations", "4", "tasks.2.source", "builtin:arrows", "probe.source"]),
     ],
@@ -520,7 +520,8 @@ def test_a_device_that_takes_the_updates_holds_the_released_bytes_and_a_version_
     assert json.loads(must("verify", store / "current", "--json").stdout)["verdict"] == "pass"
     must("device", "doctor", store)
     shown = must("inspect", tmp_path / "2.r1u").stdout
-    assert all(word in shown for word in ("seq", "signed by", "arrows, 96 experts", "visual.safetensors")), shown
+    assert all(word in shown for word in ("seq", "signed by", "visual.safetensors")), shown
+    assert re.search(r"arrows, \d+ experts", shown)
 
 
 @pytest.mark.parametrize("arguments", [("keygen", "missing/fleet"), ("device-kit", "-o", "missing/kit.pyz")])

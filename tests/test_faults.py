@@ -6,6 +6,7 @@ of itself, made to fit. What remains to tell it is what was trained.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,19 +113,21 @@ def test_one_weight_changed_by_a_hundredth_is_found(run: Path) -> None:
 
 
 def test_an_expert_merged_twice_is_found_and_named(run: Path) -> None:
-    change_weights(
-        run / "releases" / "01-digits",
-        "visual.transformer.resblocks.1.mlp.c_fc.weight",
-        lambda w: w + delta(run, "visual.transformer.resblocks.1.mlp.c_fc.weight", 2),
-    )
-    assert "expert 2 of task digits in rows 0:512 is merged 2 times" in found_by_verify(run)
+    layers = {
+        rows.parameter: len(pair.v) for rows, pair in factors(run).factors.items() if "in_proj" not in rows.parameter
+    }
+    parameter, most = max(layers.items(), key=lambda layer: layer[1])
+    last = most - 1
+    change_weights(run / "releases" / "01-digits", parameter, lambda w: w + delta(run, parameter, last))
+    assert re.search(rf"expert {last} of task digits in rows 0:\d+ is merged 2 times", found_by_verify(run))
 
 
 def test_an_expert_that_training_packed_twice_is_found_by_the_merge_stage(run: Path) -> None:
     """The fault is in the factors themselves, so base + factors is wrong as well; only the trained pool knows better."""
     update = factors(run)
     doubled = {
-        rows: type(pair)(pair.u * np.array([1, 1, 2, 1], np.float32), pair.v) for rows, pair in update.factors.items()
+        rows: type(pair)(np.concatenate([2 * pair.u[:, :1], pair.u[:, 1:]], 1), pair.v)
+        for rows, pair in update.factors.items()
     }
     ExpertUpdate(doubled).write(run / "tasks" / "01-digits" / "factors.safetensors")
     shutil.rmtree(run / "releases")
