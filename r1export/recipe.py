@@ -131,7 +131,7 @@ class Pool(_Section):
     k_train: int = Field(8, ge=1)
     """Number of experts that a batch trains."""
     k_merge: int = Field(4, ge=1)
-    """Number of experts that are merged at the end of a task."""
+    """Number of experts per layer that are merged at the end of a task; by `select = "effect"` as many in bytes over all layers."""
     alpha: float = Field(1.0, gt=0)
     """LoRA scaling: alpha / rank."""
     dropout: float = Field(0.2, ge=0, lt=1)
