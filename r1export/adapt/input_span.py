@@ -77,9 +77,8 @@ def _moments(clip: Clip, pools: Pools, images: Iterable[Tensor], prompts: Iterab
 def _watched(pools: Pools) -> Iterator[Moments]:
     """Within it the moments of what goes into every pool are added up. Pools that read the same input share one tensor."""
     moments: Moments = {}
-    last: list[
-        tuple[Tensor, Tensor]
-    ] = []  # input and moments of the pool before; alive, so that its identity is its own
+    # Input and moments of the pool before: an input that is kept alive shares its identity with no other.
+    last: list[tuple[Tensor, Tensor]] = []
 
     def watch(rows: Rows) -> Callable[..., None]:
         def add(pool: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
