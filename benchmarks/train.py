@@ -42,7 +42,8 @@ from r1export.adapt.class_token import class_token_only
 from r1export.adapt.distillation import REFERENCES
 from r1export.adapt.inject import inject_experts_
 from r1export.adapt.losses import in_batch_loss
-from r1export.adapt.pool import Batch, ExpertPool
+from r1export.adapt.pool import ExpertPool
+from r1export.adapt.routing import Batch
 from r1export.adapt.text_truncation import short_texts
 from r1export.adapt.trainer import reset_pools_
 from r1export.pipeline.context import pool_settings

@@ -12,7 +12,7 @@ from timm.layers import Conv2dSame, EffectiveSEModule, SEModule
 from torch import nn
 
 from r1export.adapt.hf_text import hf_blocks, hf_routing_token, is_hf_tower
-from r1export.adapt.pool import PoolSettings, RoutingToken, Target, Tower
+from r1export.adapt.pool_settings import PoolSettings, RoutingToken, Target, Tower
 from r1export.adapt.text_truncation import pool_type
 from r1export.errors import Unsupported
 

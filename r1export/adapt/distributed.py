@@ -17,7 +17,8 @@ from torch.distributed.nn.functional import all_gather, all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from r1export.adapt.clip import Clip
-from r1export.adapt.pool import Batch, Pools
+from r1export.adapt.pool import Pools
+from r1export.adapt.routing import Batch
 from r1export.errors import InputError
 
 

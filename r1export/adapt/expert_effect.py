@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from r1export.adapt import distributed
-from r1export.adapt.pool import Frozen, Pools, routed
+from r1export.adapt.pool import Pools, routed
+from r1export.adapt.routing import Frozen
 from r1export.update.factors import Rows
 
 Effects = Mapping[Rows, Tensor]  # by pool: float32 (r,), positive if the expert lowers the loss

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from r1export.adapt.blocks import chosen_blocks
 from r1export.adapt.clip import Clip
 from r1export.adapt.image_cache import Pixels
-from r1export.adapt.pool import PoolSettings
+from r1export.adapt.pool_settings import PoolSettings
 
 BATCH = 64  # images computed at a time
 BUDGET = 256 << 20  # bytes kept per set; larger than pixels, and a run has two sets for every task

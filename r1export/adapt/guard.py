@@ -21,7 +21,8 @@ from torch import Tensor
 
 from r1export.adapt.clip import Clip
 from r1export.adapt.image_cache import Images
-from r1export.adapt.pool import Frozen, Pools, routed
+from r1export.adapt.pool import Pools, routed
+from r1export.adapt.routing import Frozen
 from r1export.adapt.text_truncation import short_texts
 
 AREA = (0.1, 0.35)  # of an image, in a view

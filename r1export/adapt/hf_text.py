@@ -8,7 +8,7 @@ import torch
 from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, HFTextEncoder
 from torch import nn
 
-from r1export.adapt.pool import RoutingToken, Target
+from r1export.adapt.pool_settings import RoutingToken, Target
 from r1export.errors import InputError, Unsupported, first_line
 
 _REMEDY = "set base.tokenizer to the tokenizer of this model"

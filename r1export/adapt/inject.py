@@ -22,9 +22,11 @@ from r1export.adapt.blocks import (
     routing_token,
     tower_of,
 )
+from r1export.adapt.convolution_pool import ConvolutionPool
 from r1export.adapt.hf_text import hf_layers
 from r1export.adapt.lora_layers import RankOneAttention, RankOneAttentionPool, RankOneLayer, RankOnePacked
-from r1export.adapt.pool import ConvolutionPool, ExpertPool, Pools, PoolSettings, RoutingToken, Tower, TowerInputs
+from r1export.adapt.pool import ExpertPool, Pools, TowerInputs
+from r1export.adapt.pool_settings import PoolSettings, RoutingToken, Tower
 from r1export.adapt.text_truncation import text_ends
 from r1export.errors import Unsupported
 from r1export.update.factors import Rows

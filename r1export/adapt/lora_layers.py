@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1export.adapt.blocks import AnyModule
-from r1export.adapt.pool import ExpertPool, PerSample, add_experts_
+from r1export.adapt.pool import ExpertPool, add_experts_
+from r1export.adapt.routing import PerSample
 
 
 class RankOneLayer(nn.Module):

@@ -23,90 +23,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame
-from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
+from r1export.adapt.pool_settings import PoolSettings, RoutingToken
+from r1export.adapt.routing import Batch, Frozen, Peers, PerSample, Routing, top_experts
 from r1export.update.factors import Rows
-
-Target = Literal["q", "k", "v", "out", "fc", "proj", "conv"]
-Tower = Literal["visual", "textual"]
-RoutingToken = Literal["first", "end", "mean"]
-
-
-@dataclass(frozen=True)
-class PoolSettings:
-    """Sizes of the pools of a model, how they choose, and the linears that get one.
-
-    `rank` experts, `k_train` act on a batch, `k_merge` are merged; scaling = alpha / rank. `router` is "random" (as it was
-    drawn) or "straight-through" (it learns). `gate` is "binary" or "sparse" (each expert has a trained weight and no router).
-    `select`: those merged have the largest effect on the loss (expert_effect.py), or the most votes.
-    `layers` are numbers of blocks from 0, empty for all. `text_token` is the token that votes in the text tower.
-    """
-
-    rank: int
-    k_train: int
-    k_merge: int
-    alpha: float
-    dropout: float
-    router: Literal["random", "straight-through"]
-    gate: Literal["binary", "sparse"]
-    select: Literal["effect", "votes"]
-    text_token: Literal["start", "end"]
-    towers: tuple[Tower, ...]
-    targets: tuple[Target, ...]
-    layers: tuple[int, ...]
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
-
-
-class Peers(Protocol):
-    """The other processes that train the same pools on other images of a batch."""
-
-    def add_(self, votes: Tensor) -> None:
-        """Add their votes, in place."""
-
-    def average(self, mean: Tensor) -> Tensor:
-        """The mean over all processes; gradients flow through."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The samples of a batch vote together, with those of `peers` if there are some: one set of experts acts on all."""
-
-    peers: Peers | None = None
-
-
-@dataclass(frozen=True)
-class PerSample:
-    """Each sample votes alone and gets its own experts, as if every batch held one sample."""
-
-
-@dataclass(frozen=True, eq=False)
-class Frozen:
-    """The same experts act on every input, with the weights `gate` (r,): no router, no dropout."""
-
-    gate: Tensor
-
-
-Routing = Batch | PerSample | Frozen
-
-
-def top_experts(votes: Tensor, k: int) -> Tensor:
-    """Indices of the k highest votes, ascending; a tie goes to the lower index. `votes` (r,) -> int64 (k,).
-
-    >>> top_experts(torch.tensor([1, 5, 5, 0, 5]), 2)
-    tensor([1, 2])
-    """
-    return torch.sort(votes, descending=True, stable=True).indices[:k].sort().values
 
 
 def drop(x: Tensor, p: float) -> tuple[Tensor, float]:
@@ -335,42 +260,6 @@ class ExpertPool(nn.Module):
         return torch.zeros(self.settings.rank, device=self.lora_A.device, dtype=self.lora_A.dtype).index_fill_(
             0, experts, 1
         )
-
-
-class ConvolutionPool(ExpertPool):
-    """The experts of one adapted convolution: they see the positions that it sees, and each image votes with its mean."""
-
-    def __init__(self, base: nn.Conv2d, settings: PoolSettings) -> None:
-        """A pool for a convolution of one group, which pads with zeros if at all."""
-        super().__init__(base.weight, settings, route_on="mean")
-        self._kernel, self._stride = base.kernel_size, base.stride
-        self._padding, self._dilation = base.padding, base.dilation
-        self._pads_to_input = isinstance(base, Conv2dSame)
-
-    def add(self, x: Tensor, weights: Tensor) -> Tensor:
-        """(n, in, h, w) -> (n, out, h', w')."""
-        kernels = self.lora_A.view(len(self.lora_A), -1, *self._kernel)
-        if self._pads_to_input:
-            x = pad_same(x, list(self._kernel), list(self._stride), list(self._dilation))
-        padding = 0 if self._pads_to_input else self._padding
-        low = F.conv2d(x, kernels, None, self._stride, padding, self._dilation)
-        return F.conv2d(low * weights.view(-1, weights.shape[-1], 1, 1), self.lora_B[:, :, None, None])
-
-    def reads(self, x: Tensor) -> Tensor:
-        """(n, in, h, w) -> (N, in * kh * kw), one row for each position of the output."""
-        if self._pads_to_input:
-            x = pad_same(x, list(self._kernel), list(self._stride), list(self._dilation))
-        padding = 0 if self._pads_to_input else cast(tuple[int, ...], self._padding)
-        patches = F.unfold(x, self._kernel, self._dilation, padding, self._stride)
-        return patches.transpose(1, 2).flatten(0, 1)
-
-    def writes(self, y: Tensor) -> Tensor:
-        """(n, out, h', w') -> (N, out)."""
-        return y.flatten(2).transpose(1, 2).flatten(0, 1)
-
-    def token(self, x: Tensor) -> Tensor:
-        """The mean of each image over its positions, (n, in)."""
-        return x.mean((2, 3))
 
 
 def add_experts_(y: Tensor, x: Tensor, pools: Sequence[ExpertPool | int]) -> Tensor:

@@ -24,7 +24,8 @@ from r1export.adapt.expert_effect import expert_effects, within_bytes
 from r1export.adapt.image_cache import Images
 from r1export.adapt.losses import in_batch_loss, orthogonality_loss
 from r1export.adapt.pack import load_pool_tensors_, pool_tensors
-from r1export.adapt.pool import Frozen, Pools
+from r1export.adapt.pool import Pools
+from r1export.adapt.routing import Frozen
 from r1export.adapt.text_truncation import short_texts
 from r1export.data.task import Task
 from r1export.errors import InputError

@@ -19,7 +19,8 @@ from r1export.adapt.clip import Clip, load_clip
 from r1export.adapt.frozen_start import BlockInputs, LateClip, frozen_start, late_clip
 from r1export.adapt.image_cache import Images, Pixels, RandomCrop
 from r1export.adapt.inject import eject_experts_, inject_experts_
-from r1export.adapt.pool import Pools, PoolSettings
+from r1export.adapt.pool import Pools
+from r1export.adapt.pool_settings import PoolSettings
 from r1export.adapt.preprocess_settings import OPENAI, PreprocessSettings
 from r1export.adapt.trainer import TrainSettings
 from r1export.data.images import Decoding

@@ -18,7 +18,8 @@ from r1export.adapt.expert_effect import expert_effects, within_bytes
 from r1export.adapt.image_cache import Pixels
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pack import load_pool_tensors_, pack_experts, pool_tensors
-from r1export.adapt.pool import ExpertPool, Frozen, routed
+from r1export.adapt.pool import ExpertPool, routed
+from r1export.adapt.routing import Frozen
 from r1export.adapt.trainer import Objective, TrainingTask, reset_pools_, task_prompts, train_pools_
 from r1export.update.factors import Rows
 

@@ -10,11 +10,11 @@ import torch
 from settings import POOL, TRAIN
 
 from r1export.adapt import distributed, gradient_init
+from r1export.adapt.convolution_pool import ConvolutionPool
 from r1export.adapt.gradient_init import init_along_gradient_, weight_gradients
 from r1export.adapt.image_cache import Pixels
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.input_span import own_directions, set_spans_
-from r1export.adapt.pool import ConvolutionPool
 from r1export.adapt.trainer import Objective, TrainingTask, reset_pools_, task_prompts, train_pools_
 
 SETTINGS = replace(TRAIN, iterations=6, batch_size=8, distill_weight=0.0)

@@ -11,7 +11,8 @@ from settings import POOL, TRAIN
 from r1export.adapt.guard import HALVINGS, Answers, guard_
 from r1export.adapt.image_cache import Pixels, RandomCrop
 from r1export.adapt.inject import eject_experts_, inject_experts_
-from r1export.adapt.pool import Frozen, routed
+from r1export.adapt.pool import routed
+from r1export.adapt.routing import Frozen
 from r1export.adapt.trainer import TrainingTask, reset_pools_, train_pools_
 
 NAMES = ("cat", "dog", "house", "tree", "car", "boat", "cup", "chair", "lamp", "road")

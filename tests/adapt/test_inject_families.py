@@ -14,9 +14,11 @@ from timm.layers import Conv2dSame, to_2tuple
 from timm.models.fastvit import FastVit
 from torch import nn
 
+from r1export.adapt.convolution_pool import ConvolutionPool
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pack import pack_experts
-from r1export.adapt.pool import Batch, ConvolutionPool, ExpertPool, PerSample, routed
+from r1export.adapt.pool import ExpertPool, routed
+from r1export.adapt.routing import Batch, PerSample
 from r1export.errors import Unsupported
 from r1export.update.factors import Rows
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from settings import POOL, TRAIN
 
+from r1export.adapt.convolution_pool import ConvolutionPool
 from r1export.adapt.image_cache import Pixels
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.input_span import (
@@ -22,7 +23,6 @@ from r1export.adapt.input_span import (
     set_spans_,
     span_tensors,
 )
-from r1export.adapt.pool import ConvolutionPool
 from r1export.adapt.trainer import TrainingTask, reset_pools_, task_prompts, train_pools_
 from r1export.errors import InputError
 

@@ -6,21 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from settings import POOL
 
-from r1export.adapt.pool import (
-    Batch,
-    ExpertPool,
-    Frozen,
-    PerSample,
-    TowerInputs,
-    add_experts_,
-    drop,
-    routed,
-    top_experts,
-)
+from r1export.adapt.pool import ExpertPool, TowerInputs, add_experts_, drop, routed
+from r1export.adapt.routing import Batch, Frozen, PerSample
 
 
 def make_pool(**changes) -> ExpertPool:
@@ -30,13 +19,6 @@ def make_pool(**changes) -> ExpertPool:
     pool.reset_(torch.Generator().manual_seed(1))
     torch.nn.init.normal_(pool.lora_B)
     return pool
-
-
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(1, 12))
-def test_top_experts_have_the_most_votes_and_ties_go_to_the_lower_index(votes: list[int], k: int) -> None:
-    k = min(k, len(votes))
-    expected = sorted(sorted(range(len(votes)), key=lambda i: (-votes[i], i))[:k])
-    assert top_experts(torch.tensor(votes), k).tolist() == expected
 
 
 def test_each_sample_votes_for_k_train_experts_by_its_first_token_alone() -> None:

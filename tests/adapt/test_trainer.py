@@ -14,7 +14,7 @@ from r1export.adapt.evaluate import accuracy
 from r1export.adapt.image_cache import Pixels
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pack import pack_experts, pool_tensors, set_past_experts_
-from r1export.adapt.pool import Frozen
+from r1export.adapt.routing import Frozen
 from r1export.adapt.trainer import (
     TrainingTask,
     batch_indices,

@@ -21,7 +21,8 @@ import torch
 from r1export.adapt.clip import Clip
 from r1export.adapt.evaluate import class_embeddings
 from r1export.adapt.metrics import top1
-from r1export.adapt.pool import Batch, ExpertPool, PerSample, Routing, routed
+from r1export.adapt.pool import ExpertPool, routed
+from r1export.adapt.routing import Batch, PerSample, Routing
 from r1export.data.task import Task
 from r1export.pipeline.verification.inputs import LabelledImages
 from r1export.pipeline.verification.torch_models import TorchModels

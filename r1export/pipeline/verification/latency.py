@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from r1export.adapt.pool import Batch, routed
+from r1export.adapt.pool import routed
+from r1export.adapt.routing import Batch
 from r1export.errors import Unsupported
 from r1export.pipeline.variant import ReleaseRef, Variant
 from r1export.pipeline.verification.contenders import make_contenders, opener, timeable

@@ -12,7 +12,8 @@ from r1export.adapt.clip import Clip
 from r1export.adapt.image_cache import Pixels
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.pack import pack_experts
-from r1export.adapt.pool import Batch, PerSample, routed
+from r1export.adapt.pool import routed
+from r1export.adapt.routing import Batch, PerSample
 from r1export.data.task import Task
 from r1export.pipeline.verification.freezing_gaps import BATCH, _accuracy, measure_gaps, summarize
 from r1export.pipeline.verification.inputs import LabelledImages
