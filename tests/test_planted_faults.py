@@ -1,4 +1,4 @@
-"""The examples of issue 2, and faults that were once missed, by the real command line with its exit code.
+"""Faults that verification once missed, by the real command line with its exit code.
 
 scripts/planted_faults.py plants many more, and tries each in every mode.
 """

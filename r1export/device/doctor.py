@@ -11,8 +11,8 @@ from pathlib import Path
 
 from r1export.device.arithmetic import known_answers_hold
 from r1export.device.client_files import unchecked_tokenizer
-from r1export.device.install import check_slot
 from r1export.device.policy import is_expired
+from r1export.device.slot_files import check_slot
 from r1export.device.state import CONFIG, STATE, read_state
 from r1export.device.store import BASE, Store
 from r1export.device.version import version_in

@@ -46,6 +46,8 @@ MODULES = {  # the part of the package that devices run
         "layouts",
         "policy",
         "provision",
+        "slot_files",
+        "slot_files",
         "state",
         "store",
         "version",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-from r1export.device.install import check_slot
+from r1export.device.slot_files import check_slot
 from r1export.device.store import BASE, Store
 from r1export.device.version import Version, open_version
 from r1export.errors import CheckFailed, InputError

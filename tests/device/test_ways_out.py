@@ -12,7 +12,7 @@ from device import fleet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from r1export.device import install
+from r1export.device import slot_files
 from r1export.device.doctor import doctor, status
 from r1export.device.state import read_config
 from r1export.errors import CheckFailed
@@ -131,7 +131,7 @@ def test_a_repair_that_is_cut_short_can_be_repeated(lab, pinned, monkeypatch):
     victims = [folder / name for name in ("visual.safetensors", "textual.safetensors", "preprocess.json")]
     for victim in victims:
         flip(victim)
-    original, written = install.write_file, []
+    original, written = slot_files.write_file, []
 
     def write_one(path, *arguments):
         if written:
@@ -140,7 +140,7 @@ def test_a_repair_that_is_cut_short_can_be_repeated(lab, pinned, monkeypatch):
         original(path, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(install, "write_file", write_one)
+        patch.setattr(slot_files, "write_file", write_one)
         with pytest.raises(Exception, match="Input/output error"):
             device.apply(update)
     assert device.store.leftovers() == []
