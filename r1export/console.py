@@ -112,7 +112,7 @@ class Terminal:
 
     def accuracy(self, accuracy: Accuracy) -> None:
         """The accuracy matrix, zero-shot first, and its summary."""
-        from r1export.report.tables import matrix
+        from r1export.report.summary import matrix
 
         names, columns, values = matrix(accuracy)
         rows = [[name, *map(_percent, row)] for name, row in zip(names, values, strict=True)]

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 
 from r1export.errors import InputError
 from r1export.report.format import percent, points, ratio, scientific, size
+from r1export.report.summary import in_fp32
 from r1export.report.svg import DASHES, SERIES, page_svg, style
-from r1export.report.tables import Mark, Table, in_fp32
+from r1export.report.table import Mark, Table
 from r1export.report.write import environment
 from r1export.update.atomic_io import new_folder
 from r1export.verify.results import RunReport, Verdict

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from r1export.data.survey import ClassSurvey, Survey
-from r1export.report.tables import Table
+from r1export.report.table import Table
 from r1export.report.write import environment
 from r1export.update.atomic_io import write_file
 

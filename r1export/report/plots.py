@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from r1export.report.format import percent, scientific, share, size
+from r1export.report.summary import matrix
 from r1export.report.svg import ALARM, BAND, DASHES, HEAT, INK, LINE, MUTED, SERIES, page_svg, style
-from r1export.report.tables import matrix
 from r1export.verify.results import PARITY_STAGES, Accuracy, Histogram, Latency, Parity, ParityStages, ReleaseFacts
 
 WIDTH = 6.0  # inches of 72 pixels: legible on a phone

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from r1export.report import tables
+from r1export.report import details, summary, table
 from r1export.report.checks import Line, lines
 from r1export.report.format import NOT_MEASURED, or_not_applicable
 from r1export.report.json_format import to_json
@@ -148,20 +148,20 @@ def _page(report: Report, pictures: bool) -> dict[str, object]:
         "heading": f"Run of {len(parts)} releases" if run else f"Release {report.name}",
         "origin": _origin(report),
         "lead": _lead(checks),
-        "facts": tables.facts(report),
-        "groups": tables.groups(checks),
-        "run_checks": tables.check_table(lines(run), "Check") if run else None,
-        "releases": tables.releases(run) if run else None,
-        "variants": tables.variants(parts),
-        "guards": tables.guards(run) if run else None,
-        "inputs": tables.inputs(run) if run else None,
+        "facts": summary.facts(report),
+        "groups": summary.groups(checks),
+        "run_checks": table.check_table(lines(run), "Check") if run else None,
+        "releases": summary.releases(run) if run else None,
+        "variants": summary.variants(parts),
+        "guards": summary.guards(run) if run else None,
+        "inputs": summary.inputs(run) if run else None,
         "examples": _by_task(run.examples) if run else {},
         "sections": [_section(part, f"r{n}", pictures) for n, part in enumerate(parts)],
-        "accuracy": tables.accuracies(report.accuracy),
-        "summary": tables.accuracy_summary(report),
+        "accuracy": summary.accuracies(report.accuracy),
+        "summary": summary.accuracy_summary(report),
         "accuracy_pictures": _accuracy_pictures(report.accuracy) if pictures and report.accuracy else {},
-        "environment": list(tables.settings(to_json(report)["environment"])),
-        "recipe": list(tables.settings(run.recipe)) if run else [],
+        "environment": list(summary.settings(to_json(report)["environment"])),
+        "recipe": list(summary.settings(run.recipe)) if run else [],
     }
 
 
@@ -191,18 +191,18 @@ def _section(report: ReleaseReport, key: str, pictures: bool) -> dict[str, objec
         "name": report.name,
         "verdict": report.verdict,
         "reasons": report.reasons,
-        "contents": tables.contents(report),
-        "sensitivity": tables.sensitivity(report.sensitivity),
-        "ladder": tables.ladder(report),
-        "drift": tables.drift(report.compatible_with),
-        "parity": tables.parity(report),
-        "flips": tables.flips(report),
-        "clocks": tables.clocks(report.latency),
-        "timings": tables.timings(report.latency),
+        "contents": details.contents(report),
+        "sensitivity": details.sensitivity(report.sensitivity),
+        "ladder": details.ladder(report),
+        "drift": details.drift(report.compatible_with),
+        "parity": details.parity(report),
+        "flips": details.flips(report),
+        "clocks": details.clocks(report.latency),
+        "timings": details.timings(report.latency),
         "uncounted": report.latency.uncounted,
         "untimed": f"{or_not_applicable(report.latency, NOT_MEASURED).capitalize()}.",
         "advice": report.latency.detail,
-        "digests": tables.digests(report),
+        "digests": details.digests(report),
         "pictures": _release_pictures(report, key) if pictures else {},
     }
 

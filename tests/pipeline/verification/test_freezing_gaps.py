@@ -18,7 +18,7 @@ from r1export.data.task import Task
 from r1export.pipeline.verification.freezing_gaps import BATCH, _accuracy, measure_gaps, summarize
 from r1export.pipeline.verification.inputs import LabelledImages
 from r1export.pipeline.verification.torch_models import TorchModels, encoders, module_boundaries
-from r1export.report.tables import accuracy_summary
+from r1export.report.summary import accuracy_summary
 from r1export.update.factors import ExpertUpdate
 from r1export.verify.parity import Embeddings, ExecutionConfig, Inputs, run_in_batches
 from r1export.verify.results import Gaps
