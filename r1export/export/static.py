@@ -2,7 +2,7 @@
 
 They are made from the dynamic graphs and refer to the same bytes of the same weights files. Fixing the batch turns
 shapes into constants, and the nodes that computed them go. The opset is 18, which compilers support that stop
-at 19; only Gelu has to be written otherwise for it (it came with 20).
+at 19; only Gelu has to be written otherwise for it (it came with 20). Convolutions pad by themselves.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import onnx.inliner
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules.common import fuse_pad_into_conv_rule
 
 from r1export.errors import Unsupported, first_line
 from r1export.export.graph import IR_VERSIONS, quiet, write_graph
@@ -64,6 +66,7 @@ def _fix_(model: ir.Model, batch: int) -> None:
 
     for _ in range(ROUNDS):
         fold_constants(model, should_fold=should_fold, output_size_limit=CONSTANT_ELEMENTS, onnx_shape_inference=True)
+    rewrite(model, [fuse_pad_into_conv_rule])  # RKNN's compiler fails on Pad
     for clean in (
         common.RemoveUnusedNodesPass(), common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.CommonSubexpressionEliminationPass(), common.OutputFixPass(), common.NameFixPass(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -43,6 +45,32 @@ def test_it_computes_what_the_dynamic_graph_computes(exported) -> None:
     for tower, feed in zip(TOWERS, exporting.inputs(exported.model, 2), strict=True):
         expected = exported.run(tower.name, **{tower.input: feed})
         assert np.abs(exported.run(f"{tower.name}.static", **{tower.input: feed}) - expected).max() < 1e-6
+
+
+def test_a_convolution_pads_by_itself(exported, tmp_path) -> None:
+    shutil.copy(exported.folder / TEXTUAL.graph, tmp_path)
+    image = onnx.helper.make_tensor_value_info(VISUAL.input, onnx.TensorProto.FLOAT, ["batch", 3, 8, 8])
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["batch", 2, 4, 4])
+    nodes = [
+        onnx.helper.make_node("Pad", [VISUAL.input, "pads"], ["padded"]),
+        onnx.helper.make_node("Conv", ["padded", "weight"], ["y"], strides=[2, 2]),
+    ]
+    constants = {
+        "pads": np.array([0, 0, 0, 0, 0, 0, 1, 1]),
+        "weight": np.random.default_rng(0).normal(size=(2, 3, 3, 3)).astype(np.float32),
+    }
+    initializers = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "padding", [image], [output], initializers)
+    dynamic = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(dynamic, tmp_path / VISUAL.graph)
+    static_graphs(tmp_path, 1)
+    assert [node.op_type for node in onnx.load(tmp_path / VISUAL.static_graph).graph.node] == ["Conv"]
+    pixels = np.random.default_rng(1).normal(size=(1, 3, 8, 8)).astype(np.float32)
+    results = [
+        ort.InferenceSession(tmp_path / name).run(None, {VISUAL.input: pixels})[0]
+        for name in (VISUAL.graph, VISUAL.static_graph)
+    ]
+    assert np.array_equal(*results)
 
 
 def test_another_batch_is_refused_by_the_runtime(exported) -> None:
