@@ -228,18 +228,13 @@ def added_latency(
     contenders: Contenders, pairs: int, margin: float, budget: TimingBudget, on_block: Callable[[], None] = lambda: None
 ) -> dict[str, Latency]:
     """Rung L5 of each release on one provider: release vs. base, base vs. base as the noise floor, the unmerged model to compare."""
-    wanted = precision_for(pairs, margin, budget)
+    wanted = Precision(pairs, margin / budget.precision, margin)
     if contenders.steady:
         deciding = contenders.steady(wanted, budget, on_block)
         wall = _by_wall_clock(contenders, RELATIVE, replace(SHOWN, seconds=min(SHOWN.seconds, budget.seconds)))
     else:
         deciding = wall = _by_wall_clock(contenders, wanted, budget, on_block)
     return {name: _latency(name, contenders.provider, deciding, wall, margin) for name in contenders.releases}
-
-
-def precision_for(pairs: int, margin: float, budget: TimingBudget) -> Precision:
-    """What rung L5 needs."""
-    return Precision(pairs, margin / budget.precision, margin)
 
 
 def _by_wall_clock(

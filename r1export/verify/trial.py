@@ -12,6 +12,8 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -86,6 +88,20 @@ class Trial:
         code, gigabytes = self._child.returncode, self._limits.nbytes / 1e9
         crashed = f"the graphs crashed their process (exit code {code}, memory limit {gigabytes:.0f} GB)"
         return next(reversed(told.strip().splitlines()), crashed)
+
+
+@contextmanager
+def trials(releases: Mapping[Path, Limits | None]) -> Iterator[Mapping[Path, Trial]]:
+    """Begin the trials of several releases at a time, within limits (None: `limits_for`); leaving the block ends them.
+
+    There is none of a release that lacks a graph or weights: other checks report that.
+    """
+    with ExitStack() as stack:
+        yield {
+            release: stack.enter_context(Trial(release, limits or limits_for(release)))
+            for release, limits in releases.items()
+            if all((release / name).is_file() for tower in TOWERS for name in (tower.graph, tower.weights))
+        }
 
 
 def try_graphs(release: Path, limits: Limits, runs: GoldenRuns) -> str:

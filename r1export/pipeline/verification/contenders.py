@@ -11,29 +11,19 @@ import numpy as np
 from r1export.verify import latency
 from r1export.verify.latency import BASE, Contenders, Opener
 from r1export.verify.runtimes.runtime import PROVIDERS, job, open_session
-from r1export.verify.steady_timing import SteadyTiming, steady_timing
+from r1export.verify.steady_timing import steady_timing
 
 
 def make_contenders(
-    base: Path,
-    releases: Mapping[str, Path],
-    unmerged: Mapping[str, Path],
-    feeds: dict[str, np.ndarray],
-    provider: str,
-    timing: SteadyTiming | None = None,
+    base: Path, releases: Mapping[str, Path], unmerged: Mapping[str, Path], feeds: dict[str, np.ndarray], provider: str
 ) -> Contenders:
-    """The graphs of the base, of releases by name and of their unmerged models on one provider; on the CPU by processor time.
-
-    `timing` is that of the same graphs on the CPU if it has begun already.
-    """
+    """The graphs of the base, of releases by name and of their unmerged models on one provider; on the CPU by processor time."""
     openers, controls = (
         {name: opener(path, feeds, provider) for name, path in graphs.items()} for graphs in (releases, unmerged)
     )
     contenders = Contenders(PROVIDERS[provider].name, opener(base, feeds, provider), openers, controls)
     if provider != "cpu":
         return contenders
-    if timing:
-        return replace(contenders, steady=lambda wanted, budget, on_block: timing.readings(on_block))
     named = {latency.control_of(name): path for name, path in unmerged.items()}
     graphs = {BASE: base} | dict(releases) | named
     return replace(contenders, steady=steady_timing(graphs, feeds, named))

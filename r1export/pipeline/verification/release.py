@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from r1export.export.preprocess import has_graph
 from r1export.pipeline.environment import environment, now
 from r1export.pipeline.verification.contenders import make_contenders, timeable
 from r1export.pipeline.verification.graph_runs import graph_feeds, run_graphs
-from r1export.pipeline.verification.head_start import head_start, timed_tower
 from r1export.pipeline.verification.identity import WEIGHT_FILES, check_manifest_and_files
 from r1export.recipe import Verify
 from r1export.report.write import remove_reports
@@ -63,8 +62,7 @@ from r1export.verify.results import (
 from r1export.verify.runtimes.runtime import check_provider
 from r1export.verify.signature import SignedUpdate, check_signature
 from r1export.verify.static_graphs import check_static_graphs
-from r1export.verify.steady_timing import SteadyTiming
-from r1export.verify.trial import Limits, Trial, limits_for, try_graphs
+from r1export.verify.trial import Limits, Trial, limits_for, trials, try_graphs
 
 NO_RUN = "needs the run: verify the run folder"
 BAD_BASE = "the base release next to it does not pass: verify it first"
@@ -94,19 +92,20 @@ def verify_release(
     for provider in providers:
         check_provider(provider)
     signature, runs = check_signature(path, manifest.name, update) if update else UNSIGNED, GoldenRuns()
-    with head_start(path, _base_folder(path), limits, budget if "cpu" in providers else None) as started:
-        base = _neighbour(path, runs, started.base_trial)
+    base_folder = _base_folder(path)
+    with trials({path: limits} | ({base_folder: None} if base_folder else {})) as started:
+        base = _neighbour(base_folder, runs, started) if base_folder else None
         report = ReleaseReport(
             created=now(),
             environment=environment(providers),
             release=_facts(path, manifest),
-            contents=replace(own_contents(path, manifest, started.trial, base, runs), signature=signature),
+            contents=replace(own_contents(path, manifest, started.get(path), base, runs), signature=signature),
             parity=ParityStages.unmeasured(SKIPPED),
             proof=Proof.unmeasured(SKIPPED),
             latency=Latency.unmeasured(SKIPPED),
         )
         if report.contents.golden.detail != SKIPPED:
-            report = _measured(report, path, manifest, base, providers, budget, runs, started.timing)
+            report = _measured(report, path, manifest, base, providers, budget, runs)
     if report.verdict is Verdict.FAIL or report.contents.verdict is not Verdict.PASS:
         remove_reports(path)
     return report
@@ -127,15 +126,14 @@ def _base_folder(path: Path) -> Path | None:
     return base if base.is_dir() and base.resolve() != path.resolve() else None
 
 
-def _neighbour(path: Path, runs: GoldenRuns, trial: Trial | None) -> Neighbour | None:
-    base = _base_folder(path)
-    if base is None:
-        return None
+def _neighbour(base: Path, runs: GoldenRuns, started: Mapping[Path, Trial]) -> Neighbour:
     try:
         manifest = ReleaseManifest.read(base)
     except R1ExportError:
         return Neighbour(base, None, sound=False)
-    return Neighbour(base, manifest, sound=own_contents(base, manifest, trial, runs=runs).verdict is Verdict.PASS)
+    return Neighbour(
+        base, manifest, sound=own_contents(base, manifest, started.get(base), runs=runs).verdict is Verdict.PASS
+    )
 
 
 def _measured(
@@ -146,7 +144,6 @@ def _measured(
     providers: Sequence[str],
     budget: TimingBudget | None,
     runs: GoldenRuns,
-    timing: SteadyTiming | None,
 ) -> ReleaseReport:
     """The report of a release whose graphs can be run."""
     unknown = Parity.not_applicable(NO_RUN)
@@ -158,7 +155,7 @@ def _measured(
     if base is None:
         reason = NO_BASE if manifest.sequence else IS_BASE
         return replace(report, proof=Proof.not_applicable(reason), latency=Latency.not_applicable(reason))
-    return _compare_with_base(report, path, manifest, base, providers, budget, timing)
+    return _compare_with_base(report, path, manifest, base, providers, budget)
 
 
 def own_contents(
@@ -303,7 +300,6 @@ def _compare_with_base(
     base: Neighbour,
     providers: Sequence[str],
     budget: TimingBudget | None,
-    timing: SteadyTiming | None,
 ) -> ReleaseReport:
     """Proof and latency against the base release."""
     golden = read_golden(path)
@@ -319,8 +315,15 @@ def _compare_with_base(
         return report
     if budget is None:
         return replace(report, latency=Latency.not_applicable(UNTIMED))
-    tower = timed_tower(manifest, base.manifest) if base.manifest else VISUAL.name
-    return replace(report, latency=_latency(path, base.path, tower, feeds[f"{tower}.onnx"], providers, budget, timing))
+    tower = _timed_tower(manifest, base.manifest) if base.manifest else VISUAL.name
+    return replace(report, latency=_latency(path, base.path, tower, feeds[f"{tower}.onnx"], providers, budget))
+
+
+def _timed_tower(release: ReleaseManifest, base: ReleaseManifest) -> str:
+    """The visual tower, unless only the weights of the textual one differ from the base's."""
+    weights = {tower: f"{tower}.safetensors" for tower in parity.TOWERS}
+    changed = (tower for tower, name in weights.items() if release.files.get(name) != base.files.get(name))
+    return next(changed, VISUAL.name)
 
 
 def _latency(
@@ -330,13 +333,12 @@ def _latency(
     feeds: Feeds,
     providers: Sequence[str],
     budget: TimingBudget,
-    timing: SteadyTiming | None,
 ) -> Latency:
-    """Rung L5 on one tower; `timing` is that on the CPU if it has begun already."""
+    """Rung L5 on one tower."""
     results: list[Latency] = []
     settings = Verify()
     for provider in timeable(providers):
         graphs = {path.name: path / f"{tower}.onnx"}
-        contenders = make_contenders(base / f"{tower}.onnx", graphs, {}, dict(feeds), provider, timing)
+        contenders = make_contenders(base / f"{tower}.onnx", graphs, {}, dict(feeds), provider)
         results += latency.added_latency(contenders, settings.pairs, settings.margin, budget).values()
     return latency.slowest(results, tower)
