@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, inf, log10
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,17 +32,28 @@ from r1export.verify.results import Check, Parity, Sensitivity
 from r1export.verify.runtimes.runtime import onnx_model, open_session, runner
 
 BATCHES = (1, 2, 5, 0)
+LOGITS = "logits."  # and the name of a task: an array of a saved run
 CLASSIFIED = 4  # golden images that are classified, each with the classes of every task
-CHANGES = tuple(10.0 ** (n / 4) for n in range(-24, 1))  # relative changes that are tried, 1e-6 to 1
+STEPS = 4  # relative changes per decade
+CHANGES = tuple(10.0 ** (n / STEPS) for n in range(-6 * STEPS, 1))  # that can be tried, 1e-6 to 1
 FLOAT32 = 2.0**-24  # rounding of one operation
 ROUNDED = 16  # operations of a logit in addition to its products: exp, scale, bias, and an inexact unit norm
 
 
+@dataclass(frozen=True)
+class Classified:
+    """The first CLASSIFIED golden images: embeddings (n, D) of visual.onnx, and logits (n, C) of classify.onnx by task."""
+
+    embeds: np.ndarray
+    logits: Mapping[str, np.ndarray]
+
+
 class GoldenRuns:
-    """The outputs of releases for their golden samples in every batch size, computed once per provider."""
+    """The outputs of releases for their golden samples, each computed once: in every batch size, and classified."""
 
     def __init__(self) -> None:
         self._outputs: dict[tuple[Path, str], Outputs] = {}
+        self._classified: dict[Path, Classified] = {}
 
     def of(self, release: Path, provider: str) -> Outputs:
         """Raises CheckFailed if the release cannot be run."""
@@ -52,24 +65,29 @@ class GoldenRuns:
             self._outputs[release, provider] = run_in_batches(model, inputs, configs)
         return self._outputs[release, provider]
 
-    def add(self, release: Path, provider: str, outputs: Outputs) -> None:
-        """Outputs that another process computed."""
-        self._outputs[release, provider] = outputs
+    def classified(self, release: Path, tasks: Sequence[str]) -> Classified:
+        """By the classes of every task. Raises CheckFailed if a graph cannot be run."""
+        if release not in self._classified:
+            self._classified[release] = _classify(release, tasks)
+        return self._classified[release]
 
+    def save(self, path: Path, release: Path) -> None:
+        """Write what is known of a release on the CPU as an .npz file: an array per batch size and tower, and per task."""
+        classified, outputs = self._classified[release], self._outputs[release, "cpu"]
+        arrays = {f"{config.batch}.{t}": embeds.tower(t) for config, embeds in outputs.items() for t in TOWERS}
+        logits = {f"{LOGITS}{task}": values for task, values in classified.logits.items()}
+        np.savez(path, **arrays, **logits, embeds=classified.embeds)  # type: ignore[arg-type]  # stubs: allow_pickle
 
-def save_outputs(path: Path, outputs: Outputs) -> None:
-    """Write the outputs of one provider, fully optimized, as an .npz file of one array per batch size and tower."""
-    arrays = {f"{config.batch}.{t}": embeds.tower(t) for config, embeds in outputs.items() for t in TOWERS}
-    np.savez(path, **arrays)  # type: ignore[arg-type]  # its stubs take allow_pickle for an array
-
-
-def load_outputs(path: Path, provider: str) -> Outputs:
-    """What `save_outputs` wrote. Raises OSError, ValueError or KeyError if it is not there, damaged or incomplete."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return {
-            ExecutionConfig(provider, "all", batch): Embeddings(*(arrays[f"{batch}.{tower}"] for tower in TOWERS))
-            for batch in BATCHES
-        }
+    def load(self, path: Path, release: Path) -> None:
+        """What `save` wrote. Raises OSError, ValueError or KeyError if it is not there, damaged or incomplete."""
+        with np.load(path, allow_pickle=False) as arrays:
+            outputs = {
+                ExecutionConfig("cpu", "all", batch): Embeddings(*(arrays[f"{batch}.{tower}"] for tower in TOWERS))
+                for batch in BATCHES
+            }
+            logits = {n.removeprefix(LOGITS): arrays[n] for n in arrays.files if n.startswith(LOGITS)}
+            classified = Classified(arrays["embeds"], logits)
+        self._outputs[release, "cpu"], self._classified[release] = outputs, classified
 
 
 def golden_parity(
@@ -152,19 +170,35 @@ def golden_sensitivity(release: Path, manifest: ReleaseManifest) -> Sensitivity:
         target = np.memmap(Path(folder) / VISUAL.weights, spec.dtype, "r+", spec.offset, spec.shape)
         original = target.astype(np.float32)
 
-        def notices(change: float) -> bool:
+        def error(change: float) -> float:
             target[...] = original * np.float32(1 + change)
             target.flush()
             embeds = runner(open_session(Path(folder) / VISUAL.graph))({VISUAL.input: samples.pixel_values})
-            distance = difference(samples.image_embeds, [embeds])
-            return not (distance.max_abs is not None and distance.max_abs <= gate.max_abs)
+            distance = difference(samples.image_embeds, [embeds]).max_abs
+            return inf if distance is None else distance
 
-        low, high = 0, len(CHANGES)
-        while low < high:  # larger changes have larger errors
-            middle = (low + high) // 2
-            low, high = (low, middle) if notices(CHANGES[middle]) else (middle + 1, high)
-    smallest = CHANGES[low] if low < len(CHANGES) else None
+        smallest = smallest_noticed(error, gate.max_abs)
     return Sensitivity(parameter=parameter, relative_change=smallest, largest_tried=CHANGES[-1])
+
+
+def smallest_noticed(error: Callable[[float], float], allowed: float) -> float | None:
+    """The smallest of CHANGES whose error is not allowed; None if there is none.
+
+    Larger changes have larger errors. Small ones have proportional errors, which tells where to look next: in most cases it
+    is the third change that is tried. Whatever was predicted, it and the next smaller change are tried.
+    """
+    low, high = 0, len(CHANGES)  # the index that is looked for is one of these or lies between them
+    tried = high // 2
+    while low < high:
+        found = error(CHANGES[tried])
+        low, high = (tried + 1, high) if found <= allowed else (low, tried)
+        if 0 < found < inf:
+            expected = ceil(tried + STEPS * log10(allowed / found))
+            tried = expected - 1 if expected > low else expected
+        else:
+            tried = (low + high) // 2
+        tried = max(low, min(tried, high - 1))
+    return CHANGES[low] if low < len(CHANGES) else None
 
 
 def _middle_matrix(manifest: ReleaseManifest) -> str:
@@ -174,23 +208,23 @@ def _middle_matrix(manifest: ReleaseManifest) -> str:
     return names[len(names) // 2]
 
 
-def check_classifier(release: Path, tasks: Sequence[str], scalars: Mapping[str, np.ndarray]) -> Check:
+def check_classifier(
+    release: Path, tasks: Sequence[str], scalars: Mapping[str, np.ndarray], runs: GoldenRuns | None = None
+) -> Check:
     """Compare classify.onnx with logits = exp(logit_scale) image_embeds class_embeds^T + logit_bias, in float64 from visual.onnx.
 
-    Scale and bias are taken from `scalars`, and default to 1 and 0. The embeddings have unit norm and are the same in both
-    graphs, and the rest is float32 in every precision: the error of a sum of D products is at most D roundings of
-    (scale + |bias|). Counts are tasks. Raises CheckFailed if a graph cannot be run.
+    Scale and bias are taken from `scalars`, and default to 1 and 0; `runs` has known outputs. The embeddings have unit norm and
+    are the same in both graphs, and the rest is float32 in every precision: the error of a sum of D products is at most D
+    roundings of (scale + |bias|). Counts are tasks. Raises CheckFailed if a graph cannot be run.
     """
-    pixels = {"pixel_values": read_golden(release).pixel_values[:CLASSIFIED]}
-    embed, classify = (runner(open_session(release / f"{name}.onnx")) for name in ("visual", "classify"))
-    embeds = embed(pixels).astype(np.float64)
+    classified = (runs or GoldenRuns()).classified(release, tasks)
+    embeds = classified.embeds.astype(np.float64)
     scale, bias = np.exp(_scalar(scalars, "logit_scale")), _scalar(scalars, "logit_bias")
     allowed = (scale + abs(bias)) * (embeds.shape[1] + ROUNDED) * FLOAT32
     problems = []
     for task in tasks:
-        classes = read_tensors(release / "classes" / f"{task}.safetensors")["class_embeds"]
-        expected = scale * embeds @ classes.T.astype(np.float64) + bias
-        logits = classify(pixels | {"class_embeds": classes})
+        expected = scale * embeds @ _class_embeds(release, task).T.astype(np.float64) + bias
+        logits = classified.logits[task]
         error = np.abs(logits - expected).max(initial=0) if logits.shape == expected.shape else np.inf
         if not error <= allowed:  # NaN is not
             problems.append(
@@ -199,6 +233,17 @@ def check_classifier(release: Path, tasks: Sequence[str], scalars: Mapping[str, 
             )
     detail = "the logits of golden images are the scaled dot products of image and class embeddings"
     return Check.judge(problems, looked_at=len(tasks) if len(embeds) else 0, of=len(tasks), detail=detail)
+
+
+def _classify(release: Path, tasks: Sequence[str]) -> Classified:
+    pixels = {"pixel_values": read_golden(release).pixel_values[:CLASSIFIED]}
+    embed, classify = (runner(open_session(release / f"{name}.onnx")) for name in ("visual", "classify"))
+    logits = {task: classify(pixels | {"class_embeds": _class_embeds(release, task)}) for task in tasks}
+    return Classified(embed(pixels), logits)
+
+
+def _class_embeds(release: Path, task: str) -> np.ndarray:
+    return read_tensors(release / "classes" / f"{task}.safetensors")["class_embeds"]
 
 
 def _scalar(scalars: Mapping[str, np.ndarray], name: str) -> float:

@@ -14,15 +14,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from r1export.verify.clocks import WALL, Clocks, Meter, wall_clock
-from r1export.verify.paired_stats import clearly_within, latency_verdict, paired_ratio
+from r1export.verify.paired_stats import EARLY, NORMAL_95, latency_verdict, paired_ratio, within_by
 from r1export.verify.results import ClockRatios, Latency, ProviderLatency, Ratio, Times, Verdict, overall
 
-WARM_UP = 2  # uncounted runs after opening a session: weights are paged in, then memory is planned
+WARM_UP = 1  # uncounted run after opening a session: weights are paged in and memory is planned
 P90_COUNT, P99_COUNT = 50, 500  # runs needed for a quantile
 TORCH_ROUNDS = 3
 PAIR_RATIOS = 400  # single pairs that a report stores for its plot
 BASE, AGAIN = "base", "again"  # the base is timed twice, for the noise floor
-CONTROL_BLOCKS = 6  # blocks in which unmerged models are timed: they are far from the base, so few blocks suffice
+CONTROL_BLOCKS = 5  # blocks in which unmerged models are timed: they are far from the base, so few blocks suffice
 Job = Callable[[], object]
 Opener = Callable[[], Job]
 Clock = Callable[[], float | tuple[float, ...]]
@@ -32,7 +32,8 @@ Clock = Callable[[], float | tuple[float, ...]]
 class TimingBudget:
     """How long to time, in seconds of wall-clock time (with processor-time clocks, in seconds of that).
 
-    blocks         a bootstrap over fewer than ten has intervals that are too narrow
+    blocks         after which the width of the intervals can end timing
+    first_look     blocks after which clear results can end it
     fewest_rounds  per block, of a model so slow that `seconds` is used up before: a median needs a few
     seconds        that the rounds of one contender in the first `blocks` may take together
     patience       seconds after these in which blocks are added; half as long again as they took, if that is longer; 0: none
@@ -40,6 +41,7 @@ class TimingBudget:
     """
 
     blocks: int = 10
+    first_look: int = 5
     fewest_rounds: int = 2
     seconds: float = 3.0
     patience: float = 40.0
@@ -47,14 +49,15 @@ class TimingBudget:
 
 
 DEFAULT_BUDGET = TimingBudget()
-SHOWN = TimingBudget(blocks=4, seconds=0.75, patience=0.0)  # for the wall clock where it doesn't decide
+SHOWN = TimingBudget(blocks=3, seconds=0.75, patience=0.0)  # for the wall clock where it doesn't decide
 
 
 @dataclass(frozen=True)
 class Precision:
-    """When to stop: at least `pairs` pairs, and all intervals narrower than `halfwidth` (in logarithms).
+    """When to stop: after `pairs` pairs, and once all intervals are narrower than `halfwidth` (in logarithms).
 
-    With a `margin` also as soon as all ratios are clearly within it (`clearly_within`).
+    With a `margin` also before, as soon as all releases are within it by EARLY standard errors and the base against itself by
+    those of the verdict.
     """
 
     pairs: int
@@ -82,12 +85,12 @@ class Readings:
     def ratios(self, clock: str) -> dict[str, Ratio]:
         """Every contender vs. base by one clock."""
         counts = self.by(clock)
-        return {name: paired_ratio(*_pairs(counts, name)) for name in counts if name != BASE}
+        return {name: paired_ratio(*pairs_of(counts, name)) for name in counts if name != BASE}
 
     @property
     def steadiest(self) -> str:
         """The deciding clock: the one with the lowest noise (base vs. base), regardless of the other contenders."""
-        return min(self.clocks.deciding, key=lambda clock: paired_ratio(*_pairs(self.by(clock), AGAIN)).halfwidth)
+        return min(self.clocks.deciding, key=lambda clock: paired_ratio(*pairs_of(self.by(clock), AGAIN)).halfwidth)
 
 
 Measure = Callable[[Precision, TimingBudget, Callable[[], None]], Readings]
@@ -163,17 +166,17 @@ def measure(
 ) -> Readings:
     """Time "base" and the other contenders, with fresh sessions in every block; by the wall clock without a `meter`.
 
-    `controls` are timed in the first CONTROL_BLOCKS blocks. After the requested pairs, or as many as fit in the budget, timing
-    continues until the other contenders are known well enough by one of the deciding clocks, or the patience is used up.
-    Stopping early needs a pass at three standard errors (`clearly_within`); stopping otherwise depends on the width of the
-    intervals, not on their position, so neither biases the verdict.
+    `controls` are timed in the first CONTROL_BLOCKS blocks. Timing ends early if the results are clear. After the requested
+    pairs, or as many as fit in the budget, it continues until the other contenders are known well enough by one of the deciding
+    clocks, or the patience is used up. Stopping early needs a pass at three standard errors (`within_by`); stopping otherwise
+    depends on the width of the intervals, not on their position, so neither biases the verdict.
     """
     meter = meter or wall_clock()
     rng, rounds = np.random.default_rng(0), max(2, -(-wanted.pairs // (2 * budget.blocks)))
     started, deadline = meter.elapsed(), None
     decisive = [name for name in openers if name != BASE and name not in controls]
     blocks: list[dict[str, np.ndarray]] = []
-    enough = budget.blocks
+    enough = min(budget.blocks, budget.first_look) if wanted.margin else budget.blocks
     while True:
         timed = [name for name in openers if name not in controls or len(blocks) < CONTROL_BLOCKS]
         jobs = {str(name): openers[str(name)]() for name in rng.permutation(timed)}
@@ -185,20 +188,31 @@ def measure(
         if len(blocks) < enough:
             continue
         enough = len(blocks) + max(1, len(blocks) // 5)  # intervals are slow to compute and change slowly
-        now = meter.elapsed()
-        deadline = deadline or now + (max(budget.patience, (now - started) / 2) if budget.patience else 0.0)
         counts = {name: np.stack([block[name] for block in blocks if name in block]) for name in openers}
         readings = Readings(meter.clocks, counts)
-        if now >= deadline or any(_settled(readings.by(clock), decisive, wanted) for clock in meter.clocks.deciding):
+        by_clock = [readings.by(clock) for clock in meter.clocks.deciding]
+        if any(_clear(times, decisive, wanted.margin) for times in by_clock):
+            return readings
+        if len(blocks) < budget.blocks:
+            continue
+        now = meter.elapsed()
+        deadline = deadline or now + (max(budget.patience, (now - started) / 2) if budget.patience else 0.0)
+        if now >= deadline or any(_precise(times, decisive, wanted.halfwidth) for times in by_clock):
             return readings
 
 
-def _settled(counts: Mapping[str, np.ndarray], decisive: Sequence[str], wanted: Precision) -> bool:
-    """Whether all `decisive` contenders are known well enough by one clock."""
-    pairs = [_pairs(counts, name) for name in decisive]
-    if all(clearly_within(*pair, wanted.margin) for pair in pairs):
-        return True
-    return all(paired_ratio(*pair).halfwidth <= wanted.halfwidth for pair in pairs)
+def _clear(counts: Mapping[str, np.ndarray], decisive: Sequence[str], margin: float) -> bool:
+    """Whether one clock shows all `decisive` contenders within the margin without doubt.
+
+    The base against itself needs no more than its verdict, since it is one program: looking often can't make it pass wrongly.
+    """
+    errors = {name: NORMAL_95 if name == AGAIN else EARLY for name in decisive}
+    return bool(margin) and all(within_by(errors[name], *pairs_of(counts, name), margin) for name in decisive)
+
+
+def _precise(counts: Mapping[str, np.ndarray], decisive: Sequence[str], halfwidth: float) -> bool:
+    """Whether one clock gives all `decisive` contenders intervals of this width or less."""
+    return all(paired_ratio(*pairs_of(counts, name)).halfwidth <= halfwidth for name in decisive)
 
 
 def _affordable_rounds(jobs: Mapping[str, Job], budget: TimingBudget, meter: Meter) -> int:
@@ -236,7 +250,7 @@ def _latency(release: str, provider: str, deciding: Readings, wall: Readings, ma
     }
     ratio, noise, unmerged = clocks[clock].merged, clocks[clock].noise, clocks[clock].unmerged
     verdict, detail = latency_verdict(ratio, noise, margin)
-    merged, base = _pairs(deciding.by(clock), release)
+    merged, base = pairs_of(deciding.by(clock), release)
     return Latency(
         verdict=verdict,
         looked_at=1,
@@ -306,10 +320,14 @@ def slowest(by_provider: Sequence[Latency], tower: str) -> Latency:
     )
 
 
-def _pairs(counts: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(blocks, rounds) of a contender and of the base: the two runs of a round are averaged, which cancels drift."""
+def pairs_of(counts: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(blocks, rounds) of a contender and of the base: the two runs of a round are averaged, which cancels drift.
+
+    The base's second session counts as well, except against itself: the mean of two sessions has less noise than one.
+    """
+    bases = [counts[BASE], *(counts[AGAIN] for _ in range(name != AGAIN and AGAIN in counts))]
     own = counts[name].mean(-1)
-    return own, counts[BASE].mean(-1)[: len(own)]
+    return own, np.mean(bases, axis=0).mean(-1)[: len(own)]
 
 
 def _times(seconds: np.ndarray) -> Times:

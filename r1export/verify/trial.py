@@ -11,6 +11,9 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,11 +25,8 @@ from r1export.verify.golden import (
     GoldenRuns,
     check_classifier,
     golden_parity,
-    load_outputs,
     read_golden,
-    save_outputs,
 )
-from r1export.verify.parity import Outputs
 from r1export.verify.runtimes.runtime import open_session, runner
 from r1export.verify.static_graphs import check_static_graphs
 
@@ -45,58 +45,91 @@ def limits_for(release: Path) -> Limits:
     return Limits(nbytes=(16 << 30) + 10 * weights, seconds=60 + weights / 4e6)
 
 
+class Trial:
+    """A trial of a release, running in a child process from now on. A context manager, which ends it."""
+
+    def __init__(self, release: Path, limits: Limits) -> None:
+        self._release, self._limits, self._started = release, limits, time.monotonic()
+        self._folder = TemporaryDirectory(prefix="r1export-")
+        self._outputs = Path(self._folder.name) / "outputs.npz"
+        command = [sys.executable, "-m", "r1export.verify.trial", str(release), str(limits.nbytes), str(self._outputs)]
+        self._child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace"
+        )
+
+    def __enter__(self) -> Trial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._child:
+            self._child.kill()
+        self._folder.cleanup()
+
+    def result(self, runs: GoldenRuns) -> str:
+        """Wait for the end. Returns the error, or an empty string; `runs` then gets the outputs."""
+        if problem := self._problem():
+            return problem
+        try:
+            runs.load(self._outputs, self._release)
+        except (OSError, ValueError, KeyError) as error:
+            return f"the graphs' process left no outputs: {first_line(error)}"
+        return ""
+
+    def _problem(self) -> str:
+        remaining = self._started + self._limits.seconds - time.monotonic()
+        try:
+            told, _ = self._child.communicate(
+                timeout=max(1.0, remaining)
+            )  # one that has ended must be read, however late
+        except subprocess.TimeoutExpired:
+            return f"the graphs did not finish within {self._limits.seconds:.0f} s"
+        if self._child.returncode == 0:
+            return ""
+        code, gigabytes = self._child.returncode, self._limits.nbytes / 1e9
+        crashed = f"the graphs crashed their process (exit code {code}, memory limit {gigabytes:.0f} GB)"
+        return next(reversed(told.strip().splitlines()), crashed)
+
+
+@contextmanager
+def trials(releases: Mapping[Path, Limits | None]) -> Iterator[Mapping[Path, Trial]]:
+    """Begin the trials of several releases at a time, within limits (None: `limits_for`); leaving the block ends them.
+
+    There is none of a release that lacks a graph or weights: other checks report that.
+    """
+    with ExitStack() as stack:
+        yield {
+            release: stack.enter_context(Trial(release, limits or limits_for(release)))
+            for release, limits in releases.items()
+            if all((release / name).is_file() for tower in TOWERS for name in (tower.graph, tower.weights))
+        }
+
+
 def try_graphs(release: Path, limits: Limits, runs: GoldenRuns) -> str:
-    """Run every graph of a release on its golden samples in a child process; `runs` gets the outputs of its towers.
+    """Run every graph of a release on its golden samples in a child process; `runs` gets their outputs.
 
     Returns the error, or an empty string.
     """
-    with TemporaryDirectory(prefix="r1export-") as folder:
-        outputs = Path(folder) / "outputs.npz"
-        if problem := _run_child(release, limits, outputs):
-            return problem
-        try:
-            runs.add(release, "cpu", load_outputs(outputs, "cpu"))
-        except (OSError, ValueError, KeyError) as error:
-            return f"the graphs' process left no outputs: {first_line(error)}"
-    return ""
+    with Trial(release, limits) as trial:
+        return trial.result(runs)
 
 
-def _run_child(release: Path, limits: Limits, outputs: Path) -> str:
-    command = [sys.executable, "-m", "r1export.verify.trial", str(release), str(limits.nbytes), str(outputs)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=limits.seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"the graphs did not finish within {limits.seconds:.0f} s"
-    if done.returncode == 0:
-        return ""
-    lines = done.stdout.strip().splitlines()
-    gigabytes = limits.nbytes / 1e9
-    return (
-        lines[-1]
-        if lines
-        else f"the graphs crashed their process (exit code {done.returncode}, memory limit {gigabytes:.0f} GB)"
-    )
-
-
-def run_everything(release: Path) -> Outputs:
-    """Run every graph on the golden samples, in the batch sizes of verification; the towers' outputs. Raises R1ExportError."""
+def run_everything(release: Path) -> GoldenRuns:
+    """Run every graph on the golden samples, in the batch sizes of verification; the outputs. Raises R1ExportError."""
     golden, manifest, runs = read_golden(release), ReleaseManifest.read(release), GoldenRuns()
     golden_parity(release, manifest, runs=runs)
-    check_classifier(release, [task.name for task in manifest.tasks], {})
+    check_classifier(release, [task.name for task in manifest.tasks], {}, runs)
     if (release / PREPROCESS_GRAPH).exists():
         run = runner(open_session(release / PREPROCESS_GRAPH))
         for picture in golden.pictures:
             run({"image": picture})
     list(check_static_graphs(release, manifest))
-    return runs.of(release, "cpu")
+    return runs
 
 
 def main(release: Path, nbytes: int, outputs: Path) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes))
     try:
-        save_outputs(outputs, run_everything(release))
+        run_everything(release).save(outputs, release)
     except (R1ExportError, OSError, ValueError, KeyError, MemoryError) as error:
         print(first_line(error))
         return 1

@@ -12,7 +12,15 @@ from r1export.errors import CheckFailed, InputError
 from r1export.update.container import read_tensors, write_tensors
 from r1export.update.release_manifest import GoldenGate, ReleaseManifest
 from r1export.verify import golden
-from r1export.verify.golden import GoldenRuns, check_classifier, check_golden, golden_parity, manifest_gate
+from r1export.verify.golden import (
+    CHANGES,
+    GoldenRuns,
+    check_classifier,
+    check_golden,
+    golden_parity,
+    manifest_gate,
+    smallest_noticed,
+)
 from r1export.verify.parity import GATES, Gate
 from r1export.verify.results import Check
 from r1export.verify.runtimes.runtime import onnx_model, open_session, runner
@@ -153,3 +161,29 @@ def test_golden_samples_go_through_a_release_once_per_provider(release, monkeypa
     runs = GoldenRuns()
     checked, compared = check_golden(path, manifest, runs), golden_parity(path, manifest, runs=runs)
     assert (checked.verdict, compared.verdict, len(opened)) == ("pass", "pass", 1)
+
+
+@pytest.mark.parametrize("smallest", [*range(0, len(CHANGES), 3), len(CHANGES) - 1])
+def test_the_smallest_noticed_change_is_found_in_few_runs_if_errors_are_proportional(smallest: int) -> None:
+    tried = []
+
+    def error(change: float) -> float:
+        tried.append(change)
+        return change
+
+    assert smallest_noticed(error, CHANGES[smallest] / 1.1) == CHANGES[smallest]
+    assert len(tried) <= 3
+    assert {CHANGES[smallest], CHANGES[max(0, smallest - 1)]} <= set(tried), "it and the next smaller one"
+
+
+@pytest.mark.parametrize("smallest", range(len(CHANGES)))
+def test_the_smallest_noticed_change_is_found_however_errors_grow(smallest: int) -> None:
+    for error in (
+        lambda c: float(c >= CHANGES[smallest]),
+        lambda c: np.inf if c >= CHANGES[smallest] else 0.1 * c**0.1,
+    ):
+        assert smallest_noticed(error, 0.5) == CHANGES[smallest]
+
+
+def test_no_change_is_noticed_if_none_matters() -> None:
+    assert smallest_noticed(lambda change: 0.0, 1e-5) is None

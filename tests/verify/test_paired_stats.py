@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from r1export.verify.latency import (
+    WARM_UP,
     Contenders,
     Precision,
     TimingBudget,
@@ -13,7 +14,7 @@ from r1export.verify.latency import (
     time_rounds,
     torch_times,
 )
-from r1export.verify.paired_stats import clearly_within, latency_verdict, paired_ratio
+from r1export.verify.paired_stats import EARLY, latency_verdict, paired_ratio, student, within_by
 from r1export.verify.results import Latency, ProviderLatency, Ratio, Verdict
 
 MARGIN = 0.02
@@ -144,7 +145,8 @@ class Clock:
 def test_every_round_runs_the_contenders_in_an_order_and_its_reverse(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     time_rounds({name: clock.job(1.0, 0.0, name) for name in "abc"}, 5, np.random.default_rng(0))
-    rounds = [clock.calls[6 + 6 * i : 12 + 6 * i] for i in range(5)]
+    counted = clock.calls[3 * WARM_UP :]
+    rounds = [counted[6 * i : 6 * i + 6] for i in range(5)]
     assert all(one[:3] == one[:2:-1] and set(one) == set("abc") for one in rounds)
     assert len({tuple(one) for one in rounds}) > 1
 
@@ -170,18 +172,20 @@ def test_without_a_margin_when_to_stop_depends_on_the_width_of_the_interval_and_
 
 
 def stopped_at(true: float, seed: int, spread: float = 0.012) -> tuple[int, bool]:
-    """(blocks, passed) of one release whose sessions differ by `spread`, looked at as `measure` does: from 10 blocks to 40."""
+    """(blocks, passed) of one release whose sessions differ by `spread`, looked at as `measure` does: from 5 blocks to 40."""
     rng = np.random.default_rng(seed)
     base, merged = (scale * np.exp(rng.normal(0, spread / 2**0.5, (40, 1))) for scale in (1.0, true))
-    looked_at = 10
-    while looked_at < 40 and not clearly_within(merged[:looked_at], base[:looked_at], MARGIN):
+    looked_at = 5
+    while looked_at < 40 and not within_by(EARLY, merged[:looked_at], base[:looked_at], MARGIN):
         looked_at += max(1, looked_at // 5)
     found = paired_ratio(merged[: min(looked_at, 40)], base[: min(looked_at, 40)])
     return looked_at, found.within(MARGIN)
 
 
 def test_an_equal_release_is_known_early_in_most_cases() -> None:
-    assert sum(stopped_at(1.0, seed) == (10, True) for seed in range(200)) > 150
+    found = [stopped_at(1.0, seed) for seed in range(200)]
+    assert all(passed for _, passed in found)
+    assert sum(blocks <= 12 for blocks, _ in found) > 150
 
 
 def test_looking_early_and_often_passes_no_slower_release() -> None:
@@ -191,7 +195,24 @@ def test_looking_early_and_often_passes_no_slower_release() -> None:
 
 
 def test_one_block_is_never_clear() -> None:
-    assert not clearly_within(np.ones((1, 5)), np.ones((1, 5)), MARGIN)
+    assert not within_by(EARLY, np.ones((1, 5)), np.ones((1, 5)), MARGIN)
+
+
+@pytest.mark.parametrize(
+    ("z", "freedom", "expected"),
+    [(1.96, 4, 2.776), (1.96, 9, 2.262), (3.0, 4, 6.620), (3.0, 9, 4.094), (3.0, 1000, 3.008)],
+)
+def test_quantiles_of_few_blocks_are_those_of_students_t(z: float, freedom: int, expected: float) -> None:
+    assert student(z, freedom) == pytest.approx(expected, rel=0.01)
+
+
+def test_the_interval_of_five_blocks_holds_the_truth_as_often_as_that_of_many() -> None:
+    rng = np.random.default_rng(0)
+    inside = [
+        found.ci95[0] <= 1.0 <= found.ci95[1]
+        for found in (paired_ratio(np.exp(rng.normal(0, 0.01, (5, 1))), np.ones((5, 1))) for _ in range(400))
+    ]
+    assert sum(inside) >= 365
 
 
 def test_a_release_with_a_true_slow_down_fails_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:

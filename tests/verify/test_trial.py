@@ -13,8 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from running import r1export, trained_run
 
 from r1export.pipeline.verification.release import verify_release
+from r1export.update.release_manifest import ReleaseManifest
 from r1export.verify import golden
-from r1export.verify.golden import BATCHES, GoldenRuns, load_outputs
+from r1export.verify.golden import BATCHES, GoldenRuns
 from r1export.verify.results import Verdict
 from r1export.verify.trial import Limits, limits_for, try_graphs
 
@@ -92,17 +93,22 @@ def test_a_graph_that_never_ends_is_a_failed_check(site: Site) -> None:
 
 def test_the_golden_samples_are_run_once_in_the_child(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release, runs = exported / "releases" / "00-base", GoldenRuns()
-    expected = GoldenRuns().of(release, "cpu")
-    monkeypatch.setattr(golden, "run_in_batches", lambda *_: pytest.fail("run again in this process"))
+    tasks = [task.name for task in ReleaseManifest.read(release).tasks]
+    expected, classified = GoldenRuns().of(release, "cpu"), GoldenRuns().classified(release, tasks)
+    for name in ("run_in_batches", "open_session"):
+        monkeypatch.setattr(golden, name, lambda *_: pytest.fail("run again in this process"))
     assert try_graphs(release, limits_for(release), runs) == ""
     found = runs.of(release, "cpu")
     assert [config.batch for config in found] == list(BATCHES)
     for config, embeds in expected.items():
         assert np.array_equal(found[config].visual, embeds.visual)
         assert np.array_equal(found[config].textual, embeds.textual)
+    assert np.array_equal(runs.classified(release, tasks).embeds, classified.embeds)
+    for task, logits in classified.logits.items():
+        assert np.array_equal(runs.classified(release, tasks).logits[task], logits)
 
 
 def test_outputs_that_lack_a_batch_size_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "outputs.npz", **{"1.visual": np.zeros((2, 3)), "1.textual": np.zeros((2, 3))})
     with pytest.raises(KeyError, match=r"2\.visual"):
-        load_outputs(tmp_path / "outputs.npz", "cpu")
+        GoldenRuns().load(tmp_path / "outputs.npz", tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -62,7 +62,7 @@ from r1export.verify.results import (
 from r1export.verify.runtimes.runtime import check_provider
 from r1export.verify.signature import SignedUpdate, check_signature
 from r1export.verify.static_graphs import check_static_graphs
-from r1export.verify.trial import Limits, limits_for, try_graphs
+from r1export.verify.trial import Limits, Trial, limits_for, trials, try_graphs
 
 NO_RUN = "needs the run: verify the run folder"
 BAD_BASE = "the base release next to it does not pass: verify it first"
@@ -92,18 +92,20 @@ def verify_release(
     for provider in providers:
         check_provider(provider)
     signature, runs = check_signature(path, manifest.name, update) if update else UNSIGNED, GoldenRuns()
-    base = _neighbour(path, runs)
-    report = ReleaseReport(
-        created=now(),
-        environment=environment(providers),
-        release=_facts(path, manifest),
-        contents=replace(own_contents(path, manifest, limits, base, runs), signature=signature),
-        parity=ParityStages.unmeasured(SKIPPED),
-        proof=Proof.unmeasured(SKIPPED),
-        latency=Latency.unmeasured(SKIPPED),
-    )
-    if report.contents.golden.detail != SKIPPED:
-        report = _measured(report, path, manifest, base, providers, budget, runs)
+    base_folder = _base_folder(path)
+    with trials({path: limits} | ({base_folder: None} if base_folder else {})) as started:
+        base = _neighbour(base_folder, runs, started) if base_folder else None
+        report = ReleaseReport(
+            created=now(),
+            environment=environment(providers),
+            release=_facts(path, manifest),
+            contents=replace(own_contents(path, manifest, started.get(path), base, runs), signature=signature),
+            parity=ParityStages.unmeasured(SKIPPED),
+            proof=Proof.unmeasured(SKIPPED),
+            latency=Latency.unmeasured(SKIPPED),
+        )
+        if report.contents.golden.detail != SKIPPED:
+            report = _measured(report, path, manifest, base, providers, budget, runs)
     if report.verdict is Verdict.FAIL or report.contents.verdict is not Verdict.PASS:
         remove_reports(path)
     return report
@@ -118,16 +120,20 @@ class Neighbour:
     sound: bool
 
 
-def _neighbour(path: Path, runs: GoldenRuns) -> Neighbour | None:
+def _base_folder(path: Path) -> Path | None:
     """None for the base itself, and where there is none."""
     base = path.parent / "00-base"
-    if not base.is_dir() or base.resolve() == path.resolve():
-        return None
+    return base if base.is_dir() and base.resolve() != path.resolve() else None
+
+
+def _neighbour(base: Path, runs: GoldenRuns, started: Mapping[Path, Trial]) -> Neighbour:
     try:
         manifest = ReleaseManifest.read(base)
     except R1ExportError:
         return Neighbour(base, None, sound=False)
-    return Neighbour(base, manifest, sound=own_contents(base, manifest, runs=runs).verdict is Verdict.PASS)
+    return Neighbour(
+        base, manifest, sound=own_contents(base, manifest, started.get(base), runs=runs).verdict is Verdict.PASS
+    )
 
 
 def _measured(
@@ -149,23 +155,26 @@ def _measured(
     if base is None:
         reason = NO_BASE if manifest.sequence else IS_BASE
         return replace(report, proof=Proof.not_applicable(reason), latency=Latency.not_applicable(reason))
-    return _compare_with_base(report, path, base.path, providers, budget)
+    return _compare_with_base(report, path, manifest, base, providers, budget)
 
 
 def own_contents(
     path: Path,
     manifest: ReleaseManifest,
-    limits: Limits | None = None,
+    trial: Trial | None = None,
     base: Neighbour | None = None,
     runs: GoldenRuns | None = None,
 ) -> Contents:
-    """The checks that need no run, but the `base` next to it; golden samples use `runs`."""
+    """The checks that need no run, but the `base` next to it; golden samples use `runs`.
+
+    `trial` is that of the release if it has begun already.
+    """
     tasks = [task.name for task in manifest.tasks]
     runs = runs or GoldenRuns()
     identity = check_manifest_and_files(path, manifest, tasks, _expected_fields(manifest, base))
     if overall(check.verdict for check in identity.values()) is Verdict.FAIL:
         return Contents.only(SKIPPED, **identity)
-    if problem := try_graphs(path, limits or limits_for(path), runs):
+    if problem := trial.result(runs) if trial else try_graphs(path, limits_for(path), runs):
         return Contents.only(SKIPPED, **identity, graphs=Check.failed(problem, of=len(GRAPHS)))
     classes = sum(task.classes for task in manifest.tasks)
     return Contents(
@@ -177,7 +186,9 @@ def own_contents(
         preprocess=attempt(lambda: _check_preprocess(path), of=PICTURES),
         tokenizer=attempt(lambda: check_tokenizer(path, read_golden(path)), of=SAMPLES),
         classes=attempt(lambda: _check_classes(path, manifest), of=classes),
-        classifier=attempt(lambda: check_classifier(path, tasks, map_tensors(path / VISUAL.weights)), of=len(tasks)),
+        classifier=attempt(
+            lambda: check_classifier(path, tasks, map_tensors(path / VISUAL.weights), runs), of=len(tasks)
+        ),
         golden=attempt(lambda: check_golden(path, manifest, runs), of=SAMPLES),
         accuracy=Check.not_applicable(NO_RUN),
         card=attempt(lambda: _check_card(path, manifest), of=1),
@@ -283,14 +294,19 @@ def _control(base: Neighbour, manifest: ReleaseManifest, providers: Sequence[str
 
 
 def _compare_with_base(
-    report: ReleaseReport, path: Path, base: Path, providers: Sequence[str], budget: TimingBudget | None
+    report: ReleaseReport,
+    path: Path,
+    manifest: ReleaseManifest,
+    base: Neighbour,
+    providers: Sequence[str],
+    budget: TimingBudget | None,
 ) -> ReleaseReport:
     """Proof and latency against the base release."""
     golden = read_golden(path)
     inputs = parity.Inputs(golden.pixel_values, golden.input_ids)
     feeds = graph_feeds(inputs, golden.image_embeds.shape[1])
-    base_graphs, graphs = ({name: folder / name for name in GRAPHS} for folder in (base, path))
-    executions = run_graphs(base, feeds, providers)
+    base_graphs, graphs = ({name: folder / name for name in GRAPHS} for folder in (base.path, path))
+    executions = run_graphs(base.path, feeds, providers)
     control = Check.not_applicable(NO_RUN)
     report = replace(
         report, proof=proof.prove(base_graphs, graphs, executions, lambda: run_graphs(path, feeds, providers), control)
@@ -299,15 +315,24 @@ def _compare_with_base(
         return report
     if budget is None:
         return replace(report, latency=Latency.not_applicable(UNTIMED))
-    changed = (
-        t for t in parity.TOWERS if sha256_file(path / f"{t}.safetensors") != sha256_file(base / f"{t}.safetensors")
-    )
-    tower = next(changed, "visual")
-    return replace(report, latency=_latency(path, base, tower, feeds[f"{tower}.onnx"], providers, budget))
+    tower = _timed_tower(manifest, base.manifest) if base.manifest else VISUAL.name
+    return replace(report, latency=_latency(path, base.path, tower, feeds[f"{tower}.onnx"], providers, budget))
+
+
+def _timed_tower(release: ReleaseManifest, base: ReleaseManifest) -> str:
+    """The visual tower, unless only the weights of the textual one differ from the base's."""
+    weights = {tower: f"{tower}.safetensors" for tower in parity.TOWERS}
+    changed = (tower for tower, name in weights.items() if release.files.get(name) != base.files.get(name))
+    return next(changed, VISUAL.name)
 
 
 def _latency(
-    path: Path, base: Path, tower: str, feeds: Feeds, providers: Sequence[str], budget: TimingBudget
+    path: Path,
+    base: Path,
+    tower: str,
+    feeds: Feeds,
+    providers: Sequence[str],
+    budget: TimingBudget,
 ) -> Latency:
     """Rung L5 on one tower."""
     results: list[Latency] = []

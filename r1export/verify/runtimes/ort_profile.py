@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -82,6 +83,8 @@ def execute(graph: Path, feeds: Mapping[str, np.ndarray], provider: str = "cpu")
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized, options = Path(folder) / "optimized.onnx", session_options()
+        if os.name == "posix":  # only the graph is read; its weights would be some hundred megabytes
+            (Path(folder) / "weights.bin").symlink_to(os.devnull)
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
