@@ -14,7 +14,7 @@ import onnx_ir as ir
 from torch import nn
 
 from r1export.errors import InputError
-from r1export.export.sentinels import blank_copy, fill_with_sentinels_, prove
+from r1export.export.sentinels import blank_copy, fill_with_sentinels_, flip_, prove
 from r1export.export.towers import NOT_IN_A_TOWER, make_towers
 from r1export.export.trace import lean, trace
 from r1export.export.weight_map import Placement, WeightMap, externalize_, place_parameters
@@ -28,7 +28,7 @@ MIN_OPSET, MAX_OPSET = (
     23,
 )  # LayerNormalization needs 17, torch's exporter writes 18; nothing here gains from more than 23
 IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}  # the oldest that carries each opset
-SENTINEL_SEED, PROOF_SEED = 1, 2
+SENTINEL_SEED = 1
 
 
 @lean()
@@ -49,6 +49,7 @@ def export_graphs(
     model = blank_copy(model)
     sentinels = fill_with_sentinels_(model, SENTINEL_SEED)
     towers = make_towers(model, image_size, context_length)
+    flip_(sentinels)
     placements: dict[str, tuple[Placement, ...]] = {}
     graphs: dict[str, ir.Model] = {}
     for tower in towers:
@@ -65,8 +66,8 @@ def export_graphs(
         externalize_(placed, WeightMap(placements).layout(location), location)
         _anonymous_(graph, opset)
     weights = WeightMap(placements)
-    others = fill_with_sentinels_(model, PROOF_SEED)  # what a graph remembers of the first sentinels shows with these
-    prove({t.with_current_weights(): graphs[t.files.graph] for t in towers}, weights, others)
+    flip_(sentinels)  # what a graph remembers of the map's sentinels shows with these
+    prove({tower: graphs[tower.files.graph] for tower in towers}, weights, sentinels)
     for name, graph in graphs.items():
         write_graph(graph, folder / name)
     add_classifier_(graphs[VISUAL.graph], weights, VISUAL.weights)

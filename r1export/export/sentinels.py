@@ -19,9 +19,10 @@ from r1export.errors import Unsupported, first_line
 from r1export.export.session import open_session
 from r1export.export.towers import SAME, Tower, float_tensors
 from r1export.export.weight_map import WeightMap
-from r1export.update.container import write_tensors
+from r1export.update.container import Layout, stored_bytes
 
 CHUNK = 1 << 16  # values
+SIGN_AND_MANTISSA = np.uint32(0x807FFFFF)  # of a float32; the exponent stays, so no value becomes infinite
 
 
 def blank_copy(model: nn.Module) -> nn.Module:
@@ -57,6 +58,16 @@ def fill_with_sentinels_(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
     return sentinels
 
 
+def flip_(sentinels: Mapping[str, np.ndarray]) -> None:
+    """Give every value the other sign and another mantissa, in place; a second time it has its own again.
+
+    Whatever a graph remembers of flipped sentinels is far from what it should have: its inputs differ by about twice their size.
+    """
+    for values in sentinels.values():
+        for chunk in _chunks(values):
+            chunk.view(np.uint32)[...] ^= SIGN_AND_MANTISSA
+
+
 def _chunks(values: np.ndarray) -> Iterator[np.ndarray]:
     """Views of contiguous values, each small enough to stay in the processor's cache from one step to the next."""
     flat = values.reshape(-1, copy=False)
@@ -72,7 +83,7 @@ def prove(graphs: Mapping[Tower, ir.Model], weights: WeightMap, sentinels: Mappi
     with tempfile.TemporaryDirectory(prefix="r1export-") as folder:
         for tower, graph in graphs.items():
             file, path = tower.files.weights, Path(folder) / tower.files.graph
-            write_tensors(path.with_name(file), weights.stored(file, sentinels))
+            _write(path.with_name(file), weights.layout(file), weights.stored(file, sentinels))
             path.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
             difference = _difference(tower, path)
             if not difference <= SAME:  # NaN is not
@@ -81,6 +92,14 @@ def prove(graphs: Mapping[Tower, ir.Model], weights: WeightMap, sentinels: Mappi
                     "please report the model",
                 )
             path.with_name(file).unlink()
+
+
+def _write(path: Path, layout: Layout, tensors: Mapping[str, np.ndarray]) -> None:
+    """A weights file like any other, but not synced to the disk: it is deleted a moment later."""
+    with path.open("wb") as file:
+        file.write(layout.header)
+        for spec in layout.specs:
+            file.write(stored_bytes(tensors[spec.name]))
 
 
 def _difference(tower: Tower, path: Path) -> float:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import onnx_ir as ir
 import torch
 from onnxscript.function_libs.torch_lib.ops.core import aten_view
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from r1export.errors import Unsupported
+from r1export.export.repeat import repeat_, shorten
 from r1export.export.simplify import simplify_
 from r1export.export.towers import Tower
 
@@ -29,46 +31,65 @@ def trace(tower: Tower, opset: int) -> tuple[ir.Model, set[str]]:
 
     Raises Unsupported: torch cannot trace or translate the tower at this opset.
     """
+    names = {id(tensor): name for name, tensor in tower.tensors.items()}
+    tensors = _tensors(tower.module)
+    held = {fqn: names[id(tensor)] for fqn, tensor in tensors.items() if id(tensor) in names}
     try:
         with quiet(), torch.no_grad():
-            program = _translate(tower, opset)
-            assert program.exported_program is not None
-            names = {id(tensor): name for name, tensor in tower.tensors.items()}
-            inside = dict(
-                (
-                    *tower.module.named_parameters(remove_duplicate=False),
-                    *tower.module.named_buffers(remove_duplicate=False),
-                )
-            )
-            held = {fqn: names[id(tensor)] for fqn, tensor in inside.items() if id(tensor) in names}
-            used = {held[fqn] for fqn in _used(program.exported_program) if fqn in held}
-            simplify_(program.model, held)
+            model, used = _raw(tower, opset, tensors)
+            simplify_(model, held)
     except Exception as error:  # the exporter has no error type of its own for all that it cannot do
         raise Unsupported(
             f"torch.onnx fails to export the {tower.files.name} tower at opset {opset}: {_last_line(error)}",
             "try another opset",
         ) from error
-    if program.model.opset_imports[""] != opset:
+    if model.opset_imports[""] != opset:
         raise Unsupported(
-            f"the {tower.files.name} tower was exported at opset {program.model.opset_imports['']}, expected {opset}",
+            f"the {tower.files.name} tower was exported at opset {model.opset_imports['']}, expected {opset}",
             "try another opset",
         )
-    return program.model, used
+    return model, {held[fqn] for fqn in used if fqn in held}
 
 
-def _translate(tower: Tower, opset: int) -> torch.onnx.ONNXProgram:
-    """The raw graph: without decompositions if it can be had, otherwise as torch.onnx.export makes it by itself."""
-    try:
-        captured = torch.export.export(tower.module, (tower.example,), dynamic_shapes=_batch(), strict=False)
-        if _needs_no_decomposition_(captured):
-            captured.run_decompositions = lambda table: captured
-            return _to_onnx(captured, tower, opset)
-    except Exception:  # whatever the reason, torch.onnx.export knows other ways, and its error is the one to report
-        pass
-    return _to_onnx(tower.module, tower, opset)
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(
+        (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)),
+    )
 
 
-def _to_onnx(source: torch.nn.Module | ExportedProgram, tower: Tower, opset: int) -> torch.onnx.ONNXProgram:
+def _raw(tower: Tower, opset: int, tensors: Mapping[str, Tensor]) -> tuple[ir.Model, set[str]]:
+    """The graph as it is translated, and the names of the parameters and buffers that it uses.
+
+    From three of its blocks if they repeat, else from all of the tower, else in the ways that torch.onnx.export tries by itself.
+    """
+    short, repetitions = shorten(tower.module)
+    for module, repeated in ((short, repetitions), (tower.module, ()))[not repetitions :]:
+        try:
+            program = _translate(module, tower, opset)
+            used = _used(program)
+            for repetition in repeated:
+                repeat_(program.model.graph, repetition, tensors)
+                used |= repetition.everywhere(used)
+            return program.model, used
+        except Exception:  # whatever the reason, the next way may do, and the error of the last is the one to report
+            continue
+    program = _to_onnx(tower.module, tower, opset)
+    return program.model, _used(program)
+
+
+def _translate(module: nn.Module, tower: Tower, opset: int) -> torch.onnx.ONNXProgram:
+    """The module traced once, and translated without decompositions if that can be done."""
+    program = torch.export.export(module, (tower.example,), dynamic_shapes=_batch(), strict=False)
+    if _writes_into_no_input_(program):
+        program.run_decompositions = lambda table: program
+        try:
+            return _to_onnx(program, tower, opset)
+        except torch.onnx.errors.OnnxExporterError:  # an operator has no translation
+            del program.run_decompositions
+    return _to_onnx(program, tower, opset)
+
+
+def _to_onnx(source: nn.Module | ExportedProgram, tower: Tower, opset: int) -> torch.onnx.ONNXProgram:
     program = torch.onnx.export(
         source, (tower.example,), dynamo=True, opset_version=opset, optimize=False, verbose=False,
         input_names=[tower.files.input], output_names=[tower.files.output], dynamic_shapes=_batch(),
@@ -82,7 +103,7 @@ def _batch() -> tuple[dict[int, torch.export.Dim]]:
     return ({0: torch.export.Dim("batch")},)
 
 
-def _needs_no_decomposition_(program: ExportedProgram) -> bool:
+def _writes_into_no_input_(program: ExportedProgram) -> bool:
     """Whether no operator writes into its input. Conversions to the type that a tensor has already are taken out first."""
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.to.dtype and node.meta["val"].dtype == node.args[0].meta["val"].dtype:
@@ -109,8 +130,10 @@ def lean() -> Iterator[None]:
             gc.enable()
 
 
-def _used(program: torch.export.ExportedProgram) -> set[str]:
+def _used(translated: torch.onnx.ONNXProgram) -> set[str]:
     """Names of the parameters and buffers on which some node of the program depends."""
+    program = translated.exported_program
+    assert program is not None  # only a program that was read from a file has none
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return {
