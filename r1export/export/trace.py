@@ -24,6 +24,9 @@ from r1export.export.simplify import simplify_
 from r1export.export.towers import Tower
 
 ONLY_CHECKS = {torch.ops.aten._assert_tensor_metadata.default}  # torch.onnx.export removes these
+OTHERWISE = {
+    torch.ops.aten.chunk.default
+}  # its translation counts the axis from the end, that of its decomposition does not
 
 
 def trace(tower: Tower, opset: int) -> tuple[ir.Model, set[str]]:
@@ -80,7 +83,7 @@ def _raw(tower: Tower, opset: int, tensors: Mapping[str, Tensor]) -> tuple[ir.Mo
 def _translate(module: nn.Module, tower: Tower, opset: int) -> torch.onnx.ONNXProgram:
     """The module traced once, and translated without decompositions if that can be done."""
     program = torch.export.export(module, (tower.example,), dynamic_shapes=_batch(), strict=False)
-    if _writes_into_no_input_(program):
+    if _as_it_is_(program):
         program.run_decompositions = lambda table: program
         try:
             return _to_onnx(program, tower, opset)
@@ -103,14 +106,17 @@ def _batch() -> tuple[dict[int, torch.export.Dim]]:
     return ({0: torch.export.Dim("batch")},)
 
 
-def _writes_into_no_input_(program: ExportedProgram) -> bool:
-    """Whether no operator writes into its input. Conversions to the type that a tensor has already are taken out first."""
+def _as_it_is_(program: ExportedProgram) -> bool:
+    """Whether all operators leave their inputs as they are and are translated as their decompositions are.
+
+    Conversions to the type that a tensor has already are taken out first.
+    """
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.to.dtype and node.meta["val"].dtype == node.args[0].meta["val"].dtype:
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
-    operators = [node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    return not any(operator._schema.is_mutable for operator in operators if operator not in ONLY_CHECKS)
+    operators = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    return not any(operator in OTHERWISE or operator._schema.is_mutable for operator in operators - ONLY_CHECKS)
 
 
 @contextmanager

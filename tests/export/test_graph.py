@@ -120,7 +120,7 @@ def test_the_oldest_opset_works_too(exported, tmp_path) -> None:
 
 
 def test_a_program_that_is_not_decomposed_gives_the_bytes_of_one_that_is(exported, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(trace_module, "_writes_into_no_input_", lambda program: False)
+    monkeypatch.setattr(trace_module, "_as_it_is_", lambda program: False)
     export_graphs(exported.model, (16, 16), 12, tmp_path, opset=20)
     for file in (*GRAPHS, "weight_map.json"):
         assert (tmp_path / file).read_bytes() == (exported.folder / file).read_bytes(), file
