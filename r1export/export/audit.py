@@ -15,8 +15,8 @@ import onnx_ir as ir
 from torch import nn
 
 from r1export.errors import CheckFailed
-from r1export.export.graph import trace
 from r1export.export.towers import make_towers
+from r1export.export.trace import trace
 from r1export.update.atomic_io import sha256_bytes
 from r1export.update.container import map_tensors
 

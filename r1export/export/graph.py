@@ -6,22 +6,17 @@ of one architecture give the same bytes.
 
 from __future__ import annotations
 
-import copy
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from torch import nn
 
-from r1export.errors import InputError, Unsupported
-from r1export.export.sentinels import fill_with_sentinels_, prove
-from r1export.export.simplify import simplify_
-from r1export.export.towers import NOT_IN_A_TOWER, Tower, make_towers
+from r1export.errors import InputError
+from r1export.export.sentinels import blank_copy, fill_with_sentinels_, flip_, prove
+from r1export.export.towers import NOT_IN_A_TOWER, make_towers
+from r1export.export.trace import lean, trace
 from r1export.export.weight_map import Placement, WeightMap, externalize_, place_parameters
 from r1export.update.atomic_io import write_file
 from r1export.update.container import Layout
@@ -33,9 +28,10 @@ MIN_OPSET, MAX_OPSET = (
     23,
 )  # LayerNormalization needs 17, torch's exporter writes 18; nothing here gains from more than 23
 IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}  # the oldest that carries each opset
-SENTINEL_SEED, PROOF_SEED = 1, 2
+SENTINEL_SEED = 1
 
 
+@lean()
 def export_graphs(
     model: nn.Module, image_size: tuple[int, int], context_length: int, folder: Path, *, opset: int
 ) -> WeightMap:
@@ -50,17 +46,17 @@ def export_graphs(
     """
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise InputError(f"opset {opset} is out of range", f"set export.opset to {MIN_OPSET} to {MAX_OPSET}")
-    model = copy.deepcopy(model).cpu().float().eval()
+    model = blank_copy(model)
     sentinels = fill_with_sentinels_(model, SENTINEL_SEED)
     towers = make_towers(model, image_size, context_length)
+    flip_(sentinels)
     placements: dict[str, tuple[Placement, ...]] = {}
     graphs: dict[str, ir.Model] = {}
     for tower in towers:
         location = tower.files.weights
-        graphs[tower.files.graph], used = trace(tower, opset)
-        placed = place_parameters(
-            graphs[tower.files.graph].graph, {name: sentinels[name] for name in tower.tensors}, used
-        )
+        graph, used = trace(tower, opset)
+        graphs[tower.files.graph] = graph
+        placed = place_parameters(graph.graph, {name: sentinels[name] for name in tower.tensors}, used)
         extra = tuple(
             Placement(name, sentinels[name].shape)
             for name in NOT_IN_A_TOWER
@@ -68,9 +64,10 @@ def export_graphs(
         )
         placements[location] = (*placed, *extra)
         externalize_(placed, WeightMap(placements).layout(location), location)
+        _anonymous_(graph, opset)
     weights = WeightMap(placements)
-    others = fill_with_sentinels_(model, PROOF_SEED)  # what a graph remembers of the first sentinels shows with these
-    prove({t.with_current_weights(): graphs[t.files.graph] for t in towers}, weights, others)
+    flip_(sentinels)  # what a graph remembers of the map's sentinels shows with these
+    prove({tower: graphs[tower.files.graph] for tower in towers}, weights, sentinels)
     for name, graph in graphs.items():
         write_graph(graph, folder / name)
     add_classifier_(graphs[VISUAL.graph], weights, VISUAL.weights)
@@ -79,65 +76,8 @@ def export_graphs(
     return weights
 
 
-def trace(tower: Tower, opset: int) -> tuple[ir.Model, set[str]]:
-    """The simplified graph of a tower and the state_dict names of the tensors that it uses."""
-    try:
-        with quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                tower.module, (tower.example,), dynamo=True, opset_version=opset, optimize=False, verbose=False,
-                input_names=[tower.files.input], output_names=[tower.files.output], dynamic_shapes=({0: torch.export.Dim("batch")},),
-            )  # fmt: skip
-            assert program is not None  # only torch's older exporter gives none
-            assert program.exported_program is not None
-            names = {id(tensor): name for name, tensor in tower.tensors.items()}
-            inside = dict(
-                (
-                    *tower.module.named_parameters(remove_duplicate=False),
-                    *tower.module.named_buffers(remove_duplicate=False),
-                )
-            )
-            held = {fqn: names[id(tensor)] for fqn, tensor in inside.items() if id(tensor) in names}
-            used = {held[fqn] for fqn in _used(program.exported_program) if fqn in held}
-            simplify_(program.model, held)
-    except Exception as error:  # the exporter has no error type of its own for all that it cannot do
-        raise Unsupported(
-            f"torch.onnx fails to export the {tower.files.name} tower at opset {opset}: {_last_line(error)}",
-            "try another opset",
-        ) from error
-    if program.model.opset_imports[""] != opset:
-        raise Unsupported(
-            f"the {tower.files.name} tower was exported at opset {program.model.opset_imports['']}, expected {opset}",
-            "try another opset",
-        )
-    return _anonymous_(program.model, opset), used
-
-
-def _used(program: torch.export.ExportedProgram) -> set[str]:
-    """Names of the parameters and buffers on which some node of the program depends."""
-    signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return {
-        names[node.name]
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in names and node.users
-    }
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """The exporter reports progress and advice through warnings and the log; errors still come through."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
-
-
-def _anonymous_(model: ir.Model, opset: int) -> ir.Model:
-    """Take out what says where, when and from which source lines the graph was made."""
+def _anonymous_(model: ir.Model, opset: int) -> None:
+    """Take out what says where, when, how and from which source lines the graph was made."""
     model.ir_version = IR_VERSIONS[opset]
     model.producer_name, model.producer_version, model.doc_string = "r1export", None, None
     model.metadata_props.clear()
@@ -149,7 +89,26 @@ def _anonymous_(model: ir.Model, opset: int) -> ir.Model:
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
-    return model
+    _number_(model.graph)
+
+
+def _number_(graph: ir.Graph) -> None:
+    """Name nodes, and values that are no parameter, by operator and order: the same structure has the same bytes."""
+    counts: Counter[str] = Counter()
+    order: dict[ir.Value, None] = {}
+    for node in graph.all_nodes():
+        node.name = f"{node.op_type}_{counts[node.op_type]}"
+        counts[node.op_type] += 1
+        order.update(dict.fromkeys(value for value in node.inputs if value is not None and value.is_initializer()))
+        for i, value in enumerate(node.outputs):
+            if not value.is_graph_output():
+                value.name = f"{node.name}_{i}" if len(node.outputs) > 1 else node.name
+    graph.initializers.clear()
+    for value in order:
+        if not isinstance(value.const_value, ir.ExternalTensor):
+            value.name = f"constant_{counts['constant']}"
+            counts["constant"] += 1
+        graph.register_initializer(value)
 
 
 def add_classifier_(model: ir.Model, weights: WeightMap, location: str) -> None:
@@ -192,8 +151,3 @@ def _external(graph: ir.Graph, name: str, layout: Layout, location: str) -> ir.V
 def write_graph(model: ir.Model, path: Path) -> None:
     """Write a graph without its external weights, atomically and with deterministic bytes."""
     write_file(path, ir.to_proto(model).SerializeToString(deterministic=True))
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip()[:200] if lines else type(error).__name__

@@ -5,8 +5,9 @@ Others of them prove the map that was found: onnxruntime, fed through the map, h
 
 from __future__ import annotations
 
+import copy
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,25 @@ from r1export.errors import Unsupported, first_line
 from r1export.export.session import open_session
 from r1export.export.towers import SAME, Tower, float_tensors
 from r1export.export.weight_map import WeightMap
-from r1export.update.container import write_tensors
+from r1export.update.container import Layout, stored_bytes
+
+CHUNK = 1 << 16  # values
+SIGN_AND_MANTISSA = np.uint32(0x807FFFFF)  # of a float32; the exponent stays, so no value becomes infinite
+
+
+def blank_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` on the CPU in float32 for `fill_with_sentinels_`, which overwrites what is not copied here."""
+    memo = {id(tensor): _blank(tensor) for tensor in float_tensors(model).values()}
+    return copy.deepcopy(model, memo).cpu().float().eval()
+
+
+def _blank(tensor: torch.Tensor) -> torch.Tensor:
+    blank = torch.empty(tensor.shape)
+    return nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
 
 
 def fill_with_sentinels_(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
-    """Overwrite all parameters and buffers with random tensors, scaled so that activations stay finite.
+    """Overwrite all parameters and buffers, which are contiguous, with random tensors, scaled so that activations stay finite.
 
     Returns them by name, as views of the model's own memory.
     """
@@ -34,11 +49,30 @@ def fill_with_sentinels_(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
     for name, tensor in float_tensors(model).items():
         values = tensor.detach().numpy()
         fan_in = max(1, values[0].size) if values.ndim > 1 else 1
-        values[...] = rng.random(values.shape, np.float32)
-        values -= 0.5 - (id(tensor) in variances) * fan_in**0.5
-        values /= fan_in**0.5
+        shift = 0.5 - (id(tensor) in variances) * fan_in**0.5
+        for chunk in _chunks(values):
+            rng.random(dtype=np.float32, out=chunk)
+            chunk -= shift
+            chunk /= fan_in**0.5
         sentinels[name] = values
     return sentinels
+
+
+def flip_(sentinels: Mapping[str, np.ndarray]) -> None:
+    """Give every value the other sign and another mantissa, in place; a second time it has its own again.
+
+    Whatever a graph remembers of flipped sentinels is far from what it should have: its inputs differ by about twice their size.
+    """
+    for values in sentinels.values():
+        for chunk in _chunks(values):
+            chunk.view(np.uint32)[...] ^= SIGN_AND_MANTISSA
+
+
+def _chunks(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Views of contiguous values, each small enough to stay in the processor's cache from one step to the next."""
+    flat = values.reshape(-1, copy=False)
+    for start in range(0, flat.size, CHUNK):
+        yield flat[start : start + CHUNK]
 
 
 def prove(graphs: Mapping[Tower, ir.Model], weights: WeightMap, sentinels: Mapping[str, np.ndarray]) -> None:
@@ -49,7 +83,7 @@ def prove(graphs: Mapping[Tower, ir.Model], weights: WeightMap, sentinels: Mappi
     with tempfile.TemporaryDirectory(prefix="r1export-") as folder:
         for tower, graph in graphs.items():
             file, path = tower.files.weights, Path(folder) / tower.files.graph
-            write_tensors(path.with_name(file), weights.stored(file, sentinels))
+            _write(path.with_name(file), weights.layout(file), weights.stored(file, sentinels))
             path.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
             difference = _difference(tower, path)
             if not difference <= SAME:  # NaN is not
@@ -58,6 +92,14 @@ def prove(graphs: Mapping[Tower, ir.Model], weights: WeightMap, sentinels: Mappi
                     "please report the model",
                 )
             path.with_name(file).unlink()
+
+
+def _write(path: Path, layout: Layout, tensors: Mapping[str, np.ndarray]) -> None:
+    """A weights file like any other, but not synced to the disk: it is deleted a moment later."""
+    with path.open("wb") as file:
+        file.write(layout.header)
+        for spec in layout.specs:
+            file.write(stored_bytes(tensors[spec.name]))
 
 
 def _difference(tower: Tower, path: Path) -> float:

@@ -18,8 +18,9 @@ from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules.common import fuse_pad_into_conv_rule
 
 from r1export.errors import Unsupported, first_line
-from r1export.export.graph import IR_VERSIONS, quiet, write_graph
+from r1export.export.graph import IR_VERSIONS, write_graph
 from r1export.export.simplify import CONSTANT_ELEMENTS
+from r1export.export.trace import quiet
 from r1export.update.release_layout import TOWERS
 
 STATIC_OPSET = 18

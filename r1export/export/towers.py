@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -45,22 +45,16 @@ class TextualTower(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Tower:
-    """A module to export, its example input, what it gives for it, and the tensors of the model by state_dict name.
+    """A module to export, its example input, the tensors of the model by state_dict name, and what the model gives.
 
-    `source` is the module before it was rewritten for export; both have the same tensors.
+    `expected` are the embeddings of the example before the module was rewritten for export, with the weights of that time.
     """
 
     files: TowerFiles
     module: nn.Module
-    source: nn.Module
     example: Tensor
     expected: Tensor
     tensors: dict[str, Tensor]
-
-    @torch.no_grad()
-    def with_current_weights(self) -> Tower:
-        """The same tower, with what its source gives now that its tensors have been overwritten."""
-        return replace(self, expected=self.source(self.example))
 
 
 def float_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -98,7 +92,7 @@ def _tower(files: TowerFiles, module: nn.Module, example: Tensor, tensors: dict[
             f"the {files.name} tower does not run: {first_line(error)}",
             "check base.model and its config",
         ) from error
-    return Tower(files, _opened(files, module, example, expected, tokens), module, example, expected, tensors)
+    return Tower(files, _opened(files, module, example, expected, tokens), example, expected, tensors)
 
 
 @contextmanager

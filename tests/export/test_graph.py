@@ -15,9 +15,10 @@ from export import exporting
 
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.export import graph as graph_module
+from r1export.export import trace as trace_module
 from r1export.export.audit import _walk, audit_reexport
 from r1export.export.graph import MAX_OPSET, MIN_OPSET, export_graphs
-from r1export.export.sentinels import fill_with_sentinels_
+from r1export.export.sentinels import fill_with_sentinels_, flip_
 from r1export.export.towers import float_tensors
 from r1export.export.weight_map import WeightMap, place_parameters
 from r1export.update.release_layout import GRAPHS
@@ -118,6 +119,32 @@ def test_the_oldest_opset_works_too(exported, tmp_path) -> None:
     }
 
 
+def test_a_program_that_is_not_decomposed_gives_the_bytes_of_one_that_is(exported, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(trace_module, "_as_it_is_", lambda program: False)
+    export_graphs(exported.model, (16, 16), 12, tmp_path, opset=20)
+    for file in (*GRAPHS, "weight_map.json"):
+        assert (tmp_path / file).read_bytes() == (exported.folder / file).read_bytes(), file
+
+
+class Halved(torch.nn.Module):
+    """A layer norm whose output is overwritten."""
+
+    def __init__(self, base: torch.nn.LayerNorm) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.base(x)
+        out.mul_(0.5).add_(x)
+        return out
+
+
+def test_an_operator_that_writes_into_its_input_is_exported_too(exported, tmp_path) -> None:
+    model = copy.deepcopy(exported.model)
+    model.visual.ln_post = Halved(model.visual.ln_post)
+    assert exporting.export(model, tmp_path).error(3) < FP32
+
+
 class Doubled(torch.nn.Module):
     """A layer norm that computes with its weight before it uses it."""
 
@@ -132,7 +159,7 @@ class Doubled(torch.nn.Module):
 def test_a_parameter_that_is_folded_away_is_named(exported, tmp_path, monkeypatch) -> None:
     model = copy.deepcopy(exported.model)
     model.visual.ln_post = Doubled(model.visual.ln_post)
-    monkeypatch.setattr(graph_module, "simplify_", _fold_everything_)
+    monkeypatch.setattr(trace_module, "simplify_", _fold_everything_)
     with pytest.raises(Unsupported, match=r"parameter visual\.ln_post\.base\.weight occurs 0 times"):
         export_graphs(model, (16, 16), 12, tmp_path, opset=20)
 
@@ -232,6 +259,17 @@ def test_sentinels_are_the_model_s_own_memory_and_no_two_are_equal(exported) -> 
     assert sentinels.keys() == tensors.keys()
     assert all(np.shares_memory(sentinels[name], tensor.detach().numpy()) for name, tensor in tensors.items())
     assert len({values.tobytes() for values in sentinels.values()}) == len(sentinels)
+
+
+def test_flipped_sentinels_are_finite_and_all_others_until_they_are_flipped_again(exported) -> None:
+    sentinels = fill_with_sentinels_(copy.deepcopy(exported.model), 1)
+    before = {name: values.copy() for name, values in sentinels.items()}
+    flip_(sentinels)
+    for name, values in sentinels.items():
+        assert np.isfinite(values).all()
+        assert (np.abs(values - before[name]) >= np.abs(before[name])).all()
+    flip_(sentinels)
+    assert all(np.array_equal(values, before[name]) for name, values in sentinels.items())
 
 
 def test_a_parameter_is_found_by_all_of_its_values_not_by_the_first_alone() -> None:
