@@ -7,15 +7,16 @@ of one architecture give the same bytes.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from r1export.errors import InputError
-from r1export.export.sentinels import blank_copy, fill_with_sentinels_, flip_, prove
-from r1export.export.towers import NOT_IN_A_TOWER, make_towers
+from r1export.errors import InputError, Unsupported
+from r1export.export.sentinels import blank_copy, fill_with_sentinels_, flipped, prove
+from r1export.export.towers import NOT_IN_A_TOWER, Tower, make_towers
 from r1export.export.trace import lean, trace
 from r1export.export.weight_map import Placement, WeightMap, externalize_, place_parameters
 from r1export.update.atomic_io import write_file
@@ -49,31 +50,44 @@ def export_graphs(
     model = blank_copy(model)
     sentinels = fill_with_sentinels_(model, SENTINEL_SEED)
     towers = make_towers(model, image_size, context_length)
-    flip_(sentinels)
-    placements: dict[str, tuple[Placement, ...]] = {}
-    graphs: dict[str, ir.Model] = {}
-    for tower in towers:
-        location = tower.files.weights
-        graph, used = trace(tower, opset)
-        graphs[tower.files.graph] = graph
-        placed = place_parameters(graph.graph, {name: sentinels[name] for name in tower.tensors}, used)
-        extra = tuple(
-            Placement(name, sentinels[name].shape)
-            for name in NOT_IN_A_TOWER
-            if tower.files == VISUAL and name in sentinels
-        )
-        placements[location] = (*placed, *extra)
-        externalize_(placed, WeightMap(placements).layout(location), location)
-        _anonymous_(graph, opset)
-    weights = WeightMap(placements)
-    flip_(sentinels)  # what a graph remembers of the map's sentinels shows with these
-    prove({tower: graphs[tower.files.graph] for tower in towers}, weights, sentinels)
+    try:
+        graphs, weights = _proven(towers, sentinels, opset, repeat=True)
+    except Unsupported:  # blocks that look equal can be called with different arguments
+        graphs, weights = _proven(towers, sentinels, opset, repeat=False)
     for name, graph in graphs.items():
         write_graph(graph, folder / name)
     add_classifier_(graphs[VISUAL.graph], weights, VISUAL.weights)
     write_graph(graphs[VISUAL.graph], folder / CLASSIFIER)
     weights.write(folder / WEIGHT_MAP)
     return weights
+
+
+def _proven(
+    towers: Sequence[Tower], sentinels: Mapping[str, np.ndarray], opset: int, *, repeat: bool
+) -> tuple[dict[str, ir.Model], WeightMap]:
+    """The graphs of both towers by file name, and their weight map, after the proof; equal blocks may `repeat` one.
+
+    Raises Unsupported: see `export_graphs`.
+    """
+    placements: dict[str, tuple[Placement, ...]] = {}
+    graphs: dict[str, ir.Model] = {}
+    with flipped(sentinels):  # so what a graph remembers of the map's sentinels shows in the proof
+        for tower in towers:
+            location = tower.files.weights
+            graph, used = trace(tower, opset, repeat=repeat)
+            graphs[tower.files.graph] = graph
+            placed = place_parameters(graph.graph, {name: sentinels[name] for name in tower.tensors}, used)
+            extra = tuple(
+                Placement(name, sentinels[name].shape)
+                for name in NOT_IN_A_TOWER
+                if tower.files == VISUAL and name in sentinels
+            )
+            placements[location] = (*placed, *extra)
+            externalize_(placed, WeightMap(placements).layout(location), location)
+            _anonymous_(graph, opset)
+    weights = WeightMap(placements)
+    prove({tower: graphs[tower.files.graph] for tower in towers}, weights, sentinels)
+    return graphs, weights
 
 
 def _anonymous_(model: ir.Model, opset: int) -> None:

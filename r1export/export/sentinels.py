@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -58,11 +59,20 @@ def fill_with_sentinels_(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
     return sentinels
 
 
-def flip_(sentinels: Mapping[str, np.ndarray]) -> None:
-    """Give every value the other sign and another mantissa, in place; a second time it has its own again.
+@contextmanager
+def flipped(sentinels: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """Within it every value has, in place, the other sign and another mantissa.
 
     Whatever a graph remembers of flipped sentinels is far from what it should have: its inputs differ by about twice their size.
     """
+    _flip_(sentinels)
+    try:
+        yield
+    finally:
+        _flip_(sentinels)
+
+
+def _flip_(sentinels: Mapping[str, np.ndarray]) -> None:
     for values in sentinels.values():
         for chunk in _chunks(values):
             chunk.view(np.uint32)[...] ^= SIGN_AND_MANTISSA

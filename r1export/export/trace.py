@@ -29,8 +29,8 @@ OTHERWISE = {
 }  # its translation counts the axis from the end, that of its decomposition does not
 
 
-def trace(tower: Tower, opset: int) -> tuple[ir.Model, set[str]]:
-    """The simplified graph of a tower and the state_dict names of the tensors that it uses.
+def trace(tower: Tower, opset: int, *, repeat: bool = True) -> tuple[ir.Model, set[str]]:
+    """The simplified graph of a tower and the state_dict names of the tensors that it uses; equal blocks may `repeat` one.
 
     Raises Unsupported: torch cannot trace or translate the tower at this opset.
     """
@@ -39,7 +39,7 @@ def trace(tower: Tower, opset: int) -> tuple[ir.Model, set[str]]:
     held = {fqn: names[id(tensor)] for fqn, tensor in tensors.items() if id(tensor) in names}
     try:
         with quiet(), torch.no_grad():
-            model, used = _raw(tower, opset, tensors)
+            model, used = _raw(tower, opset, tensors, repeat)
             simplify_(model, held)
     except Exception as error:  # the exporter has no error type of its own for all that it cannot do
         raise Unsupported(
@@ -60,12 +60,12 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     )
 
 
-def _raw(tower: Tower, opset: int, tensors: Mapping[str, Tensor]) -> tuple[ir.Model, set[str]]:
+def _raw(tower: Tower, opset: int, tensors: Mapping[str, Tensor], repeat: bool) -> tuple[ir.Model, set[str]]:
     """The graph as it is translated, and the names of the parameters and buffers that it uses.
 
     From three of its blocks if they repeat, else from all of the tower, else in the ways that torch.onnx.export tries by itself.
     """
-    short, repetitions = shorten(tower.module)
+    short, repetitions = shorten(tower.module) if repeat else (tower.module, ())
     for module, repeated in ((short, repetitions), (tower.module, ()))[not repetitions :]:
         try:
             program = _translate(module, tower, opset)

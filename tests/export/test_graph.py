@@ -18,7 +18,7 @@ from r1export.export import graph as graph_module
 from r1export.export import trace as trace_module
 from r1export.export.audit import _walk, audit_reexport
 from r1export.export.graph import MAX_OPSET, MIN_OPSET, export_graphs
-from r1export.export.sentinels import fill_with_sentinels_, flip_
+from r1export.export.sentinels import fill_with_sentinels_, flipped
 from r1export.export.towers import float_tensors
 from r1export.export.weight_map import WeightMap, place_parameters
 from r1export.update.release_layout import GRAPHS
@@ -194,8 +194,8 @@ def test_a_graph_that_computes_something_else_is_not_written(exported, tmp_path,
 def test_a_graph_that_remembers_the_weights_it_was_found_by_is_not_written(exported, tmp_path, monkeypatch) -> None:
     """It adds sum(2 b - B) to the embeddings, where B is 2 b of the sentinels: nothing, as long as b is theirs."""
 
-    def remembering(tower, opset):
-        model, used = original(tower, opset)
+    def remembering(tower, opset, **options):
+        model, used = original(tower, opset, **options)
         if tower.files.name == "visual":
             graph, bias = model.graph, tower.tensors["visual.ln_post.bias"].detach().numpy()
             parameter = next(v for v in graph.initializers.values() if np.array_equal(v.const_value.numpy(), bias))
@@ -261,14 +261,13 @@ def test_sentinels_are_the_model_s_own_memory_and_no_two_are_equal(exported) -> 
     assert len({values.tobytes() for values in sentinels.values()}) == len(sentinels)
 
 
-def test_flipped_sentinels_are_finite_and_all_others_until_they_are_flipped_again(exported) -> None:
+def test_flipped_sentinels_are_finite_and_all_others_until_they_are_flipped_back(exported) -> None:
     sentinels = fill_with_sentinels_(copy.deepcopy(exported.model), 1)
     before = {name: values.copy() for name, values in sentinels.items()}
-    flip_(sentinels)
-    for name, values in sentinels.items():
-        assert np.isfinite(values).all()
-        assert (np.abs(values - before[name]) >= np.abs(before[name])).all()
-    flip_(sentinels)
+    with flipped(sentinels):
+        for name, values in sentinels.items():
+            assert np.isfinite(values).all()
+            assert (np.abs(values - before[name]) >= np.abs(before[name])).all()
     assert all(np.array_equal(values, before[name]) for name, values in sentinels.items())
 
 

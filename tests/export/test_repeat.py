@@ -114,3 +114,33 @@ def test_work_between_blocks_is_not_left_out(model, outcomes, tmp_path) -> None:
     model.transformer = Scaled(model.transformer)
     assert exporting.export(model, tmp_path).error(3) < FP32
     assert "refused" in outcomes
+
+
+class Numbered(nn.Module):
+    """A block that is told its depth."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, attn_mask: Tensor, depth: int) -> Tensor:
+        return self.block(x, attn_mask=attn_mask) * (1 + depth / DEPTH)
+
+
+class Counting(Loop):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.resblocks = nn.ModuleList(map(Numbered, base.resblocks))
+
+    def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:
+        for depth, block in enumerate(self.resblocks):
+            x = block(x, attn_mask, depth)
+        return x
+
+
+def test_blocks_that_are_called_with_different_numbers_are_traced_whole_after_the_proof(
+    model, outcomes, tmp_path
+) -> None:
+    model.transformer = Counting(model.transformer)
+    assert exporting.export(model, tmp_path).error(3) < FP32
+    assert "repeated" in outcomes
