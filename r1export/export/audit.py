@@ -6,16 +6,17 @@ independent of that: it traces the merged model, walks both graphs in parallel, 
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import nn
 
 from r1export.errors import CheckFailed
-from r1export.export.towers import make_towers
+from r1export.export.sentinels import blank_copy
+from r1export.export.towers import float_tensors, make_towers
 from r1export.export.trace import trace
 from r1export.update.atomic_io import sha256_bytes
 from r1export.update.container import map_tensors
@@ -40,7 +41,7 @@ def audit_reexport(
         Unsupported: the exporter cannot trace the model.
     """
     nodes = parameters = nbytes = 0
-    for tower in make_towers(copy.deepcopy(model).cpu().float().eval(), image_size, context_length):
+    for tower in make_towers(_like_exported(model), image_size, context_length):
         fresh, deployed = trace(tower, opset)[0].graph, ir.load(release / tower.files.graph).graph
         stored = map_tensors(release / tower.files.weights)
         location = f"{release.name}/{tower.files.graph}"
@@ -52,6 +53,15 @@ def audit_reexport(
             nbytes += expected.nbytes if released.name in stored else 0
         nodes += len(fresh)
     return Audit(nodes, parameters, nbytes)
+
+
+@torch.no_grad()
+def _like_exported(model: nn.Module) -> nn.Module:
+    """A copy with contiguous tensors, as `export_graphs` traces: torch decomposes some operators by the strides of a weight."""
+    copied, tensors = blank_copy(model), float_tensors(model)
+    for name, tensor in float_tensors(copied).items():
+        tensor.copy_(tensors[name])
+    return copied
 
 
 def _walk(fresh: ir.Graph, deployed: ir.Graph, location: str) -> list[tuple[ir.Value, ir.Value]]:
