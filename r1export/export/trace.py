@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from r1export.errors import Unsupported
-from r1export.export.repeat import repeat_, shorten
+from r1export.export.repeat import Repetition, repeat_, shorten
 from r1export.export.simplify import simplify_
 from r1export.export.towers import Tower
 
@@ -29,7 +29,7 @@ OTHERWISE = {
 }  # its translation counts the axis from the end, that of its decomposition does not
 
 
-def trace(tower: Tower, opset: int, *, repeat: bool = True) -> tuple[ir.Model, set[str]]:
+def trace(tower: Tower, opset: int, *, repeat: bool) -> tuple[ir.Model, set[str]]:
     """The simplified graph of a tower and the state_dict names of the tensors that it uses; equal blocks may `repeat` one.
 
     Raises Unsupported: torch cannot trace or translate the tower at this opset.
@@ -65,12 +65,15 @@ def _raw(tower: Tower, opset: int, tensors: Mapping[str, Tensor], repeat: bool) 
 
     From three of its blocks if they repeat, else from all of the tower, else in the ways that torch.onnx.export tries by itself.
     """
-    short, repetitions = shorten(tower.module) if repeat else (tower.module, ())
-    for module, repeated in ((short, repetitions), (tower.module, ()))[not repetitions :]:
+    ways: list[tuple[nn.Module, tuple[Repetition, ...]]] = [(tower.module, ())]
+    if repeat:
+        short, left_out = shorten(tower.module)
+        ways = [(short, left_out), *ways] if left_out else ways
+    for module, repetitions in ways:
         try:
             program = _translate(module, tower, opset)
             used = _used(program)
-            for repetition in repeated:
+            for repetition in repetitions:
                 repeat_(program.model.graph, repetition, tensors)
                 used |= repetition.everywhere(used)
             return program.model, used
@@ -84,7 +87,7 @@ def _translate(module: nn.Module, tower: Tower, opset: int) -> torch.onnx.ONNXPr
     """The module traced once, and translated without decompositions if that can be done."""
     program = torch.export.export(module, (tower.example,), dynamic_shapes=_batch(), strict=False)
     if _as_it_is_(program):
-        program.run_decompositions = lambda table: program
+        program.run_decompositions = lambda table: program  # torch.onnx.export calls it and has no option against it
         try:
             return _to_onnx(program, tower, opset)
         except torch.onnx.errors.OnnxExporterError:  # an operator has no translation

@@ -325,9 +325,11 @@ def pairs_of(counts: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, n
 
     The base's second session counts as well, except against itself: the mean of two sessions has less noise than one.
     """
-    bases = [counts[BASE], *(counts[AGAIN] for _ in range(name != AGAIN and AGAIN in counts))]
+    base = counts[BASE]
+    if name != AGAIN and AGAIN in counts:
+        base = (base + counts[AGAIN]) / 2
     own = counts[name].mean(-1)
-    return own, np.mean(bases, axis=0).mean(-1)[: len(own)]
+    return own, base.mean(-1)[: len(own)]
 
 
 def _times(seconds: np.ndarray) -> Times:

@@ -11,6 +11,7 @@ from export import exporting
 from torch import Tensor, nn
 
 from r1export.export import trace as trace_module
+from r1export.export.audit import audit_reexport
 from r1export.export.repeat import NotRepeated, Repetition, shorten
 from r1export.update.release_layout import GRAPHS
 
@@ -144,3 +145,13 @@ def test_blocks_that_are_called_with_different_numbers_are_traced_whole_after_th
     model.transformer = Counting(model.transformer)
     assert exporting.export(model, tmp_path).error(3) < FP32
     assert "repeated" in outcomes
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_the_audit_traces_every_block_whatever_the_export_repeated(numbered, model, outcomes, tmp_path) -> None:
+    model.transformer = Counting(model.transformer) if numbered else model.transformer
+    exporting.export(model, tmp_path)
+    outcomes.clear()
+    audit = audit_reexport(model, (16, 16), TEXT["context_length"], tmp_path, opset=20)
+    assert audit.nodes > 0
+    assert outcomes == []
