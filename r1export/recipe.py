@@ -237,7 +237,7 @@ class Verify(_Section):
     margin: float = Field(0.02, gt=0, lt=1)
     """Relative margin within which merged and base latency count as equal."""
     pairs: int = Field(400, ge=20)
-    """Interleaved base/merged pairs in the latency check; half if the ratio is clear by then, more until it is known, fewer if they take over 3 s per model."""
+    """Runs of base and merged model in the latency check; half if the ratio is clear by then, more until it is known, fewer if they take over 3 s per model."""
     images: int = Field(0, ge=0)
     """Test images per task for the freezing and shrink gaps (G2, G3) and the embedding drift; 0 uses 200, fewer for large models."""
 

@@ -33,7 +33,7 @@ SHOWS = {
     "proof.executed_ops": "A profiled run executes the same operators in the same order.",
     "proof.cost": "Same FLOPs, weight bytes and peak memory.",
     "proof.control": "The model with unmerged LoRA branches must fail these checks, otherwise the test has no power.",
-    "latency": "Merged and base model, timed in interleaved pairs, are equally fast within the margin.",
+    "latency": "Merged and base model, timed together, are equally fast within the margin.",
     "run.tasks": "Every task of the recipe is trained and has a release.",
     "run.releases": "Every release folder of the run was verified.",
     "run.gates": "The recipe's tolerances are not looser than r1export's defaults.",

@@ -122,7 +122,7 @@ def _strip(axes: Axes, name: str, stage: Parity, histogram: Histogram) -> None:
 
 
 def latency_ratios(latency: Latency, key: str) -> str:
-    """Latency vs. base: single pairs as dots, 95 % intervals as bars, the margin as a band."""
+    """Latency vs. base: single rounds as dots, 95 % intervals as bars, the margin as a band."""
     rows, pairs, margin = _latency_rows(latency), latency.pair_ratios, latency.margin
     if not rows or not margin:
         return ""

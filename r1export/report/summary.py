@@ -37,7 +37,7 @@ QUESTIONS = {
     "Contents": "Release contents are intact: every file, and every weight equals base + factors.",
     "Parity": "Merge and export preserve the trained model, compared on real samples.",
     "Same graph": "Base and merged release run the identical graph; only the weights differ.",
-    "Added latency": "Merged and base model, timed in interleaved pairs, are equally fast within the margin.",
+    "Added latency": "Merged and base model, timed together, are equally fast within the margin.",
     "Control": "The same checks must detect a model with unmerged branches.",
 }
 

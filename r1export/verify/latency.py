@@ -1,7 +1,8 @@
-"""Time the base and one or several releases in turn in one process.
+"""Time the base and one or several releases in one process.
 
 Each block opens fresh sessions, because the memory placement of weights can make one session a few percent slower for its
-whole life. Each round runs the contenders in random order and then in reverse, which cancels drift. All clocks are read
+whole life. Within a block the contenders run at the same time on one core where that can be timed (`concurrent_runs`), else in
+turn: each round in random order and then in reverse, which cancels drift. All clocks are read
 around every run, and the clock with the lowest noise (base vs. base) decides the verdicts.
 """
 
@@ -10,22 +11,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from r1export.verify.clocks import WALL, Clocks, Meter, wall_clock
+from r1export.verify.concurrent_runs import OpenMeter, time_together
 from r1export.verify.paired_stats import EARLY, NORMAL_95, latency_verdict, paired_ratio, within_by
 from r1export.verify.results import ClockRatios, Latency, ProviderLatency, Ratio, Times, Verdict, overall
 
 WARM_UP = 1  # uncounted run after opening a session: weights are paged in and memory is planned
 P90_COUNT, P99_COUNT = 50, 500  # runs needed for a quantile
 TORCH_ROUNDS = 3
-PAIR_RATIOS = 400  # single pairs that a report stores for its plot
+PAIR_RATIOS = 400  # single rounds that a report stores for its plot
 BASE, AGAIN = "base", "again"  # the base is timed twice, for the noise floor
 CONTROL_BLOCKS = 5  # blocks in which unmerged models are timed: they are far from the base, so few blocks suffice
 Job = Callable[[], object]
 Opener = Callable[[], Job]
 Clock = Callable[[], float | tuple[float, ...]]
+TimeBlock = Callable[[Mapping[str, Job], int, np.random.Generator], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class TimingBudget:
 
     blocks         after which the width of the intervals can end timing
     first_look     blocks after which clear results can end it
-    fewest_rounds  per block, of a model so slow that `seconds` is used up before: a median needs a few
+    fewest_rounds  per block, of a model so slow that `seconds` is used up before
     seconds        that the rounds of one contender in the first `blocks` may take together
     patience       seconds after these in which blocks are added; half as long again as they took, if that is longer; 0: none
     precision      intervals are narrowed to this part of the margin: an equal pair then lies outside once in 10^4 times
@@ -42,7 +46,7 @@ class TimingBudget:
 
     blocks: int = 10
     first_look: int = 5
-    fewest_rounds: int = 2
+    fewest_rounds: int = 1
     seconds: float = 3.0
     patience: float = 40.0
     precision: float = 3.0
@@ -70,7 +74,7 @@ RELATIVE = Precision(80, 0.05)  # two different programs, not expected to be equ
 
 @dataclass(frozen=True)
 class Readings:
-    """Clock readings (blocks, rounds, 2, clocks) of each contender: seconds, or cycles and instructions.
+    """Clock readings (blocks, rounds, runs, clocks) of each contender: seconds, or cycles and instructions.
 
     Unmerged models have the first blocks only.
     """
@@ -79,7 +83,7 @@ class Readings:
     counts: Mapping[str, np.ndarray]
 
     def by(self, clock: str) -> dict[str, np.ndarray]:
-        """(blocks, rounds, 2) of each contender by one clock."""
+        """(blocks, rounds, runs) of each contender by one clock."""
         return {name: values[..., self.clocks.names.index(clock)] for name, values in self.counts.items()}
 
     def ratios(self, clock: str) -> dict[str, Ratio]:
@@ -142,9 +146,7 @@ def time_runs(
     Defaults to the wall clock.
     """
     clock = clock or time.perf_counter
-    for job in jobs.values():
-        for _ in range(WARM_UP):
-            job()
+    _warm_up(jobs)
     counts = {name: np.zeros((rounds, 2, *np.shape(clock()))) for name in jobs}
     for i in range(rounds):
         order = rng.permutation(list(jobs))
@@ -156,6 +158,22 @@ def time_runs(
     return counts
 
 
+def _warm_up(jobs: Mapping[str, Job]) -> None:
+    for job in jobs.values():
+        for _ in range(WARM_UP):
+            job()
+
+
+def together(open_meter: OpenMeter) -> TimeBlock:
+    """Times the rounds of a block as one (1, runs, clocks), in which all jobs run at the same time."""
+
+    def time_block(jobs: Mapping[str, Job], rounds: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        _warm_up(jobs)
+        return {name: runs[None] for name, runs in time_together(jobs, 2 * rounds, rng, open_meter).items()}
+
+    return time_block
+
+
 def measure(
     openers: Mapping[str, Opener],
     wanted: Precision,
@@ -163,8 +181,11 @@ def measure(
     on_block: Callable[[], None] = lambda: None,
     meter: Meter | None = None,
     controls: Collection[str] = (),
+    time_block: TimeBlock | None = None,
 ) -> Readings:
     """Time "base" and the other contenders, with fresh sessions in every block; by the wall clock without a `meter`.
+
+    `time_block` times the rounds of a block by the clocks of the meter: by default in turn.
 
     `controls` are timed in the first CONTROL_BLOCKS blocks. Timing ends early if the results are clear. After the requested
     pairs, or as many as fit in the budget, it continues until the other contenders are known well enough by one of the deciding
@@ -172,6 +193,7 @@ def measure(
     depends on the width of the intervals, not on their position, so neither biases the verdict.
     """
     meter = meter or wall_clock()
+    time_block = time_block or partial(time_runs, clock=meter.read)
     rng, rounds = np.random.default_rng(0), max(2, -(-wanted.pairs // (2 * budget.blocks)))
     started, deadline = meter.elapsed(), None
     decisive = [name for name in openers if name != BASE and name not in controls]
@@ -182,7 +204,7 @@ def measure(
         jobs = {str(name): openers[str(name)]() for name in rng.permutation(timed)}
         if not blocks:
             rounds = min(rounds, _affordable_rounds(jobs, budget, meter))
-        blocks.append(time_runs(jobs, rounds, rng, meter.read))
+        blocks.append(time_block(jobs, rounds, rng))
         jobs.clear()  # closes the sessions before the next ones are opened
         on_block()
         if len(blocks) < enough:
@@ -262,7 +284,7 @@ def _latency(release: str, provider: str, deciding: Readings, wall: Readings, ma
         margin=margin,
         noise_floor=noise,
         unmerged_ratio=unmerged.ratio if unmerged else None,
-        pairs=2 * base.size,
+        pairs=_pairs(deciding, clock),
         pair_ratios=tuple((merged / base).ravel().tolist()[:PAIR_RATIOS]),
         providers={provider: {"1": _times_of(wall, release)}},
         by_provider={
@@ -282,8 +304,13 @@ def clock_ratios(readings: Readings, clock: str, release: str) -> ClockRatios:
         noise=ratios[AGAIN],
         unmerged=ratios.get(control_of(release)),
         threads=readings.clocks.threads,
-        pairs=int(readings.by(clock)[BASE].size),
+        pairs=_pairs(readings, clock),
     )
+
+
+def _pairs(readings: Readings, clock: str) -> int:
+    """How many runs of the base, and so of every release, the ratios of a clock come from."""
+    return int(readings.by(clock)[BASE].size)
 
 
 def _times_of(wall: Readings, release: str) -> dict[str, Times]:
@@ -321,7 +348,7 @@ def slowest(by_provider: Sequence[Latency], tower: str) -> Latency:
 
 
 def pairs_of(counts: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(blocks, rounds) of a contender and of the base: the two runs of a round are averaged, which cancels drift.
+    """(blocks, rounds) of a contender and of the base: the runs of a round are averaged, which cancels drift.
 
     The base's second session counts as well, except against itself: the mean of two sessions has less noise than one.
     """

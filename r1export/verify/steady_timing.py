@@ -1,4 +1,4 @@
-"""Time graphs on the CPU provider by processor time, in a separate process with one thread per session.
+"""Time graphs on the CPU provider by processor time, in a separate process: all at once on one core, a thread per session.
 
 A separate process, because the memory placement of weights makes a session faster or slower for its whole life: with pages
 of 4 kB, base vs. base differed by 3 %; with pages of 2 MB, which the C library uses only if configured at process start,
@@ -22,7 +22,8 @@ import numpy as np
 
 from r1export.errors import CheckFailed, R1ExportError, first_line
 from r1export.verify.clocks import Clocks, thread_clocks
-from r1export.verify.latency import AGAIN, BASE, Measure, Opener, Precision, Readings, TimingBudget, measure
+from r1export.verify.concurrent_runs import can_bind
+from r1export.verify.latency import AGAIN, BASE, Measure, Opener, Precision, Readings, TimingBudget, measure, together
 from r1export.verify.runtimes.runtime import job, open_session
 
 LARGE_PAGES = "glibc.malloc.hugetlb=1"  # madvise(MADV_HUGEPAGE) on what malloc maps; other C libraries ignore it
@@ -107,6 +108,7 @@ def _time(folder: Path) -> None:
             lambda: print("block", flush=True),
             meter,
             request.controls,
+            together(thread_clocks) if can_bind() else None,
         )
     clocks = readings.clocks
     facts = {"clocks": clocks.names, "threads": clocks.threads, "uncounted": clocks.uncounted}

@@ -1,4 +1,4 @@
-"""Rung L5 of the proof: one tower of the base and of several releases, timed interleaved, with unmerged models to compare."""
+"""Rung L5 of the proof: one tower of the base and of several releases, timed together, with unmerged models to compare."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _time_together(group: Sequence[PendingTiming], providers: Sequence[str], bud
                 feeds,
                 provider,
             )
-            title = f"Latency on {provider}, base and {_count(group)} interleaved"
+            title = f"Latency on {provider}, base and {_count(group)} together"
             with progress.track(title, budget.blocks) as advance:
                 found = latency.added_latency(contenders, settings.pairs, settings.margin, budget, advance)
             for name, result in found.items():

@@ -71,7 +71,7 @@ class ProviderLatency:
 class Latency(Check):
     """Rung L5: the latency of the merged model vs. base, on the worst provider. Counts are providers.
 
-    `tower` is the timed tower, `clock` the deciding clock, `pair_ratios` the single pairs. `providers` has wall-clock times
+    `tower` is the timed tower, `clock` the deciding clock, `pair_ratios` the ratio of each round. `providers` has wall-clock times
     by provider, batch size and model. `uncounted` says why there are no cycles and instructions.
     """
 
