@@ -1,9 +1,9 @@
 """Time the base and one or several releases in one process.
 
 Each block opens fresh sessions, because the memory placement of weights can make one session a few percent slower for its
-whole life. Within a block the contenders run at the same time on one core where that can be timed (`concurrent_runs`), else in
-turn: each round in random order and then in reverse, which cancels drift. All clocks are read
-around every run, and the clock with the lowest noise (base vs. base) decides the verdicts.
+whole life. Within a block the contenders run in turn, each round in random order and then in reverse, which cancels drift;
+those whose runs are long run at the same time on one core instead, where that can be timed (`concurrent_runs`). All clocks are
+read around every run, and the clock with the lowest noise (base vs. base) decides the verdicts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from r1export.verify.concurrent_runs import OpenMeter, time_together
 from r1export.verify.paired_stats import EARLY, NORMAL_95, latency_verdict, paired_ratio, within_by
 from r1export.verify.results import ClockRatios, Latency, ProviderLatency, Ratio, Times, Verdict, overall
 
+LONG_RUN = 0.01  # seconds, a few slices of the scheduler: what disturbs the core lasts about as long
 WARM_UP = 1  # uncounted run after opening a session: weights are paged in and memory is planned
 P90_COUNT, P99_COUNT = 50, 500  # runs needed for a quantile
 TORCH_ROUNDS = 3
@@ -74,7 +75,7 @@ RELATIVE = Precision(80, 0.05)  # two different programs, not expected to be equ
 
 @dataclass(frozen=True)
 class Readings:
-    """Clock readings (blocks, rounds, runs, clocks) of each contender: seconds, or cycles and instructions.
+    """Clock readings (blocks, rounds, 2, clocks) of each contender: seconds, or cycles and instructions.
 
     Unmerged models have the first blocks only.
     """
@@ -83,7 +84,7 @@ class Readings:
     counts: Mapping[str, np.ndarray]
 
     def by(self, clock: str) -> dict[str, np.ndarray]:
-        """(blocks, rounds, runs) of each contender by one clock."""
+        """(blocks, rounds, 2) of each contender by one clock."""
         return {name: values[..., self.clocks.names.index(clock)] for name, values in self.counts.items()}
 
     def ratios(self, clock: str) -> dict[str, Ratio]:
@@ -165,11 +166,12 @@ def _warm_up(jobs: Mapping[str, Job]) -> None:
 
 
 def together(open_meter: OpenMeter) -> TimeBlock:
-    """Times the rounds of a block as one (1, runs, clocks), in which all jobs run at the same time."""
+    """Times the rounds of a block while all jobs run at the same time: each round has the next two runs of each."""
 
     def time_block(jobs: Mapping[str, Job], rounds: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         _warm_up(jobs)
-        return {name: runs[None] for name, runs in time_together(jobs, 2 * rounds, rng, open_meter).items()}
+        readings = time_together(jobs, 2 * rounds, rng, open_meter)
+        return {name: runs.reshape(rounds, 2, -1) for name, runs in readings.items()}
 
     return time_block
 
@@ -181,11 +183,11 @@ def measure(
     on_block: Callable[[], None] = lambda: None,
     meter: Meter | None = None,
     controls: Collection[str] = (),
-    time_block: TimeBlock | None = None,
+    time_long_runs: TimeBlock | None = None,
 ) -> Readings:
     """Time "base" and the other contenders, with fresh sessions in every block; by the wall clock without a `meter`.
 
-    `time_block` times the rounds of a block by the clocks of the meter: by default in turn.
+    `time_long_runs` times blocks of models whose run takes LONG_RUN or more, by the clocks of the meter; by default in turn.
 
     `controls` are timed in the first CONTROL_BLOCKS blocks. Timing ends early if the results are clear. After the requested
     pairs, or as many as fit in the budget, it continues until the other contenders are known well enough by one of the deciding
@@ -193,7 +195,7 @@ def measure(
     depends on the width of the intervals, not on their position, so neither biases the verdict.
     """
     meter = meter or wall_clock()
-    time_block = time_block or partial(time_runs, clock=meter.read)
+    time_block: TimeBlock = partial(time_runs, clock=meter.read)
     rng, rounds = np.random.default_rng(0), max(2, -(-wanted.pairs // (2 * budget.blocks)))
     started, deadline = meter.elapsed(), None
     decisive = [name for name in openers if name != BASE and name not in controls]
@@ -203,7 +205,9 @@ def measure(
         timed = [name for name in openers if name not in controls or len(blocks) < CONTROL_BLOCKS]
         jobs = {str(name): openers[str(name)]() for name in rng.permutation(timed)}
         if not blocks:
-            rounds = min(rounds, _affordable_rounds(jobs, budget, meter))
+            seconds = seconds_a_run(jobs, meter)
+            rounds = min(rounds, max(budget.fewest_rounds, int(budget.seconds / (2 * budget.blocks * seconds))))
+            time_block = time_long_runs if time_long_runs and seconds >= LONG_RUN else time_block
         blocks.append(time_block(jobs, rounds, rng))
         jobs.clear()  # closes the sessions before the next ones are opened
         on_block()
@@ -237,13 +241,12 @@ def _precise(counts: Mapping[str, np.ndarray], decisive: Sequence[str], halfwidt
     return all(paired_ratio(*pairs_of(counts, name)).halfwidth <= halfwidth for name in decisive)
 
 
-def _affordable_rounds(jobs: Mapping[str, Job], budget: TimingBudget, meter: Meter) -> int:
-    """How many rounds of a block fit in the budget, estimated from an uncounted round."""
+def seconds_a_run(jobs: Mapping[str, Job], meter: Meter) -> float:
+    """How long a run takes, of all jobs on average, from two uncounted runs of each."""
     started = meter.elapsed()
     for job in (*jobs.values(), *jobs.values()):
         job()
-    affordable = len(jobs) * budget.seconds / budget.blocks
-    return max(budget.fewest_rounds, int(affordable / max(meter.elapsed() - started, 1e-9)))
+    return max(meter.elapsed() - started, 1e-9) / (2 * len(jobs))
 
 
 def added_latency(

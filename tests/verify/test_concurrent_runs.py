@@ -88,9 +88,9 @@ def test_a_clock_that_cannot_be_opened_keeps_no_thread_waiting(rng) -> None:
         time_together({"base": lambda: None, "merged": lambda: None}, 1, rng, meter)
 
 
-def test_a_block_is_one_round_of_twice_as_many_runs_after_a_warm_up(rng) -> None:
+def test_a_block_has_rounds_of_two_runs_after_a_warm_up(rng) -> None:
     counter, runs = ThreadCounter(), []
     count = counter.job(1.0)
     found = together(counter.meter)({"base": lambda: (runs.append(1), count())}, 3, rng)
-    assert found["base"].shape == (1, 6, 1)
+    assert found["base"].shape == (3, 2, 1)
     assert len(runs) == 7

@@ -64,7 +64,9 @@ def test_a_steady_drift_of_the_machine_cancels_out() -> None:
 def test_a_merged_model_that_takes_as_long_passes(clock) -> None:
     found = timed(lambda: clock.job(1.0), lambda: clock.job(1.0))
     assert (found.verdict, found.ratio) == ("pass", pytest.approx(1.0))
-    assert found.pairs == 2 * BUDGET.first_look, "of a slow model two runs a block, and it is clear after the first blocks"
+    assert found.pairs == 2 * BUDGET.first_look, (
+        "of a slow model two runs a block, and it is clear after the first blocks"
+    )
 
 
 def test_a_merged_model_that_takes_three_percent_longer_fails(clock) -> None:
@@ -235,3 +237,17 @@ def test_a_budget_is_kept_by_the_time_that_its_meter_counts() -> None:
 
     measure({"base": noisy, "again": noisy, "merged": noisy}, Precision(40, 1e-9), BUDGET, meter=meter)
     assert BUDGET.patience < processor.now < 1.3 * (BUDGET.patience + 3 * BUDGET.seconds)
+
+
+@pytest.mark.parametrize(("seconds", "long"), [(0.5 * latency.LONG_RUN, False), (2 * latency.LONG_RUN, True)])
+def test_only_models_whose_run_is_long_are_timed_at_the_same_time(clock, seconds: float, long: bool) -> None:
+    called = []
+
+    def time_long_runs(jobs, rounds, rng):
+        called.append(rounds)
+        return latency.time_runs(jobs, rounds, rng, lambda: (clock.now,))
+
+    openers = {name: lambda: clock.job(seconds) for name in ("base", "again", "merged")}
+    readings = measure(openers, Precision(40, 0.05), BUDGET, time_long_runs=time_long_runs)
+    assert bool(called) == long
+    assert len(called) == (len(readings.by(WALL)["base"]) if long else 0)
