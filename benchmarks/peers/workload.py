@@ -120,7 +120,7 @@ def _lora(model: Any, seed: int) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(TARGETS))
+    config = LoraConfig(r=RANK, lora_alpha=int(ALPHA), lora_dropout=0.0, target_modules=list(TARGETS))
     adapted = get_peft_model(model, config).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
