@@ -19,11 +19,44 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from peers import table
 from peers.contender import ROOT, environment
 from peers.environments import USED_BY, python_for
+from peers.row import Failed, Row, Rows, Timings
+from peers.workload import Facts
+
+Places = list[tuple[str, str]]  # (a folder of this machine, what is written for it)
+
+
+class HowTimed(TypedDict, total=False):
+    """With what image towers were timed, or how that failed."""
+
+    failed: str
+    blocks: str
+    rounds: int
+    threads: str
+    clock: str
+    load: float
+
+
+class Machine(TypedDict):
+    cores: int | None
+    machine: str
+    python: str
+
+
+class Comparison(TypedDict):
+    """All rows, with their timing, and what they were made with: the document of --json."""
+
+    rows: Rows
+    model: str
+    facts: Facts
+    timing: HowTimed
+    machine: Machine
+    seconds: float
+
 
 PAGES = {"README.md": False, "docs/peers.md": True}  # page -> with the details
 
@@ -63,34 +96,45 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compare(asked: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """All rows, with their timing, and what they were made with."""
+def compare(asked: argparse.Namespace, work: Path) -> Comparison:
+    """Make the models, let every contender build, then time what they built."""
     started, size, envs = time.perf_counter(), "quick" if asked.quick else "ViT-B-32", asked.envs.resolve()
     hide = [(str(work), "WORK"), (str(envs), "ENVS"), (str(ROOT), "."), (sys.prefix, "ENV"), (str(Path.home()), "~")]
     maker = python_for("optimum", envs)  # the oldest transformers: what it writes, all can read
     if problem := _process([str(maker), "-m", "peers.workload", size, str(work)], asked.timeout):
         sys.exit(f"the models could not be made: {table.hidden(problem, hide)}")
-    rows: dict[str, Any] = {}
+    rows: Rows = {}
     for name in asked.only:
         say(f"{name} ...")
         rows[name] = _row(name, work, envs, asked.timeout, hide)
         say(f"{name}: {rows[name].get('failed', 'done')}, {time.perf_counter() - started:.0f} s so far")
     say("timing ...")
-    settings = {key: str(getattr(asked, key)) for key in ("blocks", "rounds", "threads", "clock")}
-    options = [part for key, value in settings.items() for part in (f"--{key}", value)]
-    problem = _process([sys.executable, "-m", "peers.timing", str(work), *options], asked.timeout)
-    timing = {} if problem else json.loads((work / "timing.json").read_text(encoding="utf-8"))
-    for name, timed in timing.get("contenders", {}).items():
-        rows[name]["timing"] = timed
+    timing = _timed(asked, work, rows, hide)
     return {
-        "rows": rows, "model": size, "facts": json.loads((work / "facts.json").read_text(encoding="utf-8")),
-        "timing": {"failed": table.hidden(problem, hide)} if problem else settings | {"rounds": timing["rounds"], "load": timing["load"]},
+        "rows": rows, "model": size, "facts": json.loads((work / "facts.json").read_text(encoding="utf-8")), "timing": timing,
         "machine": {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()},
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
 
 
-def _row(name: str, work: Path, envs: Path, timeout: int, hide: list[tuple[str, str]]) -> dict[str, Any]:
+def _timed(asked: argparse.Namespace, work: Path, rows: Rows, hide: Places) -> HowTimed:
+    """Time what the contenders built, and give each row its times."""
+    settings = {key: str(getattr(asked, key)) for key in ("blocks", "rounds", "threads", "clock")}
+    options = [part for key, value in settings.items() for part in (f"--{key}", value)]
+    if problem := _process([sys.executable, "-m", "peers.timing", str(work), *options], asked.timeout):
+        return {"failed": table.hidden(problem, hide)}
+    found: Timings = json.loads((work / "timing.json").read_text(encoding="utf-8"))
+    for name, timing in found["contenders"].items():
+        row = rows[name]
+        assert "failed" not in row  # else it has no graphs
+        row["timing"] = timing
+    return {
+        "blocks": settings["blocks"], "rounds": found["rounds"], "threads": settings["threads"], "clock": settings["clock"],
+        "load": found["load"],
+    }  # fmt: skip
+
+
+def _row(name: str, work: Path, envs: Path, timeout: int, hide: Places) -> Row | Failed:
     """The row of one contender, or how it failed."""
     path = work / "rows" / f"{name}.json"
     path.unlink(missing_ok=True)
@@ -100,7 +144,8 @@ def _row(name: str, work: Path, envs: Path, timeout: int, hide: list[tuple[str, 
         problem = f"its environment could not be made: pip ended with exit code {error.returncode}"
     if problem:
         return {"failed": table.hidden(problem, hide)}
-    return json.loads(table.hidden(path.read_text(encoding="utf-8"), hide))
+    row: Row = json.loads(table.hidden(path.read_text(encoding="utf-8"), hide))
+    return row
 
 
 def _process(command: list[str], timeout: int) -> str:
@@ -113,7 +158,7 @@ def _process(command: list[str], timeout: int) -> str:
     return "" if not done.returncode else (lines or [f"exit code {done.returncode}"])[-1][:300]
 
 
-def made_from(found: dict[str, Any], details: bool) -> str:
+def made_from(found: Comparison, details: bool) -> str:
     """What goes between the markers."""
     rows, machine, timing = found["rows"], found["machine"], found["timing"]
     if not details:

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from r1export.adapt.clip import ClipModel
 from r1export.adapt.deployed_form import deploy_
 from r1export.adapt.inject import eject_experts_, inject_experts_
 from r1export.adapt.losses import in_batch_loss
@@ -63,12 +64,12 @@ FORMS = ("ours", "plain", "unmerged", "int8")
 Step = Callable[[], object]
 
 
-def build(name: str) -> tuple[nn.Module, tuple[int, int]]:
+def build(name: str) -> tuple[ClipModel, tuple[int, int]]:
     """The model with random weights, and statistics as if it had seen images; the size of its images."""
     torch.manual_seed(0)
     model = open_clip.create_model(name, load_weights=False).eval().requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     size = model.visual.image_size
@@ -136,7 +137,7 @@ def bench_export(name: str, forms: tuple[str, ...], rounds: int) -> None:
 
 
 @torch.no_grad()
-def _golden(model: nn.Module, pixels: np.ndarray, tokens: np.ndarray) -> GoldenSamples:
+def _golden(model: ClipModel, pixels: np.ndarray, tokens: np.ndarray) -> GoldenSamples:
     images = model.encode_image(torch.from_numpy(pixels), normalize=True)
     return GoldenSamples(
         pixels, images.numpy(), tokens, model.encode_text(torch.from_numpy(tokens), normalize=True).numpy()
@@ -144,7 +145,7 @@ def _golden(model: nn.Module, pixels: np.ndarray, tokens: np.ndarray) -> GoldenS
 
 
 def _write_later(
-    model: nn.Module, update: ExpertUpdate, base: dict[str, np.ndarray], golden: GoldenSamples, graphs: Path
+    model: ClipModel, update: ExpertUpdate, base: dict[str, np.ndarray], golden: GoldenSamples, graphs: Path
 ) -> None:
     """A release with `update`, whose texts are those of the base, as experts of the image tower leave them."""
     merged = base | update.apply(base)
@@ -167,6 +168,7 @@ def _write_plain(model: nn.Module, example: torch.Tensor, folder: Path) -> None:
         VisualTower(model).eval(), (example,), dynamo=True, opset_version=20, verbose=False,
         input_names=["pixel_values"], dynamic_shapes=({0: torch.export.Dim("batch")},),
     )  # fmt: skip
+    assert program is not None  # as there is with dynamo
     program.save(folder / "visual.onnx", external_data=True)
 
 
@@ -179,7 +181,8 @@ def _write_int8(folders: dict[str, Path], base: dict[str, np.ndarray], pixels: n
 
 
 def _print_latency(folders: dict[str, Path], image: np.ndarray, rounds: int) -> None:
-    rng, seconds = np.random.default_rng(0), {form: [] for form in folders}
+    rng = np.random.default_rng(0)
+    seconds: dict[str, list[np.ndarray]] = {form: [] for form in folders}
     for _ in range(BLOCKS):  # sessions opened anew lie elsewhere in memory
         steps = {form: _runner(folder, image) for form, folder in folders.items()}
         for form, times in time_rounds(steps, rounds, rng, time.process_time).items():
@@ -225,7 +228,7 @@ def peft(name: str, batch: int, *, deployed: bool) -> Step:
     return _step(model, size, batch, learned)
 
 
-def _step(model: nn.Module, size: tuple[int, int], batch: int, learned: list[nn.Parameter]) -> Step:
+def _step(model: ClipModel, size: tuple[int, int], batch: int, learned: list[nn.Parameter]) -> Step:
     generator = torch.Generator().manual_seed(0)
     pixels, labels = torch.randn(batch, 3, *size, generator=generator), torch.arange(batch) % CLASSES
     optimizer = torch.optim.AdamW(learned, lr=2e-3)
@@ -242,7 +245,7 @@ def _step(model: nn.Module, size: tuple[int, int], batch: int, learned: list[nn.
     return step
 
 
-CONTENDERS = {
+CONTENDERS: dict[str, Callable[[str, int], Step]] = {
     "ours": ours,
     "peft": partial(peft, deployed=False),
     "peft, deployed form": partial(peft, deployed=True),

@@ -20,7 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -77,17 +80,38 @@ print(json.dumps(used))
 """
 
 
-def child(python: str, code: str, *arguments: str) -> dict[str, float]:
+Used = dict[str, float]  # what a process prints, by the names in USED
+
+
+class Ratio(TypedDict):
+    """Our time over another's, with its 95 % interval over `n` pairs, and the median time of the other."""
+
+    median_ms: float
+    ours_to_it: float
+    ci95: list[float]
+    n: int
+
+
+class Measured(TypedDict):
+    """One architecture: exports by job, ratios of the first exports by clock, and latencies by batch and contender."""
+
+    exports: dict[str, Used]
+    ours_to_optimum: dict[str, Ratio] | None
+    latency: dict[int, dict[str, Ratio]]
+
+
+def child(python: str, code: str, *arguments: str) -> Used:
     command = [python, "-c", code.replace("USED", USED), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(
             f"{Path(python).name} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}"
         )
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    used: Used = json.loads(done.stdout.strip().splitlines()[-1])
+    return used
 
 
-def measure(name: str, folder: Path, optimum: str | None, options: argparse.Namespace) -> dict[str, object]:
+def measure(name: str, folder: Path, optimum: str | None, options: argparse.Namespace) -> Measured:
     """All figures of one architecture."""
     graphs = {"ours": folder / "ours" / "visual.onnx"}
     jobs = {"ours, first export": (sys.executable, OURS, name, str(folder / "ours"))}
@@ -95,7 +119,7 @@ def measure(name: str, folder: Path, optimum: str | None, options: argparse.Name
         jobs["Optimum, every export"] = (optimum, OPTIMUM, name.rsplit("-", 1)[1], str(folder))
         graphs["Optimum"] = folder / "optimum_visual.onnx"
     (folder / "ours").mkdir()
-    runs: dict[str, list[dict[str, float]]] = {job: [] for job in jobs}
+    runs: dict[str, list[Used]] = {job: [] for job in jobs}
     for i in range(options.exports):
         for job in sorted(jobs, reverse=bool(i % 2)):
             runs[job].append(child(*jobs[job]))
@@ -110,11 +134,11 @@ def measure(name: str, folder: Path, optimum: str | None, options: argparse.Name
     }
 
 
-def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
+def _medians(rows: list[Used]) -> Used:
     return {figure: float(np.median([row[figure] for row in rows])) for figure in rows[0]}
 
 
-def _export_ratios(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float | list[float]]]:
+def _export_ratios(runs: dict[str, list[Used]]) -> dict[str, Ratio]:
     """Ours / Optimum by clock, over pairs."""
     ours, other = runs["ours, first export"], runs["Optimum, every export"]
     rng = np.random.default_rng(2)
@@ -124,7 +148,7 @@ def _export_ratios(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[st
     }
 
 
-def latency(name: str, graphs: dict[str, Path], batch: int, rounds: int) -> dict[str, dict[str, float | list[float]]]:
+def latency(name: str, graphs: dict[str, Path], batch: int, rounds: int) -> dict[str, Ratio]:
     """Median milliseconds of the visual tower by contender, and its ratio to ours with a 95 % interval."""
     import open_clip
     import torch
@@ -140,13 +164,14 @@ def latency(name: str, graphs: dict[str, Path], batch: int, rounds: int) -> dict
         .standard_normal((batch, 3, *(size if isinstance(size, tuple) else (size, size))))
         .astype(np.float32)
     )
-    jobs = {}
-    for contender, path in graphs.items():
-        session = open_session(path, threads=1)
-        jobs[contender] = lambda session=session: session.run(None, {"pixel_values": pixels})
+    jobs: dict[str, Callable[[], object]] = {
+        contender: partial(open_session(path, threads=1).run, None, {"pixel_values": pixels})
+        for contender, path in graphs.items()
+    }
     tensor = torch.from_numpy(pixels)
     jobs["eager torch"] = lambda: model.encode_image(tensor, normalize=True)
-    rng, seconds = np.random.default_rng(1), {contender: [] for contender in jobs}
+    rng = np.random.default_rng(1)
+    seconds: dict[str, list[float]] = {contender: [] for contender in jobs}
     with torch.no_grad():
         for i in range(rounds + 1):
             for contender in rng.permutation(list(jobs)):
@@ -157,7 +182,7 @@ def latency(name: str, graphs: dict[str, Path], batch: int, rounds: int) -> dict
     return {contender: _ratio(np.array(seconds["ours"]), np.array(taken), rng) for contender, taken in seconds.items()}
 
 
-def _ratio(ours: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> dict[str, float | list[float]]:
+def _ratio(ours: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> Ratio:
     logs = np.log(ours / other)
     boot = np.exp([np.median(rng.choice(logs, len(logs))) for _ in range(1000)])
     interval = [float(q) for q in np.quantile(boot, [0.025, 0.975])]
@@ -167,6 +192,29 @@ def _ratio(ours: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> dic
         "ci95": interval,
         "n": len(logs),
     }
+
+
+def tables(name: str, found: Measured) -> str:
+    """What is printed of one architecture."""
+    lines = [
+        f"## {name}\n\n| export of both towers | seconds | processor seconds | peak memory, GB |\n|---|---|---|---|"
+    ]
+    for what, used in found["exports"].items():
+        lines.append(f"| {what} | {used['seconds']:.1f} | {used['processor_seconds']:.1f} | {used['peak_gb']:.2f} |")
+    for clock, one in (found["ours_to_optimum"] or {}).items():
+        lines.append(f"\nours / Optimum, {clock}: {one['ours_to_it']:.3f} ({_interval(one)}, {one['n']} pairs)")
+    lines.append("\n| visual tower, 1 thread | batch | median ms | ours / it | 95 % |\n|---|---|---|---|---|")
+    for batch, contenders in found["latency"].items():
+        for contender, one in contenders.items():
+            lines.append(
+                f"| {contender} | {batch} | {one['median_ms']:.1f} | {one['ours_to_it']:.3f} | {_interval(one)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _interval(found: Ratio) -> str:
+    low, high = found["ci95"]
+    return f"{low:.3f} to {high:.3f}"
 
 
 def main() -> None:
@@ -179,25 +227,11 @@ def main() -> None:
     options = parser.parse_args()
     if not options.optimum:
         print("Optimum is absent: give --optimum PYTHON to compare with it\n")
-    results = {}
+    results: dict[str, Measured] = {}
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
             results[name] = measure(name, Path(folder), options.optimum, options)
-        print(
-            f"## {name}\n\n| export of both towers | seconds | processor seconds | peak memory, GB |\n|---|---|---|---|"
-        )
-        for what, row in results[name]["exports"].items():
-            print(f"| {what} | {row['seconds']:.1f} | {row['processor_seconds']:.1f} | {row['peak_gb']:.2f} |")
-        for clock, row in (results[name]["ours_to_optimum"] or {}).items():
-            low, high = row["ci95"]
-            print(f"\nours / Optimum, {clock}: {row['ours_to_it']:.3f} ({low:.3f} to {high:.3f}, {row['n']} pairs)")
-        print("\n| visual tower, 1 thread | batch | median ms | ours / it | 95 % |\n|---|---|---|---|---|")
-        for batch, rows in results[name]["latency"].items():
-            for contender, row in rows.items():
-                print(
-                    f"| {contender} | {batch} | {row['median_ms']:.1f} | {row['ours_to_it']:.3f} | {row['ci95'][0]:.3f} to {row['ci95'][1]:.3f} |"
-                )
-        print(flush=True)
+        print(tables(name, results[name]), flush=True)
         if options.out:  # after each model, so that a run that is stopped keeps what it has
             options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

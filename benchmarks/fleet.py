@@ -23,7 +23,10 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, AnyStr, ClassVar, TypedDict
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsRead, SupportsWrite
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -40,6 +43,16 @@ SEQ, DAMAGED = 3, 50  # one device of so many is damaged
 URL = "https://models.example/camera/v1"
 
 
+class Stage(TypedDict):
+    """What one percentage of a rollout cost: `seconds` of the processors for a device, `requests` as (count, bytes) by file."""
+
+    percent: int
+    devices: int
+    updated: int
+    seconds: float
+    requests: dict[str, tuple[int, int]]
+
+
 class Origin(http.server.SimpleHTTPRequestHandler):
     """Static files, and a count of requests and bytes by kind."""
 
@@ -50,7 +63,7 @@ class Origin(http.server.SimpleHTTPRequestHandler):
     def log_message(self, format: str, *arguments: object) -> None:
         pass
 
-    def copyfile(self, source, outputfile) -> None:
+    def copyfile(self, source: SupportsRead[AnyStr], outputfile: SupportsWrite[AnyStr]) -> None:
         kind = re.sub(r".*\.r1u$", "update", self.path.lstrip("/"))
         data = source.read()
         outputfile.write(data)
@@ -61,7 +74,9 @@ class Origin(http.server.SimpleHTTPRequestHandler):
 
 def program(kit: Path, address: str) -> str:
     """The device's program of docs/fleet.md, with the paths of this machine."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "fleet.md").read_text(encoding="utf-8"), re.S)
+    blocks: list[str] = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "fleet.md").read_text(encoding="utf-8"), re.S
+    )
     (code,) = (block for block in blocks if URL in block)
     changes = {URL: address, '"r1device.pyz"': repr(str(kit)), '"/data/model"': "sys.argv[1]"}
     changes['Path("/etc/machine-id").read_text().strip()'] = "Path(sys.argv[1]).name"
@@ -127,7 +142,8 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=500)
     parser.add_argument("--together", type=int, default=8, help="processes at a time")
     parser.add_argument("--json", type=Path)
-    asked, results = parser.parse_args(), []
+    asked = parser.parse_args()
+    results: list[Stage] = []
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         origin, stores = make_fleet(work, asked.devices)
@@ -145,7 +161,7 @@ def main() -> None:
                 Origin.nbytes.clear()
                 seconds = stage(code, stores, asked.together) / len(stores)
                 done = updated(stores, release)
-                counts = {kind: [n, Origin.nbytes[kind]] for kind, n in sorted(Origin.requests.items())}
+                counts = {kind: (n, Origin.nbytes[kind]) for kind, n in sorted(Origin.requests.items())}
                 results.append(
                     {
                         "percent": percent,

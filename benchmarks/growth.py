@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -61,6 +62,21 @@ protect_own = 0.0
 init = "random"
 alpha = 12.0
 """
+
+
+Column = Literal["tasks", "classes"]
+Group = Literal["seconds", "bytes", "peak_mb"]
+GROUPS: tuple[tuple[Group, str, float], ...] = (("seconds", "s", 1.0), ("bytes", "kB", 1000.0), ("peak_mb", "MB", 1.0))
+
+
+class Point(TypedDict):
+    """A run of so many tasks and classes, and what each step took and each file has."""
+
+    tasks: int
+    classes: int
+    seconds: dict[str, float]
+    bytes: dict[str, int]
+    peak_mb: dict[str, int]
 
 
 @dataclass
@@ -170,13 +186,13 @@ def _measure_updates(costs: Costs, context: RunContext, tasks: int, folder: Path
         costs.nbytes[f"store {mode}"] = sum(path.stat().st_size for path in files)
 
 
-def point(factors: Path, tasks: int, classes: int) -> dict[str, object]:
+def point(factors: Path, tasks: int, classes: int) -> Point:
     """One point, in a process of its own."""
     command = [sys.executable, __file__, "--point", str(factors), str(tasks), str(classes)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    document: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    document: Point = json.loads(done.stdout.splitlines()[-1])
     print(f"{tasks} tasks, {classes} classes: {document}", file=sys.stderr, flush=True)
     return document
 
@@ -185,24 +201,27 @@ def run_point(factors: Path, tasks: int, classes: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         costs = measure(Path(folder), factors, tasks, classes)
     peak = {"lab": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10}
-    print(
-        json.dumps(
-            {"tasks": tasks, "classes": classes, "seconds": costs.seconds, "bytes": costs.nbytes, "peak_mb": peak}
-        )
-    )
+    found: Point = {
+        "tasks": tasks,
+        "classes": classes,
+        "seconds": costs.seconds,
+        "bytes": costs.nbytes,
+        "peak_mb": peak,
+    }
+    print(json.dumps(found))
 
 
-def table(points: list[dict[str, object]], column: str) -> str:
+def table(points: list[Point], column: Column) -> str:
     """Rows are steps and sizes, columns the points."""
     lines = [
         f"| | {' | '.join(f'{p[column]} {column}' for p in points)} | last / first |",
         "|---|" + "---|" * (len(points) + 1),
     ]
-    for group, unit, scale in (("seconds", "s", 1.0), ("bytes", "kB", 1000.0), ("peak_mb", "MB", 1.0)):
+    for group, unit, scale in GROUPS:
         for name in points[-1][group]:
             values = [p[group].get(name) for p in points]
             shown = ["-" if value is None else f"{value / scale:.4g}" for value in values]
-            growth = f"{values[-1] / values[0]:.1f}" if values[0] else "-"
+            growth = f"{points[-1][group][name] / values[0]:.1f}" if values[0] else "-"
             lines.append(f"| {name}, {unit} | {' | '.join(shown)} | {growth} |")
     return "\n".join(lines)
 
@@ -215,21 +234,21 @@ def main() -> None:
     parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.point:
-        return run_point(Path(asked.point[0]), int(asked.point[1]), int(asked.point[2]))
-    points: dict[str, list[dict[str, object]]] = {"tasks": [], "classes": []}
+        run_point(Path(asked.point[0]), int(asked.point[1]), int(asked.point[2]))
+        return
+    points: dict[Column, list[Point]] = {"tasks": [], "classes": []}
     with tempfile.TemporaryDirectory() as folder:
         factors = train_one(Path(folder))
-        sizes = [("tasks", tasks, FEW_CLASSES) for tasks in asked.tasks]
-        for column, tasks, classes in sizes + [("classes", FEW_TASKS, classes) for classes in asked.classes]:
+        sizes: list[tuple[Column, int, int]] = [("tasks", tasks, FEW_CLASSES) for tasks in asked.tasks]
+        sizes += [("classes", FEW_TASKS, classes) for classes in asked.classes]
+        for column, tasks, classes in sizes:
             points[column].append(point(factors, tasks, classes))
-            if (
-                asked.json
-            ):  # after each point: the largest ones take long, and a sweep that is stopped keeps what it has
+            # After each point: the largest ones take long, and a sweep that is stopped keeps what it has.
+            if asked.json:
                 write_json(asked.json, points)
     for column, measured in points.items():
         if measured:
             print(table(measured, column), end="\n\n")
-    return None
 
 
 if __name__ == "__main__":

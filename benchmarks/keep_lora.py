@@ -13,11 +13,14 @@ are those of the comparison. Its shares for the image tower are 0.99 and 0.85; r
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 from torch import Tensor
 
 from r1export.adapt import input_span
 from r1export.adapt.clip import Clip
+from r1export.adapt.gradient_init import init_along_gradient_
 from r1export.adapt.image_cache import Images
 from r1export.adapt.input_span import Span
 from r1export.adapt.pool import Pools
@@ -45,13 +48,11 @@ def principal_directions(clip: Clip, pools: Pools, images: Images, sample: np.nd
 
 def fix_inputs_(clip: Clip, pools: Pools, training: TrainingTask) -> None:
     """In place of `init_along_gradient_`: the same, then A is not trained."""
-    _init_along_gradient_(clip, pools, training)
+    init_along_gradient_(clip, pools, training)
     for pool in pools.values():
         pool.lora_A.requires_grad_(False)
 
 
-_init_along_gradient_ = train.init_along_gradient_
-
 if __name__ == "__main__":
-    train.own_directions, train.init_along_gradient_ = principal_directions, fix_inputs_
-    main()
+    with patch.multiple(train, own_directions=principal_directions, init_along_gradient_=fix_inputs_):
+        main()

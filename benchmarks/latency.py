@@ -151,7 +151,7 @@ def write_slowed(release: Path, folder: Path, nodes: int) -> None:
     for name, shape in shapes.items():
         values = (rng.standard_normal(shape) / shape[0] ** 0.5).astype(np.float32)
         model.graph.initializer.append(numpy_helper.from_array(values, name))
-    model.graph.initializer.append(numpy_helper.from_array(np.float32(1e-20), "slow.scale"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(1e-20, np.float32), "slow.scale"))
     for node in model.graph.node:
         node.output[:] = ["embeds.plain" if name == output.name else name for name in node.output]
     value = "embeds.plain"

@@ -19,7 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, product
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 import numpy as np
 
@@ -27,7 +27,15 @@ from r1export.recipe_file import load_recipe
 
 BASELINES = Path(__file__).parents[1] / "recipes" / "baselines"
 KEEP_LORA = Path(__file__).with_name("keep_lora.py")  # trains by r1export's trainer with changes of its own
-COLUMNS = ("Transfer", "Avg", "Last", "probe", "trainable", "shipped kB", "seconds")
+Column = Literal["Transfer", "Avg", "Last", "probe", "trainable", "shipped kB", "seconds"]
+COLUMNS: tuple[Column, ...] = ("Transfer", "Avg", "Last", "probe", "trainable", "shipped kB", "seconds")
+# One run in methods.json, accuracies in per cent; None without a probe, and Transfer of a single task.
+Figures = TypedDict("Figures", {
+    "order": str, "seed": int, "Transfer": float | None, "Avg": float, "Last": float, "probe": float | None,
+    "trainable": int, "shipped kB": float, "seconds": float,
+    "zero-shot": float, "zero-shot of later tasks": float, "probe before": float | None,
+})  # fmt: skip
+Runs = list[Figures]  # of one method
 
 
 def main() -> None:
@@ -73,7 +81,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _train(asked: argparse.Namespace, method: str, order: str, seed: int) -> dict[str, Any]:
+def _train(asked: argparse.Namespace, method: str, order: str, seed: int) -> Figures:
     """The figures of one run, trained if it is not there. SystemExit with what the command said if it fails."""
     run = asked.out / f"{method}-{order}-{seed}"
     program = [KEEP_LORA] if method == "keep-lora" else ["-m", "r1export"]
@@ -88,31 +96,44 @@ def _train(asked: argparse.Namespace, method: str, order: str, seed: int) -> dic
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{run}: {done.stderr.strip().splitlines()[-1]}")
-    found = {"order": order, "seed": seed, **_figures(run)}
+    found = _figures(run, order, seed)
     print(
-        f"{run.name}: " + ", ".join(f"{name} {found[name]:.1f}" for name in COLUMNS[:4] if found[name] is not None),
+        f"{run.name}: " + ", ".join(f"{c} {value:.1f}" for c in COLUMNS[:4] for value in _values([found], c)),
         flush=True,
     )
     return found
 
 
-def _figures(run: Path) -> dict[str, Any]:
+def _figures(run: Path, order: str, seed: int) -> Figures:
     metrics = json.loads((run / "metrics.json").read_text())
     tasks = [json.loads(path.read_text()) for path in sorted(run.glob("tasks/*/metrics.json"))]
     probe = metrics["probe"]["values"] if metrics["probe"] else [None]
-    percent = {"Transfer": metrics["transfer"], "Avg": metrics["avg"], "Last": metrics["last"], "probe": probe[-1]}
     return {
-        **{name: None if value is None else 100 * value for name, value in percent.items()},
+        "order": order,
+        "seed": seed,
+        "Transfer": _percent(metrics["transfer"]),
+        "Avg": 100 * metrics["avg"],
+        "Last": 100 * metrics["last"],
+        "probe": _percent(probe[-1]),
         "trainable": tasks[0]["trainable_parameters"],
         "shipped kB": sum(task["factor_bytes"] for task in tasks) / len(tasks) / 1000,
         "seconds": sum(task["seconds"] for task in tasks),
         "zero-shot": 100 * metrics["zero_shot_avg"],
         "zero-shot of later tasks": 100 * float(np.mean(metrics["zero_shot"][1:])),
-        "probe before": None if probe[0] is None else 100 * probe[0],
+        "probe before": _percent(probe[0]),
     }
 
 
-def _table(rows: dict[str, list[dict[str, Any]]]) -> str:
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _values(runs: Runs, column: Column) -> list[float]:
+    """Of the runs that have this figure."""
+    return [value for run in runs if (value := run[column]) is not None]
+
+
+def _table(rows: dict[str, Runs]) -> str:
     """Mean and, over seeds and orders, standard deviation."""
     first = next(iter(rows.values()))[0]
     lines = ["| method | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
@@ -133,7 +154,7 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> str:
     for name, runs in rows.items():
         cells = []
         for column in COLUMNS:
-            values = [run[column] for run in runs if run[column] is not None]
+            values = _values(runs, column)
             digits = 1 if column in COLUMNS[:4] else 0
             spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 and digits else ""
             cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "-")
@@ -141,7 +162,7 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def _differences(rows: dict[str, list[dict[str, Any]]], pairs: int) -> str:
+def _differences(rows: dict[str, Runs], pairs: int) -> str:
     """`ours` minus each other method, mean and standard error over the pairs of one order and seed."""
     if "ours" not in rows or pairs < 2:
         return ""
@@ -154,7 +175,9 @@ def _differences(rows: dict[str, list[dict[str, Any]]], pairs: int) -> str:
         cells = []
         for column in COLUMNS[:4]:
             gains = [
-                a[column] - b[column] for a, b in zip(rows["ours"], rows[name], strict=True) if a[column] is not None
+                ours - other
+                for a, b in zip(rows["ours"], rows[name], strict=True)
+                if (ours := a[column]) is not None and (other := b[column]) is not None
             ]
             error = np.std(gains, ddof=1) / len(gains) ** 0.5 if gains else 0
             cells.append(f"{np.mean(gains):+.1f} ± {error:.1f}" if gains else "-")

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 from PIL import Image
@@ -72,6 +73,13 @@ if __name__ == "__main__":
 """
 
 
+class Measured(TypedDict):
+    """What a process printed: pictures per second, and its largest memory in MB."""
+
+    rate: float
+    mb: float
+
+
 def make_pictures(folder: Path, count: int) -> None:
     """Pieces of two real photographs as JPEGs, each another one."""
     rng = np.random.default_rng(0)
@@ -79,7 +87,7 @@ def make_pictures(folder: Path, count: int) -> None:
     folder.mkdir()
     for index in range(count):
         photo = photos[index % 2]
-        left, top = rng.integers(0, photo.width // 2), rng.integers(0, photo.height // 2)
+        left, top = (int(rng.integers(0, side // 2)) for side in photo.size)
         piece = photo.crop((left, top, left + photo.width // 2, top + photo.height // 2))
         piece.resize(SIDES, Image.Resampling.BICUBIC).save(folder / f"{index:05d}.jpg", quality=90)
 
@@ -93,9 +101,9 @@ def make_release(folder: Path) -> Path:
     return folder / "run/releases/00-base"
 
 
-def measure(code: Path, *arguments: object) -> dict[str, float]:
+def measure(code: Path, *arguments: object) -> Measured:
     done = subprocess.run([sys.executable, str(code), *map(str, arguments)], check=True, capture_output=True, text=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: Measured = json.loads(done.stdout.splitlines()[-1])
     return found
 
 

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1export.adapt.class_token import class_token_only
+from r1export.adapt.clip import ClipModel
 from r1export.adapt.distillation import REFERENCES
 from r1export.adapt.inject import inject_experts_
 from r1export.adapt.losses import in_batch_loss
@@ -74,7 +75,7 @@ def inputs(batch: int, classes: int, references: int = 0) -> tuple[Tensor, Tenso
 
 
 def clip_step(
-    model: nn.Module,
+    model: ClipModel,
     parameters: list[nn.Parameter],
     batch: int,
     classes: int,
@@ -149,7 +150,7 @@ def peft(batch: int, classes: int) -> Step:
     return step
 
 
-CONTENDERS = {
+CONTENDERS: dict[str, Callable[[int, int], Step]] = {
     "ours": ours,
     "fixed": partial(ours, fixed=True),
     "distill": partial(ours, references=REFERENCES),

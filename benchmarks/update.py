@@ -18,16 +18,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from r1export.device import install, provision
 from r1export.device.kit import device_kit
 from r1export.update.atomic_io import sha256_file, write_file, write_json
-from r1export.update.container import NAMES, plan, write_layout, write_tensors
+from r1export.update.container import NAMES, TensorSpec, plan, write_layout, write_tensors
 from r1export.update.envelope import SecretKey
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 from r1export.update.lab.publish import Step, Terms, make_bundle
@@ -42,6 +43,37 @@ TOWERS = {
     "visual": ("visual.transformer.resblocks", 768, 12),
     "textual": ("transformer.resblocks", 512, 12),
 }  # prefix, width, layers
+
+
+Tensors = dict[str, dict[str, object]]  # those of a manifest, by name
+
+
+class Size(TypedDict):
+    """Bytes of one task's update, and of the files that it replaces."""
+
+    towers: str
+    factors: str
+    update_bytes: int
+    factors_bytes: int
+    whole_bytes: int
+
+
+class Way(TypedDict):
+    """One way to send the same change: its bytes, the seconds that it takes to make, and its share of the whole file."""
+
+    method: str
+    bytes: int | None
+    seconds: float | None
+    share: float | None
+
+
+class Figures(TypedDict, total=False):
+    """The tables that were made; the last two are figures by name."""
+
+    sizes: list[Size]
+    patches: list[Way]
+    costs: dict[str, float]
+    loads: dict[str, float]
 
 
 def shapes(tower: str) -> dict[str, tuple[int, ...]]:
@@ -95,7 +127,7 @@ def make_run(run: Path, towers: list[str], tasks: int, dtype: str) -> Path:
     rng = np.random.default_rng(0)
     base = run / "releases" / "00-base"
     base.mkdir(parents=True)
-    tensors: dict[str, Any] = {}
+    tensors: Tensors = {}
     for tower in towers:
         layout = plan((name, np.dtype("f4"), shape) for name, shape in shapes(tower).items())
         write_layout(
@@ -125,7 +157,7 @@ def make_run(run: Path, towers: list[str], tasks: int, dtype: str) -> Path:
     return run
 
 
-def read(folder: Path, spec: Any) -> bytes:
+def read(folder: Path, spec: TensorSpec) -> bytes:
     with open(folder / f"{'visual' if spec.name.startswith('visual') else 'textual'}.safetensors", "rb") as file:
         file.seek(spec.offset)
         return file.read(spec.nbytes)
@@ -144,8 +176,8 @@ def factors(rng: np.random.Generator, rows: Rows, tower: str, dtype: str) -> Fac
 def write_release(
     run: Path,
     updates: list[tuple[str, str, ExpertUpdate]],
-    tensors: dict[str, Any],
-    golden: dict[str, Any],
+    tensors: Tensors,
+    golden: dict[str, np.ndarray],
     rng: np.random.Generator,
 ) -> None:
     base = Release.read(run / "releases" / "00-base")
@@ -166,7 +198,7 @@ def write_release(
     )
 
 
-def write_manifest(folder: Path, sequence: int, updates: list[dict[str, str]], tensors: dict[str, Any]) -> None:
+def write_manifest(folder: Path, sequence: int, updates: list[dict[str, str]], tensors: Tensors) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
@@ -191,9 +223,9 @@ def write_manifest(folder: Path, sequence: int, updates: list[dict[str, str]], t
     write_json(folder / "manifest.json", head | body)
 
 
-def sizes(folder: Path) -> list[dict[str, Any]]:
-    """Bytes of one task's update, and of the files that it replaces."""
-    rows = []
+def sizes(folder: Path) -> list[Size]:
+    """One or both towers, in both precisions of the factors."""
+    rows: list[Size] = []
     for towers, dtype in (
         (["visual", "textual"], "float32"),
         (["visual", "textual"], "float16"),
@@ -217,7 +249,7 @@ def sizes(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def patches(folder: Path) -> list[dict[str, Any]]:
+def patches(folder: Path) -> list[Way]:
     """The same change of the smallest and the largest weight of a block (12 MB) as an update's factors and as binary patches."""
     rng = np.random.default_rng(1)
     block = [
@@ -233,53 +265,53 @@ def patches(folder: Path) -> list[dict[str, Any]]:
     write_tensors(old, base)
     write_tensors(new, update.apply(base))
     whole = new.stat().st_size
-    rows = [
-        {"method": "whole file", "bytes": whole, "seconds": 0.0},
-        {"method": "rank-1 factors, float32", "bytes": update.nbytes, "seconds": 0.0},
+    ways = [
+        _way("whole file", whole, 0.0, whole),
+        _way("rank-1 factors, float32", update.nbytes, 0.0, whole),
+        _way("rank-1 factors, float16", update.nbytes // 2, 0.0, whole),
     ]
-    rows.append({"method": "rank-1 factors, float16", "bytes": update.nbytes // 2, "seconds": 0.0})
-    for method, program, command in (
-        ("zstd -19", "zstd", ["zstd", "-q", "-f", "-19", str(new), "-o", str(patch)]),
-        (
-            "zstd -19 --patch-from",
-            "zstd",
-            ["zstd", "-q", "-f", "-19", "--long=27", f"--patch-from={old}", str(new), "-o", str(patch)],
-        ),
-        ("bsdiff", "bsdiff", ["bsdiff", str(old), str(new), str(patch)]),
+    zstd = ["zstd", "-q", "-f", "-19"]
+    for method, command in (
+        ("zstd -19", [*zstd, str(new), "-o", str(patch)]),
+        ("zstd -19 --patch-from", [*zstd, "--long=27", f"--patch-from={old}", str(new), "-o", str(patch)]),
+        ("bsdiff", ["bsdiff", str(old), str(new), str(patch)]),
     ):
-        if shutil.which(program):
-            start = time.perf_counter()
-            subprocess.run(command, check=True)
-            rows.append({"method": method, "bytes": patch.stat().st_size, "seconds": time.perf_counter() - start})
-        else:
-            rows.append({"method": f"{method}: {program} is not installed", "bytes": None, "seconds": None})
-    xor = (
-        np.frombuffer(old.read_bytes(), np.uint8)[-(1 << 26) :]
-        ^ np.frombuffer(new.read_bytes(), np.uint8)[-(1 << 26) :]
-    )
-    planes = folder / "planes"
-    planes.write_bytes(np.ascontiguousarray(xor[len(xor) % 4 :].reshape(-1, 4).T).tobytes())
+        ways.append(_packed(method, command, patch, whole))
     if shutil.which("zstd"):
-        start = time.perf_counter()
-        subprocess.run(["zstd", "-q", "-f", "-19", str(planes), "-o", str(patch)], check=True)
-        rows.append(
-            {
-                "method": "XOR, byte planes, zstd -19",
-                "bytes": patch.stat().st_size,
-                "seconds": time.perf_counter() - start,
-            }
-        )
-    return [{**row, "share": row["bytes"] / whole if row["bytes"] else None} for row in rows]
+        planes = folder / "planes"
+        planes.write_bytes(_byte_planes(old, new))
+        ways.append(_packed("XOR, byte planes, zstd -19", [*zstd, str(planes), "-o", str(patch)], patch, whole))
+    return ways
 
 
-def costs(folder: Path, tasks: int) -> dict[str, Any]:
+def _packed(method: str, command: list[str], patch: Path, whole: int) -> Way:
+    """A patch that `command` makes."""
+    if not shutil.which(command[0]):
+        return _way(f"{method}: {command[0]} is not installed", None, None, whole)
+    start = time.perf_counter()
+    subprocess.run(command, check=True)
+    return _way(method, patch.stat().st_size, time.perf_counter() - start, whole)
+
+
+def _way(method: str, nbytes: int | None, seconds: float | None, whole: int) -> Way:
+    return {"method": method, "bytes": nbytes, "seconds": seconds, "share": nbytes / whole if nbytes else None}
+
+
+def _byte_planes(old: Path, new: Path) -> bytes:
+    """The XOR of two files of float32: the first byte of every number, then the second of every number, and so on."""
+    one, other = (np.frombuffer(path.read_bytes(), np.uint8)[-(1 << 26) :] for path in (old, new))
+    xor = one ^ other
+    return np.ascontiguousarray(xor[len(xor) % 4 :].reshape(-1, 4).T).tobytes()
+
+
+def costs(folder: Path, tasks: int) -> dict[str, float]:
     """Time and memory of applying `tasks` tasks at once to both towers, and of the writing and hashing alone."""
     run = make_run(folder / "costs", ["visual", "textual"], tasks, "float16")
     (folder / "key.pub").write_text(KEY.public.to_pem())
     bundle = make_bundle(run, Step(tasks), [KEY], TERMS)
     (folder / "cost.r1u").write_bytes(bundle.to_bytes())
     kit = device_kit(folder / "r1device.pyz", overwrite=True)
-    found: dict[str, Any] = {"tasks": tasks, "update_bytes": len(bundle.to_bytes())}
+    found: dict[str, float] = {"tasks": tasks, "update_bytes": len(bundle.to_bytes())}
     for mode in ("slot", "overlay"):
         store = folder / f"store-{mode}"
         provision.init(store, run / "releases" / "00-base", [folder / "key.pub"], mode=mode, health="none")
@@ -288,7 +320,7 @@ def costs(folder: Path, tasks: int) -> dict[str, Any]:
         if mode == "slot":
             same = all(sha256_file(store / "current" / file.path) == file.sha256 for file in bundle.manifest.files)
             found["bit_equal"] = same
-            found |= timed("unavoidable", lambda store=store: write_and_hash(store / "base", folder / "copy"))
+            found |= timed("unavoidable", partial(write_and_hash, store / "base", folder / "copy"))
     found["interpreter_peak_bytes"] = measured([sys.executable, "-c", "import numpy"])[2]
     found |= timed("merge", lambda: merge(Release.read(run / "releases" / "00-base"), bundle.carried.values()))
     return found
@@ -306,7 +338,7 @@ print(time.perf_counter() - start)
 """
 
 
-def loads(folder: Path, run: Path, rounds: int = 10) -> dict[str, Any]:
+def loads(folder: Path, run: Path, rounds: int = 10) -> dict[str, float]:
     """Seconds to open both towers of the last release of `run` on a device, in processes of their own, taking turns."""
     releases = sorted((run / "releases").iterdir())
     (folder / "key.pub").write_text(KEY.public.to_pem())
@@ -328,7 +360,7 @@ def loads(folder: Path, run: Path, rounds: int = 10) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def merge(base: Release, updates: Any) -> None:
+def merge(base: Release, updates: Iterable[ExpertUpdate]) -> None:
     rebuild = Rebuild(base, ExpertUpdate.stack(updates))
     for parameter in rebuild.update.parameters:
         rebuild.tensor(parameter)
@@ -373,20 +405,21 @@ def main() -> None:
         parser.error("loads needs --run")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        makers: dict[str, Callable[[], Any]] = {
-            "sizes": lambda: sizes(folder),
-            "patches": lambda: patches(folder),
-            "costs": lambda: costs(folder, options.tasks),
-        }
-        if options.run:
-            makers["loads"] = lambda: loads(folder, options.run)
-        figures = {name: make() for name, make in makers.items() if options.only in (None, name)}
+        figures: Figures = {}
+        if options.only in (None, "sizes"):
+            figures["sizes"] = sizes(folder)
+        if options.only in (None, "patches"):
+            figures["patches"] = patches(folder)
+        if options.only in (None, "costs"):
+            figures["costs"] = costs(folder, options.tasks)
+        if options.only in (None, "loads") and options.run:
+            figures["loads"] = loads(folder, options.run)
     report(figures, options.tasks)
     if options.json:
         write_json(options.json, figures)
 
 
-def report(figures: dict[str, Any], tasks: int) -> None:
+def report(figures: Figures, tasks: int) -> None:
     """Print the tables that were made."""
     if "sizes" in figures:
         print(f"One task, {EXPERTS} experts on each adapted weight, {CLASSES} classes\n")
@@ -398,20 +431,25 @@ def report(figures: dict[str, Any], tasks: int) -> None:
     if "patches" in figures:
         print("\nThe same change of two weights (12 MB), as\n")
         print("| method | bytes | share | seconds to make |\n|---|---|---|---|")
-        for row in figures["patches"]:
-            made = row["bytes"] is not None
-            found = (
-                f"{row['bytes']:,} | {100 * row['share']:.2f} % | {row['seconds']:.1f}" if made else "not measured | |"
-            )
-            print(f"| {row['method']} | {found} |")
-    for title, name in ((f"Applying {tasks} tasks to both towers", "costs"), ("Loading both towers", "loads")):
-        if name in figures:
+        for way in figures["patches"]:
+            print(f"| {way['method']} | {_cells(way)} |")
+    for title, found in (
+        (f"Applying {tasks} tasks to both towers", figures.get("costs")),
+        ("Loading both towers", figures.get("loads")),
+    ):
+        if found:
             print(f"\n{title}\n\n| what | figure |\n|---|---|")
-            for key, value in figures[name].items():
+            for key, value in found.items():
                 print(f"| {key} | {_shown(key, value)} |")
 
 
-def _shown(key: str, value: Any) -> str:
+def _cells(way: Way) -> str:
+    if way["bytes"] is None or way["share"] is None or way["seconds"] is None:
+        return "not measured | |"
+    return f"{way['bytes']:,} | {100 * way['share']:.2f} % | {way['seconds']:.1f}"
+
+
+def _shown(key: str, value: float) -> str:
     if key.endswith("bytes"):
         return f"{value / 1e6:.1f} MB"
     return f"{value:.2f} s" if isinstance(value, float) else str(value)

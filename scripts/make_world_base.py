@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from r1export.adapt.clip import ClipModel
 from r1export.data.synthetic import (
     BUILTIN_MODELS,
     COLOURS,
@@ -140,7 +141,8 @@ class Texts:
 
     def captions(self) -> Tensor:
         """Every phrase in a random template: (phrases, context)."""
-        return self.tokenize([self.random.choice(TEMPLATES).format(phrase) for phrase in PHRASES])
+        rows: Tensor = self.tokenize([self.random.choice(TEMPLATES).format(phrase) for phrase in PHRASES])
+        return rows
 
     def nonsense(self, count: int) -> Tensor:
         """`count` random one- or two-token phrases, each in two templates: (2 * count, context)."""
@@ -153,7 +155,7 @@ class Texts:
         return torch.tensor([row + [0] * (self.tokenize.context_length - len(row))])
 
 
-def new_model(seed: int) -> tuple[nn.Module, open_clip.SimpleTokenizer]:
+def new_model(seed: int) -> tuple[ClipModel, open_clip.SimpleTokenizer]:
     """The untrained model. Token rows are random signs: words that no caption uses stay distinct, and git can compress them."""
     torch.manual_seed(seed)
     config = BUILTIN_MODELS["world"].config
@@ -173,7 +175,7 @@ def question_loss(logits: Tensor, answers: Tensor) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def nonsense_loss(model: nn.Module, rows: Tensor) -> Tensor:
+def nonsense_loss(model: ClipModel, rows: Tensor) -> Tensor:
     """Two templates of one new word are alike and unlike those of other words: prompts of later tasks start out distinct."""
     one, two = F.normalize(model.encode_text(rows), dim=-1).chunk(2)
     return F.cross_entropy(20 * one @ two.T, torch.arange(len(one)))
@@ -187,7 +189,7 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
-def pretrain(model: nn.Module, texts: Texts, steps: int, batch: int, lr: float) -> dict[str, Tensor]:
+def pretrain(model: ClipModel, texts: Texts, steps: int, batch: int, lr: float) -> dict[str, Tensor]:
     """Train in place; returns the moving average of the weights."""
     optimizer = make_optimizer(model, lr)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -215,15 +217,15 @@ def pretrain(model: nn.Module, texts: Texts, steps: int, batch: int, lr: float) 
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, tokenize: open_clip.SimpleTokenizer, task: Task, images: ImageSet) -> float:
+def accuracy(model: ClipModel, tokenize: open_clip.SimpleTokenizer, task: Task, images: ImageSet) -> float:
     """Zero-shot top-1 of `images` among all classes of the task, in per cent."""
     text = F.normalize(model.encode_text(tokenize([task.templates[0].format(name) for name in task.classes])), dim=-1)
     pixels = np.stack([np.asarray(images.read(i)) for i in range(len(images))])
     chosen = (model.encode_image(normalise(pixels)) @ text.T).argmax(1)
-    return 100 * (chosen.numpy() == images.labels).mean()
+    return 100 * float((chosen.numpy() == images.labels).mean())
 
 
-def print_table(model: nn.Module, tokenize: open_clip.SimpleTokenizer) -> None:
+def print_table(model: ClipModel, tokenize: open_clip.SimpleTokenizer) -> None:
     """Held-out accuracies and the chance level."""
     world = load_builtin("world")
     unseen = np.isin(world.train.labels, [PAIRS.index(pair) for pair in UNSEEN_PAIRS])

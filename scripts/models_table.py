@@ -16,8 +16,10 @@ import logging
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -26,6 +28,7 @@ import timm
 import torch
 from torch import nn
 
+from r1export.adapt.clip import ClipModel
 from r1export.adapt.deployed_form import deploy_
 from r1export.adapt.hf_text import is_hf_tower
 from r1export.adapt.inject import eject_experts_, inject_experts_
@@ -36,7 +39,7 @@ from r1export.export.graph import export_graphs
 from r1export.export.towers import float_tensors
 from r1export.pipeline.context import pool_settings
 from r1export.recipe import Pool
-from r1export.update.container import write_layout
+from r1export.update.container import write_tensors
 from r1export.verify.runtimes.runtime import open_session
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
@@ -85,17 +88,17 @@ class Row:
         return f"| {self.name} | {self.verdict} | {self.routed} | {figures} |"
 
 
-def build(name: str, *, full: bool = False) -> nn.Module:
+def build(name: str, *, full: bool = False) -> ClipModel:
     """The model with random weights, its BatchNorms as if they had seen images; two layers a tower and a small vocabulary if not `full`."""
     model = open_clip.create_model(name, load_weights=False).eval().requires_grad_(False) if full else _build(name)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     return model
 
 
-def _build(name: str) -> nn.Module:
+def _build(name: str) -> ClipModel:
     config = copy.deepcopy(open_clip.get_model_config(name)) or {
         "embed_dim": 512,
         "vision_cfg": {"timm_model_name": name, "timm_pool": "avg", "timm_proj": "", "image_size": SIZE},
@@ -116,8 +119,8 @@ def _build(name: str) -> nn.Module:
         return kind(**config).eval().requires_grad_(False)
 
 
-def _shallow(create):
-    def shallow(name: str, **options):
+def _shallow(create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def shallow(name: str, **options: Any) -> nn.Module:
         try:
             return create(name, depth=DEPTH, **options)
         except (TypeError, AssertionError):  # not every architecture has one number for its depth
@@ -135,9 +138,9 @@ def examine(name: str, *, full: bool = False) -> Row:
     except (RuntimeError, Unsupported) as error:
         return Row(name, f"refused: {str(error).splitlines()[0]}")
     inputs = _inputs(model)
-    verdict = "supported with `r1export[hf]`" if is_hf_tower(getattr(model, "text", model)) else "supported"
+    verdict = "supported with `r1export[hf]`" if is_hf_tower(_text_tower(model)) else "supported"
     settings, original = replace(pool_settings(Pool()), alpha=12.0), _encode(model, inputs)
-    folded = deploy_(model.visual, tuple(inputs[0].shape[2:]))
+    folded = deploy_(model.visual, _image_size(inputs[0]))
     deployed = _difference(original, _encode(model, inputs)) if folded else None
     try:
         pools = inject_experts_(model, settings)
@@ -178,26 +181,35 @@ def _difference(left: Embeddings, right: Embeddings) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True))
 
 
-def _inputs(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    size, context = model.visual.image_size, min(77, getattr(model, "text", model).context_length)
+def _text_tower(model: ClipModel) -> Any:
+    """The model itself where its text tower is not a module of its own."""
+    return model.text if hasattr(model, "text") else model
+
+
+def _inputs(model: ClipModel) -> tuple[torch.Tensor, torch.Tensor]:
+    size, context = model.visual.image_size, min(77, _text_tower(model).context_length)
     tokens = torch.randint(1, VOCABULARY - 1, (SAMPLES, context))
     tokens[:, context // 2] = VOCABULARY - 1
     return torch.randn(SAMPLES, 3, *(size if isinstance(size, tuple) else (size, size))), tokens
 
 
+def _image_size(pixels: torch.Tensor) -> tuple[int, int]:
+    _, _, height, width = pixels.shape
+    return height, width
+
+
 @torch.no_grad()
-def _encode(model: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> Embeddings:
+def _encode(model: ClipModel, inputs: tuple[torch.Tensor, torch.Tensor]) -> Embeddings:
     return model.encode_image(inputs[0], normalize=True).numpy(), model.encode_text(inputs[1], normalize=True).numpy()
 
 
-def _export(model: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> Embeddings:
+def _export(model: ClipModel, inputs: tuple[torch.Tensor, torch.Tensor]) -> Embeddings:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        weights = export_graphs(model, tuple(inputs[0].shape[2:]), inputs[1].shape[1], folder, opset=20)
+        weights = export_graphs(model, _image_size(inputs[0]), inputs[1].shape[1], folder, opset=20)
         values = {n: t.detach().numpy() for n, t in float_tensors(model).items()}
         for file in weights.files:
-            stored = weights.stored(file, values)
-            write_layout(folder / file, weights.layout(file), lambda spec, stored=stored: stored[spec.name])
+            write_tensors(folder / file, weights.stored(file, values))
         feeds = (("visual", "pixel_values", inputs[0]), ("textual", "input_ids", inputs[1]))
         return tuple(
             open_session(folder / f"{tower}.onnx").run(None, {key: value.numpy()})[0] for tower, key, value in feeds

@@ -60,7 +60,12 @@ def pack(source: Path, selection: Selection, target: Path) -> None:
     off = np.concatenate([[0], np.cumsum([len(picture) for picture in pictures])]).astype(np.int64)
     new_names = np.array([selection.renamed.get(name, name) for name in classes])
     np.savez(
-        target, blob=np.concatenate(pictures), off=off, label=np.int16(labels), split=np.uint8(splits), names=new_names
+        target,
+        blob=np.concatenate(pictures),
+        off=off,
+        label=np.array(labels, np.int16),
+        split=np.array(splits, np.uint8),
+        names=new_names,
     )
     print(f"{target.name}: {len(classes)} classes, {len(pictures)} pictures, {target.stat().st_size / 1e6:.2f} MB")
 

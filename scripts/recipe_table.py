@@ -4,11 +4,13 @@
 import sys
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from r1export.recipe import Base, Data, Export, Pool, Recipe, TaskSource, Train, Verify
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
 MARK = "<!-- made by scripts/recipe_table.py -->\n"
-SECTIONS = {
+SECTIONS: dict[str, type[BaseModel]] = {
     "[base]": Base,
     "[[tasks]], [probe]": TaskSource,
     "[data]": Data,
@@ -19,10 +21,11 @@ SECTIONS = {
 }
 
 
-def table(title: str, section: type) -> str:
+def table(title: str, section: type[BaseModel]) -> str:
     """One section as a Markdown table of field, default and meaning."""
     rows = []
     for name, field in section.model_fields.items():
+        assert field.description, f"{name} has no docstring"
         default = "required" if field.is_required() else f"`{field.default!r}`"
         rows.append(f"| `{name}` | {default} | {' '.join(field.description.split())} |")
     return f"\n## {title}\n\n| field | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"

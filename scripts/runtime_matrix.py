@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Required, TypedDict
 
 from r1export.device.kit import device_kit
 
@@ -54,6 +54,17 @@ class Runtime:
     kind: str
     packages: tuple[str, ...]
     refused: bool = False
+
+
+class Cell(TypedDict, total=False):
+    """What one runtime did with one layout: a verdict, how it failed, and what `runtime_probe.py` printed."""
+
+    verdict: Required[str]
+    detail: str
+    version: str
+    graphs: list[str]
+    max_abs: float
+    min_cosine: float
 
 
 RUNTIMES = {
@@ -109,7 +120,7 @@ def make_store(python: Path, kind: str, mode: str, lab: Path, releases: dict[str
         subprocess.run([*map(str, command)], check=True, capture_output=True, text=True)
 
 
-def probe(python: Path, runtime: str, folder: Path, lab: Path, limits: Path) -> dict[str, Any]:
+def probe(python: Path, runtime: str, folder: Path, lab: Path, limits: Path) -> Cell:
     """One cell: what was found, and whether it is within the limits that the release states."""
     done = subprocess.run(
         [python, "-W", "ignore", str(Path(__file__).with_name("runtime_probe.py")), runtime, str(folder)],
@@ -117,10 +128,11 @@ def probe(python: Path, runtime: str, folder: Path, lab: Path, limits: Path) -> 
     )  # fmt: skip
     if done.returncode:
         return {"verdict": "fail", "detail": said(done.stderr)}
-    found = json.loads(done.stdout.splitlines()[-1])
+    found: Cell = json.loads(done.stdout.splitlines()[-1])
     golden = json.loads((limits / "manifest.json").read_text(encoding="utf-8"))["golden"]
     holds = found["max_abs"] <= golden["max_abs"] and found["min_cosine"] >= golden["min_cosine"]
-    return found | {"verdict": "pass" if holds else "fail"}
+    found["verdict"] = "pass" if holds else "fail"
+    return found
 
 
 def said(text: str) -> str:
@@ -128,7 +140,7 @@ def said(text: str) -> str:
     return ([line.strip() for line in text.splitlines() if line.strip()] or ["no message"])[-1][:300]
 
 
-def examine(name: str, envs: Path, lab: Path, releases: dict[str, Path], work: Path) -> dict[str, dict[str, Any]]:
+def examine(name: str, envs: Path, lab: Path, releases: dict[str, Path], work: Path) -> dict[str, Cell]:
     """All layouts in one runtime."""
     runtime = RUNTIMES[name]
     python = environment(envs / name, runtime.packages)
@@ -151,7 +163,7 @@ def examine(name: str, envs: Path, lab: Path, releases: dict[str, Path], work: P
     return {layout: found[layout] for layout in LAYOUTS}
 
 
-def row(name: str, cells: dict[str, dict[str, Any]]) -> str:
+def row(name: str, cells: dict[str, Cell]) -> str:
     """One line of the table."""
     version = next((cell["version"] for cell in cells.values() if "version" in cell), RUNTIMES[name].packages[0])
     kind = {"reference": "onnx.reference"}.get(RUNTIMES[name].kind, RUNTIMES[name].kind)

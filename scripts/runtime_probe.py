@@ -13,22 +13,23 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from r1export.device.version import open_version
 from r1export.update.container import read_tensors
 
-Run = Callable[[dict], np.ndarray]
+Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 TOWERS = {"visual": ("pixel_values", "image_embeds"), "textual": ("input_ids", "text_embeds")}
-# As in r1export/verify/openvino.py, which needs more than a device has.
+# As in r1export/verify/runtimes/openvino_runtime.py, which needs more than a device has.
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
 def opener(runtime: str, folder: Path) -> tuple[str, Callable[[str], Run]]:
     """The runtime's version, and what opens a graph of the folder by its name."""
     if runtime == "openvino":
-        sys.modules["openvino_telemetry"] = None  # it would report home
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # no module: it would report home
         import openvino
 
         core = openvino.Core()
@@ -50,11 +51,11 @@ def opener(runtime: str, folder: Path) -> tuple[str, Callable[[str], Run]]:
     )
 
 
-def first(compiled) -> Run:
+def first(compiled: Any) -> Run:
     return lambda feeds: compiled(feeds)[0]
 
 
-def first_of(session) -> Run:
+def first_of(session: Any) -> Run:
     return lambda feeds: session.run(None, feeds)[0]
 
 

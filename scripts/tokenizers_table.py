@@ -86,7 +86,7 @@ def main() -> None:
     texts = [text for text in typed_texts(parser.parse_args().texts) if in_reach(text)]
     rows = []
     for (name, cleaning, length), models in sorted(by_tokenizer().items()):
-        kind = _format(models and name) if name else "CLIP's own"
+        kind = _format(name) if name else "CLIP's own"
         count = f"{len(models)}, such as {models[0]}" if len(models) > 1 else models[0]
         rows.append(
             f"| {name or 'none'} | {kind} | {cleaning} | {length} | {count} | {same_ids(models[0], texts)} of {len(texts)} |"

@@ -20,12 +20,13 @@ import tempfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import NoReturn
 
 from r1export.update.atomic_io import new_folder
 
 ROOT = Path(__file__).parents[1]
 # npm's archive names its licence (MIT) without its text; the Python package of the same project brings text and notices.
-LICENCES = tuple(Path(files("onnxruntime").joinpath(name)) for name in ("LICENSE", "ThirdPartyNotices.txt"))
+LICENCES = tuple(Path(str(files("onnxruntime").joinpath(name))) for name in ("LICENSE", "ThirdPartyNotices.txt"))
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,13 @@ def fetch(package: Package) -> None:
     with new_folder(package.folder) as folder, tarfile.open(fileobj=io.BytesIO(data)) as tar:
         for member in tar:
             path = member.name.removeprefix("package/")
-            if member.isfile() and (path in package.files or not package.files):
+            content = tar.extractfile(member) if member.isfile() else None
+            if content and (path in package.files or not package.files):
                 target = folder / (Path(path).name if package.files else path)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(tar.extractfile(member).read())
-        for path in package.beside:
-            shutil.copy(path, folder)
+                target.write_bytes(content.read())
+        for beside in package.beside:
+            shutil.copy(beside, folder)
         (folder / ".version").write_text(package.integrity, encoding="utf-8")
     print(f"{package.name} {package.version}: {package.folder.relative_to(ROOT)}")
 
@@ -94,7 +96,7 @@ def archive(package: Package) -> bytes:
     return data
 
 
-def refuse(code: int, message: str) -> None:
+def refuse(code: int, message: str) -> NoReturn:
     print(f"Error: {message}", file=sys.stderr)
     sys.exit(code)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import random
 import re
 import unicodedata
+from html.entities import html5
 
 import ftfy
 
@@ -65,7 +65,7 @@ def in_reach(text: str) -> bool:
 
 def every_reference() -> list[str]:
     """A text with each named HTML entity, and with each number that stands for a character of Latin-1."""
-    names = [f"a &{name} b" for name in html.entities.html5]
+    names = [f"a &{name} b" for name in html5]
     numbers = [f"x&#{code};y &#x{code:X};z" for code in range(256)]
     return names + numbers + [f"x&#{code} y&#x{code:x} z" for code in range(256)]
 

@@ -4,9 +4,7 @@ A contender is a module with `build(work) -> row`, started in its own environmen
 
     python -m peers.with_NAME WORK
 
-It writes WORK/rows/NAME.json. A row has `versions`, `first_seconds` and `later_seconds` (of an export), `release_bytes`,
-`parity`, `update_bytes`, `faults` (name -> `exit_code`, `said`, `off_by`) and `graphs` (image towers to be timed:
-"base", "adapted", and "off" for an adapter that is built in but not active).
+It writes WORK/rows/NAME.json (peers/row.py).
 """
 
 from __future__ import annotations
@@ -19,17 +17,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from peers.row import Row, Said
 
 ROOT = Path(__file__).parents[2]
 FIRST_LINEAR = "vision_model.encoder.layers.0.mlp.fc1"  # the weight whose sign is flipped as a planted fault
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OLIVE_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
-Row = dict[str, Any]
 
 
 def enter(name: str, build: Callable[[Path], Row]) -> None:
@@ -46,14 +44,15 @@ def enter(name: str, build: Callable[[Path], Row]) -> None:
 
 def _keep_what_is_timed(folder: Path, row: Row) -> None:
     """Delete everything in `folder` that no graph of the row needs: gigabytes at the size of ViT-B/32."""
-    kept = {Path(path).relative_to(folder).parts[0] for graph in row["graphs"].values() for path in graph.values()}
+    paths = [path for one in row["graphs"].values() for path in (one["graph"], one.get("adapter")) if path]
+    kept = {Path(path).relative_to(folder).parts[0] for path in paths}
     for path in folder.iterdir():
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
-def timed(seconds: dict[str, float], name: str):
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     """Adds the seconds of the block to `seconds[name]`."""
     start = time.perf_counter()
     yield
@@ -76,7 +75,7 @@ def environment() -> dict[str, str]:
     return os.environ | OFFLINE | {"PYTHONPATH": os.pathsep.join((str(ROOT / "benchmarks"), str(ROOT)))}
 
 
-def run(*arguments: str, code: str = "", folder: Path | None = None) -> dict[str, Any]:
+def run(*arguments: str, code: str = "", folder: Path | None = None) -> Said:
     """Run this environment's python on `arguments`, or on `code` with them: its exit code and the line that tells most."""
     command = [sys.executable, *(["-c", code] if code else []), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=folder, check=False)

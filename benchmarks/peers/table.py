@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Literal
+
+from peers.row import Failed, Fault, Ratio, Row, Rows
 
 BEGIN, END = "<!-- made by benchmarks/against_peers.py -->\n", "<!-- end of what benchmarks/against_peers.py made -->\n"
 OURS = "r1export"
@@ -38,15 +40,16 @@ NAMES = {
     "first_seconds": "first export", "later_seconds": "later release", "release_bytes": "size of a release", "parity": "parity",
     "ratio": "latency", "update_bytes": "bytes of an update", "merge": "wrong merge", "file": "damaged file",
 }  # fmt: skip
-Row = Mapping[str, Any]
+Figure = Literal["first_seconds", "later_seconds", "release_bytes", "parity", "update_bytes"]
+FIGURES: tuple[Figure, ...] = ("first_seconds", "later_seconds", "release_bytes", "parity", "update_bytes")
 
 
-def table(rows: Mapping[str, Row]) -> str:
+def table(rows: Rows) -> str:
     """One line for each contender; one that failed says how."""
     return _head(COLUMNS) + "".join(_line(TITLES[name], rows[name]) for name in TITLES if name in rows)
 
 
-def brief(rows: Mapping[str, Row]) -> str:
+def brief(rows: Rows) -> str:
     """The five columns that decide, one line for each contender."""
     return _head(BRIEF) + "".join(_brief_line(TITLES[name], rows[name]) for name in TITLES if name in rows)
 
@@ -55,7 +58,7 @@ def _head(columns: Sequence[str]) -> str:
     return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
 
 
-def _brief_line(title: str, row: Row) -> str:
+def _brief_line(title: str, row: Row | Failed) -> str:
     if "failed" in row:
         return f"| {title} | failed: {cell(row['failed'])} | | | |\n"
     caught = sum(bool(row["faults"][fault]["exit_code"]) for fault in FAULTS)
@@ -70,7 +73,7 @@ def _brief_line(title: str, row: Row) -> str:
     return "| " + " | ".join(cells) + " |\n"
 
 
-def _line(title: str, row: Row) -> str:
+def _line(title: str, row: Row | Failed) -> str:
     if "failed" in row:
         return f"| {title} | failed: {cell(row['failed'])} | | | | | | | |\n"
     cells = (
@@ -95,7 +98,7 @@ def _times(row: Row) -> str:
     return f"{ms['base']:.1f}, adapted {ms['adapted']:.1f}" if ms else "not measured"
 
 
-def _ratio(ratios: Mapping[str, Any]) -> str:
+def _ratio(ratios: Mapping[str, Ratio]) -> str:
     if not ratios:
         return "not measured"
     parts = {"adapted": "", "off": "adapter built in but off: ", "again": "base against itself: "}
@@ -107,17 +110,17 @@ def _ratio(ratios: Mapping[str, Any]) -> str:
     return "; ".join(shown)
 
 
-def _fails(fault: Row) -> str:
+def _fails(fault: Fault) -> str:
     return f"yes (exit code {fault['exit_code']})" if fault["exit_code"] else "no (exit code 0)"
 
 
-def shortfalls(rows: Mapping[str, Row]) -> list[str]:
+def shortfalls(rows: Rows) -> list[str]:
     """Where r1export is neither best nor equal, against whom, and why: one sentence each."""
     sound = {name: row for name, row in rows.items() if "failed" not in row}
     if OURS not in sound:
         return ["r1export failed."]
     found = []
-    for column in ("first_seconds", "later_seconds", "release_bytes", "parity", "update_bytes"):
+    for column in FIGURES:
         best = min(sound, key=lambda name: sound[name][column])
         if not _equal(column, sound[OURS][column], sound[best][column]):
             ours, theirs = (_amount(column, sound[name][column]) for name in (OURS, best))
@@ -131,38 +134,40 @@ def shortfalls(rows: Mapping[str, Row]) -> list[str]:
     return found
 
 
-def _equal(column: str, ours: float, best: float) -> bool:
+def _equal(column: Figure, ours: float, best: float) -> bool:
     if column == "parity":
         return ours <= max(best, ROUNDING)
     return ours <= best * (CLOSE if column.endswith("seconds") else SAME_SIZE)
 
 
-def _amount(column: str, value: float) -> str:
+def _amount(column: Figure, value: float) -> str:
     if column == "parity":
         return f"{value:.1e}"
     return f"{_seconds(value)} s" if column.endswith("seconds") else f"{value:,} bytes"
 
 
-def faults_table(rows: Mapping[str, Row]) -> str:
+def faults_table(rows: Rows) -> str:
     """What each contender's own check said of each planted fault, and how far off the embeddings were."""
     lines = ["| contender | fault | exit code | what it said | embeddings off by |\n|---|---|---|---|---|\n"]
     for name in TITLES:
-        row = rows.get(name, {})
+        row = rows.get(name)
+        if row is None or "failed" in row:
+            continue
         if check := row.get("check_on_the_sound_model"):
             lines.append(f"| {TITLES[name]} | none | {check['exit_code']} | {cell(check['said']) or 'nothing'} | |\n")
-        for fault, words in FAULTS.items() if "faults" in row else ():
+        for fault, words in FAULTS.items():
             one = row["faults"][fault]
             said = cell(one["said"]) or "nothing"
             lines.append(f"| {TITLES[name]} | {words} | {one['exit_code']} | {said} | {one['off_by']:.2g} |\n")
     return "".join(lines)
 
 
-def versions_line(rows: Mapping[str, Row]) -> str:
+def versions_line(rows: Rows) -> str:
     """Versions by contender."""
     parts = [
         f"{name}: " + ", ".join(f"{package} {version}" for package, version in row["versions"].items())
         for name, row in rows.items()
-        if "versions" in row
+        if "failed" not in row
     ]
     return "Versions. " + "; ".join(parts) + ".\n"
 

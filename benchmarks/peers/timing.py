@@ -13,15 +13,17 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
+from peers.row import Graph, Timing, Timings
 from peers.workload import read_samples
-from r1export.verify.latency import Job, time_rounds
-from r1export.verify.paired_stats import Ratio, latency_verdict, paired_ratio
+from r1export.verify.latency import Job, Opener, time_rounds
+from r1export.verify.paired_stats import latency_verdict, paired_ratio
 from r1export.verify.runtimes.runtime import open_session
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -40,33 +42,34 @@ def main() -> None:
     (asked.work / "timing.json").write_text(json.dumps(summary(seconds), indent=2) + "\n", encoding="utf-8")
 
 
-def openers(work: Path, threads: int) -> dict[str, Callable[[], Job]]:
+def openers(work: Path, threads: int) -> dict[str, Opener]:
     """ "NAME base", "NAME adapted" and so on -> opens a fresh session and gives the job of embedding one image."""
     feeds = {"pixel_values": read_samples(work)["pixel_values"][:1]}
-    found = {}
+    found: dict[str, Opener] = {}
     for path in sorted((work / "rows").glob("*.json")):
-        graphs = json.loads(path.read_text(encoding="utf-8"))["graphs"]
+        graphs: dict[str, Graph] = json.loads(path.read_text(encoding="utf-8"))["graphs"]
         for kind, entry in graphs.items():
-            found[f"{path.stem} {kind}"] = lambda entry=entry: _job(entry, feeds, threads)
+            found[f"{path.stem} {kind}"] = partial(_job, entry, feeds, threads)
     if "r1export base" in found:
         found["r1export again"] = found["r1export base"]
     return found
 
 
-def _job(entry: dict[str, str], feeds: dict[str, np.ndarray], threads: int) -> Job:
-    session = open_session(Path(entry["graph"]), threads=threads)
+def _job(entry: Graph, feeds: dict[str, np.ndarray], threads: int) -> Job:
+    session: Any = open_session(Path(entry["graph"]), threads=threads)
     if "adapter" not in entry:
         return lambda: session.run(None, feeds)
     adapter, options = ort.LoraAdapter(), ort.RunOptions()
     adapter.Load(entry["adapter"])
     options.add_active_adapter(adapter)
-    # The adapter is named in the closure so that it lives as long as the options that refer to it.
-    return lambda adapter=adapter: session.run(None, feeds, options)
+
+    def job(adapter: ort.LoraAdapter = adapter) -> object:  # it has to live as long as the options that refer to it
+        return session.run(None, feeds, options)
+
+    return job
 
 
-def measure(
-    openers: dict[str, Callable[[], Job]], blocks: int, rounds: int, clock: Callable[[], float]
-) -> dict[str, np.ndarray]:
+def measure(openers: dict[str, Opener], blocks: int, rounds: int, clock: Callable[[], float]) -> dict[str, np.ndarray]:
     """Seconds (blocks, rounds) of every job."""
     rng, found = np.random.default_rng(0), []
     for _ in range(blocks):
@@ -75,23 +78,20 @@ def measure(
     return {name: np.stack([block[name] for block in found]) for name in openers}
 
 
-def summary(seconds: dict[str, np.ndarray]) -> dict[str, Any]:
+def summary(seconds: dict[str, np.ndarray]) -> Timings:
     """By contender: median milliseconds of each graph, and ratios to its own base with 95 % intervals and a verdict."""
-    found: dict[str, Any] = {}
-    noise = ratio(seconds, "r1export again", "r1export base")
+    found: dict[str, Timing] = {}
+    again = seconds.get("r1export again")
+    noise = None if again is None else paired_ratio(again, seconds["r1export base"])
     for name in sorted({key.split()[0] for key in seconds}):
         kinds = [key.split()[1] for key in seconds if key.split()[0] == name]
         found[name] = {"ms": {kind: 1000 * float(np.median(seconds[f"{name} {kind}"])) for kind in kinds}, "ratios": {}}
         for kind in kinds:
             if kind != "base":
-                one = ratio(seconds, f"{name} {kind}", f"{name} base")
+                one = paired_ratio(seconds[f"{name} {kind}"], seconds[f"{name} base"])
                 verdict = latency_verdict(one, noise, MARGIN)[0] if noise else "inconclusive"
-                found[name]["ratios"][kind] = {"ratio": one.value, "ci95": [one.low, one.high], "verdict": verdict}
+                found[name]["ratios"][kind] = {"ratio": one.ratio, "ci95": [*one.ci95], "verdict": verdict}
     return {"contenders": found, "rounds": int(next(iter(seconds.values())).size), "load": os.getloadavg()[0]}
-
-
-def ratio(seconds: dict[str, np.ndarray], one: str, other: str) -> Ratio | None:
-    return paired_ratio(seconds[one], seconds[other]) if one in seconds and other in seconds else None
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from peers.contender import FIRST_LINEAR, Row, cut_image_tower, enter, onnx_embeddings, release_bytes, timed, versions
+from peers.contender import FIRST_LINEAR, cut_image_tower, enter, onnx_embeddings, release_bytes, timed, versions
 from peers.contender import run as run_python
+from peers.row import Fault, Graph, Row
 from peers.with_olive import BOTH, CONVERT, EXTRACT, RUN, TWICE, config, started
 from peers.workload import ALPHA, RANK, parity, read_samples
 
@@ -32,7 +33,8 @@ onnx_embeddings(dict.fromkeys(("image_embeds", "text_embeds"), graph), read_samp
 def build(work: Path) -> Row:
     from olive.workflows import run
 
-    folder, seconds = work / "multilora", {}
+    folder = work / "multilora"
+    seconds: dict[str, float] = {}
     with timed(seconds, "export"):
         run(config(work, folder / "adapted", PASSES))
     run(config(work, folder / "base", {"convert": CONVERT}, adapted=False))
@@ -86,27 +88,32 @@ def same(one: Path, other: Path) -> bool:
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
-def faults(work: Path, folder: Path, graph: Path, adapter: Path) -> dict[str, Row]:
+def faults(work: Path, folder: Path, graph: Path, adapter: Path) -> dict[str, Fault]:
     """An adapter with its scaling twice, and one with a negated tensor."""
     out, samples = folder / "fault-merge", read_samples(work)
     made = started(out, config(work, out, PASSES), TWICE + RUN)
     assert made["exit_code"] == 0, made["said"]
     values, name = read(adapter), f"{FIRST_LINEAR}.lora_B.default.weight"
     save(values | {name: -values[name]}, folder / "negated.onnx_adapter")
-    found = {}
+    found: dict[str, Fault] = {}
     for fault, file in (("merge", out / ADAPTER), ("file", folder / "negated.onnx_adapter")):
-        found[fault] = run_python(str(graph), str(file), str(work), code=LOAD)
-        found[fault]["off_by"] = parity(onnx_embeddings(dict.fromkeys(BOTH, graph), samples, file), work)
+        said = run_python(str(graph), str(file), str(work), code=LOAD)
+        off = onnx_embeddings(dict.fromkeys(BOTH, graph), samples, file)
+        found[fault] = {**said, "off_by": parity(off, work)}
     return found
 
 
-def image_towers(folder: Path, graph: Path, adapter: Path) -> Row:
+def image_towers(folder: Path, graph: Path, adapter: Path) -> dict[str, Graph]:
     """The image tower of the plain model, of the model with its adapter, and of the same with the adapter not active."""
     values = {name: value for name, value in read(adapter).items() if name.startswith("vision_model.")}
     save(values, folder / "image.onnx_adapter")
-    cut = {"graph": str(cut_image_tower(graph, folder / "adapted-image.onnx", list(values)))}
-    plain = {"graph": str(cut_image_tower(folder / "base" / "model.onnx", folder / "base-image.onnx"))}
-    return {"base": plain, "off": cut, "adapted": cut | {"adapter": str(folder / "image.onnx_adapter")}}
+    cut: Graph = {"graph": str(cut_image_tower(graph, folder / "adapted-image.onnx", list(values)))}
+    plain: Graph = {"graph": str(cut_image_tower(folder / "base" / "model.onnx", folder / "base-image.onnx"))}
+    return {
+        "base": plain,
+        "off": cut,
+        "adapted": {"graph": cut["graph"], "adapter": str(folder / "image.onnx_adapter")},
+    }
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from typing import Any
 
 from peers.contender import (
     FIRST_LINEAR,
-    Row,
     cut_image_tower,
     enter,
     flip_sign,
@@ -18,6 +17,7 @@ from peers.contender import (
     timed,
     versions,
 )  # fmt: skip
+from peers.row import Fault, Row, Said
 from peers.workload import adapted_model, parity, read_samples
 
 OPSET = 20
@@ -49,7 +49,8 @@ main(["run", "--config", sys.argv[1]])
 def build(work: Path) -> Row:
     from olive.workflows import run as run_workflow
 
-    folder, seconds = work / "olive", {}
+    folder = work / "olive"
+    seconds: dict[str, float] = {}
     with timed(seconds, "export"):
         run_workflow(config(work, folder / "adapted", {"convert": CONVERT}))
     run_workflow(config(work, folder / "base", {"convert": CONVERT}, adapted=False))
@@ -78,27 +79,27 @@ def discrepancy_check(work: Path) -> dict[str, Any]:
     return {"type": "OnnxDiscrepancyCheck", "reference_model_path": str(work / "base"), "max_mae": MAX_ERROR}
 
 
-def checked(work: Path, out: Path, graph: Path) -> Row:
+def checked(work: Path, out: Path, graph: Path) -> Said:
     """What OnnxDiscrepancyCheck says of a graph."""
     settings = config(work, out, {"check": discrepancy_check(work)})
     settings["input_model"] = {"type": "ONNXModel", "model_path": str(graph)}
     return started(out, settings)
 
 
-def started(out: Path, settings: dict[str, Any], code: str = RUN) -> Row:
+def started(out: Path, settings: dict[str, Any], code: str = RUN) -> Said:
     """`olive run` in a process of its own."""
     path = out.parent / f"{out.name}.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
     return run(str(path), code=code)
 
 
-def faults(work: Path, folder: Path, graph: Path) -> dict[str, Row]:
+def faults(work: Path, folder: Path, graph: Path) -> dict[str, Fault]:
     """A merge with the scaling twice through the conversion; a sound graph with one weight negated afterwards."""
     samples = read_samples(work)
     twice = folder / "fault-merge"
     made = started(twice, config(work, twice, {"convert": CONVERT}), TWICE + RUN)
     assert made["exit_code"] == 0, made["said"]
-    found = {"merge": checked(work, folder / "check-merge", twice / "model.onnx")}
+    checks = {"merge": checked(work, folder / "check-merge", twice / "model.onnx")}
     damaged = folder / "fault-file" / "model.onnx"
     damaged.parent.mkdir()
     damaged.write_bytes(graph.read_bytes())
@@ -106,10 +107,11 @@ def faults(work: Path, folder: Path, graph: Path) -> dict[str, Row]:
         (damaged.parent / data.name).write_bytes(data.read_bytes())
     weight = adapted_model(work).merge_and_unload().get_submodule(FIRST_LINEAR).weight.detach().numpy()
     flip_sign(damaged, weight)
-    found["file"] = checked(work, folder / "check-file", damaged)
-    for fault in found:
+    checks["file"] = checked(work, folder / "check-file", damaged)
+    found: dict[str, Fault] = {}
+    for fault, said in checks.items():
         off = onnx_embeddings(dict.fromkeys(BOTH, folder / f"fault-{fault}" / "model.onnx"), samples)
-        found[fault]["off_by"] = parity(off, work)
+        found[fault] = {**said, "off_by": parity(off, work)}
     return found
 
 

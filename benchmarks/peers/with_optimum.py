@@ -6,7 +6,6 @@ from pathlib import Path
 
 from peers.contender import (
     FIRST_LINEAR,
-    Row,
     cut_image_tower,
     enter,
     onnx_embeddings,
@@ -15,6 +14,7 @@ from peers.contender import (
     timed,
     versions,
 )  # fmt: skip
+from peers.row import Fault, Row
 from peers.workload import adapted_model, parity, read_samples
 
 TASK = "zero-shot-image-classification"
@@ -41,7 +41,8 @@ main()
 def build(work: Path) -> Row:
     from optimum.exporters.onnx import main_export
 
-    folder, seconds = work / "optimum", {}
+    folder = work / "optimum"
+    seconds: dict[str, float] = {}
     with timed(seconds, "export"):
         merged(work, folder / "merged-hf")
         main_export(str(folder / "merged-hf"), folder / "adapted", task=TASK)
@@ -64,18 +65,19 @@ def merged(work: Path, out: Path, *, scaled_twice: bool = False) -> None:
     adapted_model(work, scaled_twice=scaled_twice).merge_and_unload(safe_merge=True).save_pretrained(out)
 
 
-def faults(work: Path, folder: Path) -> dict[str, Row]:
+def faults(work: Path, folder: Path) -> dict[str, Fault]:
     """The command line on a wrong merge, and on a right one whose file is damaged before it is validated."""
     merged(work, folder / "twice-hf", scaled_twice=True)
-    found, samples = {}, read_samples(work)
+    samples = read_samples(work)
+    found: dict[str, Fault] = {}
     for fault, model, code in (
         ("merge", folder / "twice-hf", "from optimum.commands.optimum_cli import main; main()"),
         ("file", folder / "merged-hf", FLIPPED),
     ):
         out = folder / f"fault-{fault}"
-        found[fault] = run("export", "onnx", "--model", str(model), "--task", TASK, str(out), code=code)
+        said = run("export", "onnx", "--model", str(model), "--task", TASK, str(out), code=code)
         embeds = onnx_embeddings(dict.fromkeys(("image_embeds", "text_embeds"), out / "model.onnx"), samples)
-        found[fault]["off_by"] = parity(embeds, work)
+        found[fault] = {**said, "off_by": parity(embeds, work)}
     return found
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
-from peers.contender import FIRST_LINEAR, Row, enter, holder, onnx_embeddings, release_bytes, run, timed, versions
+from peers.contender import FIRST_LINEAR, enter, holder, onnx_embeddings, release_bytes, run, timed, versions
+from peers.row import Fault, Row
 from peers.workload import CONTEXT, END, adapted_model, parity, read_samples
 
 OPSET = 20
@@ -34,7 +36,8 @@ class Visual(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         embeds = self.visual_projection(self.vision_model(pixel_values=pixel_values).pooler_output)
-        return embeds / embeds.norm(dim=-1, keepdim=True)
+        unit: torch.Tensor = embeds / embeds.norm(dim=-1, keepdim=True)
+        return unit
 
 
 class Textual(nn.Module):
@@ -46,11 +49,13 @@ class Textual(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         embeds = self.text_projection(self.text_model(input_ids=input_ids).pooler_output)
-        return embeds / embeds.norm(dim=-1, keepdim=True)
+        unit: torch.Tensor = embeds / embeds.norm(dim=-1, keepdim=True)
+        return unit
 
 
 def merged(work: Path, *, scaled_twice: bool = False) -> nn.Module:
-    return adapted_model(work, scaled_twice=scaled_twice).merge_and_unload(safe_merge=True).eval()
+    model: nn.Module = adapted_model(work, scaled_twice=scaled_twice).merge_and_unload(safe_merge=True)
+    return model.eval()
 
 
 def export(clip: Any, out: Path, towers: tuple[str, ...] = ("visual", "textual")) -> None:
@@ -76,7 +81,8 @@ def negate_before_verification_(clip: nn.Module) -> None:
     """Plant a fault: the exporter's graph has one weight negated when `verify=True` looks at it and when it is saved."""
     from torch.onnx._internal.exporter import _verification
 
-    verify, weight = _verification.verify_onnx_program, clip.get_submodule(FIRST_LINEAR).weight.detach().numpy()
+    verify = _verification.verify_onnx_program
+    weight = clip.get_parameter(f"{FIRST_LINEAR}.weight").detach().numpy()
 
     def faulty(program: Any, *arguments: Any, **options: Any) -> Any:
         import onnx_ir as ir
@@ -89,14 +95,15 @@ def negate_before_verification_(clip: nn.Module) -> None:
         print("\n".join(f"max difference of {one.name}: {one.max_abs_diff}" for one in found))
         return found
 
-    _verification.verify_onnx_program = faulty
+    patch.object(_verification, "verify_onnx_program", faulty).start()
 
 
 def build(work: Path) -> Row:
     from transformers import CLIPModel
 
     logging.disable(logging.WARNING)
-    folder, seconds = work / "peft", {}
+    folder = work / "peft"
+    seconds: dict[str, float] = {}
     with timed(seconds, "export"):
         export(merged(work), folder / "adapted")
     export(CLIPModel.from_pretrained(work / "base").eval(), folder / "base", towers=("visual",))
@@ -111,12 +118,12 @@ def build(work: Path) -> Row:
     }  # fmt: skip
 
 
-def _fault(work: Path, out: Path, fault: str) -> Row:
+def _fault(work: Path, out: Path, fault: str) -> Fault:
     code = SCRIPT.format(plant=FLIP if fault == "file" else "", twice=fault == "merge")
-    found = run(str(work), str(out), code=code)
+    said = run(str(work), str(out), code=code)
     samples = read_samples(work)
     image = onnx_embeddings({"image_embeds": out / "visual.onnx"}, samples)
-    return found | {"off_by": parity({**image, "text_embeds": samples["text_embeds"]}, work)}
+    return {**said, "off_by": parity({**image, "text_embeds": samples["text_embeds"]}, work)}
 
 
 if __name__ == "__main__":

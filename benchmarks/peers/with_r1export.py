@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from peers.contender import FIRST_LINEAR, Row, enter, onnx_embeddings, release_bytes, run, timed, versions
+from peers.contender import FIRST_LINEAR, enter, onnx_embeddings, release_bytes, run, timed, versions
 from peers.mapping import rows_of
+from peers.row import Fault, Row, Said
 from peers.workload import ALPHA, RANK, parity, read_samples
 from r1export import __version__
 from r1export.adapt.inject import eject_experts_
@@ -47,7 +48,8 @@ ExpertUpdate.apply = faulty
 
 
 def build(work: Path) -> Row:
-    folder, seconds = work / "r1export", {}
+    folder = work / "r1export"
+    seconds: dict[str, float] = {}
     context = planted_run(work, folder / "run")
     run_folder, recipe = context.run, context.recipe
     factors = run_folder.task(1, "digits").factors
@@ -116,9 +118,9 @@ def read_lora(work: Path) -> dict[Rows, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def faults(work: Path, folder: Path, sound: RunFolder) -> dict[str, Row]:
+def faults(work: Path, folder: Path, sound: RunFolder) -> dict[str, Fault]:
     """`r1export verify` on a run whose every merge scales twice, and on one with a weight negated in its release."""
-    found = {}
+    found: dict[str, Fault] = {}
     for fault in ("merge", "file"):
         run_folder = RunFolder(folder / f"fault-{fault}")
         shutil.copytree(sound.path, run_folder.path, ignore=shutil.ignore_patterns("report.*", "update.r1u"))
@@ -129,18 +131,18 @@ def faults(work: Path, folder: Path, sound: RunFolder) -> dict[str, Row]:
             assert made["exit_code"] == 0, made["said"]
         else:
             negate(release / "visual.safetensors")
-        found[fault] = verified(run_folder, TWICE if fault == "merge" else "")
+        said = verified(run_folder, TWICE if fault == "merge" else "")
         graphs = {"image_embeds": release / "visual.onnx", "text_embeds": release / "textual.onnx"}
-        found[fault]["off_by"] = parity(onnx_embeddings(graphs, read_samples(work)), work)
+        found[fault] = {**said, "off_by": parity(onnx_embeddings(graphs, read_samples(work)), work)}
         shutil.rmtree(run_folder.path)
     return found
 
 
-def verified(run_folder: RunFolder, plant: str = "") -> Row:
+def verified(run_folder: RunFolder, plant: str = "") -> Said:
     """`r1export verify RUN`, and the first reason that its report gives."""
     found = run("verify", str(run_folder.path), code=plant + VERIFY)
     reasons = read_json(run_folder.path / "report.json", "")["reasons"] if found["exit_code"] in (0, 1, 4) else []
-    return found | {"said": reasons[0][:300] if reasons else found["said"]}
+    return {"exit_code": found["exit_code"], "said": reasons[0][:300] if reasons else found["said"]}
 
 
 def negate(weights: Path) -> None:

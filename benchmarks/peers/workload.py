@@ -12,11 +12,12 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-SIZES: dict[str, dict[str, Any]] = {
+Size = Mapping[str, int]
+SIZES: dict[str, Size] = {
     "ViT-B-32": {
         "image": 224, "patch": 32, "embed": 512, "layers": 12, "vision_width": 768, "vision_heads": 12, "text_width": 512, "text_heads": 8,
     },
@@ -29,6 +30,15 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 CONTEXT, VOCABULARY, END = 77, 49408, 49407
 SAMPLES = 8
 SAME = 1e-5  # largest difference of unit-norm embeddings between the two libraries on the same weights
+
+
+class Facts(TypedDict):
+    """What facts.json says of the models."""
+
+    size: str
+    disagreement: float
+    moved_by_adapter: float
+    adapter_values: int
 
 
 def prepare(size: str, work: Path, seed: int = 0) -> None:
@@ -50,16 +60,18 @@ def prepare(size: str, work: Path, seed: int = 0) -> None:
     adapted = _lora(model, seed)
     adapted.save_pretrained(work / "adapter")
     unmerged = embeddings(adapted, inputs)
-    np.savez(work / "samples.npz", **inputs, **unmerged)
-    moved = _largest(unmerged, embeddings_without(adapted, inputs))
-    facts = {"size": size, "disagreement": disagreement, "moved_by_adapter": moved}
-    facts["adapter_values"] = sum(
-        value.size for value in load_file(work / "adapter" / "adapter_model.safetensors").values()
-    )
+    np.savez(work / "samples.npz", **inputs, **unmerged)  # type: ignore[arg-type]  # stubs: allow_pickle
+    factors = load_file(work / "adapter" / "adapter_model.safetensors")
+    facts: Facts = {
+        "size": size,
+        "disagreement": disagreement,
+        "moved_by_adapter": _largest(unmerged, embeddings_without(adapted, inputs)),
+        "adapter_values": sum(value.size for value in factors.values()),
+    }
     (work / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def _clip(size: Mapping[str, Any]) -> Any:
+def _clip(size: Size) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
     shared = {"num_hidden_layers": size["layers"], "hidden_act": "gelu", "projection_dim": size["embed"]}
@@ -77,7 +89,7 @@ def _clip(size: Mapping[str, Any]) -> Any:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=size["embed"])).eval()
 
 
-def open_clip_config(size: Mapping[str, Any]) -> dict[str, Any]:
+def open_clip_config(size: Size) -> dict[str, Any]:
     """The same shape as open_clip's model config."""
     return {
         "embed_dim": size["embed"],
@@ -91,7 +103,7 @@ def open_clip_config(size: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def samples(size: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
+def samples(size: Size, seed: int) -> dict[str, np.ndarray]:
     """`pixel_values` (n, 3, h, w) and `input_ids` (n, 77), each text with one end."""
     rng = np.random.default_rng(seed)
     tokens = np.zeros((SAMPLES, CONTEXT), np.int64)
@@ -108,7 +120,7 @@ def _lora(model: Any, seed: int) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(TARGETS))
+    config = LoraConfig(r=RANK, lora_alpha=int(ALPHA), lora_dropout=0.0, target_modules=list(TARGETS))
     adapted = get_peft_model(model, config).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
@@ -169,7 +181,7 @@ def _open_clip_embeddings(work: Path, inputs: Mapping[str, np.ndarray]) -> dict[
 
 def unit(embeds: np.ndarray) -> np.ndarray:
     """Rows scaled to length one."""
-    return embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
+    return np.asarray(embeds / np.linalg.norm(embeds, axis=1, keepdims=True))
 
 
 def _largest(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from r1export.export.preprocess import write_preprocess
 from r1export.update.atomic_io import sha256_file, write_json
-from r1export.update.container import NAMES, plan, read_layout, read_tensors, write_layout, write_tensors
+from r1export.update.container import NAMES, read_layout, read_tensors, write_tensors
 from r1export.update.factors import ExpertUpdate, Factors, Rows
 from r1export.update.int8 import dequantize, quantize
 from r1export.verify.client_files import PreprocessConfig
@@ -52,7 +54,7 @@ def make_run(run: Path, precision: str = "fp32", factors: str = "float32", *, cl
     dtype = np.float16 if precision == "fp16" else np.float32
     base = {name: (rng.standard_normal(shape) * 0.3).astype(dtype) for name, (shape, _, _) in SHAPES.items()}
     base["visual.head.weight"][0, 0] = ORDER_WEIGHT
-    golden = {
+    golden: dict[str, np.ndarray] = {
         "pixel_values": rng.standard_normal((6, 3, 8, 8)).astype(np.float32),
         "input_ids": rng.integers(0, 32, (4, 5)),
     }
@@ -88,11 +90,18 @@ def random_update(rng: np.random.Generator, experts: int, dtype: str, corner: tu
     return ExpertUpdate(pairs)
 
 
-def write_release(folder: Path, base: dict, weights: dict, golden: dict, updates: list, precision: str) -> None:
+def write_release(
+    folder: Path,
+    base: dict[str, np.ndarray],
+    weights: dict[str, np.ndarray],
+    golden: dict[str, np.ndarray],
+    updates: Sequence[tuple[str, str, ExpertUpdate]],
+    precision: str,
+) -> None:
     (folder / "classes").mkdir(parents=True)
-    tensors = {}
+    tensors: dict[str, dict[str, Any]] = {}
     for file in ("visual.safetensors", "textual.safetensors"):
-        stored = {}
+        stored: dict[str, np.ndarray] = {}
         for name in (name for name in SHAPES if SHAPES[name][1] == file):
             if precision == "int8" and name in QUANTISED:
                 q, scale = quantize(weights[name])
@@ -100,9 +109,8 @@ def write_release(folder: Path, base: dict, weights: dict, golden: dict, updates
             else:
                 stored[name] = _stored(weights[name], SHAPES[name][2])
         stored = dict(sorted(stored.items(), key=lambda item: -item[1].itemsize))
-        layout = plan((name, tensor.dtype, tensor.shape) for name, tensor in stored.items())
-        write_layout(folder / file, layout, lambda spec, stored=stored: stored[spec.name])
-        for spec in layout.specs:
+        write_tensors(folder / file, stored)
+        for spec in read_layout(folder / file).specs:
             tensors[spec.name] = {
                 "file": file,
                 "offset": spec.offset,
@@ -265,7 +273,13 @@ def _as_float(name: str, precision: str) -> onnx.NodeProto:
     return helper.make_node("Cast", [name], [f"{name}.f"], to=TensorProto.FLOAT)
 
 
-def _model(folder: Path, nodes: list, inputs: list, output: onnx.ValueInfoProto, weights: str) -> onnx.ModelProto:
+def _model(
+    folder: Path,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    output: onnx.ValueInfoProto,
+    weights: str,
+) -> onnx.ModelProto:
     graph = helper.make_graph(nodes, "g", inputs, [output])
     for spec in read_layout(folder / weights).specs:
         kind = {"<f2": TensorProto.FLOAT16, "|i1": TensorProto.INT8}.get(spec.dtype.str, TensorProto.FLOAT)
