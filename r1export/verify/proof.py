@@ -62,10 +62,18 @@ def _execute(graph: Path, feeds: Feeds, provider: str) -> Execution:
 
 
 def prove(
-    base: Graphs, release: Graphs, base_executions: Executions, run_release: Callable[[], Executions], control: Check
+    base: Graphs,
+    release: Graphs,
+    base_executions: Executions,
+    run_release: Callable[[], Executions],
+    control: Check,
+    reference: str = "the base",
 ) -> Proof:
-    """The rungs L0 to L4. `base` names the required graphs; the release is run if the base could be run."""
-    same_file, graph = _same_files(base, release), _same_graphs(base, release)
+    """The rungs L0 to L4. `base` names the required graphs; the release is run if the base could be run.
+
+    `reference` says in messages whose graphs `base` are.
+    """
+    same_file, graph = _same_files(base, release, reference), _same_graphs(base, release)
     if not base_executions.runs:
         rungs = [Rung.unmeasured(f"cannot run the base: {base_executions.problem}")] * 3
     elif not (executions := run_release()).runs:
@@ -79,11 +87,11 @@ def prove(
     )  # fmt: skip
 
 
-def _same_files(base: Graphs, release: Graphs) -> Rung:
+def _same_files(base: Graphs, release: Graphs, reference: str) -> Rung:
     """Rung L0. A missing file is a failed rung."""
     digests = {name: (_sha256(path), _sha256(release[name])) for name, path in base.items()}
-    problems = [f"{name} is missing from the base" for name, path in base.items() if not path.is_file()]
-    problems += [f"{name} differs from the base's" for name, (left, right) in digests.items() if left != right]
+    problems = [f"{name} is missing from {reference}" for name, path in base.items() if not path.is_file()]
+    problems += [f"{name} differs from {reference}'s" for name, (left, right) in digests.items() if left != right]
     return _rung(digests, problems, f"{', '.join(base)} are byte-identical", of=len(base))
 
 

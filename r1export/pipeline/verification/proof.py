@@ -21,12 +21,15 @@ from r1export.verify.unmerged_graph import add_branches
 
 
 def release_proof(ref: ReleaseRef, inputs: parity.Inputs, base: Executions, providers: Sequence[str]) -> Proof:
-    """Rungs L0 to L4 of a release against the base and its execution. The base is compared with a second execution of itself."""
-    folders = ref.base.path, ref.path
-    base_graphs, graphs = ({name: folder / name for name in GRAPHS} for folder in folders)
+    """Rungs L0 to L4 of a release against the base and its execution.
+
+    The base itself is compared with the graphs that the run exported (L0, L1) and with a second execution of itself (L2 to L4).
+    """
+    before, reference = (ref.variant.exports.graphs, "the export") if ref.is_base else (ref.base.path, "the base")
+    base_graphs, graphs = ({name: folder / name for name in GRAPHS} for folder in (before, ref.path))
     feeds = graph_feeds(inputs, embedding_width(ref))
     run = cache(lambda: run_graphs(ref.path, feeds, providers))
-    return proof.prove(base_graphs, graphs, base, run, _control(ref, feeds, run))
+    return proof.prove(base_graphs, graphs, base, run, _control(ref, feeds, run), reference)
 
 
 def embedding_width(ref: ReleaseRef) -> int:

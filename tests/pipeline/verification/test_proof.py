@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 from running import QUICK, RECIPE, context_of, r1export, trained_run
 
@@ -35,9 +36,9 @@ def variant(run: Path) -> Variant:
     return Variant(context_of(run), "fp32")
 
 
-def proof_of(variant: Variant, updates: list[ExpertUpdate] | None = None) -> Proof:
-    """The proof of release 1 against what the base runs."""
-    ref = variant.release(1, updates or variant.context.run.updates(variant.context.recipe))
+def proof_of(variant: Variant, updates: list[ExpertUpdate] | None = None, number: int = 1) -> Proof:
+    """The proof of a release against what the base runs."""
+    ref = variant.release(number, updates or variant.context.run.updates(variant.context.recipe))
     inputs = parity_inputs(variant.context, variant.context.tasks[0])
     base = run_graphs(ref.base.path, graph_feeds(inputs, embedding_width(ref)), ("cpu",))
     return release_proof(ref, inputs, base, ("cpu",))
@@ -56,6 +57,26 @@ def test_a_run_that_learns_in_the_text_tower_alone_is_proven_and_timed_there(var
 
 def test_a_release_by_itself_is_timed_in_the_tower_that_differs_from_the_base(run: Path) -> None:
     assert verify_release(run / "releases" / "01-digits", budget=QUICK).latency.tower == "textual"
+
+
+def test_the_base_release_is_held_against_the_graphs_that_the_run_exported(variant: Variant) -> None:
+    """Against itself it could not fail."""
+    assert proof_of(variant, number=0).verdict == "pass"
+    graph = variant.release(0).path / "visual.onnx"
+    before = graph.read_bytes()
+    try:
+        model = onnx.load_from_string(before)
+        model.doc_string = "edited"
+        graph.write_bytes(model.SerializeToString())
+        edited = proof_of(variant, number=0)
+        model.graph.node[0].attribute.append(onnx.helper.make_attribute("extra", 1))
+        graph.write_bytes(model.SerializeToString())
+        restructured = proof_of(variant, number=0)
+    finally:
+        graph.write_bytes(before)
+    assert (edited.same_file.verdict, edited.graph.verdict) == ("fail", "pass")
+    assert "visual.onnx differs from the export's" in edited.same_file.detail
+    assert restructured.graph.verdict == "fail"
 
 
 def test_a_control_that_cannot_be_run_leaves_the_rungs_as_they_were_measured(variant: Variant, monkeypatch) -> None:
