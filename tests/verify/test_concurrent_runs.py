@@ -65,6 +65,19 @@ def test_jobs_share_one_core_which_is_drawn_anew_and_given_free_afterwards(rng) 
     assert os.sched_getaffinity(0) == allowed
 
 
+@pytest.mark.parametrize("system", ["macOS", "sandbox"])
+def test_threads_cannot_be_bound_where_the_system_has_no_call_for_it_or_refuses_it(system: str, monkeypatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    assert can_bind()
+    if system == "macOS":
+        monkeypatch.delattr(os, "sched_setaffinity")
+    else:
+        monkeypatch.setattr(os, "sched_setaffinity", refused)
+    assert not can_bind()
+
+
 def test_a_job_that_fails_is_reported_and_keeps_no_other_waiting(rng) -> None:
     def fail() -> None:
         raise ValueError("broken")
