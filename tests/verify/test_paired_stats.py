@@ -272,3 +272,30 @@ def test_the_worst_provider_gives_the_verdict_and_all_tables_are_kept() -> None:
 
 def test_no_provider_that_can_be_timed_is_no_pass() -> None:
     assert slowest([], "visual").verdict == "not_applicable"
+
+
+def sessions(seed: int, *, share: float, slower: float, blocks: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """Equal programs, of which the first has `share` of its sessions slower for their life."""
+    merged, base = series(1.0, seed=seed, blocks=blocks)
+    slow = np.random.default_rng(seed).permutation(blocks) < round(share * blocks)
+    return np.where(slow[:, None], slower, 1.0) * merged, base
+
+
+def test_a_session_that_the_machine_slows_for_its_life_does_not_keep_equal_programs_from_passing() -> None:
+    """One block of twenty, a third slower: its weight in a plain mean, 1.4 %, would widen the interval beyond the margin for good."""
+    found = [paired_ratio(*sessions(seed, share=0.05, slower=1.33)) for seed in range(20)]
+    assert sum(one.within(MARGIN) for one in found) >= 19
+
+
+def test_a_release_that_is_slow_every_third_time_is_not_passed() -> None:
+    noise = Ratio(1.0, (0.995, 1.005))
+    found = [
+        latency_verdict(paired_ratio(*sessions(seed, share=1 / 3, slower=1.1)), noise, MARGIN)[0] for seed in range(20)
+    ]
+    assert "pass" not in found
+
+
+def test_one_block_tells_nothing_of_the_spread() -> None:
+    merged, base = series(1.0, seed=0, blocks=1)
+    assert not paired_ratio(merged, base).within(10.0)
+    assert not within_by(1.0, merged, base, 10.0)
