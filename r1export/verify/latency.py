@@ -8,8 +8,9 @@ read around every run, and the clock with the lowest noise (base vs. base) decid
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -195,36 +196,52 @@ def measure(
     depends on the width of the intervals, not on their position, so neither biases the verdict.
     """
     meter = meter or wall_clock()
-    time_block: TimeBlock = partial(time_runs, clock=meter.read)
-    rng, rounds = np.random.default_rng(0), max(2, -(-wanted.pairs // (2 * budget.blocks)))
+    rounds = max(2, -(-wanted.pairs // (2 * budget.blocks)))
     started, deadline = meter.elapsed(), None
     decisive = [name for name in openers if name != BASE and name not in controls]
     blocks: list[dict[str, np.ndarray]] = []
     enough = min(budget.blocks, budget.first_look) if wanted.margin else budget.blocks
-    while True:
-        timed = [name for name in openers if name not in controls or len(blocks) < CONTROL_BLOCKS]
-        jobs = {str(name): openers[str(name)]() for name in rng.permutation(timed)}
-        if not blocks:
-            seconds = seconds_a_run(jobs, meter)
-            rounds = min(rounds, max(budget.fewest_rounds, int(budget.seconds / (2 * budget.blocks * seconds))))
-            time_block = time_long_runs if time_long_runs and seconds >= LONG_RUN else time_block
-        blocks.append(time_block(jobs, rounds, rng))
-        jobs.clear()  # closes the sessions before the next ones are opened
+    for block in _blocks(openers, controls, rounds, budget, meter, time_long_runs):
+        blocks.append(block)
         on_block()
         if len(blocks) < enough:
             continue
-        enough = len(blocks) + max(1, len(blocks) // 5)  # intervals are slow to compute and change slowly
+        enough = len(blocks) + max(1, len(blocks) // 5)  # each look can err, and late blocks change little
         counts = {name: np.stack([block[name] for block in blocks if name in block]) for name in openers}
         readings = Readings(meter.clocks, counts)
         by_clock = [readings.by(clock) for clock in meter.clocks.deciding]
         if any(_clear(times, decisive, wanted.margin) for times in by_clock):
-            return readings
+            break
         if len(blocks) < budget.blocks:
             continue
         now = meter.elapsed()
         deadline = deadline or now + (max(budget.patience, (now - started) / 2) if budget.patience else 0.0)
         if now >= deadline or any(_precise(times, decisive, wanted.halfwidth) for times in by_clock):
-            return readings
+            break
+    return readings
+
+
+def _blocks(
+    openers: Mapping[str, Opener],
+    controls: Collection[str],
+    rounds: int,
+    budget: TimingBudget,
+    meter: Meter,
+    time_long_runs: TimeBlock | None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Blocks without end, each with fresh sessions; of a slow model fewer `rounds`, as many as fit in the budget."""
+    rng = np.random.default_rng(0)
+    time_block: TimeBlock = partial(time_runs, clock=meter.read)
+    for number in itertools.count():
+        timed = [name for name in openers if name not in controls or number < CONTROL_BLOCKS]
+        jobs = {str(name): openers[str(name)]() for name in rng.permutation(timed)}
+        if not number:
+            seconds = seconds_a_run(jobs, meter)
+            rounds = min(rounds, max(budget.fewest_rounds, int(budget.seconds / (2 * budget.blocks * seconds))))
+            time_block = time_long_runs if time_long_runs and seconds >= LONG_RUN else time_block
+        block = time_block(jobs, rounds, rng)
+        jobs.clear()  # closes the sessions before the next ones are opened
+        yield block
 
 
 def _clear(counts: Mapping[str, np.ndarray], decisive: Sequence[str], margin: float) -> bool:
