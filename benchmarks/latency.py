@@ -44,7 +44,7 @@ from r1export.verify.results import Latency, Ratio, RunReport
 MARGIN, PAIRS = 0.02, 400  # the recipe's defaults
 BUSY_LOOP, SLOWED = "while True: pass", "slowed"
 SIDE = 256  # rows and columns of the matrix of an extra node
-TRIAL_NODES = 40  # extra nodes from whose time the number for a given share is derived
+FEWEST_NODES = 10  # a quarter of the extra nodes that are tried first
 Feeds = dict[str, np.ndarray]
 
 
@@ -130,12 +130,15 @@ def busy_loops(count: int) -> Iterator[None]:
 
 
 def nodes_for(release: Path, share: float, feeds: Feeds) -> int:
-    """How many extra nodes take `share` of the time of the image tower of `release`, from the time that many of them take."""
+    """How many extra nodes take `share` of the time of the image tower of `release`, from the time that at least as many take."""
+    nodes, added = FEWEST_NODES, 0.0
     with tempfile.TemporaryDirectory() as folder:
-        write_slowed(release, Path(folder), TRIAL_NODES)
         graphs = {"base": release / "visual.onnx", "merged": Path(folder) / "visual.onnx"}
-        added = _timed(graphs, feeds, 0, SLOWED).merged.ratio - 1
-    return max(1, round(TRIAL_NODES * share / added))
+        while added < share:  # the time of too few nodes is lost in the noise
+            nodes *= 4
+            write_slowed(release, Path(folder), nodes)
+            added = _timed(graphs, feeds, 0, SLOWED).merged.ratio - 1
+    return max(1, round(nodes * share / added))
 
 
 def write_slowed(release: Path, folder: Path, nodes: int) -> None:

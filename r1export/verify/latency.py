@@ -40,7 +40,7 @@ class TimingBudget:
 
     blocks         after which the width of the intervals can end timing
     first_look     blocks after which clear results can end it
-    fewest_rounds  per block, of a model so slow that `seconds` is used up before
+    fewest_rounds  per block in turn, of a model so slow that `seconds` is used up before: a median needs a few
     seconds        that the rounds of one contender in the first `blocks` may take together
     patience       seconds after these in which blocks are added; half as long again as they took, if that is longer; 0: none
     precision      intervals are narrowed to this part of the margin: an equal pair then lies outside once in 10^4 times
@@ -48,14 +48,14 @@ class TimingBudget:
 
     blocks: int = 10
     first_look: int = 5
-    fewest_rounds: int = 1
+    fewest_rounds: int = 2
     seconds: float = 3.0
     patience: float = 40.0
     precision: float = 3.0
 
 
 DEFAULT_BUDGET = TimingBudget()
-SHOWN = TimingBudget(blocks=3, seconds=0.75, patience=0.0)  # for the wall clock where it doesn't decide
+SHOWN = TimingBudget(blocks=3, fewest_rounds=1, seconds=0.75, patience=0.0)  # wall clock where it doesn't decide
 
 
 @dataclass(frozen=True)
@@ -230,15 +230,16 @@ def _blocks(
     time_long_runs: TimeBlock | None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Blocks without end, each with fresh sessions; of a slow model fewer `rounds`, as many as fit in the budget."""
-    rng = np.random.default_rng(0)
+    rng, fewest = np.random.default_rng(0), budget.fewest_rounds
     time_block: TimeBlock = partial(time_runs, clock=meter.read)
     for number in itertools.count():
         timed = [name for name in openers if name not in controls or number < CONTROL_BLOCKS]
         jobs = {str(name): openers[str(name)]() for name in rng.permutation(timed)}
         if not number:
             seconds = seconds_a_run(jobs, meter)
-            rounds = min(rounds, max(budget.fewest_rounds, int(budget.seconds / (2 * budget.blocks * seconds))))
-            time_block = time_long_runs if time_long_runs and seconds >= LONG_RUN else time_block
+            if time_long_runs and seconds >= LONG_RUN:
+                time_block, fewest = time_long_runs, 1  # at the same time one round has less noise than several in turn
+            rounds = min(rounds, max(fewest, int(budget.seconds / (2 * budget.blocks * seconds))))
         block = time_block(jobs, rounds, rng)
         jobs.clear()  # closes the sessions before the next ones are opened
         yield block

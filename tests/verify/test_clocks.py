@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import threading
 import time
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from r1export.errors import CheckFailed
 from r1export.verify import clocks
+from r1export.verify import steady_timing as steady_timing_module
 from r1export.verify.clocks import CYCLES, INSTRUCTIONS, PROCESSOR, Clocks, thread_clocks, wall_clock
 from r1export.verify.latency import Precision, TimingBudget
 from r1export.verify.steady_timing import steady_timing
@@ -69,6 +72,26 @@ def test_graphs_are_timed_in_a_process_of_their_own_by_processor_time_of_one_thr
     assert set(readings.counts) == {"base", "again", "merged"}
     assert len(blocks) == SHORT.blocks == len(readings.counts["base"])
     assert all((values > 0).all() for values in readings.by(PROCESSOR).values())
+
+
+@pytest.mark.parametrize("bindable", [True, False])
+def test_long_runs_are_timed_at_the_same_time_where_threads_can_be_bound(
+    bindable: bool, write_graph, x, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways, timed = [], steady_timing_module.measure
+
+    def recorded(*arguments):
+        ways.append(arguments[-1])
+        return timed(*arguments)
+
+    monkeypatch.setattr(steady_timing_module, "measure", recorded)
+    monkeypatch.setattr(steady_timing_module, "can_bind", lambda: bindable)
+    graphs = dict.fromkeys(("base", "again", "merged"), str(write_graph("base")))
+    request = {"graphs": graphs, "controls": [], "wanted": asdict(Precision(12, 1.0)), "budget": asdict(SHORT)}
+    (tmp_path / steady_timing_module.REQUEST).write_text(json.dumps(request))
+    np.savez(tmp_path / steady_timing_module.FEEDS, **x)
+    assert steady_timing_module.main(tmp_path) == 0
+    assert [way is not None for way in ways] == [bindable]
 
 
 def test_a_graph_that_cannot_be_timed_is_one_line(tmp_path) -> None:

@@ -64,9 +64,7 @@ def test_a_steady_drift_of_the_machine_cancels_out() -> None:
 def test_a_merged_model_that_takes_as_long_passes(clock) -> None:
     found = timed(lambda: clock.job(1.0), lambda: clock.job(1.0))
     assert (found.verdict, found.ratio) == ("pass", pytest.approx(1.0))
-    assert found.pairs == 2 * BUDGET.first_look, (
-        "of a slow model two runs a block, and it is clear after the first blocks"
-    )
+    assert found.pairs >= 20, "half of those asked for, as it is clear by then"
 
 
 def test_a_merged_model_that_takes_three_percent_longer_fails(clock) -> None:
@@ -251,3 +249,15 @@ def test_only_models_whose_run_is_long_are_timed_at_the_same_time(clock, seconds
     readings = measure(openers, Precision(40, 0.05), BUDGET, time_long_runs=time_long_runs)
     assert bool(called) == long
     assert len(called) == (len(readings.by(WALL)["base"]) if long else 0)
+
+
+@pytest.mark.parametrize(("timed_together", "rounds"), [(True, 1), (False, BUDGET.fewest_rounds)])
+def test_a_very_slow_model_gets_one_round_a_block_at_the_same_time_and_a_few_in_turn(
+    clock, timed_together: bool, rounds: int
+) -> None:
+    def in_turn(jobs, rounds, rng):
+        return latency.time_runs(jobs, rounds, rng, lambda: (clock.now,))
+
+    openers = {name: lambda: clock.job(10.0) for name in ("base", "again", "merged")}
+    readings = measure(openers, Precision(400, 0.05), BUDGET, time_long_runs=in_turn if timed_together else None)
+    assert readings.by(WALL)["base"].shape[1] == rounds

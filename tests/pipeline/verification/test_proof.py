@@ -59,7 +59,7 @@ def test_a_release_by_itself_is_timed_in_the_tower_that_differs_from_the_base(ru
     assert verify_release(run / "releases" / "01-digits", budget=QUICK).latency.tower == "textual"
 
 
-def test_the_base_release_is_held_against_the_graphs_that_the_run_exported(variant: Variant) -> None:
+def test_the_base_release_is_compared_with_the_graphs_that_the_run_exported(variant: Variant) -> None:
     """Against itself it could not fail."""
     assert proof_of(variant, number=0).verdict == "pass"
     graph = variant.release(0).path / "visual.onnx"
