@@ -24,7 +24,7 @@ from r1export.verify.results import ClockRatios, Latency, ProviderLatency, Ratio
 LONG_RUN = 0.01  # seconds, a few slices of the scheduler: what disturbs the core lasts about as long
 WARM_UP = 1  # uncounted run after opening a session: weights are paged in and memory is planned
 P90_COUNT, P99_COUNT = 50, 500  # runs needed for a quantile
-TORCH_ROUNDS = 3
+TORCH_ROUNDS, TORCH_SECONDS = 3, 1.0  # shown beside the verdict
 PAIR_RATIOS = 400  # single rounds that a report stores for its plot
 BASE, AGAIN = "base", "again"  # the base is timed twice, for the noise floor
 CONTROL_BLOCKS = 5  # blocks in which unmerged models are timed: they are far from the base, so few blocks suffice
@@ -341,9 +341,15 @@ def _times_of(wall: Readings, release: str) -> dict[str, Times]:
 
 
 def torch_times(jobs: Mapping[str, Job]) -> dict[str, Times]:
-    """Times of torch, measured separately: its threads spin for a while after each call and would slow the next contender."""
-    seconds = time_runs(jobs, TORCH_ROUNDS, np.random.default_rng(1))
-    return {name: _times(values) for name, values in seconds.items()}
+    """Times of torch, measured separately: its threads spin for a while after each call and would slow the next contender.
+
+    TORCH_ROUNDS, or one of models whose rounds take longer than TORCH_SECONDS.
+    """
+    rng = np.random.default_rng(1)
+    parts = [time_runs(jobs, 1, rng)]
+    if sum(values.sum() for values in parts[0].values()) <= TORCH_SECONDS:
+        parts.append(time_runs(jobs, TORCH_ROUNDS - 1, rng))
+    return {name: _times(np.concatenate([part[name] for part in parts])) for name in jobs}
 
 
 def relative_time(base: Opener, other: Opener, budget: TimingBudget) -> Ratio:

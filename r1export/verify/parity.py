@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate, cycle, takewhile
 
 import numpy as np
 
@@ -60,15 +61,41 @@ class Inputs:
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """One way of running a model; `batch` 0 is all inputs at once."""
+    """One way of running a model: every input passes through it once, in batches of these sizes in turn. None: all at once."""
 
     provider: str
     level: str
-    batch: int
+    batches: tuple[int, ...] = ()
+
+    def split(self, count: int) -> list[slice]:
+        """The batches of `count` inputs; the last one is what is left."""
+        if not self.batches:
+            return [slice(0, count)]
+        starts = [*takewhile(lambda start: start < count, accumulate(cycle(self.batches), initial=0))]
+        return [slice(start, min(end, count)) for start, end in zip(starts, [*starts[1:], count], strict=True)]
+
+    def batch_of(self, sample: int, count: int) -> int:
+        """The size of the batch that this one of `count` inputs is in."""
+        parts = (range(count)[part] for part in self.split(count))
+        return next(len(part) for part in parts if sample in part)
 
     def __str__(self) -> str:
-        batch = f"batch size {self.batch}" if self.batch else "all inputs at once"
-        return f"{self.provider} at level {self.level}, {batch}"
+        return f"{self.provider} at level {self.level}"
+
+
+def batchings(sizes: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """What `batches` has to be, in one configuration after the other, to run batches of each size, and all inputs at once.
+
+    Rows don't depend on the rest of their batch, which is what is looked at: so sizes share a pass over the inputs as long as
+    a batch of each has its full size, if there are so many inputs.
+    """
+    passes: list[tuple[int, ...]] = []
+    for size in dict.fromkeys(sizes):
+        if passes and sum(passes[-1]) + size <= count:
+            passes[-1] += (size,)
+        else:
+            passes.append((size,))
+    return [*passes, ()]
 
 
 @dataclass(frozen=True)
@@ -148,43 +175,44 @@ def run_in_batches(
     Raises CheckFailed naming the tower and the batch size.
     """
     configs = list(configs)
+    for tower in TOWERS:
+        if not len(inputs.tower(tower)):
+            raise CheckFailed(f"no input for the {tower} tower", "export the release again")
     with ThreadPoolExecutor(model.workers) as pool:
         pending = {
-            (config, tower): _start(pool, model.tower(tower), inputs.tower(tower), config.batch)
-            for config in sorted(configs, key=lambda one: one.batch or len(inputs), reverse=True)  # the longest first
+            (config, tower): _start(pool, model.tower(tower), inputs.tower(tower), config)
+            for config in sorted(configs, key=lambda one: len(one.batches))  # the longest batches first
             for tower in TOWERS
         }
         try:
-            return {
-                config: Embeddings(*(_joined(pending[config, t], t, inputs.tower(t), config.batch) for t in TOWERS))
-                for config in configs
-            }
+            return {config: Embeddings(*(_joined(pending[config, t], t) for t in TOWERS)) for config in configs}
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after a failure
 
 
-Pending = list[Future[np.ndarray]]
+Pending = list[tuple[int, Future[np.ndarray]]]
 
 
-def _start(pool: ThreadPoolExecutor, encode: Encode, values: np.ndarray, batch: int) -> Pending:
-    """The encoding of each batch."""
-    size = batch or max(1, len(values))
-    return [pool.submit(encode, values[i : i + size]) for i in range(0, len(values), size)]
+def _start(pool: ThreadPoolExecutor, encode: Encode, values: np.ndarray, config: ExecutionConfig) -> Pending:
+    """The size of each batch, and its encoding."""
+    parts = [values[part] for part in config.split(len(values))]
+    return [(len(part), pool.submit(encode, part)) for part in parts]
 
 
-def _joined(pending: Pending, tower: str, values: np.ndarray, batch: int) -> np.ndarray:
+def _joined(pending: Pending, tower: str) -> np.ndarray:
     """The embeddings (n, D) of all batches."""
-    if not pending:
-        raise CheckFailed(f"no input for the {tower} tower", "export the release again")
-    size = batch or len(values)
+    return np.concatenate([_rows(part, size, tower) for size, part in pending])
+
+
+def _rows(part: Future[np.ndarray], size: int, tower: str) -> np.ndarray:
     try:
-        embeddings = np.concatenate([np.asarray(part.result()) for part in pending])
+        embeddings = np.asarray(part.result())
     except CheckFailed as error:
-        where = f"the {tower} tower fails at batch size {min(size, len(values))}"
+        where = f"the {tower} tower fails at batch size {size}"
         raise CheckFailed(f"{where}: {error.message}", error.remedy) from error
-    if len(embeddings) != len(values):
+    if embeddings.shape[:1] != (size,):
         raise CheckFailed(
-            f"the {tower} tower gives {len(embeddings)} embeddings for {len(values)} inputs at batch size {size}",
+            f"the {tower} tower gives an output of shape {embeddings.shape} at batch size {size}",
             "export the graphs again",
         )
     return embeddings
@@ -224,7 +252,7 @@ def compare(
         by_provider=_by_provider(reference, outputs),
         providers=tuple(dict.fromkeys(config.provider for config in outputs)),
         levels=tuple(dict.fromkeys(config.level for config in outputs)),
-        batches=tuple(dict.fromkeys(config.batch or len(reference.visual) for config in outputs)),
+        batches=tuple(sorted({size for config in outputs for size in config.batches or (len(reference.visual),)})),
     )
 
 
@@ -339,23 +367,25 @@ def _histogram(reference: Embeddings, outputs: Iterable[Embeddings]) -> Histogra
 
 @dataclass(frozen=True)
 class WorstSample:
-    """The largest difference of one tower: in which configuration, and on which input."""
+    """The largest difference of one tower: in which configuration, on which input, in a batch of which size."""
 
     tower: str
     config: ExecutionConfig
     sample: int
+    batch: int
     error: float
 
     def __str__(self) -> str:
-        return f"sample {self.sample} of the {self.tower} tower on {self.config}"
+        return f"sample {self.sample} of the {self.tower} tower on {self.config}, batch size {self.batch}"
 
 
 def worst_sample(tower: str, reference: Embeddings, outputs: Outputs) -> WorstSample:
     """The worst of a tower over all configurations, of which there is at least one."""
     samples = (
-        WorstSample(tower, config, int(errors.argmax()), float(errors.max()))
+        WorstSample(tower, config, worst, config.batch_of(worst, len(errors)), float(errors[worst]))
         for config, output in outputs.items()
         for errors in [sample_errors(reference.tower(tower), output.tower(tower))]
+        for worst in [int(errors.argmax())]
     )
     return max(samples, key=lambda worst: worst.error)
 

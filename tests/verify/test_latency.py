@@ -125,6 +125,11 @@ def test_the_unmerged_model_stands_beside_the_base(clock) -> None:
     assert table["base"].p99_ms is None, "too few runs for a 99th percentile"
 
 
+@pytest.mark.parametrize(("seconds", "runs"), [(0.1, 6), (2.5, 2)])
+def test_torch_runs_less_often_if_its_runs_are_long(clock, seconds: float, runs: int) -> None:
+    assert latency.torch_times({"merged_torch": clock.job(seconds)})["merged_torch"].n == runs
+
+
 def test_the_times_of_torch_are_those_of_single_runs(clock) -> None:
     assert latency.torch_times({"merged_torch": clock.job(2.5)})["merged_torch"].median_ms == pytest.approx(2500)
 

@@ -16,7 +16,7 @@ from r1export.update.release_layout import VISUAL
 from r1export.verify.parity import Inputs
 from r1export.verify.runtimes.runtime import CORES, open_session, runner
 
-BATCH = 32  # images embedded at a time
+BATCH = 32  # images embedded at a time, at most: fewer keep all cores busy
 SMALL = 30e6  # parameters of a model that is given all samples and images
 CALIBRATION = 128  # images, and prompts, from which the input ranges of int8 are taken
 
@@ -108,8 +108,9 @@ class ImageEmbeddings:
     def _embed(self, release: Path, pixels: Tensor) -> np.ndarray:
         normalize = self._context.clip.preprocess.normalize
         run = runner(open_session(release / VISUAL.graph, threads=1))
+        size = min(BATCH, -(-len(pixels) // (2 * CORES)))
         with ThreadPoolExecutor(CORES) as pool:
-            parts = pool.map(lambda part: run({VISUAL.input: normalize(part).numpy()}), pixels.split(BATCH))
+            parts = pool.map(lambda part: run({VISUAL.input: normalize(part).numpy()}), pixels.split(size))
             return np.concatenate(list(parts))
 
     def gallery(self, release: Path) -> np.ndarray:

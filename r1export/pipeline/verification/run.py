@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,35 +87,62 @@ def _verify_releases(
 
     Several releases are timed together, which is faster than one after the other and compares all with the same base.
     """
-    variants = Variant.all_of(context)
     bases: dict[Variant, BaseMeasurements] = {}
+    for base, measured, verified in _verify_bases(context, conditions):
+        bases[base.variant] = measured
+        yield _written(verified.report, base)
     waiting: list[Verified] = []
-    together = group_size(variants[0].release(0))
-    with torch_models(context, 0, []) as models:
-        runs = [TorchRun(context, models, task) for task in context.tasks]
-        for variant in variants:
-            base = variant.release(0)
-            context.progress.step(f"Verifying {base.label}")
-            bases[variant] = measure_base(base, runs, conditions)
-            yield _written(verify_release(base, bases[variant], runs[0], conditions).report, base)
+    together = group_size(Variant.all_of(context)[0].release(0))
     for number in range(1, len(updates) + 1):
-        with torch_models(context, number, list(updates[:number])) as models:
-            run = TorchRun(context, models, context.tasks[number - 1])
-            for variant in variants:
-                ref = variant.release(number, updates)
-                context.progress.step(f"Verifying {ref.label}")
-                waiting.append(verify_release(ref, bases[variant], run, conditions))
+        _return_memory()
+        waiting += _verify_number(context, updates[:number], bases, conditions)
         if number % together == 0 or number == len(updates):
             yield from _timed(waiting, conditions)
             waiting.clear()
 
 
+def _verify_bases(
+    context: RunContext, conditions: Conditions
+) -> Iterator[tuple[ReleaseRef, BaseMeasurements, Verified]]:
+    with torch_models(context, 0, []) as models:
+        runs = [TorchRun(context, models, task) for task in context.tasks]
+        for variant in Variant.all_of(context):
+            base = variant.release(0)
+            context.progress.step(f"Verifying {base.label}")
+            measured = measure_base(base, runs, conditions)
+            yield base, measured, verify_release(base, measured, runs[0], conditions)
+
+
+def _verify_number(
+    context: RunContext,
+    updates: Sequence[ExpertUpdate],
+    bases: Mapping[Variant, BaseMeasurements],
+    conditions: Conditions,
+) -> list[Verified]:
+    """The release of the last of `updates` in every precision. Its torch models are gone before it is timed."""
+    number, found = len(updates), []
+    with torch_models(context, number, list(updates)) as models:
+        run = TorchRun(context, models, context.tasks[number - 1])
+        for variant, base in bases.items():
+            ref = variant.release(number, updates)
+            context.progress.step(f"Verifying {ref.label}")
+            found.append(verify_release(ref, base, run, conditions))
+    return found
+
+
 def _timed(verified: Sequence[Verified], conditions: Conditions) -> Iterator[ReleaseReport]:
     """The written reports, with the latencies of those that are to be timed."""
+    _return_memory()
     pending = [one.pending for one in verified if one.pending]
     latencies = iter(release_latencies(pending, conditions.providers, conditions.budget) if conditions.budget else ())
     for one in verified:
         yield _written(replace(one.report, latency=next(latencies)) if one.pending else one.report, one.ref)
+
+
+def _return_memory() -> None:
+    """Give what earlier models had back to the system, which glibc keeps by itself; nothing with other C libraries."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _written(report: ReleaseReport, ref: ReleaseRef) -> ReleaseReport:
