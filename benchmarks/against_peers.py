@@ -121,7 +121,11 @@ def _timed(asked: argparse.Namespace, work: Path, rows: Rows, hide: Places) -> H
     """Time what the contenders built, and give each row its times."""
     settings = {key: str(getattr(asked, key)) for key in ("blocks", "rounds", "threads", "clock")}
     options = [part for key, value in settings.items() for part in (f"--{key}", value)]
-    if problem := _process([sys.executable, "-m", "peers.timing", str(work), *options], asked.timeout):
+    built = [name for name, row in rows.items() if "failed" not in row]
+    if not built:
+        return {"failed": "no contender was built"}
+    command = [sys.executable, "-m", "peers.timing", str(work), "--only", *built, *options]
+    if problem := _process(command, asked.timeout):
         return {"failed": table.hidden(problem, hide)}
     found: Timings = json.loads((work / "timing.json").read_text(encoding="utf-8"))
     for name, timing in found["contenders"].items():

@@ -1,6 +1,6 @@
 """Time the image towers of all contenders in one process, interleaved, as `r1export verify` times base and release.
 
-    python -m peers.timing WORK --blocks 16 --rounds 5
+    python -m peers.timing WORK --only r1export peft --blocks 16 --rounds 5
 
 Every block opens fresh sessions of all graphs; every round runs each of them twice in random order and in reverse. r1export's
 base stands twice, against itself: that is the noise floor.
@@ -33,23 +33,24 @@ MARGIN = 0.02
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
+    parser.add_argument("--only", nargs="+", required=True, help="the contenders whose rows are from this comparison")
     parser.add_argument("--blocks", type=int, required=True)
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     asked = parser.parse_args()
-    seconds = measure(openers(asked.work, asked.threads), asked.blocks, asked.rounds, CLOCKS[asked.clock])
+    seconds = measure(openers(asked.work, asked.only, asked.threads), asked.blocks, asked.rounds, CLOCKS[asked.clock])
     (asked.work / "timing.json").write_text(json.dumps(summary(seconds), indent=2) + "\n", encoding="utf-8")
 
 
-def openers(work: Path, threads: int) -> dict[str, Opener]:
+def openers(work: Path, names: list[str], threads: int) -> dict[str, Opener]:
     """ "NAME base", "NAME adapted" and so on -> opens a fresh session and gives the job of embedding one image."""
     feeds = {"pixel_values": read_samples(work)["pixel_values"][:1]}
     found: dict[str, Opener] = {}
-    for path in sorted((work / "rows").glob("*.json")):
-        graphs: dict[str, Graph] = json.loads(path.read_text(encoding="utf-8"))["graphs"]
+    for name in names:
+        graphs: dict[str, Graph] = json.loads((work / "rows" / f"{name}.json").read_text(encoding="utf-8"))["graphs"]
         for kind, entry in graphs.items():
-            found[f"{path.stem} {kind}"] = partial(_job, entry, feeds, threads)
+            found[f"{name} {kind}"] = partial(_job, entry, feeds, threads)
     if "r1export base" in found:
         found["r1export again"] = found["r1export base"]
     return found

@@ -9,6 +9,7 @@ import copy
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import ceil, log2
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from r1export.export.weight_map import WeightMap
 from r1export.update.container import Layout, stored_bytes
 
 CHUNK = 1 << 16  # values
+FINITE = -2  # exponent of sentinels of one input; those of n inputs are smaller by the root of n
 SIGN_AND_MANTISSA = np.uint32(0x807FFFFF)  # of a float32; the exponent stays, so no value becomes infinite
 
 
@@ -40,21 +42,24 @@ def _blank(tensor: torch.Tensor) -> torch.Tensor:
 def fill_with_sentinels_(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
     """Overwrite all parameters and buffers, which are contiguous, with random tensors, scaled so that activations stay finite.
 
+    The exponent is that of a tensor, sign and mantissa are random bits, which takes half as long as random numbers.
+
     Returns them by name, as views of the model's own memory.
     """
-    rng = np.random.Generator(np.random.SFC64(seed))
+    bits = np.random.SFC64(seed)
     variances = {
         id(module.running_var) for module in model.modules() if getattr(module, "running_var", None) is not None
     }
     sentinels = {}
     for name, tensor in float_tensors(model).items():
         values = tensor.detach().numpy()
-        fan_in = max(1, values[0].size) if values.ndim > 1 else 1
-        shift = 0.5 - (id(tensor) in variances) * fan_in**0.5
+        fan_in = values[0].size if values.ndim > 1 else 1
+        exponent = np.float32(2.0 ** (FINITE - ceil(log2(max(1, fan_in)) / 2))).view(np.uint32)
         for chunk in _chunks(values):
-            rng.random(dtype=np.float32, out=chunk)
-            chunk -= shift
-            chunk /= fan_in**0.5
+            drawn = bits.random_raw(-(-chunk.size // 2)).view(np.uint32)[: chunk.size]
+            chunk.view(np.uint32)[...] = drawn & SIGN_AND_MANTISSA | exponent
+            if id(tensor) in variances:
+                chunk += 1
         sentinels[name] = values
     return sentinels
 
@@ -116,7 +121,7 @@ def _difference(tower: Tower, path: Path) -> float:
     """max-abs over a batch of three: the two examples and the first again."""
     try:
         feeds = {tower.files.input: torch.cat([tower.example, tower.example[:1]]).numpy()}
-        (embeds,) = open_session(path).run(None, feeds)
+        (embeds,) = open_session(path, once=True).run(None, feeds)
     except Exception as error:  # onnxruntime raises its own classes straight from C++, without a common base
         raise Unsupported(
             f"onnxruntime rejects the exported {tower.files.name} tower: {first_line(error)}",

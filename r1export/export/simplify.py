@@ -24,7 +24,6 @@ RULES = (
     rules.one_reshape_matmul_reshape_rule, rules.two_reshapes_matmul_reshape_rule, rules.dropout_inference_rule, rules.dropout_zero_rule,
 )  # fmt: skip
 MOVES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity"}  # what may be folded into a parameter
-ROUNDS = 2  # what one round uncovers, the next folds; a third finds nothing more
 CONSTANT_ELEMENTS = 1 << 20  # the largest constant that folding may make: a causal mask or a table of rotations
 
 
@@ -42,9 +41,12 @@ def simplify_(model: ir.Model, parameters: Collection[str]) -> None:
             return True
         return False
 
-    for _ in range(ROUNDS):
+    def fold() -> None:
         fold_constants(model, should_fold=should_fold, output_size_limit=CONSTANT_ELEMENTS, onnx_shape_inference=True)
-        rewrite(model, RULES)
+
+    fold()
+    rewrite(model, RULES)
+    fold()  # what the rules uncover; nothing is left for them then
     portable_(model.graph)
     for clean in (
         common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass(),

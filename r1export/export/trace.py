@@ -7,10 +7,12 @@ programs don't need it: their operators change nothing in place and have a trans
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 
 import onnx_ir as ir
 import torch
@@ -126,17 +128,35 @@ def _as_it_is_(program: ExportedProgram) -> bool:
 def lean() -> Iterator[None]:
     """Without what only costs time while graphs are made.
 
-    That is Python's garbage collector, since millions of objects live until the end, and the source lines of every operator.
+    That is Python's garbage collector, since millions of objects live until the end, the source lines of every operator, and
+    the table of translations for the second tower, which torch.onnx.export makes anew in each call.
     """
     collected, omitted = gc.isenabled(), getattr(torch.fx.config, "do_not_emit_stack_traces", False)
     gc.disable()
     torch.fx.config.do_not_emit_stack_traces = True
     try:
-        yield
+        with _one_table():
+            yield
     finally:
         torch.fx.config.do_not_emit_stack_traces = omitted
         if collected:
             gc.enable()
+
+
+@contextmanager
+def _one_table() -> Iterator[None]:
+    """torch.onnx.export has no option for it. Where a version of torch makes its table in another way nothing changes."""
+    try:
+        registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+        made = vars(registry)["from_torchlib"]
+    except (ImportError, AttributeError, KeyError):
+        yield
+        return
+    registry.from_torchlib = staticmethod(cache(registry.from_torchlib))
+    try:
+        yield
+    finally:
+        registry.from_torchlib = made
 
 
 def _used(translated: torch.onnx.ONNXProgram) -> set[str]:
