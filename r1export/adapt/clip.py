@@ -154,6 +154,18 @@ class Clip:
         model.load_state_dict(tensors, strict=False, assign=True)
         return replace(self, model=model)
 
+    @contextmanager
+    def unloaded(self, weights: Mapping[str, np.ndarray]) -> Iterator[None]:
+        """Within it the model has no weights, and cannot be used; afterwards it has these, all of them by name."""
+        tensors, device = self._tensors(), self.device
+        for tensor in tensors.values():
+            tensor.data = tensor.data.new_empty(0)
+        try:
+            yield
+        finally:
+            for name, tensor in tensors.items():
+                tensor.data = torch.from_numpy(weights[name].copy()).to(device)
+
     def _tensors(self) -> dict[str, Tensor]:
         return {
             name: value for name, value in self.model.state_dict(keep_vars=True).items() if value.is_floating_point()

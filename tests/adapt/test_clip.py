@@ -46,6 +46,18 @@ def test_a_copy_with_other_weights_shares_their_memory_and_leaves_the_model_as_i
     assert not any(p.requires_grad for p in other.model.parameters())
 
 
+def test_an_unloaded_clip_has_no_weights_in_memory_until_it_gets_them_back(tiny_clip) -> None:
+    before = tiny_clip.parameters()
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    expected = tiny_clip.encode_image(pixels)
+    with tiny_clip.unloaded(before):
+        assert sum(value.nbytes for value in tiny_clip.parameters().values()) == 0
+    assert digest(tiny_clip.parameters()) == digest(before)
+    assert torch.equal(tiny_clip.encode_image(pixels), expected)
+    tiny_clip.load_({name: value * 0 for name, value in before.items()})
+    assert all(value.any() for name, value in before.items() if name.endswith("proj")), "they are a copy"
+
+
 def test_a_loaded_clip_is_frozen_and_in_eval_mode(tiny_clip) -> None:
     assert not tiny_clip.model.training
     assert not any(p.requires_grad for p in tiny_clip.model.parameters())

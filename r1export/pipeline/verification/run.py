@@ -19,7 +19,7 @@ from r1export.pipeline.variant import REFERENCE, ReleaseRef, Variant
 from r1export.pipeline.verification.examples import examples
 from r1export.pipeline.verification.freezing_gaps import summarize
 from r1export.pipeline.verification.inputs import ImageEmbeddings
-from r1export.pipeline.verification.latency import group_size, release_latencies
+from r1export.pipeline.verification.latency import PendingTiming, group_size, release_latencies
 from r1export.pipeline.verification.parity import TorchRun
 from r1export.pipeline.verification.run_release import (
     BaseMeasurements,
@@ -34,7 +34,7 @@ from r1export.run_folder import RunMetrics
 from r1export.update.factors import ExpertUpdate
 from r1export.verify.latency import DEFAULT_BUDGET, TimingBudget
 from r1export.verify.parity import GATES
-from r1export.verify.results import Accuracy, Check, Guard, ReleaseReport, RunContents, RunReport, Verdict
+from r1export.verify.results import Accuracy, Check, Guard, Latency, ReleaseReport, RunContents, RunReport, Verdict
 from r1export.verify.runtimes.runtime import check_provider
 
 
@@ -132,11 +132,19 @@ def _verify_number(
 
 def _timed(verified: Sequence[Verified], conditions: Conditions) -> Iterator[ReleaseReport]:
     """The written reports, with the latencies of those that are to be timed."""
-    _return_memory()
-    pending = [one.pending for one in verified if one.pending]
-    latencies = iter(release_latencies(pending, conditions.providers, conditions.budget) if conditions.budget else ())
+    latencies = iter(_latencies([one.pending for one in verified if one.pending], conditions))
     for one in verified:
         yield _written(replace(one.report, latency=next(latencies)) if one.pending else one.report, one.ref)
+
+
+def _latencies(pending: Sequence[PendingTiming], conditions: Conditions) -> list[Latency]:
+    """While graphs are timed, which takes most memory, torch's model is out of it."""
+    if not pending or not conditions.budget:
+        return []
+    context = pending[0].ref.context
+    with context.clip.unloaded(context.base):
+        _return_memory()
+        return release_latencies(pending, conditions.providers, conditions.budget)
 
 
 def _return_memory() -> None:
