@@ -21,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 README, EXPERIMENTS = ROOT / "README.md", ROOT / "docs" / "experiments" / "forgetting.md"
 RESULTS = ROOT / "benchmarks" / "results"
-OF_PHOTO, OF_VIT = "methods", "methods-vit"  # the files of builtin:photo and builtin:photo-vit
+OF_PHOTO, OF_VIT, OF_OTHERS = "methods", "methods-vit", "methods-other-tasks"  # builtin:photo, builtin:photo-vit, builtin:photo again
 BEGIN, END = "<!-- {} by scripts/methods_table.py -->\n", "<!-- end -->\n"
 TITLES = {
     "ours": "**r1export's defaults**",
@@ -120,6 +120,7 @@ def main() -> None:
         (OF_PHOTO, README, short_table),
         (OF_PHOTO, EXPERIMENTS, full_table),
         (OF_VIT, EXPERIMENTS, full_table),
+        (OF_OTHERS, EXPERIMENTS, full_table),
     ):
         methods = json.loads((RESULTS / f"{results}.json").read_text(encoding="utf-8"))["methods"]
         made[path] = with_table(made[path], results, table(methods))

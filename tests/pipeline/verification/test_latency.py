@@ -52,7 +52,7 @@ def test_only_a_release_whose_unmerged_model_runs_is_compared_with_it(releases: 
     assert without.noise_floor == with_control.noise_floor, "both are compared with the same base"
 
 
-@pytest.mark.parametrize(("megabytes", "expected"), [(10, TOGETHER), (345, 3), (2000, 1)])
+@pytest.mark.parametrize(("megabytes", "expected"), [(10, TOGETHER), (150, 7), (345, 2), (2000, 1)])
 def test_fewer_releases_of_a_large_model_are_timed_together(
     releases: list[ReleaseRef], megabytes: int, expected: int
 ) -> None:
