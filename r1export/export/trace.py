@@ -129,7 +129,7 @@ def lean() -> Iterator[None]:
     """Without what only costs time while graphs are made.
 
     That is Python's garbage collector, since millions of objects live until the end, the source lines of every operator, and
-    the table of translations for the second tower, which torch.onnx.export makes anew in each call.
+    the table of translations for the second tower, which torch.onnx.export makes again in each call.
     """
     collected, omitted = gc.isenabled(), getattr(torch.fx.config, "do_not_emit_stack_traces", False)
     gc.disable()
