@@ -21,7 +21,8 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 README, EXPERIMENTS = ROOT / "README.md", ROOT / "docs" / "experiments" / "forgetting.md"
 RESULTS = ROOT / "benchmarks" / "results"
-OF_PHOTO, OF_VIT, OF_OTHERS = "methods", "methods-vit", "methods-other-tasks"  # builtin:photo, builtin:photo-vit, builtin:photo again
+OF_PHOTO, OF_OTHERS = "methods", "methods-other-tasks"  # the files of builtin:photo
+OF_VIT = "methods-vit"  # of builtin:photo-vit
 BEGIN, END = "<!-- {} by scripts/methods_table.py -->\n", "<!-- end -->\n"
 TITLES = {
     "ours": "**r1export's defaults**",

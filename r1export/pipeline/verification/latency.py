@@ -21,7 +21,7 @@ from r1export.verify import latency, parity
 from r1export.verify.latency import TimingBudget
 from r1export.verify.results import Check, Latency, Ratio, Times
 
-OPEN_BYTES = 2.4e9  # weights of all sessions that are open at a time: the base twice, each release and its unmerged model
+OPEN_BYTES = 2.4e9  # weights of sessions that are open at a time: the base twice, each release and its unmerged model
 TOGETHER = 8  # releases timed together, at most: the more, the longer it takes until the first is known
 
 
