@@ -69,7 +69,7 @@ class ExecutionConfig:
 
     def split(self, count: int) -> list[slice]:
         """The batches of `count` inputs; the last one is what is left."""
-        if not self.batches:
+        if not self.batches or not count:
             return [slice(0, count)]
         starts = [*takewhile(lambda start: start < count, accumulate(cycle(self.batches), initial=0))]
         return [slice(start, min(end, count)) for start, end in zip(starts, [*starts[1:], count], strict=True)]
@@ -252,8 +252,13 @@ def compare(
         by_provider=_by_provider(reference, outputs),
         providers=tuple(dict.fromkeys(config.provider for config in outputs)),
         levels=tuple(dict.fromkeys(config.level for config in outputs)),
-        batches=tuple(sorted({size for config in outputs for size in config.batches or (len(reference.visual),)})),
+        batches=_batch_sizes(outputs, len(reference.visual)),
     )
+
+
+def _batch_sizes(outputs: Outputs, count: int) -> tuple[int, ...]:
+    """Those of all batches of images that were run."""
+    return tuple(sorted({part.stop - part.start for config in outputs for part in config.split(count)}))
 
 
 def difference(reference: np.ndarray, candidates: Sequence[np.ndarray]) -> Difference:

@@ -227,6 +227,11 @@ def test_the_default_sizes_take_one_pass_and_one_with_all_inputs_at_once() -> No
     assert batchings((5, 12, 5), 16) == [(5,), (12,), ()]
 
 
+def test_only_batch_sizes_that_were_run_are_listed() -> None:
+    found = {ExecutionConfig("cpu", "all", batches): REFERENCE for batches in batchings((3, 64), len(IMAGES))}
+    assert compare(REFERENCE, found, Gate()).batches == (2, 3, 8)
+
+
 @pytest.mark.parametrize("size", [1, 2, 5, 16])
 @pytest.mark.parametrize("position", [0, -1])
 def test_an_error_in_one_row_of_batches_of_one_size_fails(size: int, position: int) -> None:
