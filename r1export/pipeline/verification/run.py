@@ -149,7 +149,7 @@ def _latencies(pending: Sequence[PendingTiming], conditions: Conditions) -> list
 
 def _return_memory() -> None:
     """Give what earlier models had back to the system, which glibc keeps by itself; nothing with other C libraries."""
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # a library without it, or Windows, which has no such library
         ctypes.CDLL(None).malloc_trim(0)
 
 
