@@ -62,7 +62,7 @@ VERIFY_RULES = [
     ("verify/parity.py", "elif not tower.min_cosine >= gate.min_cosine:", "elif False:"),
     ("verify/parity.py", "if not flip.margin <= gate.flip_margin]", "if False]"),
     ("verify/parity.py", "stated = max_abs if max_abs <= self.max_abs else self.max_abs", "stated = max_abs"),
-    ("verify/parity.py", "    if embeddings.shape[:1] != (size,):", "    if False:"),
+    ("verify/parity.py", "    if len(embeddings) != len(values):", "    if False:"),
     (
         "verify/proof.py",
         'problems = [f"{name} has another structure" for name, (left, right)',

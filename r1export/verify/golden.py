@@ -24,7 +24,6 @@ from r1export.verify.parity import (
     Gate,
     Inputs,
     Outputs,
-    batchings,
     compare,
     difference,
     run_in_batches,
@@ -32,7 +31,7 @@ from r1export.verify.parity import (
 from r1export.verify.results import Check, Parity, Sensitivity
 from r1export.verify.runtimes.runtime import onnx_model, open_session, runner
 
-BATCHES = (1, 2, 5)  # sizes, and all samples at once
+BATCHES = (1, 2, 5, 0)
 LOGITS = "logits."  # and the name of a task: an array of a saved run
 CLASSIFIED = 4  # golden images that are classified, each with the classes of every task
 STEPS = 4  # relative changes per decade
@@ -61,7 +60,7 @@ class GoldenRuns:
         if (release, provider) not in self._outputs:
             samples = read_golden(release)
             inputs = Inputs(samples.pixel_values, samples.input_ids)
-            configs = _configs(provider)
+            configs = [ExecutionConfig(provider, "all", batch) for batch in BATCHES]
             model = onnx_model(release, provider=provider)
             self._outputs[release, provider] = run_in_batches(model, inputs, configs)
         return self._outputs[release, provider]
@@ -75,7 +74,7 @@ class GoldenRuns:
     def save(self, path: Path, release: Path) -> None:
         """Write what is known of a release on the CPU as an .npz file: an array per batch size and tower, and per task."""
         classified, outputs = self._classified[release], self._outputs[release, "cpu"]
-        arrays = {f"{i}.{t}": outputs[config].tower(t) for i, config in enumerate(_configs("cpu")) for t in TOWERS}
+        arrays = {f"{config.batch}.{t}": embeds.tower(t) for config, embeds in outputs.items() for t in TOWERS}
         logits = {f"{LOGITS}{task}": values for task, values in classified.logits.items()}
         np.savez(path, **arrays, **logits, embeds=classified.embeds)  # type: ignore[arg-type]  # stubs: allow_pickle
 
@@ -83,17 +82,12 @@ class GoldenRuns:
         """What `save` wrote. Raises OSError, ValueError or KeyError if it is not there, damaged or incomplete."""
         with np.load(path, allow_pickle=False) as arrays:
             outputs = {
-                config: Embeddings(*(arrays[f"{i}.{tower}"] for tower in TOWERS))
-                for i, config in enumerate(_configs("cpu"))
+                ExecutionConfig("cpu", "all", batch): Embeddings(*(arrays[f"{batch}.{tower}"] for tower in TOWERS))
+                for batch in BATCHES
             }
             logits = {n.removeprefix(LOGITS): arrays[n] for n in arrays.files if n.startswith(LOGITS)}
             classified = Classified(arrays["embeds"], logits)
         self._outputs[release, "cpu"], self._classified[release] = outputs, classified
-
-
-def _configs(provider: str) -> list[ExecutionConfig]:
-    """Optimized as clients run it, in every batch size."""
-    return [ExecutionConfig(provider, "all", batches) for batches in batchings(BATCHES, SAMPLES)]
 
 
 def golden_parity(
@@ -242,17 +236,9 @@ def check_classifier(
 
 
 def _classify(release: Path, tasks: Sequence[str]) -> Classified:
-    """The first task by itself and the others together: each class has a column of its own, and their number may vary."""
     pixels = {"pixel_values": read_golden(release).pixel_values[:CLASSIFIED]}
     embed, classify = (runner(open_session(release / f"{name}.onnx")) for name in ("visual", "classify"))
-    logits: dict[str, np.ndarray] = {}
-    for some in filter(None, (tasks[:1], tasks[1:])):
-        classes = [_class_embeds(release, task) for task in some]
-        columns = classify(pixels | {"class_embeds": np.concatenate(classes)})
-        ends = np.cumsum([0, *map(len, classes)])
-        if columns.ndim != 2:
-            columns = np.zeros((0, 0))  # of another shape than any task's logits
-        logits |= {task: columns[:, a:b] for task, a, b in zip(some, ends, ends[1:], strict=False)}
+    logits = {task: classify(pixels | {"class_embeds": _class_embeds(release, task)}) for task in tasks}
     return Classified(embed(pixels), logits)
 
 

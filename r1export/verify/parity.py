@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import accumulate, cycle, takewhile
 
 import numpy as np
 
@@ -61,41 +60,15 @@ class Inputs:
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """One way of running a model: every input passes through it once, in batches of these sizes in turn. None: all at once."""
+    """One way of running a model; `batch` 0 is all inputs at once."""
 
     provider: str
     level: str
-    batches: tuple[int, ...] = ()
-
-    def split(self, count: int) -> list[slice]:
-        """The batches of `count` inputs; the last one is what is left."""
-        if not self.batches or not count:
-            return [slice(0, count)]
-        starts = [*takewhile(lambda start: start < count, accumulate(cycle(self.batches), initial=0))]
-        return [slice(start, min(end, count)) for start, end in zip(starts, [*starts[1:], count], strict=True)]
-
-    def batch_of(self, sample: int, count: int) -> int:
-        """The size of the batch that this one of `count` inputs is in."""
-        parts = (range(count)[part] for part in self.split(count))
-        return next(len(part) for part in parts if sample in part)
+    batch: int
 
     def __str__(self) -> str:
-        return f"{self.provider} at level {self.level}"
-
-
-def batchings(sizes: Sequence[int], count: int) -> list[tuple[int, ...]]:
-    """What `batches` has to be, in one configuration after the other, to run batches of each size, and all inputs at once.
-
-    Rows don't depend on the rest of their batch, which is what is looked at: so sizes share a pass over the inputs as long as
-    a batch of each has its full size, if there are so many inputs.
-    """
-    passes: list[tuple[int, ...]] = []
-    for size in dict.fromkeys(sizes):
-        if passes and sum(passes[-1]) + size <= count:
-            passes[-1] += (size,)
-        else:
-            passes.append((size,))
-    return [*passes, ()]
+        batch = f"batch size {self.batch}" if self.batch else "all inputs at once"
+        return f"{self.provider} at level {self.level}, {batch}"
 
 
 @dataclass(frozen=True)
@@ -175,44 +148,43 @@ def run_in_batches(
     Raises CheckFailed naming the tower and the batch size.
     """
     configs = list(configs)
-    for tower in TOWERS:
-        if not len(inputs.tower(tower)):
-            raise CheckFailed(f"no input for the {tower} tower", "export the release again")
     with ThreadPoolExecutor(model.workers) as pool:
         pending = {
-            (config, tower): _start(pool, model.tower(tower), inputs.tower(tower), config)
-            for config in sorted(configs, key=lambda one: len(one.batches))  # the longest batches first
+            (config, tower): _start(pool, model.tower(tower), inputs.tower(tower), config.batch)
+            for config in sorted(configs, key=lambda one: one.batch or len(inputs), reverse=True)  # the longest first
             for tower in TOWERS
         }
         try:
-            return {config: Embeddings(*(_joined(pending[config, t], t) for t in TOWERS)) for config in configs}
+            return {
+                config: Embeddings(*(_joined(pending[config, t], t, inputs.tower(t), config.batch) for t in TOWERS))
+                for config in configs
+            }
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after a failure
 
 
-Pending = list[tuple[int, Future[np.ndarray]]]
+Pending = list[Future[np.ndarray]]
 
 
-def _start(pool: ThreadPoolExecutor, encode: Encode, values: np.ndarray, config: ExecutionConfig) -> Pending:
-    """The size of each batch, and its encoding."""
-    parts = [values[part] for part in config.split(len(values))]
-    return [(len(part), pool.submit(encode, part)) for part in parts]
+def _start(pool: ThreadPoolExecutor, encode: Encode, values: np.ndarray, batch: int) -> Pending:
+    """The encoding of each batch."""
+    size = batch or max(1, len(values))
+    return [pool.submit(encode, values[i : i + size]) for i in range(0, len(values), size)]
 
 
-def _joined(pending: Pending, tower: str) -> np.ndarray:
+def _joined(pending: Pending, tower: str, values: np.ndarray, batch: int) -> np.ndarray:
     """The embeddings (n, D) of all batches."""
-    return np.concatenate([_rows(part, size, tower) for size, part in pending])
-
-
-def _rows(part: Future[np.ndarray], size: int, tower: str) -> np.ndarray:
+    if not pending:
+        raise CheckFailed(f"no input for the {tower} tower", "export the release again")
+    size = batch or len(values)
     try:
-        embeddings = np.asarray(part.result())
+        embeddings = np.concatenate([np.asarray(part.result()) for part in pending])
     except CheckFailed as error:
-        where = f"the {tower} tower fails at batch size {size}"
+        where = f"the {tower} tower fails at batch size {min(size, len(values))}"
         raise CheckFailed(f"{where}: {error.message}", error.remedy) from error
-    if embeddings.shape[:1] != (size,):
+    if len(embeddings) != len(values):
         raise CheckFailed(
-            f"the {tower} tower gives an output of shape {embeddings.shape} at batch size {size}",
+            f"the {tower} tower gives {len(embeddings)} embeddings for {len(values)} inputs at batch size {size}",
             "export the graphs again",
         )
     return embeddings
@@ -229,7 +201,8 @@ def compare(
         name: difference(reference.tower(name), [output.tower(name) for output in outputs.values()]) for name in TOWERS
     }
     flips, agreement = _flips(reference.among(answers), [output.among(answers) for output in outputs.values()])
-    limits, samples = gate.calibrated(control), len(reference.visual) + len(reference.textual)
+    limits, images = gate.calibrated(control), len(reference.visual)
+    samples = images + len(reference.textual)
     worst = _worst(towers.values())
     passes_without_limit = not list(_problems(towers, flips, replace(limits, max_abs=np.inf)))
     return Parity.judge(
@@ -252,13 +225,8 @@ def compare(
         by_provider=_by_provider(reference, outputs),
         providers=tuple(dict.fromkeys(config.provider for config in outputs)),
         levels=tuple(dict.fromkeys(config.level for config in outputs)),
-        batches=_batch_sizes(outputs, len(reference.visual)),
+        batches=tuple(dict.fromkeys(min(config.batch or images, images) for config in outputs)),
     )
-
-
-def _batch_sizes(outputs: Outputs, count: int) -> tuple[int, ...]:
-    """Those of all batches of images that were run."""
-    return tuple(sorted({part.stop - part.start for config in outputs for part in config.split(count)}))
 
 
 def difference(reference: np.ndarray, candidates: Sequence[np.ndarray]) -> Difference:
@@ -372,25 +340,23 @@ def _histogram(reference: Embeddings, outputs: Iterable[Embeddings]) -> Histogra
 
 @dataclass(frozen=True)
 class WorstSample:
-    """The largest difference of one tower: in which configuration, on which input, in a batch of which size."""
+    """The largest difference of one tower: in which configuration, and on which input."""
 
     tower: str
     config: ExecutionConfig
     sample: int
-    batch: int
     error: float
 
     def __str__(self) -> str:
-        return f"sample {self.sample} of the {self.tower} tower on {self.config}, batch size {self.batch}"
+        return f"sample {self.sample} of the {self.tower} tower on {self.config}"
 
 
 def worst_sample(tower: str, reference: Embeddings, outputs: Outputs) -> WorstSample:
     """The worst of a tower over all configurations, of which there is at least one."""
     samples = (
-        WorstSample(tower, config, worst, config.batch_of(worst, len(errors)), float(errors[worst]))
+        WorstSample(tower, config, int(errors.argmax()), float(errors.max()))
         for config, output in outputs.items()
         for errors in [sample_errors(reference.tower(tower), output.tower(tower))]
-        for worst in [int(errors.argmax())]
     )
     return max(samples, key=lambda worst: worst.error)
 

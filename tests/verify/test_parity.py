@@ -17,7 +17,6 @@ from r1export.verify.parity import (
     Gate,
     Inputs,
     Model,
-    batchings,
     compare,
     erring_configs,
     run_in_batches,
@@ -35,7 +34,7 @@ def unit(values: np.ndarray) -> np.ndarray:
 
 IMAGES, TEXTS = unit(RNG.normal(size=(8, 16))), unit(RNG.normal(size=(5, 16)))
 REFERENCE = Embeddings(IMAGES, TEXTS)
-CONFIGS = [ExecutionConfig("cpu", "disable", (1,)), ExecutionConfig("cpu", "all"), ExecutionConfig("cuda", "all", (2,))]
+CONFIGS = [ExecutionConfig("cpu", "disable", 1), ExecutionConfig("cpu", "all", 0), ExecutionConfig("cuda", "all", 2)]
 
 
 def outputs(*embeddings: Embeddings) -> dict[ExecutionConfig, Embeddings]:
@@ -199,57 +198,23 @@ def model(encode) -> Model:
     return Model(encode, encode)
 
 
-def test_every_input_is_encoded_once_per_configuration_in_batches_of_its_sizes() -> None:
+def test_every_input_is_encoded_once_per_batch_size() -> None:
     sizes = []
 
     def encode(values: np.ndarray) -> np.ndarray:
         sizes.append(len(values))
         return values
 
-    configs = [ExecutionConfig("cpu", "all", batches) for batches in ((1, 3), ())]
+    configs = [ExecutionConfig("cpu", "all", batch) for batch in (1, 3, 0)]
     embeddings = run_in_batches(model(encode), Inputs(IMAGES, TEXTS), configs)
     assert list(embeddings) == configs
     assert all(np.array_equal(one.visual, IMAGES) for one in embeddings.values())
-    assert sorted(sizes) == [1, 1, 1, 1, 3, 3, 3, 5, 8]
+    assert sorted(sizes) == sorted([1] * 13 + [3, 3, 2, 3, 2] + [8, 5])
 
 
-@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=6), count=st.integers(1, 40))
-def test_passes_run_every_input_and_at_least_one_whole_batch_of_every_size(sizes: list[int], count: int) -> None:
-    passes = [ExecutionConfig("cpu", "all", batches).split(count) for batches in batchings(sizes, count)]
-    for parts in passes:
-        assert np.array_equal(np.concatenate([np.arange(count)[part] for part in parts]), np.arange(count))
-    run = {part.stop - part.start for parts in passes for part in parts}
-    assert run >= {min(size, count) for size in sizes} | {count}
-
-
-def test_the_default_sizes_take_one_pass_and_one_with_all_inputs_at_once() -> None:
-    assert batchings((1, 2, 5), 16) == [(1, 2, 5), ()]
-    assert batchings((5, 12, 5), 16) == [(5,), (12,), ()]
-
-
-def test_only_batch_sizes_that_were_run_are_listed() -> None:
-    found = {ExecutionConfig("cpu", "all", batches): REFERENCE for batches in batchings((3, 64), len(IMAGES))}
-    assert compare(REFERENCE, found, Gate()).batches == (2, 3, 8)
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 16])
-@pytest.mark.parametrize("position", [0, -1])
-def test_an_error_in_one_row_of_batches_of_one_size_fails(size: int, position: int) -> None:
-    """Rows that depend on the batch that they are in, in the smallest way: one of them, in batches of one size."""
-    inputs = Inputs(np.tile(IMAGES, (2, 1)), np.tile(TEXTS, (4, 1))[:16])
-
-    def encode(values: np.ndarray) -> np.ndarray:
-        found = values.copy()
-        if len(values) == size:
-            found[position, 0] += 1e-3
-        return found
-
-    configs = [ExecutionConfig("cpu", "all", batches) for batches in batchings((1, 2, 5), 16)]
-    found = run_in_batches(model(encode), inputs, configs)
-    reference = Embeddings(inputs.visual, inputs.textual)
-    parity = compare(reference, found, Gate())
-    assert (parity.verdict, parity.batches) == ("fail", (1, 2, 5, 16))
-    assert worst_sample("visual", reference, found).batch == size
+def test_no_batch_size_is_listed_that_is_larger_than_the_inputs() -> None:
+    found = {ExecutionConfig("cpu", "all", batch): REFERENCE for batch in (3, 64, 0)}
+    assert compare(REFERENCE, found, Gate()).batches == (3, 8)
 
 
 def test_calls_of_several_workers_run_at_the_same_time_and_keep_their_order() -> None:
@@ -259,7 +224,7 @@ def test_calls_of_several_workers_run_at_the_same_time_and_keep_their_order() ->
         together.wait()
         return values
 
-    config = ExecutionConfig("cpu", "all", (1,))
+    config = ExecutionConfig("cpu", "all", 1)
     found = run_in_batches(Model(encode, encode, workers=2), Inputs(IMAGES, TEXTS[:4]), [config])[config]
     assert np.array_equal(found.visual, IMAGES)
     assert np.array_equal(found.textual, TEXTS[:4])
@@ -273,7 +238,7 @@ def test_after_a_failure_no_further_batch_is_started() -> None:
         raise CheckFailed("out of memory")
 
     with pytest.raises(CheckFailed, match="batch size 1: out of memory"):
-        run_in_batches(model(encode), Inputs(np.zeros((10_000, 1)), TEXTS), [ExecutionConfig("cpu", "all", (1,))])
+        run_in_batches(model(encode), Inputs(np.zeros((10_000, 1)), TEXTS), [ExecutionConfig("cpu", "all", 1)])
     assert len(started) < 10_000
 
 
@@ -284,13 +249,11 @@ def test_a_batch_that_cannot_be_run_is_named() -> None:
         return values
 
     with pytest.raises(CheckFailed, match="the visual tower fails at batch size 2: got invalid dimensions"):
-        run_in_batches(
-            model(encode), Inputs(IMAGES, TEXTS), [ExecutionConfig("cpu", "all", (batch,)) for batch in (1, 2)]
-        )
+        run_in_batches(model(encode), Inputs(IMAGES, TEXTS), [ExecutionConfig("cpu", "all", batch) for batch in (1, 2)])
 
 
 def test_an_output_with_fewer_rows_than_inputs_is_refused() -> None:
-    with pytest.raises(CheckFailed, match=r"gives an output of shape \(4, \d+\) at batch size 8"):
+    with pytest.raises(CheckFailed, match="4 embeddings for 8 inputs"):
         run_in_batches(model(lambda values: values[: len(values) // 2]), Inputs(IMAGES, TEXTS), CONFIGS[1:2])
 
 
@@ -315,7 +278,7 @@ def test_the_worst_names_the_provider_the_level_the_batch_size_and_the_sample() 
     worst = worst_sample("visual", STILL, moved_in(2, 3, -0.5))
     assert (worst.config, worst.sample, worst.error) == (CONFIGS[2], 3, 0.5)
     assert str(worst) == "sample 3 of the visual tower on cuda at level all, batch size 2"
-    assert str(worst_sample("visual", STILL, moved_in(1, 0, 0.5))).endswith("cpu at level all, batch size 4")
+    assert str(worst_sample("visual", STILL, moved_in(1, 0, 0.5))).endswith("cpu at level all, all inputs at once")
 
 
 def test_what_is_not_a_number_or_has_another_shape_is_worst() -> None:

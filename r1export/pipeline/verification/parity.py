@@ -18,7 +18,7 @@ from r1export.verify.parity import Embeddings, ExecutionConfig, Outputs
 from r1export.verify.results import Parity, ParityStages, Verdict
 from r1export.verify.runtimes.runtime import PROVIDERS, onnx_model
 
-WHOLE = ExecutionConfig("torch", "eager")
+WHOLE = ExecutionConfig("torch", "eager", 0)
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class TorchRun:
         return 2 * min(sample_count(self.context), len(self.task.test))
 
     @property
-    def batchings(self) -> list[tuple[int, ...]]:
-        """Passes over the inputs in the batch sizes of the recipe, and with all inputs at once."""
-        return parity.batchings(self.context.recipe.verify.batches, self.input_count // 2)
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes of the recipe, and all inputs at once (0)."""
+        return tuple(dict.fromkeys((*self.context.recipe.verify.batches, 0)))
 
     @cached_property
     def merged(self) -> Embeddings:
@@ -52,7 +52,7 @@ class TorchRun:
     @cached_property
     def unmerged_outputs(self) -> Outputs:
         """In every batch size."""
-        configs = [replace(WHOLE, batches=batches) for batches in self.batchings]
+        configs = [replace(WHOLE, batch=batch) for batch in self.batches]
         with calls_in_parallel():
             return parity.run_in_batches(encoders(self.models.unmerged.model), self.inputs, configs)
 
@@ -67,7 +67,7 @@ def base_control(base: ReleaseRef, run: TorchRun, providers: Sequence[str]) -> P
     try:
         outputs: dict[ExecutionConfig, Embeddings] = {}
         for provider in providers:
-            configs = [ExecutionConfig(provider, "all")]
+            configs = [ExecutionConfig(provider, "all", 0)]
             outputs |= parity.run_in_batches(onnx_model(base.path, provider=provider), run.inputs, configs)
     except CheckFailed as error:
         return Parity.failed(str(error), of=run.input_count)
@@ -120,7 +120,7 @@ def _run_provider(ref: ReleaseRef, run: TorchRun, provider: str) -> Outputs:
     """All inputs through the graphs on one provider, at every level of optimization that it has and in every batch size."""
     outputs: dict[ExecutionConfig, Embeddings] = {}
     for level in PROVIDERS[provider].levels:
-        configs = [ExecutionConfig(provider, level, batches) for batches in run.batchings]
+        configs = [ExecutionConfig(provider, level, batch) for batch in run.batches]
         outputs |= parity.run_in_batches(onnx_model(ref.path, level=level, provider=provider), run.inputs, configs)
     return outputs
 

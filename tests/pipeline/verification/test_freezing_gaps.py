@@ -47,7 +47,7 @@ def inputs_of(clip: Clip, pixels: torch.Tensor, dtype: torch.dtype = torch.float
 
 
 def embeddings_of(clip: Clip, pixels: torch.Tensor) -> Embeddings:
-    whole = ExecutionConfig("torch", "eager")
+    whole = ExecutionConfig("torch", "eager", 0)
     return run_in_batches(encoders(clip.model), inputs_of(clip, pixels), [whole])[whole]
 
 
