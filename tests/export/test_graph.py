@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from export import exporting
+from onnxscript.rewriter import rewrite
 
 from r1export.errors import CheckFailed, InputError, Unsupported
 from r1export.export import graph as graph_module
@@ -19,6 +21,7 @@ from r1export.export import trace as trace_module
 from r1export.export.audit import _walk, audit_reexport
 from r1export.export.graph import MAX_OPSET, MIN_OPSET, export_graphs
 from r1export.export.sentinels import fill_with_sentinels_, flipped
+from r1export.export.simplify import RULES
 from r1export.export.towers import float_tensors
 from r1export.export.weight_map import WeightMap, place_parameters
 from r1export.update.release_layout import GRAPHS
@@ -137,6 +140,24 @@ class Halved(torch.nn.Module):
         out = self.base(x)
         out.mul_(0.5).add_(x)
         return out
+
+
+def test_the_table_of_translations_is_made_once_for_all_towers_and_again_for_the_next_model() -> None:
+    registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    made = vars(registry)["from_torchlib"]
+    with trace_module.lean():
+        first = registry.from_torchlib(opset_version=20)
+        assert registry.from_torchlib(opset_version=20) is first
+        assert registry.from_torchlib(opset_version=18) is not first
+    assert vars(registry)["from_torchlib"] is made
+
+
+@pytest.mark.parametrize("name", ["visual.onnx", "textual.onnx"])
+def test_the_rules_find_nothing_more_in_an_exported_graph(exported, name) -> None:
+    model = ir.load(exported.folder / name)
+    before = ir.to_proto(model).graph.SerializeToString(deterministic=True)
+    rewrite(model, RULES)
+    assert ir.to_proto(model).graph.SerializeToString(deterministic=True) == before
 
 
 def test_an_operator_that_writes_into_its_input_is_exported_too(exported, tmp_path) -> None:
