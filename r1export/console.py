@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -135,8 +135,8 @@ class Terminal:
             self.say(f"  {reason}")
         for line in _not_applicable(report) if isinstance(report, ReleaseReport) else ():
             self.say(f"  {line}")
-        untimed = any(release.latency.detail == UNTIMED for release in releases)
-        rest = " (latency not measured: --no-latency)" if untimed else ""
+        limits = "; ".join(_limits(report, releases))
+        rest = f" ({limits})" if limits else ""
         self.people.print(Text.assemble("Verdict: ", (report.verdict, f"bold {COLOURS[report.verdict]}"), rest))
 
     def comparison(self, comparison: Comparison) -> None:
@@ -147,6 +147,14 @@ class Terminal:
         shown = compare_runs.table(comparison)
         rows = [[getattr(cell, "verdict", "-" if cell == NOT_MEASURED else cell) for cell in row] for row in shown.rows]
         self.table("Runs", list(shown.columns), rows)
+
+
+def _limits(report: Report, releases: Sequence[ReleaseReport]) -> Iterator[str]:
+    """What the user asked to leave out, which the verdict doesn't cover."""
+    if isinstance(report, RunReport) and report.contents.releases.verdict is Verdict.NOT_APPLICABLE:
+        yield report.contents.releases.detail
+    if any(release.latency.detail == UNTIMED for release in releases):
+        yield "latency not measured: --no-latency"
 
 
 def _release_row(report: ReleaseReport) -> list[str]:

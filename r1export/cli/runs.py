@@ -173,6 +173,10 @@ def export(
 def verify(
     path: Annotated[Path, typer.Argument(readable=False, metavar="RUN|RELEASE", help="Run folder or release folder.")],
     provider: Providers = None,
+    release: Annotated[
+        int | None,
+        typer.Option("--release", help="Verify only this release of the run, and the base: 1 is the first task's."),
+    ] = None,
     no_latency: Annotated[
         bool, typer.Option("--no-latency", help="Skip the latency measurement; the verdict covers all other checks.")
     ] = False,
@@ -210,6 +214,8 @@ def verify(
         budget = None if no_latency else DEFAULT_BUDGET
         update = _signed_update(bundle, trust or [], threshold)
         if (path / "manifest.json").exists():
+            if release is not None:
+                raise InputError(f"{path} is a release", "--release needs a run: the folder with recipe.toml")
             from r1export.pipeline.verification.release import verify_release
 
             _show(terminal, verify_release(path, provider or (), budget, update=update))
@@ -219,7 +225,7 @@ def verify(
             with reopened(path, device, terminal) as context:
                 from r1export.pipeline.verification.run import verify_run
 
-                _show(terminal, verify_run(context, provider or (), budget))
+                _show(terminal, verify_run(context, provider or (), budget, release))
 
 
 @app.command()

@@ -44,15 +44,19 @@ def default_providers() -> tuple[str, ...]:
 
 
 def verify_run(
-    context: RunContext, providers: Sequence[str] = (), budget: TimingBudget | None = DEFAULT_BUDGET
+    context: RunContext,
+    providers: Sequence[str] = (),
+    budget: TimingBudget | None = DEFAULT_BUDGET,
+    only: int | None = None,
 ) -> RunReport:
     """Verify every release, in every precision, against the unmerged model. Write all reports and return the run's.
 
-    Without a `budget` nothing is timed.
+    Without a `budget` nothing is timed. `only` verifies that release and the base: their reports are written, those of other
+    releases stay, and the run's, which is about all of them, is returned without them but not written.
 
     Raises:
         Unsupported: full fine-tuning, or a missing provider.
-        InputError: an unknown provider, a run that is not trained or not exported.
+        InputError: an unknown provider, a run that is not trained or not exported, no release `only`.
     """
     if context.recipe.train.method == "full":
         raise Unsupported("full fine-tuning has no unmerged model to verify against", "use it with r1export train")
@@ -61,19 +65,33 @@ def verify_run(
         check_provider(provider)
     conditions = Conditions(providers, budget, environment(providers), now(), ImageEmbeddings(context))
     updates = context.run.updates(context.recipe)
-    releases = _release_refs(context, updates)
+    numbers = _numbers(len(updates), only)
+    releases = _release_refs(context, updates, numbers)
     for ref in releases:
         remove_reports(ref.path)
     remove_reports(context.run.path)
-    reports = list(_verify_releases(context, updates, conditions))
-    report = _run_report(context, updates, releases, reports, conditions)
-    write_report(report, context.run.path)
+    reports = list(_verify_releases(context, updates, numbers[1:], conditions))
+    if only is not None:
+        asked = " and ".join(dict.fromkeys(ref.path.name for ref in releases))
+        folders = Check.not_applicable(f"only {asked}: --release {only}")
+        return _run_report(context, updates, folders, reports, conditions)
+    report = _run_report(context, updates, _check_folders(context, releases), reports, conditions)
+    write_report(replace(report, examples=examples(context, updates)), context.run.path)
     return report
 
 
-def _release_refs(context: RunContext, updates: Sequence[ExpertUpdate]) -> list[ReleaseRef]:
-    """Every release that the learned tasks should have. Raises InputError if one is missing."""
-    refs = [v.release(number, updates) for v in Variant.all_of(context) for number in range(len(updates) + 1)]
+def _numbers(last: int, only: int | None) -> list[int]:
+    """The releases to verify, the base first. Raises InputError if there is no release `only`."""
+    if only is None:
+        return list(range(last + 1))
+    if not 0 <= only <= last:
+        raise InputError(f"no release {only}", f"this run has releases 0 to {last}")
+    return sorted({0, only})
+
+
+def _release_refs(context: RunContext, updates: Sequence[ExpertUpdate], numbers: Sequence[int]) -> list[ReleaseRef]:
+    """The releases with these numbers in every precision. Raises InputError if one is missing."""
+    refs = [v.release(number, updates) for v in Variant.all_of(context) for number in numbers]
     for ref in refs:
         if not ref.path.exists():
             raise InputError(f"{ref.path}: no such release", f"write it with r1export export {context.run.path}")
@@ -81,31 +99,32 @@ def _release_refs(context: RunContext, updates: Sequence[ExpertUpdate]) -> list[
 
 
 def _verify_releases(
-    context: RunContext, updates: Sequence[ExpertUpdate], conditions: Conditions
+    context: RunContext, updates: Sequence[ExpertUpdate], later: Sequence[int], conditions: Conditions
 ) -> Iterator[ReleaseReport]:
-    """The reports of all releases, each written as soon as it is complete; the base first in every precision.
+    """The reports of the base and of the `later` releases, each written as soon as it is complete; the base first in every precision.
 
     Several releases are timed together, which is faster than one after the other and compares all with the same base.
     """
     bases: dict[Variant, BaseMeasurements] = {}
-    for base, measured, verified in _verify_bases(context, conditions):
+    for base, measured, verified in _verify_bases(context, later, conditions):
         bases[base.variant] = measured
         yield _written(verified.report, base)
     waiting: list[Verified] = []
     together = group_size(Variant.all_of(context)[0].release(0))
-    for number in range(1, len(updates) + 1):
+    for count, number in enumerate(later, 1):
         _return_memory()
         waiting += _verify_number(context, updates[:number], bases, conditions)
-        if number % together == 0 or number == len(updates):
+        if count % together == 0 or number == later[-1]:
             yield from _timed(waiting, conditions)
             waiting.clear()
 
 
 def _verify_bases(
-    context: RunContext, conditions: Conditions
+    context: RunContext, later: Sequence[int], conditions: Conditions
 ) -> Iterator[tuple[ReleaseRef, BaseMeasurements, Verified]]:
+    """The base in every precision, on inputs of the first task and of those that the `later` releases add."""
     with torch_models(context, 0, []) as models:
-        runs = [TorchRun(context, models, task) for task in context.tasks]
+        runs = [TorchRun(context, models, context.tasks[number - 1]) for number in sorted({1, *later})]
         for variant in Variant.all_of(context):
             base = variant.release(0)
             context.progress.step(f"Verifying {base.label}")
@@ -163,10 +182,11 @@ def _written(report: ReleaseReport, ref: ReleaseRef) -> ReleaseReport:
 def _run_report(
     context: RunContext,
     updates: Sequence[ExpertUpdate],
-    refs: Sequence[ReleaseRef],
+    folders: Check,
     reports: Sequence[ReleaseReport],
     conditions: Conditions,
 ) -> RunReport:
+    """`folders` says whether every release was verified."""
     by_variant = sorted(
         reports, key=lambda report: [v.precision for v in Variant.all_of(context)].index(report.release.precision)
     )
@@ -176,8 +196,8 @@ def _run_report(
         environment=conditions.environment,
         recipe=context.recipe.model_dump(mode="json"),
         contents=RunContents(
-            tasks=_check_tasks(context, refs),
-            releases=_check_folders(context, refs),
+            tasks=_check_tasks(context, len(updates)),
+            releases=folders,
             gates=_check_gates(context),
             metrics=_check_metrics(context.run.metrics()),
         ),
@@ -186,7 +206,6 @@ def _run_report(
         gaps=summarize(gaps),
         guards=_guards(context),
         inputs=context.run.inputs(),
-        examples=examples(context, updates),
     )
 
 
@@ -229,17 +248,16 @@ def _check_metrics(metrics: RunMetrics) -> Check:
     return Check.judge(problems, looked_at=5, of=5, detail="averages, transfer and forgetting match the accuracies")
 
 
-def _check_tasks(context: RunContext, refs: Sequence[ReleaseRef]) -> Check:
-    """Every task of the recipe is learned and has its releases."""
+def _check_tasks(context: RunContext, learned: int) -> Check:
+    """Every task of the recipe is learned."""
     names = [task.name for task in context.recipe.stream]
-    learned = {ref.number for ref in refs if ref.number}
-    if len(learned) == len(names):
+    if learned == len(names):
         return Check.judge(
             [], looked_at=len(names), of=len(names), detail=f"all {len(names)} tasks of the recipe are trained"
         )
     missing = [n for number, n in enumerate(names, 1) if not context.run.task(number, n).factors.exists()]
-    detail = f"{len(learned)} of {len(names)} tasks are trained, missing {', '.join(missing)}; continue with r1export run --resume"
-    return Check(verdict=Verdict.INCONCLUSIVE, looked_at=len(learned), of=len(names), detail=detail)
+    detail = f"{learned} of {len(names)} tasks are trained, missing {', '.join(missing)}; continue with r1export run --resume"
+    return Check(verdict=Verdict.INCONCLUSIVE, looked_at=learned, of=len(names), detail=detail)
 
 
 def _check_folders(context: RunContext, refs: Sequence[ReleaseRef]) -> Check:
