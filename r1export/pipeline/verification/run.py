@@ -76,7 +76,8 @@ def verify_run(
         folders = Check.not_applicable(f"only {asked}: --release {only}")
         return _run_report(context, updates, folders, reports, conditions)
     report = _run_report(context, updates, _check_folders(context, releases), reports, conditions)
-    write_report(replace(report, examples=examples(context, updates)), context.run.path)
+    report = replace(report, examples=examples(context, updates))
+    write_report(report, context.run.path)
     return report
 
 
