@@ -209,13 +209,13 @@ def verify(
     with open_terminal(as_json) as terminal:
         from r1export.verify.latency import DEFAULT_BUDGET
 
+        if release is not None and (path / "manifest.json").exists():
+            raise InputError(f"{path} is a release", "--release needs a run: the folder with recipe.toml")
         if outputs:
             _show_outputs(terminal, path, outputs)
         budget = None if no_latency else DEFAULT_BUDGET
         update = _signed_update(bundle, trust or [], threshold)
         if (path / "manifest.json").exists():
-            if release is not None:
-                raise InputError(f"{path} is a release", "--release needs a run: the folder with recipe.toml")
             from r1export.pipeline.verification.release import verify_release
 
             _show(terminal, verify_release(path, provider or (), budget, update=update))

@@ -1,4 +1,4 @@
-"""`verify RUN --release N`: the release that is new, with all checks of a run, without the others again."""
+"""The report of a run, and `verify RUN --release N`: the release that is new, with all its checks, without the others again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from running import r1export
+from running import QUICK, context_of, r1export
+
+from r1export.pipeline.verification.run import verify_run
+from r1export.report.json_format import to_json
 
 ONLY_SECOND = "only 00-base and 02-arrows: --release 2"
 
@@ -19,6 +22,12 @@ def run(verified: Path, tmp_path: Path) -> Path:
 
 def report_of(run: Path, release: str) -> dict:
     return json.loads((run / "releases" / release / "report.json").read_text())
+
+
+def test_the_report_that_is_returned_is_the_one_that_is_written(run: Path) -> None:
+    report = verify_run(context_of(run), budget=None)
+    assert to_json(report) == json.loads((run / "report.json").read_text())
+    assert report.examples
 
 
 def test_it_finds_of_that_release_what_the_whole_run_finds(run: Path) -> None:
@@ -69,7 +78,8 @@ def test_the_release_can_be_signed_afterwards(run: Path, tmp_path: Path) -> None
     key = ("--key", run.parent / "fleet.key")
     assert r1export("keygen", run.parent / "fleet").returncode == 0
     bundle = ("bundle", run, "--release", 2, *key, "-o", tmp_path / "update.r1u")
-    assert r1export(*bundle).returncode != 0
+    refused = r1export(*bundle)
+    assert refused.returncode == 1, refused.output
     assert r1export("verify", run, "--release", 2, "--no-latency").returncode == 0
     done = r1export(*bundle)
     assert done.returncode == 0, done.output
@@ -89,7 +99,16 @@ def test_a_release_that_is_not_there_is_an_error_and_no_report_is_lost(run: Path
     assert (run / "report.json").exists()
 
 
-def test_of_a_release_folder_it_is_an_error(run: Path) -> None:
-    done = r1export("verify", run / "releases/02-arrows", "--release", 2)
+@pytest.mark.parametrize("options", [(), ("--outputs", "embeddings.npz")])
+def test_of_a_release_folder_it_is_an_error(run: Path, options: tuple[str, ...]) -> None:
+    done = r1export("verify", run / "releases/02-arrows", "--release", 2, *options)
     assert done.returncode == 2
     assert "needs a run" in done.output
+
+
+def test_it_is_timed_against_the_base_also_if_later_releases_are_not(run: Path) -> None:
+    base, first = verify_run(context_of(run), budget=QUICK, only=1).releases
+    assert base.latency.verdict == "not_applicable"
+    assert first.latency.pairs > 0
+    assert first.latency.unmerged_ratio is not None
+    assert report_of(run, "01-digits")["latency"]["pairs"] == first.latency.pairs
